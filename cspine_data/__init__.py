@@ -1,0 +1,70 @@
+"""Preprocessing cache and dataset library for spine MRI: bias field corrected once, slices streamed from Zarr.
+
+The names below are the public ones. None of them needs PyTorch. They are imported when first used, so that the
+command line starts at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cspine_data.bias import BiasParameters
+    from cspine_data.cases import Case, Listing, Problem, describe_problem, find_cases
+    from cspine_data.dataset import Cohort, SliceDataset, SlicePlace, VolumeDataset, open_cohort
+    from cspine_data.errors import (
+        CspineDataError,
+        DamagedStoreError,
+        InputError,
+        NewerSchemaError,
+        NotInStoreError,
+        StoreError,
+    )
+    from cspine_data.geometry import Geometry, Orientation
+    from cspine_data.prepare import PrepareSummary, parse_axes, prepare
+    from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
+    from cspine_data.schema import CaseRecord
+    from cspine_data.splits import Split
+    from cspine_data.store import Damage, verify
+    from cspine_data.volumes import Volume, read_volume, write_volume
+
+_HOME = {
+    "bias": ("BiasParameters",),
+    "cases": ("Case", "Listing", "Problem", "describe_problem", "find_cases"),
+    "dataset": ("Cohort", "SliceDataset", "SlicePlace", "VolumeDataset", "open_cohort"),
+    "errors": (
+        "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
+    ),
+    "geometry": ("Geometry", "Orientation"),
+    "prepare": ("PrepareSummary", "parse_axes", "prepare"),
+    "preprocess": ("CorrectedVolume", "Preprocessing", "preprocess_volume"),
+    "schema": ("CaseRecord",),
+    "splits": ("Split",),
+    "store": ("Damage", "verify"),
+    "volumes": ("Volume", "read_volume", "write_volume"),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "BiasParameters", "Case", "CaseRecord", "Cohort", "CorrectedVolume", "CspineDataError", "Damage",
+    "DamagedStoreError", "Geometry", "InputError", "Listing", "NewerSchemaError", "NotInStoreError", "Orientation",
+    "PrepareSummary", "Preprocessing", "Problem", "SliceDataset", "SlicePlace", "Split", "StoreError", "Volume",
+    "VolumeDataset", "__version__", "describe_problem", "find_cases", "open_cohort", "parse_axes", "prepare",
+    "preprocess_volume", "read_volume", "verify", "write_volume",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("cspine")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,327 @@
+"""Which files make up a cohort: volumes, paired with their label maps by name, by folder or by a list."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data.errors import CspineDataError, InputError
+from cspine_data.geometry import Geometry
+from cspine_data.volumes import Volume, read_volume, stem, volume_suffix
+
+_LABEL_ENDING = "-label"
+_SEGMENTATION = ".seg.nrrd"
+_NNUNET_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+_FITS_A_FOLDER_NAME = re.compile(r"^(?!\.+$)(?!__)[^/\\\x00-\x1f]{1,200}$")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient's volume and, where there is one, its label map.
+
+    Attributes
+    ----------
+    id : str
+        The volume's file name without suffixes, or what a list of pairs calls it.
+    volume : Path
+        The image.
+    label : Path or None
+        Its label map.
+    """
+
+    id: str
+    volume: Path
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file or case that cannot be used, and why, in one line."""
+
+    case: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds: cases, sorted by id, and what is wrong with the rest."""
+
+    cases: tuple[Case, ...]
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedCase:
+    """A case's voxels, checked: image finite and not constant, label map whole numbers on the image's grid."""
+
+    case: Case
+    image: Volume
+    label: Volume | None
+
+
+def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
+    """List the cases of a folder.
+
+    Understood are ``X.nrrd`` with ``XS-label``, ``X-label`` or ``X.seg.nrrd`` beside it (also ``.nhdr``, ``.nii``,
+    ``.nii.gz``, in any mixture), nnU-Net's ``imagesTr/X_0000`` with ``labelsTr/X`` (and ``imagesTs``), and any other
+    naming by a list of pairs.
+
+    Parameters
+    ----------
+    source : str or Path
+        The folder.
+    pairs : str or Path, optional
+        A CSV file with the columns ``case,volume,label``; paths are relative to the list; a label may be empty.
+
+    Returns
+    -------
+    Listing
+        The cases and the problems; a problem with one file does not hide the others.
+
+    Raises
+    ------
+    InputError
+        If the source or the list is missing, or holds no volume at all.
+    """
+    if pairs is not None:
+        return _listing(*_read_pairs(Path(pairs)), source=Path(pairs))
+    folder = Path(source)
+    if not folder.is_dir():
+        raise InputError(folder, "is no folder", "give the folder that holds the volumes")
+    if (folder / "imagesTr").is_dir():
+        return _listing(*_nnunet_cases(folder), source=folder)
+    return _listing(*_cases_beside_labels(folder), source=folder)
+
+
+def load_case(case: Case) -> LoadedCase:
+    """Read a case's files and check them.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read; the image holds NaN or infinity or is constant; the label map lies on another grid
+        or holds values that are no whole numbers.
+    """
+    image = read_volume(case.volume)
+    _check_image(image)
+    if case.label is None:
+        return LoadedCase(case, image, None)
+    label = read_volume(case.label)
+    values = _whole_numbers(label)
+    if case.label.name.lower().endswith(_SEGMENTATION):
+        values = _pasted(label, values, image.geometry)
+    elif not label.geometry.same_grid(image.geometry):
+        raise InputError(case.label, _grid_difference(label.geometry, image.geometry), "resample it to the volume")
+    return LoadedCase(case, image, Volume(values, image.geometry, case.label))
+
+
+def _check_image(image: Volume) -> None:
+    if image.array.dtype.kind == "f":
+        bad = int(image.array.size - np.isfinite(image.array).sum())
+        if bad:
+            raise InputError(image.name, f"holds {bad} voxels that are NaN or infinite", "repair or leave out the file")
+    if image.array.min() == image.array.max():
+        raise InputError(image.name, "is constant", "fetch it again or leave it out")
+
+
+def _whole_numbers(label: Volume) -> NDArray[Any]:
+    array = label.array
+    if array.dtype.kind in "iu":
+        return array
+    rounded = np.rint(array)
+    if not np.isfinite(array).all() or np.abs(rounded).max() >= 2**31 or (rounded != array).any():
+        raise InputError(label.name, "holds values that are no whole numbers", "is it a probability map? save a label map")
+    return rounded.astype(np.int32)
+
+
+def _pasted(label: Volume, values: NDArray[Any], grid: Geometry) -> NDArray[Any]:
+    """Put a segmentation that its program cropped to what is labelled back on the volume's grid."""
+    if label.geometry.same_grid(grid):
+        return values
+    steps = grid.direction_matrix * np.array(grid.spacing_mm)
+    shift = np.array(label.geometry.origin_mm) - np.array(grid.origin_mm)
+    offset = np.rint(np.linalg.solve(steps, shift)).astype(int)
+    end = offset + np.array(values.shape)
+    window = Geometry(
+        size=label.geometry.size,
+        spacing_mm=grid.spacing_mm,
+        directions=grid.directions,
+        origin_mm=tuple(grid.positions_mm(offset[None])[0].tolist()),
+    )
+    inside = bool((offset >= 0).all() and (end <= np.array(grid.size)).all())
+    if not inside or not label.geometry.same_grid(window):
+        raise InputError(label.name, _grid_difference(label.geometry, grid), "resample it to the volume")
+    whole = np.zeros(grid.size, dtype=values.dtype)
+    whole[tuple(slice(a, b) for a, b in zip(offset, end, strict=True))] = values
+    return whole
+
+
+def _grid_difference(label: Geometry, image: Geometry) -> str:
+    def described(geometry: Geometry) -> str:
+        size = " x ".join(map(str, geometry.size))
+        spacing = " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm)
+        return f"{size} voxels of {spacing} mm, {geometry.orientation_code}"
+
+    same = described(label) == described(image)
+    detail = "same size, another place or angle" if same else f"{described(label)} against {described(image)}"
+    return f"does not lie on its volume's grid ({detail})"
+
+
+def _listing(
+    found: Iterable[tuple[str, Path, Path | None]], problems: Iterable[Problem], *, source: Path
+) -> Listing:
+    by_id: dict[str, list[Case]] = {}
+    for case_id, volume, label in found:
+        by_id.setdefault(case_id, []).append(Case(case_id, volume, label))
+    cases, wrong = [], list(problems)
+    for case_id, claims in sorted(by_id.items()):
+        if len(claims) > 1:
+            names = " and ".join(str(claim.volume) for claim in claims)
+            wrong.append(Problem(case_id, f"{names}: claim the same case {case_id!r}; keep one of them"))
+        elif not _FITS_A_FOLDER_NAME.match(case_id):
+            wrong.append(Problem(case_id, f"{claims[0].volume}: {case_id!r} is no usable case id; rename the file"))
+        else:
+            cases.append(claims[0])
+    if not cases and not wrong:
+        raise InputError(source, "holds no volume", "put .nrrd or .nii.gz files there, or give --pairs")
+    return Listing(tuple(cases), tuple(wrong))
+
+
+Found = tuple[list[tuple[str, Path, Path | None]], list[Problem]]
+
+
+def _volume_files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir() if volume_suffix(path) and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _is_label(path: Path) -> bool:
+    return path.name.lower().endswith(_SEGMENTATION) or stem(path).lower().endswith(_LABEL_ENDING)
+
+
+def _cases_beside_labels(folder: Path) -> Found:
+    files = _volume_files(folder)
+    volumes = [path for path in files if not _is_label(path)]
+    names = {stem(path) for path in volumes}
+    labels: dict[str, list[Path]] = {}
+    problems = []
+    for path in files:
+        if not _is_label(path):
+            continue
+        name = stem(path)
+        if name.lower().endswith(_LABEL_ENDING):
+            name = name[: -len(_LABEL_ENDING)]
+            if name not in names and name[-1:] in ("S", "s"):
+                name = name[:-1]
+        if name in names:
+            labels.setdefault(name, []).append(path)
+        else:
+            problems.append(Problem(name, f"{path}: is a label map without a volume; put {name}.nrrd beside it"))
+    found: list[tuple[str, Path, Path | None]] = []
+    for path in volumes:
+        claims = labels.get(stem(path), [])
+        if len(claims) > 1:
+            both = " and ".join(str(claim) for claim in claims)
+            problems.append(Problem(stem(path), f"{both}: are both label maps of {stem(path)!r}; keep one of them"))
+        else:
+            found.append((stem(path), path, claims[0] if claims else None))
+    return found, problems
+
+
+def _nnunet_cases(folder: Path) -> Found:
+    found: list[tuple[str, Path, Path | None]] = []
+    problems = []
+    for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
+        label_files: dict[str, list[Path]] = {}
+        if (folder / labels).is_dir():
+            for path in _volume_files(folder / labels):
+                label_files.setdefault(stem(path), []).append(path)
+        if not (folder / images).is_dir():
+            continue
+        for path in _volume_files(folder / images):
+            match = _NNUNET_CHANNEL.match(stem(path))
+            if match is None:
+                problems.append(Problem(stem(path), f"{path}: has no channel number; name it {stem(path)}_0000"))
+            elif match["channel"] != "0000":
+                message = f"{path}: is a second channel; one channel is used, leave it out"
+                problems.append(Problem(match["case"], message))
+            else:
+                claims = label_files.pop(match["case"], [])
+                if len(claims) > 1:
+                    both = " and ".join(str(claim) for claim in claims)
+                    problems.append(Problem(match["case"], f"{both}: are both its label map; keep one of them"))
+                else:
+                    found.append((match["case"], path, claims[0] if claims else None))
+        problems += [
+            Problem(name, f"{paths[0]}: is a label map without a volume; put {name}_0000 into {images}")
+            for name, paths in sorted(label_files.items())
+        ]
+    return found, problems
+
+
+def _read_pairs(path: Path) -> Found:
+    if not path.is_file():
+        raise InputError(path, "is no file", "give a CSV file with the columns case,volume,label")
+    found: list[tuple[str, Path, Path | None]] = []
+    problems = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            missing = {"case", "volume", "label"} - set(rows.fieldnames or ())
+            if missing:
+                raise InputError(path, f"lacks the column {', '.join(sorted(missing))}", "start it with case,volume,label")
+            for number, row in enumerate(rows, start=2):
+                case_id, volume, label = ((row[name] or "").strip() for name in ("case", "volume", "label"))
+                if not case_id or not volume:
+                    problems.append(Problem(case_id or f"line {number}", f"{path}: line {number} names no case or volume"))
+                else:
+                    found.append((case_id, path.parent / volume, path.parent / label if label else None))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(path, f"is no readable CSV file ({error})", "save it as CSV in UTF-8") from None
+    return found, problems
+
+
+def describe_problem(case_id: str, error: BaseException) -> Problem:
+    """Turn an error met while working on a case into the one line a user reads."""
+    if isinstance(error, CspineDataError):
+        return Problem(case_id, str(error))
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "free some space and run it again" if error.errno in (28, 122) else "mend that and run it again"
+        return Problem(case_id, f"{where}{error.strerror or error}; {remedy}")
+    if isinstance(error, MemoryError):
+        return Problem(case_id, f"{case_id}: memory ran out; use fewer --workers")
+    return Problem(case_id, f"{case_id}: failed unexpectedly ({type(error).__name__}: {error}); please report this")
+
+
+def scan_case(case: Case) -> tuple[str, ...] | Problem:
+    """Read and check a case, and describe it: id, size, spacing, orientation, labels found, label map's name.
+
+    Returns
+    -------
+    tuple of str, or Problem
+        The description, or the one line that says why the case cannot be used.
+    """
+    try:
+        loaded = load_case(case)
+    except (CspineDataError, OSError, MemoryError) as error:
+        return describe_problem(case.id, error)
+    geometry = loaded.image.geometry
+    orientation = geometry.orientation_code + (" (assumed)" if loaded.image.assumed_orientation else "")
+    found = np.unique(loaded.label.array).tolist() if loaded.label else []
+    return (
+        case.id,
+        " x ".join(map(str, geometry.size)),
+        " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm),
+        orientation,
+        " ".join(str(value) for value in found if value) or "-",
+        case.label.name if case.label else "none: for prediction only",
+    )

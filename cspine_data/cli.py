@@ -1,0 +1,146 @@
+"""The `cspine-data` command: each command calls one public function and prints what it returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cspine_data.terminal import CommandGroup, print_table, progress_bar
+
+SOURCE = click.argument("source", type=click.Path(path_type=Path), default="data/raw")
+STORE = click.argument("store", type=click.Path(path_type=Path), default="data/cspine.zarr")
+PAIRS = click.option(
+    "--pairs", type=click.Path(path_type=Path), help="CSV file with the columns case,volume,label; replaces SOURCE."
+)
+VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
+
+
+@click.group(cls=CommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cspine")
+def main() -> None:
+    """Correct the bias field of spine MRI once, and keep volumes and slices ready for training."""
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--cases", type=int, default=14, help="How many volumes to make.")
+@click.option("--seed", type=int, default=0, help="Another seed makes another cohort.")
+def phantom(folder: Path, cases: int, seed: int) -> None:
+    """Write a synthetic labelled cervical cohort into FOLDER."""
+    from cspine_data.phantom import TRUTH_FOLDER, make_phantom_cohort
+
+    with progress_bar("making phantoms") as progress:
+        paths = make_phantom_cohort(folder, cases, seed, progress)
+    click.echo(f"{len(paths)} synthetic volumes with label maps in {folder}, their bias fields in {folder / TRUTH_FOLDER}")
+
+
+@main.command()
+@SOURCE
+@PAIRS
+def scan(source: Path, pairs: Path | None) -> None:
+    """Show what would be prepared from SOURCE, and every problem; nothing is written."""
+    from cspine_data.cases import find_cases, scan_case
+
+    listing = find_cases(source, pairs)
+    rows, problems = [], list(listing.problems)
+    with progress_bar("reading") as progress:
+        for number, case in enumerate(listing.cases, start=1):
+            found = scan_case(case)
+            if isinstance(found, tuple):
+                rows.append(found)
+            else:
+                problems.append(found)
+            if progress:
+                progress(number, len(listing.cases), case.id)
+    print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
+    for problem in problems:
+        click.echo(f"problem: {problem.message}", err=True)
+    unlabelled = sum(case.label is None for case in listing.cases)
+    click.echo(f"{len(rows)} cases can be prepared, {unlabelled} without a label map; {len(problems)} problems")
+    if problems:
+        raise SystemExit(1)
+
+
+@main.command()
+@SOURCE
+@click.option("--store", type=click.Path(path_type=Path), default="data/cspine.zarr", help="Store to make or add to.")
+@click.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4) or leave it (variant raw).")
+@click.option("--axes", default="012", help="Axes to slice along: 0 sagittal, 1 coronal, 2 axial.")
+@click.option("--workers", type=int, help="Worker processes; one a core by default.")
+@click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
+@PAIRS
+def prepare(
+    source: Path, store: Path, n4: bool, axes: str, workers: int | None, scheduler: str | None, pairs: Path | None
+) -> None:
+    """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
+    from cspine_data.prepare import prepare as prepare_cohort
+
+    with progress_bar("preparing") as progress:
+        summary = prepare_cohort(
+            source, store, n4=n4, axes=axes, pairs=pairs, workers=workers, scheduler=scheduler, progress=progress
+        )
+    for problem in summary.failed:
+        click.echo(f"failed: {problem.message}", err=True)
+    click.echo(
+        f"{store}: {len(summary.done)} done, {len(summary.reused)} reused, {len(summary.failed)} failed; "
+        f"{summary.seconds:.1f} s, {summary.written_bytes / 1e6:.1f} MB written"
+    )
+    if not summary.done and not summary.failed:
+        click.echo("nothing to do: the store holds every case as asked")
+    if summary.failed:
+        raise SystemExit(1)
+
+
+@main.command()
+@STORE
+def info(store: Path) -> None:
+    """Show what a store holds."""
+    from cspine_data.dataset import open_cohort
+
+    cohort = open_cohort(store)
+    rows = []
+    for variant in cohort.variants:
+        split = cohort.split(variant=variant)
+        part_of = {case: part for part in ("train", "validation", "test") for case in split.cases(part)}
+        for record in cohort.records(variant):
+            rows.append(
+                (
+                    record.case, variant, " x ".join(map(str, record.size_xyz)),
+                    " x ".join(f"{mm:.3g}" for mm in record.spacing_xyz_mm),
+                    "".join(map(str, record.axes)), " ".join(map(str, record.label_voxels)) or "-",
+                    part_of.get(record.case, "-"), f"{record.log_bias_deviation:.3f}",
+                )
+            )  # fmt: skip
+    print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
+    click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
+
+
+@main.command()
+@STORE
+def verify(store: Path) -> None:
+    """Hold every byte of a store against its checksums."""
+    from cspine_data.store import verify as verify_store
+
+    damages = verify_store(store)
+    for damage in damages:
+        click.echo(f"damaged: {damage}", err=True)
+    if damages:
+        click.echo(f"{store}: {len(damages)} damaged; delete the folder cases/CASE and prepare again")
+        raise SystemExit(1)
+    click.echo(f"{store}: sound")
+
+
+@main.command()
+@STORE
+@click.argument("case")
+@VARIANT
+@click.option("--label", is_flag=True, help="Export the label map instead of the image.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=".nrrd, .nii or .nii.gz file.")
+def export(store: Path, case: str, variant: str | None, label: bool, output: Path) -> None:
+    """Write a case of a store back on its source file's own grid."""
+    from cspine_data.dataset import open_cohort
+    from cspine_data.volumes import write_volume
+
+    write_volume(output, open_cohort(store).export(case, variant, label=label))
+    click.echo(f"{output}: {'label map' if label else 'volume'} of {case}")

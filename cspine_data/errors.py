@@ -1,0 +1,56 @@
+"""What can go wrong, as a user meets it: which file, what is wrong, what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CspineDataError(Exception):
+    """Base of every error that `cspine_data` raises on purpose.
+
+    The message is one line: what it is about, what is wrong, what to do.
+    """
+
+
+class InputError(CspineDataError, ValueError):
+    """A file, a folder or a value that a user gave cannot be used.
+
+    Parameters
+    ----------
+    subject : Path or str
+        The file, folder or option that is at fault.
+    problem : str
+        What is wrong with it.
+    remedy : str
+        What the user can do about it.
+    """
+
+    def __init__(self, subject: Path | str, problem: str, remedy: str) -> None:
+        super().__init__(f"{subject}: {problem}; {remedy}")
+        self.subject = subject
+        self.problem = problem
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[Path | str, str, str]]:
+        """Rebuild from the three parts, so that the error crosses process borders."""
+        return type(self), (self.subject, self.problem, self.remedy)
+
+
+class StoreError(CspineDataError):
+    """A store cannot be used as it is, or not in the way that was asked."""
+
+
+class NewerSchemaError(StoreError):
+    """The store was written by a newer version of cspine."""
+
+
+class DamagedStoreError(StoreError, OSError):
+    """Bytes of the store are not what was written: reading stops here."""
+
+
+class NotInStoreError(StoreError, KeyError):
+    """A case, variant, axis or split that the store does not hold."""
+
+    def __str__(self) -> str:
+        """Return the message as it is: `KeyError` would quote it."""
+        return str(self.args[0])

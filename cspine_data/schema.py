@@ -1,0 +1,185 @@
+"""How a store is laid out and what its metadata says: version, names, codecs, typed records.
+
+The only module that knows the layout. A store is a Zarr format 3 group::
+
+    cspine.zarr/                         attributes: schema version, the current digest of each case, enrolment
+      cases/<case id>/<digest>/          written once, never changed; attributes: a `CaseRecord`
+        volume/0                         the image, (x, y, z), OME-Zarr 0.5
+        volume/labels/segmentation/0     its label map
+        axis0/image   axis0/label        slices first, (n, H, W): one slice an inner chunk, one shard an array
+        axis1/...     axis2/...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cspine_data.geometry import Geometry, Triple
+from cspine_data.intensity import Normalisation
+from cspine_data.preprocess import Preprocessing
+
+SCHEMA_VERSION = 1
+ATTRIBUTE = "cspine"
+AXIS_NAMES = ("left-right", "anterior-posterior", "inferior-superior")
+AXES_XYZ = ("x", "y", "z")
+VOLUME_IMAGE = "volume/0"
+VOLUME_LABEL = "volume/labels/segmentation/0"
+# A cube of 64 voxels: a viewer reads a region without the whole, and a whole volume is a few dozen chunks.
+VOLUME_CHUNK = 64
+
+
+class RootRecord(BaseModel):
+    """The attributes of a store's root.
+
+    Attributes
+    ----------
+    schema_version : int
+        Version of the layout.
+    axes : tuple of str
+        What the three array axes are.
+    cases : dict
+        ``cases[case id][variant]`` is the digest that is current. A case exists from the moment it is named here.
+    enrolled : tuple of tuple of str
+        The labelled cases in the batches in which they came; splits are made from it, so that they stay when cases
+        are added.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    axes: tuple[str, ...] = AXIS_NAMES
+    cases: dict[str, dict[str, str]] = Field(default_factory=dict)
+    enrolled: tuple[tuple[str, ...], ...] = ()
+
+
+class CaseRecord(BaseModel):
+    """Everything that is known of one variant of one case; no name, date, comment or path of its source.
+
+    Attributes
+    ----------
+    case, variant, digest : str
+        What this is a record of.
+    volume_digest : str
+        Of the image's bytes and the preprocessing: equal where the corrected volume can be used again.
+    image_sha256, label_sha256 : str
+        Of the source files; the label's is None where there is none.
+    preprocessing : Preprocessing
+        What was done.
+    geometry : Geometry
+        The grid of the source file, to write results back into it.
+    assumed_orientation : bool
+        True where the source did not say how it lies in the patient.
+    image_dtype, label_dtype : str
+        Of the source files.
+    size_xyz, spacing_xyz_mm : tuple
+        The grid in anatomical order.
+    normalisation : Normalisation
+        What brings `volume/0` to the intensities of the slices.
+    tissue_threshold, tissue_fraction, log_bias_deviation : float
+        See `CorrectedVolume`.
+    axes : tuple of int
+        The axes along which slices are stored.
+    label_voxels : dict
+        How many voxels each label value has, zero left out.
+    labelled_voxels : dict
+        ``labelled_voxels[axis][i]``: how many labelled voxels slice ``i`` has.
+    files : dict
+        SHA-256 of every file of the case but the one that holds this record, by path within the case.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    case: str
+    variant: str
+    digest: str
+    volume_digest: str
+    image_sha256: str
+    label_sha256: str | None
+    preprocessing: Preprocessing
+    geometry: Geometry
+    assumed_orientation: bool
+    image_dtype: str
+    label_dtype: str | None
+    size_xyz: tuple[int, int, int]
+    spacing_xyz_mm: Triple
+    normalisation: Normalisation
+    tissue_threshold: float
+    tissue_fraction: float
+    log_bias_deviation: float
+    axes: tuple[int, ...]
+    label_voxels: dict[int, int]
+    labelled_voxels: dict[int, tuple[int, ...]]
+    files: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a label map."""
+        return self.label_sha256 is not None
+
+
+def slice_array(axis: int, kind: str) -> str:
+    """Return the path, within a case, of the slices of an axis; `kind` is ``image`` or ``label``."""
+    return f"axis{axis}/{kind}"
+
+
+def case_path(case: str, digest: str) -> str:
+    """Return the path of one digest of a case within the store."""
+    return f"cases/{case}/{digest}"
+
+
+def volume_digest(image_sha256: str, preprocessing: Preprocessing) -> str:
+    """Digest what a corrected volume depends on: the image's bytes, the preprocessing, the schema."""
+    return _digest([SCHEMA_VERSION, image_sha256, preprocessing.model_dump(mode="json")])
+
+
+def case_digest(of_volume: str, label_sha256: str | None, axes: tuple[int, ...]) -> str:
+    """Digest what a stored case depends on: its corrected volume, its label map, the axes it is sliced along."""
+    return _digest([of_volume, label_sha256, list(axes)])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def slice_layout(shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return how slices are laid out: one slice an inner chunk, the whole array one shard."""
+    return {"shape": shape, "chunks": (1, *shape[1:]), "shards": shape}
+
+
+def volume_layout(shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return how a whole volume is laid out: cubes, all in one shard."""
+    chunks = tuple(min(VOLUME_CHUNK, size) for size in shape)
+    shards = tuple(-(-size // chunk) * chunk for size, chunk in zip(shape, chunks, strict=True))
+    return {"shape": shape, "chunks": chunks, "shards": shards}
+
+
+def codecs(itemsize: int) -> list[dict[str, Any]]:
+    """Return the codecs of an inner chunk: Blosc (bit-shuffle, LZ4) for size and speed, CRC32C to notice damage."""
+    blosc = {"typesize": itemsize, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+    return [{"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]
+
+
+def image_metadata(spacing_mm: Triple, origin_mm: Triple) -> dict[str, Any]:
+    """Return OME-Zarr 0.5 attributes of an image or label map whose only resolution is the array ``0``."""
+    return {
+        "version": "0.5",
+        "multiscales": [
+            {
+                "axes": [{"name": name, "type": "space", "unit": "millimeter"} for name in AXES_XYZ],
+                "datasets": [
+                    {
+                        "path": "0",
+                        "coordinateTransformations": [
+                            {"type": "scale", "scale": list(spacing_mm)},
+                            {"type": "translation", "translation": list(origin_mm)},
+                        ],
+                    }
+                ],
+            }
+        ],
+    }

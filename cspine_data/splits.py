@@ -1,0 +1,121 @@
+"""Which patients train, validate and test: by patient, and unmoved when patients are added.
+
+Splits are made from the batches in which labelled cases entered the store, each batch sorted by name, so that a
+case keeps its part for good. For a cohort prepared at once this is the reference study's split by sorted name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cspine_data.errors import InputError
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+# The reference study: 14 patients by sorted name, 12 to train, 1 to validate, 1 to test.
+_REFERENCE_COHORT = 14
+
+
+@dataclass(frozen=True)
+class Split:
+    """The case ids to train on, to validate on (to choose by) and to test on (to report)."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def cases(self, part: str) -> tuple[str, ...]:
+        """Return the cases of ``train``, ``validation`` or ``test``.
+
+        Raises
+        ------
+        InputError
+            If there is no such part.
+        """
+        parts = {TRAIN: self.train, VALIDATION: self.validation, TEST: self.test}
+        if part not in parts:
+            raise InputError(f"split {part!r}", "is not known", f"choose one of {', '.join(parts)}")
+        return parts[part]
+
+
+def reference_split(batches: Iterable[Sequence[str]]) -> Split:
+    """Split as the reference study did, 12 : 1 : 1 by sorted name, scaled to the cohort's size.
+
+    Of each batch the last go to test and those before them to validation, as many as the whole cohort, up to and
+    with this batch, still lacks: one in 14 each, at least one each from three cases on.
+
+    Parameters
+    ----------
+    batches : iterable of sequences of str
+        Case ids in the batches in which they came.
+    """
+    train: list[str] = []
+    validation: list[str] = []
+    test: list[str] = []
+    for batch in batches:
+        names = sorted(batch)
+        total = len(train) + len(validation) + len(test) + len(names)
+        share = max(1, round(total / _REFERENCE_COHORT))
+        # The first case of all trains, the second tests, the third validates.
+        to_spare = len(names) - (not train)
+        to_test = max(0, min(share - len(test), to_spare))
+        to_validate = max(0, min(share - len(validation), to_spare - to_test))
+        cut = len(names) - to_test - to_validate
+        train += names[:cut]
+        validation += names[cut : cut + to_validate]
+        test += names[cut + to_validate :]
+    return Split(tuple(train), tuple(validation), tuple(test))
+
+
+def fold_split(batches: Iterable[Sequence[str]], folds: int, fold: int) -> Split:
+    """Return one fold of a k-fold cross-validation: the fold tests, the next one validates, the others train.
+
+    Cases are dealt to the folds in turn, in the order in which they came, so that folds differ by at most one case
+    and an added case moves no other. With as many folds as cases this is leave-one-out.
+
+    Parameters
+    ----------
+    batches : iterable of sequences of str
+        Case ids in the batches in which they came.
+    folds : int
+        How many folds, from 3 to the number of cases.
+    fold : int
+        Which of them, from 0.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than three folds, more folds than cases, or no such fold.
+    """
+    return _deal(_order(batches), folds, fold)
+
+
+def leave_one_out(batches: Iterable[Sequence[str]], case: str) -> Split:
+    """Return the split that tests one case: the case that came next validates, the others train.
+
+    Raises
+    ------
+    InputError
+        If the case is not among them, or there are fewer than three.
+    """
+    order = _order(batches)
+    if case not in order:
+        raise InputError(f"case {case!r}", "is no labelled case of the store", "cspine-data info lists them")
+    return _deal(order, len(order), order.index(case))
+
+
+def _order(batches: Iterable[Sequence[str]]) -> list[str]:
+    return [case for batch in batches for case in sorted(batch)]
+
+
+def _deal(order: Sequence[str], folds: int, fold: int) -> Split:
+    if not 3 <= folds <= len(order):
+        raise InputError(f"{folds} folds", f"cannot be made of {len(order)} labelled cases", f"choose 3 to {len(order)}")
+    if not 0 <= fold < folds:
+        raise InputError(f"fold {fold}", f"is none of {folds}", f"choose 0 to {folds - 1}")
+    validating = (fold + 1) % folds
+    parts: dict[str, list[str]] = {TRAIN: [], VALIDATION: [], TEST: []}
+    for position, case in enumerate(order):
+        own = position % folds
+        parts[TEST if own == fold else VALIDATION if own == validating else TRAIN].append(case)
+    return Split(tuple(parts[TRAIN]), tuple(parts[VALIDATION]), tuple(parts[TEST]))

@@ -1,0 +1,395 @@
+"""Writing cases, publishing them at once, opening a store, finding damage.
+
+A case is written to a folder of its own that nothing names, moved to its digest's place in one step, and published
+by one atomic replacement of the root's metadata. A run that is killed leaves nothing that a reader can see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from cspine_data import schema
+from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
+from cspine_data.geometry import Orientation
+from cspine_data.preprocess import CorrectedVolume
+from cspine_data.schema import CaseRecord, RootRecord
+
+_METADATA = "zarr.json"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing in a store that is not what was written: the case, the array or file, what is wrong."""
+
+    case: str
+    variant: str
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.case} ({self.variant}): {self.where}: {self.problem}"
+
+
+def create_store(path: Path) -> None:
+    """Make an empty store; one that is there already is left as it is.
+
+    Raises
+    ------
+    StoreError
+        If something else than a store is at that place.
+    """
+    if (path / _METADATA).exists():
+        read_root(path)
+        return
+    # A run killed in this function leaves hidden files; they are no reason to refuse the place.
+    if path.exists() and (not path.is_dir() or any(not file.name.startswith(".") for file in path.iterdir())):
+        raise StoreError(f"{path}: is there and is no cspine store; choose another --store")
+    path.mkdir(parents=True, exist_ok=True)
+    with _lock(path):
+        if not (path / _METADATA).exists():
+            _write_root(path, RootRecord())
+
+
+def read_root(path: Path) -> RootRecord:
+    """Read what a store holds; one small file, whatever the store's size.
+
+    Raises
+    ------
+    StoreError
+        If there is no store.
+    NewerSchemaError
+        If it was written by a newer version.
+    DamagedStoreError
+        If its metadata cannot be understood.
+    """
+    attributes = _attributes(path)
+    if attributes is None:
+        raise StoreError(f"{path}: is no cspine store; make one with cspine-data prepare")
+    version = attributes.get("schema_version")
+    if isinstance(version, int) and version > schema.SCHEMA_VERSION:
+        raise NewerSchemaError(
+            f"{path}: has schema version {version}, this cspine knows {schema.SCHEMA_VERSION}; install a newer cspine"
+        )
+    try:
+        return RootRecord.model_validate(attributes)
+    except ValidationError as error:
+        raise DamagedStoreError(f"{path}: its metadata is damaged ({_first(error)}); prepare it anew") from None
+
+
+def read_record(path: Path, case: str, variant: str) -> CaseRecord:
+    """Read the record of the current digest of one variant of a case.
+
+    Raises
+    ------
+    NotInStoreError
+        If the store does not hold it.
+    DamagedStoreError
+        If its record is missing or damaged.
+    """
+    return _record_of(path, read_root(path), case, variant)
+
+
+def records(path: Path, root: RootRecord, variant: str) -> Iterable[CaseRecord]:
+    """Iterate over the records of a variant, by case id."""
+    for case in sorted(root.cases):
+        if variant in root.cases[case]:
+            yield _record_of(path, root, case, variant)
+
+
+def _record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRecord:
+    variants = root.cases.get(case)
+    if variants is None:
+        raise NotInStoreError(f"{path}: holds no case {case!r}; cspine-data info lists what it holds")
+    if variant not in variants:
+        known = ", ".join(sorted(variants))
+        raise NotInStoreError(f"{path}: holds case {case!r} as {known}, not as {variant}; prepare it so")
+    record = stored_record(path, case, variants[variant])
+    if record is None or record.variant != variant:
+        raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; prepare it anew")
+    return record
+
+
+def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
+    """Return the record of a digest that was written completely, published or not; None where there is none."""
+    try:
+        attributes = _attributes(path / schema.case_path(case, digest))
+        record = CaseRecord.model_validate(attributes) if attributes is not None else None
+    except (ValidationError, DamagedStoreError):
+        return None
+    return record if record and (record.case, record.digest) == (case, digest) else None
+
+
+def write_case(
+    path: Path, record: CaseRecord, volume: CorrectedVolume, label_xyz: NDArray[Any] | None
+) -> CaseRecord:
+    """Write one case into its digest's place, complete or not at all; it is not published yet.
+
+    Parameters
+    ----------
+    path : Path
+        The store.
+    record : CaseRecord
+        What is to be known of the case; its `files` are filled in here.
+    volume : CorrectedVolume
+        The image.
+    label_xyz : ndarray of int, or None
+        The label map, (x, y, z).
+
+    Returns
+    -------
+    CaseRecord
+        With the checksums of its files.
+    """
+    target = path / schema.case_path(record.case, record.digest)
+    for group in (target.parent.parent, target.parent):
+        _write_group(group, {})
+    unfinished = target.parent / f".unfinished-{uuid.uuid4().hex}"
+    try:
+        _write_arrays(unfinished, record, volume, label_xyz)
+        written = [file for file in _files(unfinished) if file != unfinished / _METADATA]
+        checksums = {str(file.relative_to(unfinished)): _sha256(file, sync=True) for file in written}
+        record = record.model_copy(update={"files": checksums})
+        _write_group(unfinished, {schema.ATTRIBUTE: record.model_dump(mode="json")})
+        if target.exists() and stored_record(path, record.case, record.digest) is None:
+            shutil.rmtree(target)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            # Another run wrote the same digest meanwhile: the same bytes, so its copy serves.
+            if stored_record(path, record.case, record.digest) is None:
+                raise
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return record
+
+
+def publish(path: Path, case: str, variant: str, digest: str) -> None:
+    """Make a written digest the current one of a case's variant."""
+
+    def name_digest(root: RootRecord) -> RootRecord:
+        cases = {**root.cases, case: {**root.cases.get(case, {}), variant: digest}}
+        return root.model_copy(update={"cases": {name: cases[name] for name in sorted(cases)}})
+
+    _update_root(path, name_digest)
+
+
+def enrol(path: Path, labelled: Iterable[str]) -> None:
+    """Enter the labelled cases that are new as one batch, so that later additions leave their splits alone."""
+
+    def add_batch(root: RootRecord) -> RootRecord:
+        known = {case for batch in root.enrolled for case in batch}
+        batch = tuple(sorted(set(labelled) - known))
+        return root.model_copy(update={"enrolled": (*root.enrolled, batch)}) if batch else root
+
+    _update_root(path, add_batch)
+
+
+def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
+    """Read a case's whole image, (x, y, z), in the units of its source.
+
+    Raises
+    ------
+    DamagedStoreError
+        If its bytes are not what was written.
+    """
+    return _read_array(path / schema.case_path(record.case, record.digest), schema.VOLUME_IMAGE)
+
+
+def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
+    """Read a case's whole label map, (x, y, z), label values as in its source.
+
+    Raises
+    ------
+    NotInStoreError
+        If it has none.
+    DamagedStoreError
+        If its bytes are not what was written.
+    """
+    if not record.labelled:
+        raise NotInStoreError(f"{path}: case {record.case!r} has no label map")
+    return _read_array(path / schema.case_path(record.case, record.digest), schema.VOLUME_LABEL)
+
+
+def verify(path: str | Path) -> list[Damage]:
+    """Hold every file of every published case against its checksum, and decode every array.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store.
+
+    Returns
+    -------
+    list of Damage
+        Empty where the store is sound.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or its root is damaged.
+    """
+    path = Path(path)
+    root = read_root(path)
+    damages: list[Damage] = []
+    for case, variants in root.cases.items():
+        for variant, digest in variants.items():
+            record = stored_record(path, case, digest)
+            if record is None:
+                damages.append(Damage(case, variant, "record", "missing or damaged"))
+            else:
+                damages += _verify_case(path / schema.case_path(case, digest), record)
+    return damages
+
+
+def _verify_case(folder: Path, record: CaseRecord) -> list[Damage]:
+    found = {str(file.relative_to(folder)) for file in _files(folder)} - {_METADATA}
+    damages = []
+    for name, checksum in record.files.items():
+        if name not in found:
+            damages.append(Damage(record.case, record.variant, name, "is missing"))
+        elif _sha256(folder / name) != checksum:
+            damages.append(Damage(record.case, record.variant, name, "is not what was written"))
+    damages += [
+        Damage(record.case, record.variant, name, "does not belong there") for name in sorted(found - set(record.files))
+    ]
+    return damages
+
+
+def _write_arrays(
+    folder: Path, record: CaseRecord, volume: CorrectedVolume, label_xyz: NDArray[Any] | None
+) -> None:
+    import zarr
+
+    origin_mm = Orientation.of(record.geometry).geometry_xyz(record.geometry).origin_mm
+    ome = schema.image_metadata(record.spacing_xyz_mm, origin_mm)
+    _write_group(folder, {})
+    _write_group(folder / "volume", {"ome": ome})
+    normalised = volume.normalised_xyz()
+    with zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1}):
+        _write_array(folder, schema.VOLUME_IMAGE, volume.image_xyz, schema.volume_layout(record.size_xyz))
+        if label_xyz is not None:
+            _write_group(folder / "volume/labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
+            label_ome = {**ome, "image-label": {"source": {"image": "../../"}}}
+            _write_group(folder / "volume/labels/segmentation", {"ome": label_ome})
+            _write_array(folder, schema.VOLUME_LABEL, label_xyz, schema.volume_layout(record.size_xyz))
+        for axis in record.axes:
+            _write_group(folder / f"axis{axis}", {})
+            _write_slices(folder, axis, "image", normalised)
+            if label_xyz is not None:
+                _write_slices(folder, axis, "label", label_xyz)
+
+
+def _write_slices(folder: Path, axis: int, kind: str, array_xyz: NDArray[Any]) -> None:
+    slices = np.ascontiguousarray(np.moveaxis(array_xyz, axis, 0))
+    _write_array(folder, schema.slice_array(axis, kind), slices, schema.slice_layout(slices.shape))
+
+
+def _write_array(folder: Path, name: str, values: NDArray[Any], layout: dict[str, Any]) -> None:
+    import zarr
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    blosc, _ = schema.codecs(values.dtype.itemsize)
+    array = zarr.create_array(
+        store=str(folder), name=name, dtype=values.dtype, fill_value=0,
+        compressors=[BloscCodec(**blosc["configuration"]), Crc32cCodec()], **layout,
+    )  # fmt: skip
+    array[...] = values
+
+
+def _read_array(folder: Path, name: str) -> NDArray[Any]:
+    import zarr
+
+    # zarr reads a shard that is not there as zeros.
+    if not (folder / name / "c").is_dir() or not any(_files(folder / name / "c")):
+        raise DamagedStoreError(f"{folder / name}: is missing from the store; prepare the case anew")
+    try:
+        return np.asarray(zarr.open_array(str(folder / name), mode="r")[...])
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise DamagedStoreError(f"{folder / name}: is damaged ({error}); prepare the case anew") from None
+
+
+def _attributes(folder: Path) -> dict[str, Any] | None:
+    """Return what cspine wrote into a group's attributes; None where there is no such group."""
+    try:
+        content = json.loads((folder / _METADATA).read_bytes())
+        attributes = content["attributes"].get(schema.ATTRIBUTE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedStoreError(f"{folder / _METADATA}: cannot be understood; prepare the store anew") from None
+    return attributes if isinstance(attributes, dict) else None
+
+
+def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None:
+    with _lock(path):
+        before = read_root(path)
+        after = change(before)
+        if after != before:
+            _write_root(path, after)
+
+
+def _write_root(path: Path, root: RootRecord) -> None:
+    _write_group(path, {schema.ATTRIBUTE: root.model_dump(mode="json")})
+
+
+def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+    """Write a group's metadata in one step; an empty group that is there already is left alone."""
+    file = folder / _METADATA
+    if not attributes and file.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    temporary = folder / f".{_METADATA}-{uuid.uuid4().hex}"
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            json.dump(content, handle, indent=1)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(folder)
+
+
+def _lock(path: Path) -> Any:
+    """Lock a store against other writers of its root; the kernel frees it when its holder dies."""
+    from filelock import FileLock
+
+    return FileLock(path.parent / f".{path.name}.lock", timeout=60)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _sha256(file: Path, *, sync: bool = False) -> str:
+    with file.open("rb") as handle:
+        if sync:
+            os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

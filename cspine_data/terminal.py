@@ -1,0 +1,65 @@
+"""What the command lines share: errors in one line, tables, progress that is silent away from a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from cspine_data.errors import CspineDataError
+
+Progress = Callable[[int, int, str], None]
+
+
+class CommandGroup(click.Group):
+    """A group of commands whose expected errors end in one line and a non-zero status, never in a traceback."""
+
+    #: Errors that a user can meet and mend.
+    expected: tuple[type[BaseException], ...] = (CspineDataError, OSError)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command and turn an expected error into one line."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except self.expected as error:
+            raise click.ClickException(_one_line(error)) from None
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and not isinstance(error, CspineDataError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with aligned columns, whole lines wherever the output goes."""
+    widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(columns)]
+    for row in (columns, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@contextmanager
+def progress_bar(task: str) -> Iterator[Progress | None]:
+    """Show a bar on a terminal; yield None, and print nothing, where there is none."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[last]}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        shown = bar.add_task(task, total=None, last="")
+
+        def advance(finished: int, total: int, last: str) -> None:
+            bar.update(shown, completed=finished, total=total, last=last)
+
+        yield advance

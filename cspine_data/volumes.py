@@ -1,0 +1,175 @@
+"""Reading and writing volumes: one array and where it lies, whatever the file format."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data import _nifti, _nrrd
+from cspine_data.errors import InputError
+from cspine_data.geometry import Geometry
+
+SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nhdr", ".nii")
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A 3-D image or label map in its file's own index order, and where it lies in the patient.
+
+    Attributes
+    ----------
+    array : ndarray
+        Voxels, (i, j, k), in the file's dtype.
+    geometry : Geometry
+        The grid of `array`.
+    path : Path or None
+        The file it was read from.
+    assumed_orientation : bool
+        True where the file does not say how it lies in the patient, so that LPS was assumed.
+    """
+
+    array: NDArray[Any]
+    geometry: Geometry
+    path: Path | None = None
+    assumed_orientation: bool = False
+
+    @property
+    def name(self) -> str:
+        """What to call the volume in a message."""
+        return str(self.path) if self.path else "volume"
+
+
+def stem(path: Path) -> str:
+    """Return a file's name without the suffixes of a volume: ``VB2_02.nii.gz`` is ``VB2_02``."""
+    suffix = volume_suffix(path)
+    return path.name[: len(path.name) - len(suffix)]
+
+
+def volume_suffix(path: Path) -> str:
+    """Return the suffix by which a file is known as a volume, or an empty string."""
+    lower = path.name.lower()
+    return next((path.name[-len(suffix) :] for suffix in SUFFIXES if lower.endswith(suffix)), "")
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read a NRRD (``.nrrd``, ``.nhdr``) or NIfTI (``.nii``, ``.nii.gz``) file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    Volume
+        Its voxels in the file's index order and dtype, and its grid.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, not a 3-D scalar volume, truncated or damaged.
+
+    Examples
+    --------
+    >>> volume = read_volume("data/raw/CS_01.nrrd")  # doctest: +SKIP
+    >>> volume.array.shape, volume.geometry.orientation_code  # doctest: +SKIP
+    ((50, 118, 128), 'LPS')
+    """
+    path = _existing(path)
+    if _is_nifti(path):
+        geometry, _ = _nifti.read_header(path)
+        array = _nifti.read_array(path)
+        assumed = False
+    else:
+        header = _nrrd.read_header(path)
+        geometry, assumed = header.geometry, header.assumed_orientation
+        array = _nrrd.read_array(path, header)
+    return Volume(array=array, geometry=geometry, path=path, assumed_orientation=assumed)
+
+
+def write_volume(path: str | Path, volume: Volume) -> None:
+    """Write a volume as NRRD or NIfTI, as the name's ending says; a file of that name is replaced at once.
+
+    Only geometry and voxels are written: no name, date or comment.
+
+    Raises
+    ------
+    InputError
+        If the ending is not one of ``.nrrd``, ``.nii``, ``.nii.gz``, or the folder cannot be made.
+    """
+    path = Path(path)
+    suffix = volume_suffix(path).lower()
+    if suffix not in (".nrrd", ".nii", ".nii.gz"):
+        raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii or .nii.gz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary_name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
+    except OSError as error:
+        raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
+    os.close(handle)
+    temporary = Path(temporary_name)
+    try:
+        if suffix == ".nrrd":
+            _write_nrrd(temporary, volume)
+        else:
+            _nifti.write(temporary, volume.array, volume.geometry)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def content_digest(path: Path) -> str:
+    """Return the SHA-256, in hex, of everything a volume is read from: its file, and a detached header's data."""
+    digest = hashlib.sha256()
+    for part in _parts(path):
+        with part.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _parts(path: Path) -> list[Path]:
+    if _is_nifti(path):
+        return [path]
+    data_file = _nrrd.read_header(path).data_file
+    return [path] if data_file == path else [path, data_file]
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(path, "is no file", "check the path")
+    if not volume_suffix(path):
+        raise InputError(path, "is neither NRRD nor NIfTI by its name", f"give one of {', '.join(SUFFIXES[1:])}")
+    return path
+
+
+def _is_nifti(path: Path) -> bool:
+    return volume_suffix(path).lower() in (".nii", ".nii.gz")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_nrrd(path: Path, volume: Volume) -> None:
+    import nrrd
+
+    geometry = volume.geometry
+    header = {
+        "space": "left-posterior-superior",
+        "space directions": (geometry.direction_matrix * np.array(geometry.spacing_mm)).T,
+        "space origin": np.array(geometry.origin_mm),
+        "kinds": ["domain"] * 3,
+        "encoding": "gzip",
+    }
+    nrrd.write(str(path), volume.array, header, compression_level=4, index_order="F")
