@@ -23,12 +23,12 @@ if TYPE_CHECKING:
         StoreError,
     )
     from cspine_data.geometry import Geometry, Orientation
-    from cspine_data.prepare import PrepareSummary, parse_axes, prepare
+    from cspine_data.pipeline import PrepareSummary, parse_axes, prepare
     from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
     from cspine_data.schema import CaseRecord
     from cspine_data.splits import Split
     from cspine_data.store import Damage, verify
-    from cspine_data.volumes import Volume, read_volume, write_volume
+    from cspine_data.volumes import Volume, label_name, read_volume, volume_suffix, write_volume
 
 _HOME = {
     "bias": ("BiasParameters",),
@@ -38,22 +38,52 @@ _HOME = {
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
     "geometry": ("Geometry", "Orientation"),
-    "prepare": ("PrepareSummary", "parse_axes", "prepare"),
+    "pipeline": ("PrepareSummary", "parse_axes", "prepare"),
     "preprocess": ("CorrectedVolume", "Preprocessing", "preprocess_volume"),
     "schema": ("CaseRecord",),
     "splits": ("Split",),
     "store": ("Damage", "verify"),
-    "volumes": ("Volume", "read_volume", "write_volume"),
+    "volumes": ("Volume", "label_name", "read_volume", "volume_suffix", "write_volume"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "BiasParameters", "Case", "CaseRecord", "Cohort", "CorrectedVolume", "CspineDataError", "Damage",
-    "DamagedStoreError", "Geometry", "InputError", "Listing", "NewerSchemaError", "NotInStoreError", "Orientation",
-    "PrepareSummary", "Preprocessing", "Problem", "SliceDataset", "SlicePlace", "Split", "StoreError", "Volume",
-    "VolumeDataset", "__version__", "describe_problem", "find_cases", "open_cohort", "parse_axes", "prepare",
-    "preprocess_volume", "read_volume", "verify", "write_volume",
-]  # fmt: skip
+    "BiasParameters",
+    "Case",
+    "CaseRecord",
+    "Cohort",
+    "CorrectedVolume",
+    "CspineDataError",
+    "Damage",
+    "DamagedStoreError",
+    "Geometry",
+    "InputError",
+    "Listing",
+    "NewerSchemaError",
+    "NotInStoreError",
+    "Orientation",
+    "PrepareSummary",
+    "Preprocessing",
+    "Problem",
+    "SliceDataset",
+    "SlicePlace",
+    "Split",
+    "StoreError",
+    "Volume",
+    "VolumeDataset",
+    "__version__",
+    "describe_problem",
+    "find_cases",
+    "label_name",
+    "open_cohort",
+    "parse_axes",
+    "prepare",
+    "preprocess_volume",
+    "read_volume",
+    "verify",
+    "volume_suffix",
+    "write_volume",
+]
 
 
 def __getattr__(name: str) -> Any:

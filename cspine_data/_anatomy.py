@@ -303,9 +303,7 @@ def _paint_throat(image: Field, grid: Points, spine: list[_Vertebra], signal: Si
             _paint_tube(image, grid, course, np.full((7, 2), radius), signal[tissue])
 
 
-def _paint_vertebrae(
-    image: Field, grid: Points, spine: list[_Vertebra], marrow: Field, signal: Signal
-) -> Labels:
+def _paint_vertebrae(image: Field, grid: Points, spine: list[_Vertebra], marrow: Field, signal: Signal) -> Labels:
     """Paint discs and vertebrae from the top down and return the labels."""
     label = np.zeros(np.broadcast(*grid).shape, dtype=np.uint8)
     nearest = np.zeros(np.broadcast(*grid).shape, dtype=np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from cspine_data.geometry import Geometry, as_rows
 
 # Deflate stores at most about 1032 bytes in one.
 _LONGEST_RUN = 1100
+_CHUNK = 1 << 22
 
 
 def read_header(path: Path) -> tuple[Geometry, np.dtype[Any]]:
@@ -36,11 +39,11 @@ def read_header(path: Path) -> tuple[Geometry, np.dtype[Any]]:
         origin_mm=reader.GetOrigin(),
     )
     dtype = _dtype(path, reader.GetPixelID())
-    claimed = int(np.prod(geometry.size, dtype=object)) * _stored_bytes(reader, dtype)
-    there = path.stat().st_size * (_LONGEST_RUN if path.suffix.lower() == ".gz" else 1)
+    claimed = int(np.prod(geometry.size, dtype=object)) * _stored_bytes(reader, dtype) + _offset(reader)
+    there = path.stat().st_size * (_LONGEST_RUN if _is_compressed(path) else 1)
     if claimed > there:
         raise InputError(
-            path, f"is too small for the {claimed} bytes of voxels its header claims",
+            path, f"is too small for the {claimed} bytes its header claims",
             "the file is truncated or its header is wrong: fetch it again",
         )  # fmt: skip
     return geometry, dtype
@@ -56,6 +59,8 @@ def read_array(path: Path) -> NDArray[Any]:
     """
     import SimpleITK as sitk  # noqa: N813
 
+    if _is_compressed(path):
+        _check_compressed(path)
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
@@ -102,6 +107,38 @@ def _dtype(path: Path, pixel_id: int) -> np.dtype[Any]:
         name = sitk.GetPixelIDValueAsString(pixel_id)
         raise InputError(path, f"has voxels of type {name!r}", "export it with integer or float voxels")
     return np.dtype(known[pixel_id])
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _check_compressed(path: Path) -> None:
+    """Decompress once to the end and forget it: ITK takes what a truncated file still gives for the whole."""
+    reader = _reader(path)
+    size = int(np.prod(reader.GetSize(), dtype=object))
+    claimed = size * _stored_bytes(reader, _dtype(path, reader.GetPixelID())) + _offset(reader)
+    held = 0
+    try:
+        with gzip.open(path) as stream:
+            while held <= claimed and (chunk := stream.read(_CHUNK)):
+                held += len(chunk)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(path, f"cannot be decompressed ({error})", "the file is damaged: fetch it again") from None
+    if held < claimed:
+        raise InputError(
+            path, f"holds {held} bytes where its header claims {claimed}",
+            "the file is truncated or its header is wrong: fetch it again",
+        )  # fmt: skip
+
+
+def _offset(reader: Any) -> int:
+    """Return where the voxels start."""
+    text = reader.GetMetaData("vox_offset") if reader.HasMetaDataKey("vox_offset") else ""
+    try:
+        return max(0, int(float(text)))
+    except (ValueError, OverflowError):
+        return 0
 
 
 def _stored_bytes(reader: Any, dtype: np.dtype[Any]) -> int:

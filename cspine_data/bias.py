@@ -16,6 +16,10 @@ from cspine_data.geometry import Triple
 
 # In the logarithm of intensity air spreads out without end; this share of the intensity range stops it.
 _LOG_FLOOR = 0.03
+# Air is flat: on eleven real scans and four phantoms the darker half of the dark class spreads over at most 0.05 of
+# the distance to the bright class where there is air (0.10 in one crop with little of it), and over 0.14 to 0.48 in
+# crops that hold none.
+_FLATTEST_TISSUE = 0.12
 
 
 class BiasParameters(BaseModel):
@@ -73,7 +77,8 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
 
     Otsu's threshold (Otsu 1979) of the *logarithm* of intensity above the darkest percentile, on an image averaged
     to about 3 mm. Otsu's threshold of the intensity itself parts bright fat from everything else and leaves most
-    tissue, vertebrae included, with the air. A volume that holds no air keeps nearly every voxel.
+    tissue, vertebrae included, with the air. Where the darker class is not flat, as air is, the volume is a crop
+    without air, and the threshold lies below every voxel.
 
     Parameters
     ----------
@@ -88,7 +93,13 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
         darkest, brightest = float(image_xyz.min()), float(image_xyz.max())
     span = brightest - darkest
     levels = np.log(np.clip((averaged - darkest) / span, 0, 1) + _LOG_FLOOR)
-    return darkest + (float(np.exp(_otsu(levels))) - _LOG_FLOOR) * span
+    threshold = darkest + (float(np.exp(_otsu(levels))) - _LOG_FLOOR) * span
+    dark, bright = averaged[averaged <= threshold], averaged[averaged > threshold]
+    if dark.size and bright.size:
+        low, middle = np.percentile(dark, (10, 50))
+        if middle - low > _FLATTEST_TISSUE * (np.median(bright) - middle):
+            return float(image_xyz.min()) - 1.0
+    return threshold
 
 
 def _otsu(values: NDArray[Any], bins: int = 256) -> float:

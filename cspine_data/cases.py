@@ -16,6 +16,9 @@ from cspine_data.errors import CspineDataError, InputError
 from cspine_data.geometry import Geometry
 from cspine_data.volumes import Volume, read_volume, stem, volume_suffix
 
+#: A line of text beside the volumes that says what they are.
+NOTE_FILE = "COHORT.txt"
+_LONGEST_NOTE = 200
 _LABEL_ENDING = "-label"
 _SEGMENTATION = ".seg.nrrd"
 _NNUNET_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
@@ -100,6 +103,15 @@ def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
     return _listing(*_cases_beside_labels(folder), source=folder)
 
 
+def cohort_note(source: str | Path) -> str | None:
+    """Return the first line of a folder's `COHORT.txt`: what its data are, where they stand in for others."""
+    try:
+        with (Path(source) / NOTE_FILE).open(encoding="utf-8") as file:
+            return file.readline(_LONGEST_NOTE).strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def load_case(case: Case) -> LoadedCase:
     """Read a case's files and check them.
 
@@ -137,8 +149,10 @@ def _whole_numbers(label: Volume) -> NDArray[Any]:
         return array
     rounded = np.rint(array)
     if not np.isfinite(array).all() or np.abs(rounded).max() >= 2**31 or (rounded != array).any():
-        raise InputError(label.name, "holds values that are no whole numbers", "is it a probability map? save a label map")
-    return rounded.astype(np.int32)
+        raise InputError(
+            label.name, "holds values that are no whole numbers", "is it a probability map? save a label map"
+        )
+    return np.asarray(rounded, dtype=np.int32)
 
 
 def _pasted(label: Volume, values: NDArray[Any], grid: Geometry) -> NDArray[Any]:
@@ -174,9 +188,7 @@ def _grid_difference(label: Geometry, image: Geometry) -> str:
     return f"does not lie on its volume's grid ({detail})"
 
 
-def _listing(
-    found: Iterable[tuple[str, Path, Path | None]], problems: Iterable[Problem], *, source: Path
-) -> Listing:
+def _listing(found: Iterable[tuple[str, Path, Path | None]], problems: Iterable[Problem], *, source: Path) -> Listing:
     by_id: dict[str, list[Case]] = {}
     for case_id, volume, label in found:
         by_id.setdefault(case_id, []).append(Case(case_id, volume, label))
@@ -277,11 +289,15 @@ def _read_pairs(path: Path) -> Found:
             rows = csv.DictReader(file)
             missing = {"case", "volume", "label"} - set(rows.fieldnames or ())
             if missing:
-                raise InputError(path, f"lacks the column {', '.join(sorted(missing))}", "start it with case,volume,label")
+                raise InputError(
+                    path, f"lacks the column {', '.join(sorted(missing))}", "start it with case,volume,label"
+                )
             for number, row in enumerate(rows, start=2):
                 case_id, volume, label = ((row[name] or "").strip() for name in ("case", "volume", "label"))
                 if not case_id or not volume:
-                    problems.append(Problem(case_id or f"line {number}", f"{path}: line {number} names no case or volume"))
+                    problems.append(
+                        Problem(case_id or f"line {number}", f"{path}: line {number} names no case or volume")
+                    )
                 else:
                     found.append((case_id, path.parent / volume, path.parent / label if label else None))
     except (UnicodeDecodeError, csv.Error) as error:

@@ -32,7 +32,9 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 
     with progress_bar("making phantoms") as progress:
         paths = make_phantom_cohort(folder, cases, seed, progress)
-    click.echo(f"{len(paths)} synthetic volumes with label maps in {folder}, their bias fields in {folder / TRUTH_FOLDER}")
+    click.echo(
+        f"{len(paths)} synthetic volumes with label maps in {folder}, their bias fields in {folder / TRUTH_FOLDER}"
+    )
 
 
 @main.command()
@@ -54,9 +56,10 @@ def scan(source: Path, pairs: Path | None) -> None:
             if progress:
                 progress(number, len(listing.cases), case.id)
     print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
+    readable = {row[0] for row in rows}
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
-    unlabelled = sum(case.label is None for case in listing.cases)
+    unlabelled = sum(case.id in readable and case.label is None for case in listing.cases)
     click.echo(f"{len(rows)} cases can be prepared, {unlabelled} without a label map; {len(problems)} problems")
     if problems:
         raise SystemExit(1)
@@ -70,15 +73,31 @@ def scan(source: Path, pairs: Path | None) -> None:
 @click.option("--workers", type=int, help="Worker processes; one a core by default.")
 @click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
 @PAIRS
+@click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
 def prepare(
-    source: Path, store: Path, n4: bool, axes: str, workers: int | None, scheduler: str | None, pairs: Path | None
+    source: Path,
+    store: Path,
+    n4: bool,
+    axes: str,
+    workers: int | None,
+    scheduler: str | None,
+    pairs: Path | None,
+    note: str | None,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
-    from cspine_data.prepare import prepare as prepare_cohort
+    from cspine_data.pipeline import prepare as prepare_cohort
 
     with progress_bar("preparing") as progress:
         summary = prepare_cohort(
-            source, store, n4=n4, axes=axes, pairs=pairs, workers=workers, scheduler=scheduler, progress=progress
+            source,
+            store,
+            n4=n4,
+            axes=axes,
+            pairs=pairs,
+            workers=workers,
+            scheduler=scheduler,
+            note=note,
+            progress=progress,
         )
     for problem in summary.failed:
         click.echo(f"failed: {problem.message}", err=True)
@@ -113,6 +132,8 @@ def info(store: Path) -> None:
                 )
             )  # fmt: skip
     print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
+    for note in cohort.notes:
+        click.echo(f"note: {note}")
     click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
 
 

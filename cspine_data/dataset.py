@@ -67,6 +67,11 @@ class Cohort:
         """The variants that at least one case has, in order: ``n4``, ``raw``."""
         return tuple(sorted({variant for variants in self._root.cases.values() for variant in variants}))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the cohort is, where it stands in for something else; to be said beside every figure."""
+        return self._root.notes
+
     def record(self, case: str, variant: str | None = None) -> CaseRecord:
         """Return what is known of a case: geometry, parameters, statistics, labels.
 
@@ -115,7 +120,9 @@ class Cohort:
         else:
             split = reference_split(self._batches)
         held = {case for case, variants in self._root.cases.items() if variant in variants}
-        return Split(*(tuple(case for case in part if case in held) for part in (split.train, split.validation, split.test)))
+        return Split(
+            *(tuple(case for case in part if case in held) for part in (split.train, split.validation, split.test))
+        )
 
     def slices(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from cspine_data._anatomy import PhantomCase, make_case
+from cspine_data.cases import NOTE_FILE
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, as_rows
 from cspine_data.volumes import Volume, stem, volume_suffix, write_volume
@@ -67,6 +68,8 @@ def make_phantom_cohort(
         others = [file for file in folder.iterdir() if volume_suffix(file) and stem(file) not in known]
         if others:
             raise InputError(folder, f"holds other volumes ({sorted(others)[0].name})", "choose an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NOTE_FILE).write_text(f"synthetic cervical phantom, not patients (seed {seed})\n", encoding="utf-8")
     paths = []
     for number, name in enumerate(names):
         case = make_case(seed, number)

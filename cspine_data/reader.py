@@ -66,11 +66,11 @@ class SliceArray:
             If the slice's bytes are not what was written; `out` is then undefined.
         """
         offset, size = self._index[position]
-        if offset == _ABSENT:
+        if offset == _ABSENT:  # a slice of zeros
             out.fill(0)
             return
         chunk = os.pread(self._descriptor, int(size), int(offset))
-        content, checksum = memoryview(chunk)[:-_CHECKSUM_BYTES], chunk[-_CHECKSUM_BYTES:]
+        content, checksum = chunk[:-_CHECKSUM_BYTES], chunk[-_CHECKSUM_BYTES:]
         if len(chunk) != size or google_crc32c.value(content).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
             raise self._damage(f"slice {position} is not what was written")
         blosc.decompress(content, out)

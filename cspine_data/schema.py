@@ -43,6 +43,8 @@ class RootRecord(BaseModel):
         What the three array axes are.
     cases : dict
         ``cases[case id][variant]`` is the digest that is current. A case exists from the moment it is named here.
+    notes : tuple of str
+        What the cohort is, where it stands in for something else (synthetic, another region): said beside figures.
     enrolled : tuple of tuple of str
         The labelled cases in the batches in which they came; splits are made from it, so that they stay when cases
         are added.
@@ -53,6 +55,7 @@ class RootRecord(BaseModel):
     schema_version: int = SCHEMA_VERSION
     axes: tuple[str, ...] = AXIS_NAMES
     cases: dict[str, dict[str, str]] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     enrolled: tuple[tuple[str, ...], ...] = ()
 
 

@@ -110,7 +110,9 @@ def _order(batches: Iterable[Sequence[str]]) -> list[str]:
 
 def _deal(order: Sequence[str], folds: int, fold: int) -> Split:
     if not 3 <= folds <= len(order):
-        raise InputError(f"{folds} folds", f"cannot be made of {len(order)} labelled cases", f"choose 3 to {len(order)}")
+        raise InputError(
+            f"{folds} folds", f"cannot be made of {len(order)} labelled cases", f"choose 3 to {len(order)}"
+        )
     if not 0 <= fold < folds:
         raise InputError(f"fold {fold}", f"is none of {folds}", f"choose 0 to {folds - 1}")
     validating = (fold + 1) % folds

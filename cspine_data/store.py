@@ -131,9 +131,7 @@ def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
     return record if record and (record.case, record.digest) == (case, digest) else None
 
 
-def write_case(
-    path: Path, record: CaseRecord, volume: CorrectedVolume, label_xyz: NDArray[Any] | None
-) -> CaseRecord:
+def write_case(path: Path, record: CaseRecord, volume: CorrectedVolume, label_xyz: NDArray[Any] | None) -> CaseRecord:
     """Write one case into its digest's place, complete or not at all; it is not published yet.
 
     Parameters
@@ -186,13 +184,18 @@ def publish(path: Path, case: str, variant: str, digest: str) -> None:
     _update_root(path, name_digest)
 
 
-def enrol(path: Path, labelled: Iterable[str]) -> None:
-    """Enter the labelled cases that are new as one batch, so that later additions leave their splits alone."""
+def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
+    """Enter the labelled cases that are new as one batch, so that later additions leave their splits alone.
+
+    A note says what the cohort is, where it stands in for something else.
+    """
 
     def add_batch(root: RootRecord) -> RootRecord:
         known = {case for batch in root.enrolled for case in batch}
         batch = tuple(sorted(set(labelled) - known))
-        return root.model_copy(update={"enrolled": (*root.enrolled, batch)}) if batch else root
+        notes = tuple(sorted({*root.notes, note})) if note else root.notes
+        enrolled = (*root.enrolled, batch) if batch else root.enrolled
+        return root.model_copy(update={"enrolled": enrolled, "notes": notes})
 
     _update_root(path, add_batch)
 
@@ -268,9 +271,7 @@ def _verify_case(folder: Path, record: CaseRecord) -> list[Damage]:
     return damages
 
 
-def _write_arrays(
-    folder: Path, record: CaseRecord, volume: CorrectedVolume, label_xyz: NDArray[Any] | None
-) -> None:
+def _write_arrays(folder: Path, record: CaseRecord, volume: CorrectedVolume, label_xyz: NDArray[Any] | None) -> None:
     import zarr
 
     origin_mm = Orientation.of(record.geometry).geometry_xyz(record.geometry).origin_mm
@@ -303,9 +304,14 @@ def _write_array(folder: Path, name: str, values: NDArray[Any], layout: dict[str
 
     blosc, _ = schema.codecs(values.dtype.itemsize)
     array = zarr.create_array(
-        store=str(folder), name=name, dtype=values.dtype, fill_value=0,
-        compressors=[BloscCodec(**blosc["configuration"]), Crc32cCodec()], **layout,
-    )  # fmt: skip
+        store=str(folder),
+        name=name,
+        dtype=values.dtype,
+        # Zarr writes no file for an array of nothing but its fill value; here a missing file always means damage.
+        fill_value=0 if values.any() else 1,
+        compressors=[BloscCodec(**blosc["configuration"]), Crc32cCodec()],
+        **layout,
+    )
     array[...] = values
 
 

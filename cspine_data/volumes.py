@@ -58,6 +58,12 @@ def volume_suffix(path: Path) -> str:
     return next((path.name[-len(suffix) :] for suffix in SUFFIXES if lower.endswith(suffix)), "")
 
 
+def label_name(volume: Path) -> str:
+    """Return the file name of a volume's label map, as `find_cases` pairs them: ``X-label.nrrd`` for ``X.nrrd``."""
+    suffix = ".nrrd" if volume_suffix(volume).lower() in (".nhdr", "") else volume_suffix(volume)
+    return f"{stem(volume)}-label{suffix}"
+
+
 def read_volume(path: str | Path) -> Volume:
     """Read a NRRD (``.nrrd``, ``.nhdr``) or NIfTI (``.nii``, ``.nii.gz``) file.
 

@@ -1,1 +1,53 @@
-"""x."""
+"""Training, evaluation and prediction of spine segmentation models, on the stores of `cspine_data`.
+
+The names below are the public ones; they are imported when first used, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cspine_train.errors import CspineTrainError, ModelError, RunError
+    from cspine_train.evaluation import Evaluation, PatientScore, evaluate
+    from cspine_train.prediction import LoadedRun, load_run, predict_files, predict_volume
+    from cspine_train.settings import RunRecord, RunSettings
+    from cspine_train.training import train
+
+_HOME = {
+    "errors": ("CspineTrainError", "ModelError", "RunError"),
+    "evaluation": ("Evaluation", "PatientScore", "evaluate"),
+    "prediction": ("LoadedRun", "load_run", "predict_files", "predict_volume"),
+    "settings": ("RunRecord", "RunSettings"),
+    "training": ("train",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "CspineTrainError",
+    "Evaluation",
+    "LoadedRun",
+    "ModelError",
+    "PatientScore",
+    "RunError",
+    "RunRecord",
+    "RunSettings",
+    "evaluate",
+    "load_run",
+    "predict_files",
+    "predict_volume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -70,7 +70,7 @@ def test_types_and_shapes(index: int) -> None:
     assert made.image_xyz.shape == made.label_xyz.shape == made.log_bias_xyz.shape
     extent = np.array(made.image_xyz.shape) * made.spacing_mm
     assert np.all(np.abs(extent / [72, 120, 136] - 1) < 0.06)
-    assert 0 <= made.image_xyz.min()
+    assert made.image_xyz.min() >= 0
     assert 500 < made.image_xyz.max() < 2200
 
 

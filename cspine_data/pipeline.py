@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.cases import Case, LoadedCase, Problem, describe_problem, find_cases, load_case
+from cspine_data.cases import Case, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
 from cspine_data.errors import InputError
 from cspine_data.geometry import Orientation
 from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
@@ -111,6 +111,7 @@ def prepare(
     workers: int | None = None,
     scheduler: str | None = None,
     preprocessing: Preprocessing | None = None,
+    note: str | None = None,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
@@ -136,6 +137,9 @@ def prepare(
         Address of a running Dask scheduler to use instead of local processes. Its workers must see the same paths.
     preprocessing : Preprocessing, optional
         Parameters other than the default ones; `n4` is then ignored.
+    note : str, optional
+        What the data are, where they stand in for something else ("synthetic", "lumbar stand-in"): kept in the store
+        and said beside every figure. By default the first line of `COHORT.txt` in the source, if there is one.
     progress : callable, optional
         Called with (cases finished, cases to compute, case id) each time a case is finished.
 
@@ -176,7 +180,7 @@ def prepare(
     computed = {job.case.id for job in to_do}
     reused = [job.case.id for job in jobs if job.case.id not in computed]
     good = {*done, *reused}
-    enrol(store, [job.case.id for job in jobs if job.label_sha256 and job.case.id in good])
+    enrol(store, [job.case.id for job in jobs if job.label_sha256 and job.case.id in good], note or cohort_note(source))
     return PrepareSummary(
         done=tuple(sorted(done)),
         reused=tuple(reused),
@@ -317,17 +321,34 @@ def _run(
     ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
     with _cluster(min(workers or _cores(), len(jobs)), scheduler) as client:
         futures = {client.submit(_work, job, str(store), pure=False): job for job in ordered}
+        suspects = []
         for future in as_completed(futures, loop=client.loop):
             job = futures[future]
-            error = future.exception() if future.status in ("error", "lost", "cancelled") else None
-            if error is None:
-                yield job, future.result()
-            elif isinstance(error, KilledWorker):
-                message = f"{job.case.volume}: its worker process died (out of memory?); use fewer --workers"
-                yield job, Problem(job.case.id, message)
+            outcome = _outcome(future, job)
+            if isinstance(outcome, KilledWorker):
+                suspects.append(job)
             else:
-                yield job, describe_problem(job.case.id, error)
+                yield job, outcome
             future.release()
+        # Dask blames every case that waited on a worker that died. Alone, only the guilty one dies again.
+        for job in suspects:
+            outcome = _outcome(client.submit(_work, job, str(store), pure=False), job)
+            if isinstance(outcome, KilledWorker):
+                message = f"{job.case.volume}: its worker process died (out of memory?); use fewer --workers"
+                outcome = Problem(job.case.id, message)
+            yield job, outcome
+
+
+def _outcome(future: Any, job: Job) -> Any:
+    """Return a job's bytes, its problem, or Dask's word that its worker died."""
+    from distributed.scheduler import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - a worker of another version, for example
+        return describe_problem(job.case.id, error)
 
 
 def _work(job: Job, store: str) -> int | Problem:
@@ -359,8 +380,7 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
         return
     settings = {
         "distributed.nanny.pre-spawn-environ": _ONE_THREAD,
-        # A case that killed its worker twice is the cause; a third worker is not risked.
-        "distributed.scheduler.allowed-failures": 1,
+        "distributed.scheduler.allowed-failures": 0,
         "distributed.admin.log-format": "%(message)s",
         "logging": {"distributed": "critical"},
     }

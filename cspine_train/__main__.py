@@ -1,0 +1,5 @@
+"""`python -m cspine_train` is `cspine-train`."""
+
+from cspine_train.cli import main
+
+main(prog_name="cspine-train")

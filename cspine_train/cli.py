@@ -1,0 +1,150 @@
+"""The `cspine-train` command: each command calls one public function and prints what it returns."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cspine_data.terminal import CommandGroup, print_table, progress_bar
+from cspine_train.errors import CspineTrainError
+
+AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
+
+
+class TrainCommandGroup(CommandGroup):
+    """The same one-line errors, for the training package's own as well."""
+
+    expected = (*CommandGroup.expected, CspineTrainError)
+
+
+@click.group(cls=TrainCommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cspine")
+def main() -> None:
+    """Train, evaluate and use models that segment vertebrae, on the stores of cspine-data."""
+    warnings.showwarning = _one_line_warning
+
+
+@main.command()
+@click.option("--store", type=click.Path(path_type=Path), default="data/cspine.zarr", help="What to train on.")
+@click.option("--model", default="unet", help="Architecture; cspine-train models lists them.")
+@click.option("--encoder", default="resnet18", help="Encoder; tu-NAME is any of timm's.")
+@click.option(
+    "--weights", default="auto", help="Encoder's first weights: auto, imagenet, none, or a file. "
+    "auto takes ImageNet's where they can be had and random ones where not, and says which.",
+)  # fmt: skip
+@click.option("--axis", type=click.Choice(list(AXES)), default="0", help="0 sagittal, 1 coronal, 2 axial slices.")
+@click.option("--variant", type=click.Choice(["n4", "raw"]), default="n4", help="Bias field corrected, or not.")
+@click.option("--epochs", type=click.IntRange(1), default=100, help="Most epochs.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Slices in a step.")
+@click.option("--learning-rate", type=float, default=1e-4, help="Largest rate.")
+@click.option(
+    "--schedule", type=click.Choice(["plateau", "onecycle"]), default="plateau",
+    help="plateau: rate / 3 after 5 epochs without gain, stop after 7; onecycle: up and down once, all epochs.",
+)  # fmt: skip
+@click.option("--pixel-mm", type=float, help="Pixel size for the network; slices keep theirs by default.")
+@click.option("--empty-share", type=float, default=0.25, help="Empty slices in an epoch, as a share of labelled ones.")
+@click.option("--augment/--no-augment", default=True, help="Change training slices at random.")
+@click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
+@click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
+@click.option("--precision", type=click.Choice(["auto", "32", "bf16"]), default="auto", help="Of the arithmetic.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Where all randomness comes from.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read slices.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; runs/<what is trained> by default.")
+def run(store: Path, axis: str, workers: int, output: Path | None, **options: Any) -> None:
+    """Train one model; the same command again goes on where it stopped."""
+    from pydantic import ValidationError
+
+    from cspine_train.settings import RunSettings
+    from cspine_train.training import train
+
+    try:
+        settings = RunSettings(axes=AXES[axis], **options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise click.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    folder = output or Path("runs") / _run_name(settings)
+    record = train(store, folder, settings, workers)
+    for caveat in record.caveats():
+        click.echo(f"note: {caveat}")
+    if record.best_dice is not None:
+        click.echo(
+            f"best epoch {record.best_epoch}: mean validation Dice {record.best_dice:.4f}, at the network's pixels"
+        )
+    click.echo(f"run: {folder}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--split", "splits", type=click.Choice(["train", "validation", "test"]), multiple=True, default=("test",),
+    help="Whose volumes; may be given more than once.",
+)  # fmt: skip
+@click.option("--store", type=click.Path(path_type=Path), help="Where the store is, if it has moved.")
+def evaluate(run: Path, splits: tuple[str, ...], store: Path | None) -> None:
+    """Score RUN per patient, on whole volumes."""
+    from cspine_train.evaluation import evaluate as evaluate_run
+
+    with progress_bar("evaluating") as progress:
+        evaluation = evaluate_run(run, splits, store, progress)
+    rows = [(score.case, score.split, f"{score.dice:.4f}", f"{score.iou:.4f}") for score in evaluation.scores]
+    rows.append((f"mean of {len(evaluation.scores)}", "", f"{evaluation.mean_dice:.4f}", f"{evaluation.mean_iou:.4f}"))
+    print_table(("patient", "split", "Dice", "IoU"), rows)
+    for caveat in evaluation.caveats:
+        click.echo(f"note: {caveat}")
+    for file in evaluation.files:
+        click.echo(f"wrote {file}")
+
+
+@main.command()
+@click.argument("volumes", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--run",
+    "runs",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Trained run; several are fused.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="File, or folder for several volumes."
+)
+def predict(volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path) -> None:
+    """Segment VOLUMES, which are in no store and need no label map, each on its own grid."""
+    from cspine_data import describe_problem
+    from cspine_train.prediction import load_run, predict_files
+
+    loaded = [load_run(path) for path in runs]
+    for caveat in dict.fromkeys(caveat for one in loaded for caveat in one.record.caveats()):
+        click.echo(f"note: {caveat}", err=True)
+    failed = 0
+    for volume, outcome in predict_files(loaded, volumes, output):
+        if isinstance(outcome, Path):
+            click.echo(f"wrote {outcome}")
+        else:
+            failed += 1
+            click.echo(f"failed: {describe_problem(volume.name, outcome).message}", err=True)
+    if failed:
+        raise SystemExit(1)
+
+
+@main.command()
+def models() -> None:
+    """List the architectures and encoders that can be asked for."""
+    from cspine_train.models import architectures, encoders
+
+    click.echo("--model    " + " ".join(architectures()))
+    click.echo("--encoder  " + " ".join(encoders()))
+    click.echo("           tu-NAME for any encoder of timm, such as tu-convnext_tiny")
+
+
+def _run_name(settings: Any) -> str:
+    axes = "".join(map(str, settings.axes))
+    fold = f"-fold{settings.fold}of{settings.folds}" if settings.folds else ""
+    return f"{settings.model}-{settings.encoder}-axis{axes}-{settings.variant}{fold}-seed{settings.seed}"
+
+
+def _one_line_warning(message: Any, *_: Any, **__: Any) -> None:
+    click.echo(f"warning: {message}", err=True)

@@ -1,0 +1,82 @@
+"""One training step, one validation step, and how the learning rate moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+
+from cspine_train.settings import RunSettings
+from cspine_train.transforms import RandomChanges
+
+MONITOR = "valid_dice"
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class SliceSegmenter(lightning.LightningModule):
+    """Learns to tell vertebra from everything else in slices.
+
+    The loss is soft Dice plus binary cross-entropy. Validation counts voxels per patient over all its slices, at the
+    network's pixel size, and averages Dice over patients, not over batches.
+    """
+
+    def __init__(self, network: nn.Module, settings: RunSettings, validation_cases: Sequence[str]) -> None:
+        super().__init__()
+        import segmentation_models_pytorch as smp
+
+        self.network = network.to(memory_format=torch.channels_last)
+        self._settings = settings
+        self._dice_loss = smp.losses.DiceLoss("binary", from_logits=True)
+        self._entropy_loss = nn.BCEWithLogitsLoss()
+        self._change = RandomChanges() if settings.augment else None
+        self._cases = tuple(validation_cases)
+        self._counts = torch.zeros(len(self._cases), 3)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Change a training batch at random, on its device; the randomness depends on seed and step only."""
+        images, masks, numbers = batch
+        if self.trainer.training and self._change is not None:
+            generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + self.global_step)
+            images, masks = self._change(images, masks, generator)
+        return images.contiguous(memory_format=torch.channels_last), masks, numbers
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Return the loss of a batch."""
+        images, masks, _ = batch
+        logits = self.network(images)
+        loss: torch.Tensor = self._dice_loss(logits, masks) + self._entropy_loss(logits, masks)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's counts."""
+        self._counts = torch.zeros(len(self._cases), 3, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count, for each patient, voxels in both masks, in the prediction, and in the truth."""
+        images, masks, numbers = batch
+        predicted = self.network(images) > 0
+        truth = masks > 0.5
+        counts = torch.stack([(predicted & truth).sum((1, 2, 3)), predicted.sum((1, 2, 3)), truth.sum((1, 2, 3))], 1)
+        self._counts.index_add_(0, numbers.cpu(), counts.double().cpu())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean Dice over the validation patients."""
+        both, predicted, truth = self._counts.unbind(1)
+        dice = torch.where(predicted + truth > 0, 2 * both / (predicted + truth).clamp_min(1), torch.ones_like(both))
+        self.log(MONITOR, dice.mean().float(), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and the schedule that the settings name."""
+        settings = self._settings
+        if settings.schedule == "onecycle":
+            optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-2)
+            steps = int(self.trainer.estimated_stepping_batches)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        adam = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, mode="max", factor=1 / 3, patience=5)
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": plateau, "monitor": MONITOR}}

@@ -1,0 +1,158 @@
+"""What a training run is asked to do, and what it did: typed records, saved beside the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cspine_data import Preprocessing, Split
+from cspine_train.errors import RunError
+
+RECORD_NAME = "run.json"
+RECORD_VERSION = 1
+
+
+class RunSettings(BaseModel):
+    """What decides the outcome of a run; two runs of equal settings on equal data give equal models.
+
+    Attributes
+    ----------
+    model, encoder : str
+        Architecture and encoder, by the names of `segmentation_models_pytorch`; ``tu-`` reaches any timm encoder.
+    weights : str
+        ``auto``, ``imagenet``, ``none`` or a file.
+    axes : tuple of int
+        The axes whose slices one model learns from; its probabilities are averaged over them.
+    variant : str
+        ``n4`` or ``raw``.
+    epochs, batch_size, learning_rate, seed
+        As everywhere.
+    schedule : str
+        ``plateau``: the rate divided by 3 after 5 epochs without gain, stop after 7 (the reference study);
+        ``onecycle``: the rate rises and falls once over exactly `epochs` (Smith and Topin 2018).
+    pixel_mm : float or None
+        Pixel size that slices are resampled to for the network; None leaves them as they are.
+    empty_share : float
+        Slices without a label seen in an epoch, as a share of those with one.
+    augment : bool
+        Random rotation, scaling, shift, contrast and noise on each training batch.
+    folds, fold : int or None
+        Cross-validation instead of the reference split.
+    precision : str
+        ``auto``: bfloat16 where the processor has it, else ``32``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "unet"
+    encoder: str = "resnet18"
+    weights: str = "auto"
+    axes: tuple[int, ...] = (0,)
+    variant: str = "n4"
+    epochs: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    schedule: Literal["plateau", "onecycle"] = "plateau"
+    pixel_mm: float | None = Field(default=None, gt=0)
+    empty_share: float = Field(default=0.25, ge=0)
+    augment: bool = True
+    seed: int = Field(default=0, ge=0)
+    folds: int | None = Field(default=None, ge=3)
+    fold: int = Field(default=0, ge=0)
+    precision: Literal["auto", "32", "bf16"] = "auto"
+
+
+class RunRecord(BaseModel):
+    """What a run is and what was fed to it: everything that prediction and an honest table need.
+
+    Attributes
+    ----------
+    store : str
+        Where the store was, to evaluate from.
+    settings : RunSettings
+        What was asked.
+    weights_used : str
+        What the encoder started from: ``imagenet``, ``none``, or the SHA-256 of a file.
+    size_hw : tuple of int
+        The fixed size of a training slice, after resampling and padding.
+    preprocessing : Preprocessing
+        What was done to every volume, and is done to a volume to predict.
+    notes : tuple of str
+        What the cohort is, where it is not what it stands for: said beside every figure.
+    train, validation, test : tuple of str
+        The case ids of each part.
+    digests : dict
+        The store's digest of every case of the run.
+    versions : dict
+        Of the libraries that decide the outcome.
+    finished : bool
+        False until training ended by itself.
+    best_epoch, best_dice
+        The epoch whose weights the run keeps, from 0, and its mean Dice over the validation patients at the
+        network's pixel size.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    record_version: int = RECORD_VERSION
+    store: str
+    settings: RunSettings
+    weights_used: str
+    size_hw: tuple[int, int]
+    preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+    digests: dict[str, str]
+    versions: dict[str, str]
+    finished: bool = False
+    best_epoch: int | None = None
+    best_dice: float | None = None
+
+    @property
+    def split(self) -> Split:
+        """The cases by part."""
+        return Split(self.train, self.validation, self.test)
+
+    def caveats(self) -> tuple[str, ...]:
+        """Return what has to be said beside every figure of this run."""
+        asked, used = self.settings.weights, self.weights_used
+        start = {"none": "random weights", "imagenet": "ImageNet weights"}.get(
+            used, f"weights from a file ({used[:12]})"
+        )
+        if asked == "auto" and used == "none":
+            start += " (ImageNet weights could not be had)"
+        return (f"encoder {self.settings.encoder} started from {start}", *(f"data: {note}" for note in self.notes))
+
+
+def save_record(run: Path, record: RunRecord) -> None:
+    """Write a run's record in one step."""
+    temporary = run / f".{RECORD_NAME}"
+    temporary.write_text(record.model_dump_json(indent=1), encoding="utf-8")
+    temporary.replace(run / RECORD_NAME)
+
+
+def load_record(run: Path) -> RunRecord:
+    """Read a run's record.
+
+    Raises
+    ------
+    RunError
+        If the folder is no run, its record is damaged, or a newer cspine wrote it.
+    """
+    try:
+        content = (run / RECORD_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise RunError(f"{run}: is no run folder; make one with cspine-train run") from None
+    try:
+        record = RunRecord.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise RunError(f"{run / RECORD_NAME}: is damaged ({where}: {first['msg']}); train it anew") from None
+    if record.record_version > RECORD_VERSION:
+        raise RunError(f"{run}: was written by a newer cspine; install that")
+    return record

@@ -1,0 +1,237 @@
+"""From a store to a run folder: train, keep the best model, go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import platform
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+
+from cspine_data import Cohort, Split, open_cohort
+from cspine_train.allocator import keep_large_blocks
+from cspine_train.datamodule import CohortSlices
+from cspine_train.errors import RunError
+from cspine_train.models import build_model, save_model
+from cspine_train.module import MONITOR, SliceSegmenter
+from cspine_train.settings import RECORD_NAME, RunRecord, RunSettings, load_record, save_record
+
+MODEL_FOLDER = "model"
+CHECKPOINT_FOLDER = "checkpoints"
+METRICS_NAME = "metrics.csv"
+_STOP_AFTER = 7
+
+
+def train(store: str | Path, run: str | Path, settings: RunSettings, workers: int = 0) -> RunRecord:
+    """Train a model on a store's slices; called again, go on where it stopped, or do nothing when it is finished.
+
+    The run folder holds `run.json` (what was asked, what was fed), `model/` (the best epoch's weights, safetensors),
+    `metrics.csv` (a row an epoch) and `checkpoints/` (to go on from).
+
+    Parameters
+    ----------
+    store : str or Path
+        A store that `cspine-data prepare` made.
+    run : str or Path
+        The run folder to make or to go on with.
+    settings : RunSettings
+        What to train.
+    workers : int
+        Processes that read slices; 0 reads in the training process.
+
+    Returns
+    -------
+    RunRecord
+        Also saved in the run folder.
+
+    Raises
+    ------
+    RunError
+        If the folder holds a run of other settings or data, or the cohort is too small to split.
+    ModelError
+        If the model cannot be built or its weights cannot be had.
+    CspineDataError
+        If the store cannot be used.
+    """
+    store, run = Path(store), Path(run)
+    cohort = open_cohort(store)
+    split = _split(cohort, settings)
+    digests = {record.case: record.digest for record in cohort.records(settings.variant)}
+    digests = {case: digests[case] for part in (split.train, split.validation, split.test) for case in part}
+    earlier = _earlier(run, settings, digests)
+    if earlier is not None and earlier.finished:
+        return earlier
+    keep_large_blocks()
+    _quieten()
+    lightning.seed_everything(settings.seed, workers=True, verbose=False)
+    data = CohortSlices(cohort, split, settings, workers)
+    # Whoever goes on must not fetch other weights than the run started from.
+    network, weights_used = build_model(settings.model, settings.encoder, "none" if earlier else settings.weights)
+    record = earlier or RunRecord(
+        store=str(store.resolve()),
+        settings=settings,
+        weights_used=weights_used,
+        size_hw=data.size_hw,
+        preprocessing=cohort.record(split.train[0], settings.variant).preprocessing,
+        notes=cohort.notes,
+        train=split.train,
+        validation=split.validation,
+        test=split.test,
+        digests=digests,
+        versions=_versions(),
+    )
+    run.mkdir(parents=True, exist_ok=True)
+    save_record(run, record)
+    keeper = _KeepBest(run)
+    trainer = _trainer(run, settings, keeper)
+    checkpoint = _newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None
+    if earlier and checkpoint is None:
+        network, _ = build_model(settings.model, settings.encoder, settings.weights)
+    module = SliceSegmenter(network, settings, split.validation)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    if trainer.interrupted:
+        raise RunError(f"{run}: interrupted; run the same command again to go on")
+    record = record.model_copy(
+        update={"finished": True, "best_epoch": keeper.best_epoch, "best_dice": keeper.best_dice}
+    )
+    save_record(run, record)
+    return record
+
+
+class _KeepBest(Callback):
+    """Saves the network whenever validation improves, and writes a row an epoch."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._rows: list[dict[str, float]] = []
+        self._started = time.perf_counter()
+        self.best_epoch: int | None = None
+        self.best_dice: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows, "best_epoch": self.best_epoch, "best_dice": self.best_dice}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows = state_dict["rows"]
+        self.best_epoch, self.best_dice = state_dict["best_epoch"], state_dict["best_dice"]
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        dice = float(trainer.callback_metrics[MONITOR])
+        if self.best_dice is None or dice > self.best_dice:
+            self.best_epoch, self.best_dice = trainer.current_epoch, dice
+            save_model(pl_module.network, self._run / MODEL_FOLDER)
+        self._rows.append(
+            {
+                "epoch": trainer.current_epoch,
+                "train_loss": round(float(trainer.callback_metrics["train_loss"]), 6),
+                MONITOR: round(dice, 6),
+                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "seconds": round(time.perf_counter() - self._started, 2),
+            }
+        )
+        with (self._run / METRICS_NAME).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._rows[0].keys())
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+
+def _trainer(run: Path, settings: RunSettings, keeper: _KeepBest) -> lightning.Trainer:
+    # Checkpoints are named by epoch, so that one that was cut short never replaces a whole one.
+    checkpoints = ModelCheckpoint(
+        run / CHECKPOINT_FOLDER, filename="{epoch}", save_top_k=1, save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )  # fmt: skip
+    callbacks: list[Callback] = [keeper, checkpoints]
+    if settings.schedule == "plateau":
+        callbacks.append(EarlyStopping(MONITOR, mode="max", patience=_STOP_AFTER))
+    return lightning.Trainer(
+        max_epochs=settings.epochs,
+        accelerator="auto",
+        devices=1,
+        precision=_precision(settings.precision),
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=sys.stderr.isatty(),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _precision(asked: str) -> Any:
+    if asked == "auto":
+        on_gpu = torch.cuda.is_available()
+        fast = torch.cuda.is_bf16_supported() if on_gpu else "avx512_bf16" in _cpu_flags()
+        return "bf16-mixed" if fast else "32-true"
+    return "bf16-mixed" if asked == "bf16" else "32-true"
+
+
+def _cpu_flags() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _split(cohort: Cohort, settings: RunSettings) -> Split:
+    split = cohort.split(folds=settings.folds, fold=settings.fold, variant=settings.variant)
+    if not split.train or not split.validation:
+        raise RunError(
+            f"{cohort.path}: has too few labelled cases to train and validate on "
+            f"({len(split.train)} and {len(split.validation)}); prepare at least three"
+        )
+    return split
+
+
+def _earlier(run: Path, settings: RunSettings, digests: dict[str, str]) -> RunRecord | None:
+    """Return the record of a run to go on with, if the folder holds one of these settings and data."""
+    if not (run / RECORD_NAME).exists():
+        if run.is_dir() and any(run.iterdir()):
+            raise RunError(f"{run}: is there and is no run folder; choose another with -o")
+        return None
+    record = load_record(run)
+    if record.settings != settings:
+        asked = settings.model_dump()
+        other = [name for name, value in record.settings.model_dump().items() if value != asked[name]]
+        raise RunError(f"{run}: holds a run with another {', '.join(other)}; choose another folder with -o")
+    if record.digests != digests:
+        raise RunError(f"{run}: was trained on other data than the store holds now; choose another folder with -o")
+    return record
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole."""
+    found = sorted(folder.glob("epoch=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]), reverse=True)
+    for path in found:
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        # A file that was cut short breaks the reader in ways of its own.
+        except Exception as error:  # noqa: BLE001
+            warnings.warn(f"{path} is damaged and left out ({type(error).__name__})", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("cspine", "torch", "lightning", "segmentation-models-pytorch", "timm", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def _quieten() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # The loader's advice on workers, and a deprecation inside Lightning: neither is the user's to act on.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
+    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")

@@ -1,0 +1,101 @@
+"""Fixtures: small volumes made on the spot, a small phantom store, and the real MRI where it lies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from cspine_data import BiasParameters, Geometry, Preprocessing, Volume, prepare, write_volume
+from cspine_data.cli import main as data_main
+from cspine_data.phantom import make_phantom_cohort
+
+QUICK_N4 = Preprocessing(bias=BiasParameters(resolution_mm=12, iterations=(5, 5)))
+
+
+def geometry(
+    size: tuple[int, int, int],
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    directions: tuple[tuple[float, float, float], ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0),
+) -> Geometry:
+    return Geometry(size=size, spacing_mm=spacing, directions=directions, origin_mm=origin)
+
+
+def ball(size: tuple[int, int, int] = (16, 20, 24), seed: int = 0) -> tuple[Volume, Volume]:
+    """A textured ball in noisy air, and its label map with the values 1 and 3."""
+    rng = np.random.default_rng(seed)
+    axes = [np.linspace(-1, 1, n) for n in size]
+    radius = np.sqrt(sum(a**2 for a in np.meshgrid(*axes, indexing="ij")))
+    image = np.where(radius < 0.8, 400 + 60 * np.sin(9 * axes[0])[:, None, None], 8) + rng.normal(0, 6, size)
+    label = np.where(radius < 0.4, 1, 0).astype(np.uint8)
+    label[(radius >= 0.4) & (radius < 0.6)] = 3
+    grid = geometry(size, (1.5, 1.0, 1.0), origin=(-10.0, 4.0, 2.5))
+    return Volume(np.clip(image, 0, None).astype(np.int16), grid), Volume(label, grid)
+
+
+def write_case(folder: Path, name: str, seed: int = 0, *, label: bool = True) -> Path:
+    """Write a ball as a case in the naming of the reference study."""
+    image, truth = ball(seed=seed)
+    write_volume(folder / f"{name}.nrrd", image)
+    if label:
+        write_volume(folder / f"{name}S-label.nrrd", truth)
+    return folder / f"{name}.nrrd"
+
+
+@pytest.fixture
+def run_data() -> Callable[..., Result]:
+    """Call `cspine-data` in this process."""
+
+    def call(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(data_main, [str(argument) for argument in arguments])
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def ball_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `raw`, two balls, and `s.zarr`, made of them without N4 along all axes."""
+    folder = tmp_path_factory.mktemp("balls")
+    for number, name in enumerate("AB"):
+        write_case(folder / "raw", name, number)
+    assert prepare(folder / "raw", folder / "s.zarr", n4=False).done == ("A", "B")
+    return folder
+
+
+@pytest.fixture
+def store(ball_cohort: Path, tmp_path: Path) -> Path:
+    """A copy, to spoil, of the balls' store; their files are in `raw` beside it."""
+    shutil.copytree(ball_cohort, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "s.zarr"
+
+
+@pytest.fixture(scope="session")
+def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    make_phantom_cohort(folder, cases=4, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_store(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four phantoms in both variants, all axes."""
+    store = tmp_path_factory.mktemp("store") / "cspine.zarr"
+    for preprocessing in (QUICK_N4, Preprocessing(bias=None)):
+        summary = prepare(phantom_folder, store, preprocessing=preprocessing)
+        assert len(summary.done) == 4
+        assert not summary.failed
+    return store
+
+
+@pytest.fixture
+def realdata() -> Path:
+    folder = Path(os.environ.get("CSPINE_REALDATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "spine14").is_dir():
+        pytest.skip(f"REAL MRI IS MISSING: {folder} holds no spine14; set CSPINE_REALDATA")
+    return folder

@@ -1,0 +1,334 @@
+"""From files to a store through the real thing: Dask worker processes, killed processes, full disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+from cspine_data import (
+    BiasParameters,
+    InputError,
+    Preprocessing,
+    Volume,
+    open_cohort,
+    parse_axes,
+    prepare,
+    verify,
+    write_volume,
+)
+from cspine_data.cases import Case
+from cspine_data.pipeline import Job, prepare_case
+from cspine_data.store import read_root
+from tests.conftest import QUICK_N4, ball, write_case
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(store)): f.read_bytes() for f in sorted(store.rglob("*")) if f.is_file()}
+
+
+def test_the_second_run_does_nothing_and_says_so(store: Path, run_data) -> None:
+    before = contents(store)
+    done: Result = run_data("prepare", store.parent / "raw", "--store", store, "--no-n4")
+    assert done.exit_code == 0
+    assert "0 done, 2 reused, 0 failed" in done.output
+    assert "nothing to do: the store holds every case as asked" in done.output
+    assert contents(store) == before
+
+
+def test_the_same_inputs_make_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.zarr"
+    prepare(store.parent / "raw", again, n4=False, workers=1)
+    assert contents(again) == contents(store)
+
+
+def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data) -> None:
+    raw = tmp_path / "raw"
+    write_case(raw, "good")
+    image, label = ball()
+    array = image.array.astype(np.float32)
+    array[0, 0, 0] = np.nan
+    write_volume(raw / "nan.nrrd", Volume(array, image.geometry))
+    write_volume(raw / "constant.nrrd", Volume(np.full_like(image.array, 4), image.geometry))
+    write_volume(raw / "grid.nrrd", image)
+    write_volume(
+        raw / "grid-label.nrrd", Volume(label.array[1:], label.geometry.model_copy(update={"size": (15, 20, 24)}))
+    )
+    write_case(raw, "cut", label=False).write_bytes((raw / "good.nrrd").read_bytes()[:1500])
+    (raw / "empty.nrrd").touch()
+    write_volume(raw / "twice.nrrd", image)
+    write_volume(raw / "twice.nii", image)
+    store = tmp_path / "s.zarr"
+    done = run_data("prepare", raw, "--store", store, "--no-n4")
+    assert done.exit_code == 1
+    assert "1 done, 0 reused, 6 failed" in done.output
+    lines = {line.split(":")[1].strip().rsplit("/", 1)[-1] for line in done.output.splitlines() if "failed: " in line}
+    assert {"nan.nrrd", "constant.nrrd", "grid-label.nrrd", "cut.nrrd", "empty.nrrd"} <= lines
+    assert "claim the same case 'twice'" in done.output
+    assert "Traceback" not in done.output
+    assert open_cohort(store).cases == ("good",)
+    assert verify(store) == []
+    assert {path.name for path in (store / "cases").iterdir()} <= {"good", "zarr.json"}
+    scanned = run_data("scan", raw)
+    assert scanned.exit_code == 1
+    assert "1 cases can be prepared, 0 without a label map; 6 problems" in scanned.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prepare", "nowhere"), "Error: nowhere: is no folder; give the folder that holds the volumes"),
+        (("prepare", "empty"), "Error: empty: holds no volume; put .nrrd or .nii.gz files there"),
+        (("prepare", "raw", "--axes", "03"), "Error: axes '03': are not known; give some of 0, 1 and 2"),
+        (("prepare", "raw", "--workers", "0"), "Error: workers 0: are too few; give 1 or more"),
+        (
+            ("prepare", "raw", "--scheduler", "tcp://127.0.0.1:9"),
+            "Error: scheduler tcp://127.0.0.1:9: cannot be reached",
+        ),
+        (("scan", "nowhere"), "Error: nowhere: is no folder"),
+        (("info", "nowhere"), "Error: nowhere: is no cspine store; make one with cspine-data prepare"),
+        (("verify", "nowhere"), "Error: nowhere: is no cspine store"),
+        (("export", "s.zarr", "Z", "-o", "x.nrrd"), "holds no case 'Z'"),
+        (("export", "s.zarr", "A", "-o", "x.png"), "Error: x.png: is no name for a volume; end it with"),
+        (("phantom", "raw"), "Error: raw: holds other volumes (A.nrrd); choose an empty folder"),
+        (("phantom", "new", "--cases", "0"), "Error: cases 0: is out of range"),
+        (("phantom", "new", "--seed", "-1"), "Error: seed -1: is negative"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message, store: Path, run_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(store.parent)
+    Path("empty").mkdir()
+    done = run_data(*arguments)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_only_what_a_change_touches_is_computed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new label map or axis does not correct the volume again."""
+    raw = store.parent / "raw"
+    prepare(raw, store, preprocessing=QUICK_N4, axes="0")
+    before = open_cohort(store).record("A", "n4")
+    _, label = ball()
+    write_volume(raw / "AS-label.nrrd", Volume(np.where(label.array == 3, 5, label.array), label.geometry))
+    summary = prepare(raw, store, preprocessing=QUICK_N4, axes="1")
+    assert summary.done == ("A", "B")
+    after = open_cohort(store).record("A", "n4")
+    assert after.axes == (0, 1)
+    assert set(after.label_voxels) == {1, 5}
+    assert after.digest != before.digest
+    assert after.volume_digest == before.volume_digest
+    assert after.normalisation == before.normalisation
+    assert prepare(raw, store, preprocessing=QUICK_N4, axes="0").done == ()
+    other = Preprocessing(bias=BiasParameters(resolution_mm=12, iterations=(6, 5)))
+    assert prepare(raw, store, preprocessing=other, axes="0").done == ("A", "B")
+    assert open_cohort(store).record("A", "n4").volume_digest != before.volume_digest
+    assert open_cohort(store).record("A", "raw").axes == (0, 1, 2)
+    assert verify(store) == []
+
+
+def test_a_reused_corrected_volume_is_the_computed_one(store: Path, tmp_path: Path) -> None:
+    raw = store.parent / "raw"
+    in_two_steps, at_once = tmp_path / "two.zarr", tmp_path / "one.zarr"
+    prepare(raw, in_two_steps, preprocessing=QUICK_N4, axes="0")
+    prepare(raw, in_two_steps, preprocessing=QUICK_N4, axes="12")
+    prepare(raw, at_once, preprocessing=QUICK_N4, axes="012")
+    shutil.rmtree(in_two_steps.parent / "unused", ignore_errors=True)
+    ours, theirs = contents(at_once), contents(in_two_steps)
+    assert ours.items() <= theirs.items()
+
+
+def test_a_changed_volume_is_prepared_anew_and_a_removed_one_stays(store: Path) -> None:
+    raw = store.parent / "raw"
+    write_case(raw, "A", seed=7)
+    (raw / "B.nrrd").unlink()
+    (raw / "BS-label.nrrd").unlink()
+    before = open_cohort(store).record("A").digest
+    assert prepare(raw, store, n4=False).done == ("A",)
+    assert open_cohort(store).record("A").digest != before
+    assert open_cohort(store).cases == ("A", "B")
+
+
+def test_added_cases_leave_splits_alone(store: Path) -> None:
+    raw = store.parent / "raw"
+    for number, name in enumerate(("AA", "C")):
+        write_case(raw, name, 10 + number)
+    prepare(raw, store, n4=False)
+    assert read_root(store).enrolled == (("A", "B"), ("AA", "C"))
+    split = open_cohort(store).split()
+    assert split.train == ("A", "AA")
+    assert (split.validation, split.test) == (("C",), ("B",))
+
+
+def test_a_note_follows_the_data(tmp_path: Path, run_data) -> None:
+    write_case(tmp_path / "raw", "A")
+    (tmp_path / "raw" / "COHORT.txt").write_text("made up\n")
+    prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False)
+    assert open_cohort(tmp_path / "s.zarr").notes == ("made up",)
+    prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, note="and more")
+    assert "note: made up" in run_data("info", tmp_path / "s.zarr").output
+    assert open_cohort(tmp_path / "s.zarr").notes == ("and more", "made up")
+
+
+@pytest.fixture
+def slow_cohort(tmp_path: Path) -> Path:
+    for number in range(4):
+        write_case(tmp_path / "raw", f"case{number}", number)
+    return tmp_path / "raw"
+
+
+def started(raw: Path, store: Path) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "cspine_data",
+        "prepare",
+        str(raw),
+        "--store",
+        str(store),
+        "--no-n4",
+        "--workers",
+        "1",
+    ]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("published", [0, 1, 3])
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_a_killed_run_started_again_ends_with_the_same_bytes(
+    published: int, whole_group: bool, slow_cohort: Path, tmp_path: Path
+) -> None:
+    undisturbed, killed = tmp_path / "undisturbed.zarr", tmp_path / "killed.zarr"
+    prepare(slow_cohort, undisturbed, n4=False)
+    process = started(slow_cohort, killed)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (killed / "zarr.json").exists() and len(read_root(killed).cases) >= published:
+            break
+        time.sleep(0.002)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+    if (killed / "zarr.json").exists():
+        assert verify(killed) == []
+    summary = prepare(slow_cohort, killed, n4=False)
+    assert len(summary.done) + len(summary.reused) == 4
+    left_behind = {name for name in contents(killed) if "/.unfinished-" in name}
+    assert {k: v for k, v in contents(killed).items() if k not in left_behind} == contents(undisturbed)
+
+
+def test_a_worker_that_dies_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_case(tmp_path / "raw", "fine")
+    write_case(tmp_path / "raw", "deadly")
+    # The only stand-in here: a module that the worker imports first and that kills it, as the kernel would.
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "import cspine_data.pipeline as p\n"
+        "real = p.prepare_case\n"
+        "def prepare_case(job, store):\n"
+        "    if job.case.id == 'deadly':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(job, store)\n"
+        "p.prepare_case = prepare_case\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(hook))
+    summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, workers=1)
+    assert summary.done == ("fine",)
+    (problem,) = summary.failed
+    assert problem.case == "deadly"
+    assert "its worker process died (out of memory?); use fewer --workers" in problem.message
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if (
+        os.geteuid() != 0
+        or mount is None
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("A FULL DISK IS NOT TESTED: only root can mount a small one")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(small_disk: Path, tmp_path: Path, run_data) -> None:
+    rng = np.random.default_rng(0)
+    write_case(tmp_path / "raw", "small")
+    image, _ = ball((40, 60, 60))
+    noise = rng.integers(0, 30000, image.array.shape).astype(np.int16)
+    write_volume(
+        tmp_path / "raw" / "large.nrrd", Volume(np.where(image.array > 100, noise, 0).astype(np.int16), image.geometry)
+    )
+    store = small_disk / "s.zarr"
+    done = run_data("prepare", tmp_path / "raw", "--store", store, "--no-n4", "--workers", "1")
+    assert done.exit_code == 1
+    assert "No space left on device; free some space and run it again" in done.output
+    assert "1 done, 0 reused, 1 failed" in done.output
+    assert open_cohort(store).cases == ("small",)
+    assert verify(store) == []
+    assert not [name for name in contents(store) if "unfinished" in name]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write_case(tmp_path, "A", label=False)
+    job = Job(Case("A", path), "0" * 64, None, Preprocessing(bias=None), (0,))
+    with pytest.raises(InputError, match="changed while it was read; run it again"):
+        prepare_case(job, tmp_path / "s.zarr")
+
+
+def test_axes() -> None:
+    assert parse_axes("20") == (0, 2)
+    assert parse_axes([1, 1]) == (1,)
+    for wrong in ("", "3", "0-2", [4]):
+        with pytest.raises(InputError, match="give some of 0, 1 and 2"):
+            parse_axes(wrong)
+
+
+def test_a_running_scheduler_is_used(tmp_path: Path) -> None:
+    from distributed import LocalCluster
+
+    write_case(tmp_path / "raw", "A")
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
+        summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, scheduler=cluster.scheduler_address)
+    assert summary.done == ("A",)
+
+
+def test_the_commands_fit_together(store: Path, tmp_path: Path, run_data) -> None:
+    info = run_data("info", store)
+    assert "A     raw      16 x 20 x 24" in info.output
+    assert run_data("verify", store).output == f"{store}: sound\n"
+    exported = run_data("export", store, "A", "--label", "-o", tmp_path / "a.nii.gz")
+    assert exported.exit_code == 0
+    shard = next((store / "cases" / "B").glob("*/axis1/label/c/0/0/0"))
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    damaged = run_data("verify", store)
+    assert damaged.exit_code == 1
+    assert "damaged: B (raw): axis1/label/c/0/0/0: is not what was written" in damaged.output
+
+
+def test_help_starts_at_once_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, json; from cspine_data.cli import main; "
+        "import contextlib\nwith contextlib.suppress(SystemExit): main(['--help'])\n"
+        "print(json.dumps([m for m in ('numpy', 'dask', 'SimpleITK', 'zarr', 'torch') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    assert "prepare" in done.stdout

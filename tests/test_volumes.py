@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cspine_data import InputError, Volume, read_volume, write_volume
+from cspine_data.volumes import content_digest, label_name, stem
+from tests.conftest import ball, geometry
+from tests.test_geometry import grids
+
+NRRD_TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
+
+
+@st.composite
+def volumes(draw: st.DrawFn) -> Volume:
+    grid = draw(grids())
+    dtype = np.dtype(draw(st.sampled_from(NRRD_TYPES)))
+    array = draw(hnp.arrays(dtype, grid.size, elements=hnp.from_dtype(dtype, allow_nan=False, allow_infinity=False)))
+    return Volume(array, grid)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".nii", ".nii.gz"])
+@given(volume=volumes())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_written_is_read_back(volume: Volume, suffix: str, tmp_path: Path) -> None:
+    if "nii" in suffix and np.linalg.det(volume.geometry.direction_matrix) < 0:
+        # NIfTI's quaternion cannot hold a left-handed frame, its matrix can; ITK writes both.
+        suffix = ".nrrd"
+    path = tmp_path / f"volume{suffix}"
+    write_volume(path, volume)
+    found = read_volume(path)
+    assert found.array.dtype == volume.array.dtype
+    np.testing.assert_array_equal(found.array, volume.array)
+    assert found.geometry.same_grid(volume.geometry, 1e-2)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    path.unlink()
+
+
+def header(**fields: str) -> bytes:
+    given = {
+        "type": "short", "dimension": "3", "sizes": "4 5 6", "encoding": "raw", "endian": "little",
+        "space": "left-posterior-superior", "space directions": "(1,0,0) (0,1,0) (0,0,1)", "space origin": "(0,0,0)",
+    }  # fmt: skip
+    given.update({name.replace("_", " "): value for name, value in fields.items()})
+    lines = [f"{name}: {value}" for name, value in given.items() if value]
+    return ("NRRD0004\n" + "\n".join(lines) + "\n\n").encode()
+
+
+VOXELS = np.arange(120, dtype="<i2")
+
+
+@pytest.mark.parametrize(
+    ("fields", "payload"),
+    [
+        ({}, VOXELS.tobytes()),
+        ({"endian": "big"}, VOXELS.astype(">i2").tobytes()),
+        ({"encoding": "gzip"}, gzip.compress(VOXELS.tobytes())),
+        ({"encoding": "bzip2"}, bz2.compress(VOXELS.tobytes())),
+        ({"encoding": "ascii", "endian": ""}, " ".join(map(str, VOXELS)).encode()),
+        ({"byte_skip": "-1"}, b"a header of another format" + VOXELS.tobytes()),
+        ({"byte_skip": "7"}, b"7 bytes" + VOXELS.tobytes()),
+        ({"encoding": "gzip", "byte_skip": "-1"}, gzip.compress(b"another header" + VOXELS.tobytes())),
+        ({"encoding": "gzip", "line_skip": "2"}, b"one\ntwo\n" + gzip.compress(VOXELS.tobytes())),
+    ],
+)
+def test_every_encoding_is_read(fields: dict[str, str], payload: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.nrrd"
+    path.write_bytes(header(**fields) + payload)
+    np.testing.assert_array_equal(read_volume(path).array, VOXELS.reshape((4, 5, 6), order="F"))
+
+
+@pytest.mark.parametrize(
+    ("space", "directions", "code"),
+    [
+        ("right-anterior-superior", "(1,0,0) (0,1,0) (0,0,1)", "RAS"),
+        ("LAS", "(1,0,0) (0,1,0) (0,0,1)", "LAS"),
+        ("left-posterior-superior", "(0,0,-2) (0,1,0) (-1,0,0)", "IPR"),
+    ],
+)
+def test_named_spaces_are_turned_to_lps(space: str, directions: str, code: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.nrrd"
+    path.write_bytes(header(space=space, space_directions=directions) + VOXELS.tobytes())
+    volume = read_volume(path)
+    assert volume.geometry.orientation_code == code
+    assert not volume.assumed_orientation
+
+
+def test_a_file_that_does_not_say_how_it_lies_is_taken_as_lps_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "x.nrrd"
+    path.write_bytes(header(space="", space_directions="", space_origin="", spacings="1 2 3") + VOXELS.tobytes())
+    volume = read_volume(path)
+    assert volume.assumed_orientation
+    assert volume.geometry.spacing_mm == (1, 2, 3)
+    assert volume.geometry.orientation_code == "LPS"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; fetch it again"),
+        (b"not a volume at all", "is no readable NRRD file"),
+        (b"NRRD0009\n\n", "is no readable NRRD file"),
+        (header(dimension="2", sizes="4 5", space_directions="", space="") + VOXELS.tobytes(), "is 2-D; give one 3-D"),
+        (header(sizes="4 5 -6") + VOXELS.tobytes(), "claims sizes (4, 5, -6)"),
+        (header(kinds="vector domain domain") + VOXELS.tobytes(), "has axes of kind vector, domain, domain"),
+        (header(type="block") + VOXELS.tobytes(), "has voxels of type 'block'"),
+        (header(encoding="zrl") + VOXELS.tobytes(), "has the encoding 'zrl'"),
+        (header(byte_skip="-5") + VOXELS.tobytes(), "has a byte skip of -5"),
+        (header(space_directions="(1,0,0) (1,0,0) (0,0,1)") + VOXELS.tobytes(), "that span no volume"),
+        (header(space_directions="(nan,0,0) (0,1,0) (0,0,1)") + VOXELS.tobytes(), "no usable space directions"),
+        (header() + VOXELS.tobytes()[:-1], "too few for the 240 its header claims"),
+        (header(encoding="gzip") + gzip.compress(VOXELS.tobytes())[:-20], "cannot be decompressed"),
+        (header(encoding="gzip") + gzip.compress(VOXELS.tobytes()[:-2]), "holds 238 bytes of voxels where"),
+        (header(encoding="gzip", byte_skip="-1") + gzip.compress(bytes(200_000)), "holds 240 bytes"),
+        (header(encoding="ascii") + b"1 2 3 " * 60, "holds 180 voxels where its header claims 120"),
+        (header(encoding="ascii") + b"a lot of words " * 60, "has voxels that are no numbers"),
+        (header(sizes="99999 99999 99999", encoding="gzip") + gzip.compress(b"x"), "too few for the 1999940000599998"),
+        (b"NRRD0004\ncontent: " + b"x" * 2_000_000, "the header is longer than a megabyte"),
+    ],
+)
+def test_bad_nrrd_files_are_named_with_what_is_wrong(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.nrrd"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_volume(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.raw", "/etc/hostname", "link.raw", "no-such.raw", "LIST", "slice%03d.raw 1 9 1"]
+)
+def test_a_detached_header_never_leads_out_of_its_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.raw").write_bytes(VOXELS.tobytes())
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "link.raw").symlink_to(tmp_path / "secret.raw")
+    (folder / "x.nhdr").write_bytes(header(data_file=name))
+    with pytest.raises(InputError, match="outside its own folder|not there|several files"):
+        read_volume(folder / "x.nhdr")
+
+
+def test_a_detached_header_reads_the_data_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "x.raw").write_bytes(VOXELS.tobytes())
+    (tmp_path / "x.nhdr").write_bytes(header(data_file="x.raw"))
+    np.testing.assert_array_equal(read_volume(tmp_path / "x.nhdr").array, VOXELS.reshape((4, 5, 6), order="F"))
+    before = content_digest(tmp_path / "x.nhdr")
+    (tmp_path / "x.raw").write_bytes(VOXELS[::-1].tobytes())
+    assert content_digest(tmp_path / "x.nhdr") != before
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "message"),
+    [
+        (".nii", lambda b: b[:-100], "is too small for the"),
+        (".nii", lambda b: b"", "is empty"),
+        (".nii", lambda b: b"junk" * 200, "is no readable NIfTI file"),
+        (".nii.gz", lambda b: b[: len(b) // 2], "cannot be decompressed"),
+        (
+            ".nii.gz",
+            lambda b: gzip.compress(gzip.decompress(b)[:1000]),
+            "holds 1000 bytes where its header claims 15712",
+        ),
+    ],
+)
+def test_bad_nifti_files_are_named_with_what_is_wrong(suffix, damage, message, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    write_volume(path, ball()[0])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=message) as caught:
+        read_volume(path)
+    assert str(path) in str(caught.value)
+
+
+def test_nifti_that_is_not_3d_is_refused(tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    for array, message in ((np.zeros((3, 4, 5, 6), np.int16), "is 4-D"), (np.zeros((5, 6), np.int16), "is 2-D")):
+        sitk.WriteImage(sitk.GetImageFromArray(array, isVector=False), str(tmp_path / "x.nii"))
+        with pytest.raises(InputError, match=message):
+            read_volume(tmp_path / "x.nii")
+
+
+def test_a_header_that_claims_terabytes_allocates_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.nii"
+    write_volume(path, ball()[0])
+    content = bytearray(path.read_bytes())
+    content[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()
+    path.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="too small for the 54000000000352 bytes"):
+        read_volume(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no file; check the path"):
+        read_volume(tmp_path / "x.nrrd")
+    (tmp_path / "x.txt").write_text("hello")
+    with pytest.raises(InputError, match="is neither NRRD nor NIfTI by its name"):
+        read_volume(tmp_path / "x.txt")
+    with pytest.raises(InputError, match=r"end it with \.nrrd, \.nii or \.nii\.gz"):
+        write_volume(tmp_path / "x.mha", ball()[0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_volume(tmp_path / "file" / "x.nrrd", ball()[0])
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.nrrd"
+    write_volume(path, ball()[0])
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cspine_data.volumes._write_nrrd", full)
+    with pytest.raises(OSError, match="No space"):
+        write_volume(path, ball(seed=1)[0])
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.nrrd"]
+
+
+def test_written_files_hold_geometry_and_voxels_only(tmp_path: Path) -> None:
+    write_volume(tmp_path / "x.nrrd", ball()[0])
+    head = (tmp_path / "x.nrrd").read_bytes().split(b"\n\n")[0].decode()
+    fields = {line.split(":")[0] for line in head.splitlines()[1:] if not line.startswith("#")}
+    assert fields == {
+        "type", "dimension", "space", "sizes", "space directions", "kinds", "endian", "encoding", "space origin"
+    }  # fmt: skip
+
+
+def test_names() -> None:
+    assert stem(Path("a/VB2_02.nii.gz")) == "VB2_02"
+    assert stem(Path("x.seg.nrrd")) == "x"
+    assert label_name(Path("a/b.nii.gz")) == "b-label.nii.gz"
+    assert label_name(Path("a/b.nhdr")) == "b-label.nrrd"
+    assert geometry((1, 1, 1)).orientation_code == "LPS"
