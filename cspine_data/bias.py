@@ -6,12 +6,13 @@ exactly as the volumes of training were.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from cspine_data._n4 import fit_log_bias
 from cspine_data.geometry import Triple
 
 # In the logarithm of intensity air spreads out without end; this share of the intensity range stops it.
@@ -27,19 +28,25 @@ class BiasParameters(BaseModel):
 
     Attributes
     ----------
+    engine : str
+        ``separable``: N4 as matrix products on a regular grid. ``itk``: SimpleITK's filter, its slow twin.
     resolution_mm : float
         Voxel size of the working grid. The image is averaged down to about this, never up.
     iterations : tuple of int
         Most iterations at each fitting level; each level halves the spacing of the spline's control points.
     threshold : float
         A level ends when the field's coefficient of variation changes by less than this.
+    spline_mm : float
+        Control points nearer than this along an axis are not halved further; 0 halves all, as ITK does.
     """
 
     model_config = ConfigDict(frozen=True)
 
+    engine: Literal["separable", "itk"] = "separable"
     resolution_mm: float = Field(default=8.0, gt=0)
     iterations: tuple[int, ...] = Field(default=(50, 50, 50, 50), min_length=1)
     threshold: float = Field(default=1e-3, gt=0)
+    spline_mm: float = Field(default=0.0, ge=0)
 
 
 def average_down(array: NDArray[Any], factors: tuple[int, ...]) -> NDArray[np.float32]:
@@ -141,8 +148,6 @@ def estimate_log_bias(
     ndarray
         float32, (x, y, z), mean zero over the tissue.
     """
-    import SimpleITK as sitk  # noqa: N813
-
     factors = working_factors(spacing_mm, parameters.resolution_mm)
     inside = tissue_xyz & (image_xyz > 0)
     share = average_down(inside, factors)
@@ -150,17 +155,54 @@ def estimate_log_bias(
     mask = share > 0.5
     if np.unique(working[mask]).size < 2:
         return np.zeros(image_xyz.shape, dtype=np.float32)
+    engine = _with_itk if parameters.engine == "itk" else _with_separable_products
+    log_bias = engine(working, mask, factors, spacing_mm, image_xyz.shape, parameters)
+    log_bias -= log_bias[inside].mean(dtype=np.float64).astype(np.float32)
+    return log_bias
+
+
+def _with_separable_products(
+    working: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    factors: tuple[int, ...],
+    spacing_mm: Triple,
+    shape: tuple[int, ...],
+    parameters: BiasParameters,
+) -> NDArray[np.float32]:
+    extent_mm = [(n - 1) * f * mm for n, f, mm in zip(working.shape, factors, spacing_mm, strict=True)]
+    logarithm = np.log(np.where(mask, working, 1), dtype=np.float64)
+    field = fit_log_bias(logarithm, mask, extent_mm, parameters.iterations, parameters.threshold, parameters.spline_mm)
+    positions = []
+    for full, few, factor in zip(shape, working.shape, factors, strict=True):
+        # The centre of the first block lies (factor - 1) / 2 voxels in; beyond the outer centres the field stays.
+        in_blocks = (np.arange(full) - (factor - 1) / 2) / factor
+        positions.append(np.clip(in_blocks / max(few - 1, 1), 0, 1))
+    return field.at(*positions)
+
+
+def _with_itk(
+    working: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    factors: tuple[int, ...],
+    spacing_mm: Triple,
+    shape: tuple[int, ...],
+    parameters: BiasParameters,
+) -> NDArray[np.float32]:
+    import SimpleITK as sitk  # noqa: N813
+
     offset = [(factor - 1) / 2 * mm for factor, mm in zip(factors, spacing_mm, strict=True)]
     image = _itk_image(working, [f * mm for f, mm in zip(factors, spacing_mm, strict=True)], offset)
-    mask_image = _itk_image(mask.astype(np.uint8), image.GetSpacing(), offset)
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
     n4.SetMaximumNumberOfIterations(list(parameters.iterations))
     n4.SetConvergenceThreshold(parameters.threshold)
-    n4.Execute(image, mask_image)
-    full_grid = sitk.Image(list(image_xyz.shape), sitk.sitkUInt8)
+    n4.Execute(image, _itk_image(mask.astype(np.uint8), image.GetSpacing(), offset))
+    full_grid = sitk.Image(list(shape), sitk.sitkUInt8)
     full_grid.SetSpacing(spacing_mm)
-    log_bias = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(full_grid)).transpose()
-    return np.asarray(log_bias - log_bias[inside].mean(dtype=np.float64), dtype=np.float32)
+    # ITK's own evaluation stretches the field from the working grid's extent to the full one's.
+    log_bias = sitk.Resample(
+        n4.GetLogBiasFieldAsImage(image), full_grid, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32, True
+    )
+    return np.ascontiguousarray(sitk.GetArrayFromImage(log_bias).transpose())
 
 
 def correct(image_xyz: NDArray[Any], log_bias_xyz: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import CspineDataError, InputError
 from cspine_data.geometry import Geometry
-from cspine_data.volumes import Volume, read_volume, stem, volume_suffix
+from cspine_data.volumes import Volume, check_image, read_volume, stem, volume_suffix
 
 #: A line of text beside the volumes that says what they are.
 NOTE_FILE = "COHORT.txt"
@@ -62,7 +62,7 @@ class Listing:
 
 @dataclass(frozen=True, eq=False)
 class LoadedCase:
-    """A case's voxels, checked: image finite and not constant, label map whole numbers on the image's grid."""
+    """A case's voxels, checked: the label map holds whole numbers on the image's grid."""
 
     case: Case
     image: Volume
@@ -118,11 +118,9 @@ def load_case(case: Case) -> LoadedCase:
     Raises
     ------
     InputError
-        If a file cannot be read; the image holds NaN or infinity or is constant; the label map lies on another grid
-        or holds values that are no whole numbers.
+        If a file cannot be read, or the label map lies on another grid or holds values that are no whole numbers.
     """
     image = read_volume(case.volume)
-    _check_image(image)
     if case.label is None:
         return LoadedCase(case, image, None)
     label = read_volume(case.label)
@@ -132,15 +130,6 @@ def load_case(case: Case) -> LoadedCase:
     elif not label.geometry.same_grid(image.geometry):
         raise InputError(case.label, _grid_difference(label.geometry, image.geometry), "resample it to the volume")
     return LoadedCase(case, image, Volume(values, image.geometry, case.label))
-
-
-def _check_image(image: Volume) -> None:
-    if image.array.dtype.kind == "f":
-        bad = int(image.array.size - np.isfinite(image.array).sum())
-        if bad:
-            raise InputError(image.name, f"holds {bad} voxels that are NaN or infinite", "repair or leave out the file")
-    if image.array.min() == image.array.max():
-        raise InputError(image.name, "is constant", "fetch it again or leave it out")
 
 
 def _whole_numbers(label: Volume) -> NDArray[Any]:
@@ -328,6 +317,7 @@ def scan_case(case: Case) -> tuple[str, ...] | Problem:
     """
     try:
         loaded = load_case(case)
+        check_image(loaded.image)
     except (CspineDataError, OSError, MemoryError) as error:
         return describe_problem(case.id, error)
     geometry = loaded.image.geometry

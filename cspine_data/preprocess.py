@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from cspine_data.bias import BiasParameters, correct, estimate_log_bias, tissue_threshold
 from cspine_data.geometry import Geometry, Orientation
 from cspine_data.intensity import Normalisation, tissue_zscore
-from cspine_data.volumes import Volume
+from cspine_data.volumes import Volume, check_image
 
 
 class Preprocessing(BaseModel):
@@ -95,8 +95,9 @@ def preprocess_volume(volume: Volume, parameters: Preprocessing) -> CorrectedVol
     Raises
     ------
     InputError
-        If the tissue holds no contrast.
+        If the image holds NaN or infinity, or is constant, or its tissue holds no contrast.
     """
+    check_image(volume)
     geometry = volume.geometry
     orientation = Orientation.of(geometry)
     image = np.ascontiguousarray(orientation.to_anatomical(volume.array))

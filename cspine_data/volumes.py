@@ -100,6 +100,22 @@ def read_volume(path: str | Path) -> Volume:
     return Volume(array=array, geometry=geometry, path=path, assumed_orientation=assumed)
 
 
+def check_image(image: Volume) -> None:
+    """Refuse an image that nothing can be computed from.
+
+    Raises
+    ------
+    InputError
+        If it holds NaN or infinity, or is constant.
+    """
+    if image.array.dtype.kind == "f":
+        bad = int(image.array.size - np.isfinite(image.array).sum())
+        if bad:
+            raise InputError(image.name, f"holds {bad} voxels that are NaN or infinite", "repair or leave out the file")
+    if image.array.min() == image.array.max():
+        raise InputError(image.name, "is constant", "fetch it again or leave it out")
+
+
 def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a volume as NRRD or NIfTI, as the name's ending says; a file of that name is replaced at once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ class TrainCommandGroup(CommandGroup):
 def main() -> None:
     """Train, evaluate and use models that segment vertebrae, on the stores of cspine-data."""
     warnings.showwarning = _one_line_warning
+    # Threads that spin while they wait slow each other down several times where another process needs a core. Read
+    # once, when PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @main.command()

@@ -233,5 +233,6 @@ def _quieten() -> None:
     # The loader's advice on workers, and a deprecation inside Lightning: neither is the user's to act on.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")

@@ -15,6 +15,9 @@ from cspine_data import BiasParameters, Geometry, Preprocessing, Volume, prepare
 from cspine_data.cli import main as data_main
 from cspine_data.phantom import make_phantom_cohort
 
+# As `cspine-train` sets it: before PyTorch is imported, so that threads do not spin against the worker processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 QUICK_N4 = Preprocessing(bias=BiasParameters(resolution_mm=12, iterations=(5, 5)))
 
 
@@ -93,9 +96,13 @@ def phantom_store(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory
     return store
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def realdata() -> Path:
-    folder = Path(os.environ.get("CSPINE_REALDATA", Path(__file__).parents[2] / "shared" / "data"))
+    """The folder of real MRI; named and missing is a failure, not named and missing a loud skip."""
+    named = os.environ.get("CSPINE_REALDATA")
+    folder = Path(named or Path(__file__).parents[2] / "shared" / "data")
     if not (folder / "spine14").is_dir():
+        if named:
+            pytest.fail(f"CSPINE_REALDATA names {folder}, which holds no spine14")
         pytest.skip(f"REAL MRI IS MISSING: {folder} holds no spine14; set CSPINE_REALDATA")
     return folder

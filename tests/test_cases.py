@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cspine_data import InputError, Volume, describe_problem, find_cases, write_volume
-from cspine_data.cases import Case, cohort_note, load_case
+from cspine_data import InputError, Problem, Volume, describe_problem, find_cases, write_volume
+from cspine_data.cases import Case, cohort_note, load_case, scan_case
 from tests.conftest import ball, geometry, write_case
 
 
@@ -133,14 +133,18 @@ def test_voxels_that_are_no_numbers(spoiled: float, tmp_path: Path) -> None:
     image, label = ball()
     array = image.array.astype(np.float32)
     array[3, 4, 5] = spoiled
-    with pytest.raises(InputError, match=r"x\.nrrd: holds 1 voxels that are NaN or infinite"):
-        load(tmp_path, Volume(array, image.geometry), label)
+    load(tmp_path, Volume(array, image.geometry), label)
+    found = scan_case(Case("x", tmp_path / "x.nrrd"))
+    assert isinstance(found, Problem)
+    assert "x.nrrd: holds 1 voxels that are NaN or infinite" in found.message
 
 
 def test_a_constant_volume(tmp_path: Path) -> None:
     image, label = ball()
-    with pytest.raises(InputError, match=r"x\.nrrd: is constant"):
-        load(tmp_path, Volume(np.full_like(image.array, 7), image.geometry), label)
+    load(tmp_path, Volume(np.full_like(image.array, 7), image.geometry), label)
+    found = scan_case(Case("x", tmp_path / "x.nrrd"))
+    assert isinstance(found, Problem)
+    assert "x.nrrd: is constant" in found.message
 
 
 def test_a_probability_map_is_no_label_map(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cspine_train.errors import ModelError
+from cspine_train.models import REFERENCE_MODELS, architectures, build_model, encoders, load_model, save_model
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed network: nothing answers at the hub's address."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+@pytest.mark.parametrize("model", REFERENCE_MODELS)
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-mobilenetv3_small_100"])
+def test_every_reference_architecture_maps_slices_to_logits(model: str, encoder: str) -> None:
+    network, used = build_model(model, encoder)
+    assert used == "none"
+    with torch.inference_mode():
+        assert network.eval()(torch.zeros(2, 1, 64, 96)).shape == (2, 1, 64, 96)
+
+
+def test_the_reference_studys_encoders_are_there() -> None:
+    assert {"resnet50", "inceptionv4"} <= set(encoders())
+    assert architectures()[:4] == REFERENCE_MODELS
+
+
+@pytest.mark.parametrize(
+    ("model", "encoder"), [("unet3000", "resnet18"), ("unet", "resnet18000"), ("unet", "tu-nothing")]
+)
+def test_unknown_names_are_told(model: str, encoder: str) -> None:
+    with pytest.raises(ModelError, match="cspine-train models lists"):
+        build_model(model, encoder, "auto")
+
+
+def test_imagenet_weights_without_a_network_fail_within_seconds() -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        ModelError, match="'resnet18': its ImageNet weights are not cached and cannot be fetched; connect"
+    ):
+        build_model("unet", "resnet18", "imagenet")
+    assert time.monotonic() - started < 15
+
+
+def test_auto_falls_back_to_random_weights_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="no ImageNet weights for resnet18: starting from random ones"):
+        _, used = build_model("unet", "resnet18", "auto")
+    assert used == "none"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_local_file_of_colour_weights_fits_one_channel(suffix: str, tmp_path: Path) -> None:
+    import segmentation_models_pytorch as smp
+
+    source = smp.Unet("resnet18", encoder_weights=None, in_channels=3).encoder
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(source.state_dict(), path)
+    else:
+        save_file(source.state_dict(), path)
+    network, used = build_model("unet", "resnet18", str(path))
+    assert len(used) == 64
+    grey = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        expected = source.eval()(grey.expand(-1, 3, -1, -1))[-1]
+        torch.testing.assert_close(network.encoder.eval()(grey)[-1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_another_encoder_are_refused_by_name(tmp_path: Path) -> None:
+    import segmentation_models_pytorch as smp
+
+    save_file(smp.Unet("resnet34", encoder_weights=None).encoder.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match="does not fit encoder 'resnet50' .* and .* more"):
+        build_model("unet", "resnet50", str(tmp_path / "w.safetensors"))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("/tmp/cspine-was-fooled"),))  # noqa: S108
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_no_file_of_weights_is_unpickled(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ModelError, match="is no file of weights alone; save a state dict or safetensors"):
+        build_model("unet", "resnet18", str(tmp_path / name))
+    assert not Path("/tmp/cspine-was-fooled").exists()  # noqa: S108
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ModelError, match="is no state dict"):
+        build_model("unet", "resnet18", str(tmp_path / "list.pt"))
+    with pytest.raises(ModelError, match="is no file; give auto, imagenet, none or a file"):
+        build_model("unet", "resnet18", str(tmp_path / "missing.pt"))
+
+
+def test_saved_models_load_here_and_in_smp(tmp_path: Path) -> None:
+    import segmentation_models_pytorch as smp
+
+    network, _ = build_model("fpn", "resnet18")
+    save_model(network, tmp_path / "model")
+    save_model(network, tmp_path / "model")
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["config.json", "model.safetensors"]
+    image = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        expected = network.eval()(image)
+        assert torch.equal(load_model("fpn", "resnet18", tmp_path / "model")(image), expected)
+        assert torch.equal(smp.from_pretrained(str(tmp_path / "model")).eval()(image), expected)
+
+
+@pytest.mark.parametrize("damage", ["pickle", "cut", "missing", "other"])
+def test_a_tampered_model_is_refused(damage: str, tmp_path: Path) -> None:
+    network, _ = build_model("fpn", "resnet18")
+    save_model(network, tmp_path)
+    path = tmp_path / "model.safetensors"
+    if damage == "pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be loaded .*; train the run anew"):
+        load_model("fpn", "resnet18", tmp_path)

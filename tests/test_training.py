@@ -1,0 +1,343 @@
+"""A run from store to Dice, and what happens when it is repeated, killed, moved or tampered with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from cspine_data import InputError, Volume, open_cohort, read_volume, write_volume
+from cspine_data.geometry import Orientation
+from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
+from cspine_train.cli import main as train_main
+from cspine_train.datamodule import CohortSlices, EpochSampler
+from cspine_train.settings import load_record
+
+SMALL = {
+    "encoder": "tu-mobilenetv3_small_100",
+    "weights": "none",
+    "epochs": 2,
+    "pixel_mm": 2.5,
+    "learning_rate": 3e-3,
+    "schedule": "onecycle",
+    "precision": "32",
+}
+
+
+@pytest.fixture
+def run_train() -> Callable[..., Result]:
+    """Call `cspine-train` in this process."""
+
+    def call(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(train_main, [str(argument) for argument in arguments])
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a small model, all axes, a few epochs."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    train(phantom_store, run, RunSettings(**{**SMALL, "axes": (0, 2), "epochs": 5}))
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_run_folder_says_what_was_done(trained: Path, phantom_store: Path) -> None:
+    record = load_record(trained)
+    assert record.finished
+    assert record.train == ("CS_01", "CS_02")
+    assert (record.validation, record.test) == (("CS_03",), ("CS_04",))
+    assert record.digests["CS_04"] == open_cohort(phantom_store).record("CS_04", "n4").digest
+    assert record.weights_used == "none"
+    assert record.preprocessing.variant == "n4"
+    assert record.versions["torch"] == torch.__version__.split("+")[0] or record.versions["torch"]
+    assert record.caveats()[1].startswith("data: synthetic cervical phantom")
+    rows = (trained / "metrics.csv").read_text().splitlines()
+    assert rows[0] == "epoch,train_loss,valid_dice,learning_rate,seconds"
+    assert len(rows) == 6
+    assert record.best_dice == pytest.approx(max(float(row.split(",")[2]) for row in rows[1:]), abs=1e-5)
+    assert not [file for file in (trained / "model").iterdir() if file.suffix in (".pkl", ".pt", ".ckpt")]
+
+
+def test_it_learns(trained: Path) -> None:
+    first, *_, last = (trained / "metrics.csv").read_text().splitlines()[1:]
+    assert float(last.split(",")[1]) < 0.7 * float(first.split(",")[1])
+    assert load_record(trained).best_dice > 0.4
+
+
+def test_scores_are_of_whole_volumes_patient_by_patient(trained: Path, phantom_store: Path) -> None:
+    evaluation = evaluate(trained, ("validation", "test"))
+    assert [(score.case, score.split) for score in evaluation.scores] == [("CS_03", "validation"), ("CS_04", "test")]
+    run = load_run(trained)
+    image, label = open_cohort(phantom_store).volumes(variant="n4", cases=["CS_04"])[0]
+    spacing = open_cohort(phantom_store).record("CS_04", "n4").spacing_xyz_mm
+    predicted = run.probabilities(image[0], spacing) > 0.5
+    both = (predicted & (label[0] > 0)).sum()
+    assert evaluation.scores[1].dice == 2 * both / (predicted.sum() + label.sum())
+    assert evaluation.mean_dice == np.mean([score.dice for score in evaluation.scores])
+    written = json.loads(evaluation.files[1].read_text())
+    assert written["patients"][1]["dice"] == pytest.approx(evaluation.scores[1].dice, abs=1e-6)
+    assert written["caveats"] == list(evaluation.caveats)
+    assert evaluation.files[0].read_text().startswith("case,split,dice,iou")
+
+
+@pytest.mark.parametrize("case", ["CS_03", "CS_04"])
+def test_predicting_a_file_gives_what_evaluation_saw(
+    case: str, trained: Path, phantom_folder: Path, phantom_store: Path
+) -> None:
+    """One path: the stored case and its source file end in the same mask, voxel for voxel, on the file's own grid."""
+    source = read_volume(phantom_folder / f"{case}.nrrd")
+    run = load_run(trained)
+    found = run.predict(source)
+    assert found.geometry == source.geometry
+    assert found.array.dtype == np.uint8
+    image, _ = open_cohort(phantom_store).volumes(variant="n4", cases=[case])[0]
+    stored = run.probabilities(image[0], open_cohort(phantom_store).record(case, "n4").spacing_xyz_mm) > 0.5
+    np.testing.assert_array_equal(Orientation.of(source.geometry).to_anatomical(found.array), stored)
+    assert 0 < found.array.mean() < 0.5
+
+
+def test_runs_are_fused_as_probabilities(trained: Path, phantom_folder: Path) -> None:
+    run, source = load_run(trained), read_volume(phantom_folder / "CS_04.nrrd")
+    np.testing.assert_array_equal(predict_volume([run, run], source).array, run.predict(source).array)
+    with pytest.raises(RunError, match="no run given"):
+        predict_volume([], source)
+
+
+def test_the_same_command_again_does_nothing(trained: Path, phantom_store: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in trained.rglob("*.*") if "evaluation" not in str(file)}
+    record = train(phantom_store, trained, load_record(trained).settings)
+    assert record == load_record(trained)
+    assert all(file.stat().st_mtime_ns == stamp for file, stamp in before.items())
+
+
+def test_a_folder_of_another_run_is_not_overwritten(trained: Path, phantom_store: Path, tmp_path: Path) -> None:
+    settings = load_record(trained).settings
+    with pytest.raises(RunError, match="holds a run with another epochs, seed; choose another folder with -o"):
+        train(phantom_store, trained, settings.model_copy(update={"seed": 5, "epochs": 9}))
+    (tmp_path / "thesis.docx").touch()
+    with pytest.raises(RunError, match="is there and is no run folder; choose another with -o"):
+        train(phantom_store, tmp_path, settings)
+
+
+def test_other_data_under_the_same_names_are_noticed(trained: Path, phantom_store: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    text = (run / "run.json").read_text()
+    digest = load_record(run).digests["CS_04"]
+    (run / "run.json").write_text(text.replace(digest, "0" * 32))
+    with pytest.raises(RunError, match="was trained on other data than the store holds now"):
+        train(phantom_store, run, load_record(run).settings)
+    with pytest.raises(RunError, match="holds other data of CS_04 than"):
+        evaluate(run)
+
+
+def test_equal_seeds_make_equal_models_and_others_do_not(phantom_store: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(phantom_store, tmp_path / name, RunSettings(**{**SMALL, "seed": seed, "epochs": 1}))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(phantom_store: Path, tmp_path: Path) -> None:
+    settings = RunSettings(**{**SMALL, "epochs": 4})
+    train(phantom_store, tmp_path / "undisturbed", settings)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, "epochs": 4}.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "cspine_train",
+        "run",
+        "--store",
+        str(phantom_store),
+        *options,
+        "-o",
+        str(tmp_path / "killed"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((tmp_path / "killed" / "checkpoints").glob("epoch=1.ckpt")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not load_record(tmp_path / "killed").finished
+    record = train(phantom_store, tmp_path / "killed", settings)
+    assert record.finished
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "undisturbed"))
+    assert len((tmp_path / "killed" / "metrics.csv").read_text().splitlines()) == 5
+
+
+def test_the_reference_schedule_stops_early(phantom_store: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "schedule": "plateau", "epochs": 40, "learning_rate": 1e-9, "pixel_mm": 5.0}
+    train(phantom_store, tmp_path / "run", RunSettings(**settings))
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) - 1 < 40
+
+
+def test_loader_processes_change_nothing(phantom_store: Path, tmp_path: Path) -> None:
+    settings = RunSettings(**{**SMALL, "epochs": 1})
+    train(phantom_store, tmp_path / "0", settings, workers=0)
+    train(phantom_store, tmp_path / "2", settings, workers=2)
+    assert same(weights(tmp_path / "0"), weights(tmp_path / "2"))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_pytorch_loader_takes_the_datasets_as_they_are(method: str, phantom_store: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    slices = open_cohort(phantom_store).slices(axis=0, variant="n4", cases=["CS_01"])
+    assert slices[3][0].shape[0] == 1
+    loader = DataLoader(slices, batch_size=4, num_workers=2, multiprocessing_context=method)
+    images = torch.cat([batch for batch, _ in loader])
+    np.testing.assert_array_equal(images.numpy(), np.stack([slices[i][0] for i in range(len(slices))]))
+
+
+def test_an_epoch_is_the_labelled_slices_and_a_share_of_empty_ones() -> None:
+    counts = np.array([0, 5, 0, 0, 3, 2, 0, 1, 0, 0])
+    sampler = EpochSampler(counts, 0.5, seed=4)
+    epochs = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert list(sampler) == epochs[-1]
+        assert len(epochs[-1]) == len(sampler) == 6
+        assert {1, 4, 5, 7} <= set(epochs[-1])
+        assert len(set(epochs[-1])) == 6
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) > 1
+    assert len(EpochSampler(counts, 99, seed=0)) == 10
+    assert len(EpochSampler(counts, 0, seed=0)) == 4
+
+
+def test_the_fixed_size_holds_every_slice_of_the_run(phantom_store: Path) -> None:
+    cohort = open_cohort(phantom_store)
+    settings = RunSettings(axes=(0, 1, 2), weights="none")
+    data = CohortSlices(cohort, cohort.split(variant="n4"), settings)
+    largest = np.array([record.size_xyz for record in cohort.records("n4")]).max(0)
+    assert data.size_hw[0] >= max(largest[0], largest[1])
+    assert data.size_hw[1] >= max(largest[1], largest[2])
+    assert data.size_hw[0] % 32 == data.size_hw[1] % 32 == 0
+    images, masks, _ = next(iter(data.train_dataloader()))
+    assert images.shape == masks.shape == (8, 1, *data.size_hw)
+
+
+def test_too_few_cases_are_told(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="has too few labelled cases to train and validate on .* prepare at least three"):
+        train(store, tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw"}))
+    with pytest.raises(InputError, match="5 folds: cannot be made of 2 labelled cases"):
+        train(store, tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw", "folds": 5}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is damaged"), ("{}", "is damaged"), ('{"record_version": 1, "evil": 2}', "is damaged")],
+)
+def test_a_damaged_record_is_told(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunError, match=f"{message} .*; train it anew"):
+        load_run(tmp_path)
+
+
+def test_what_is_no_run_is_told(tmp_path: Path, trained: Path) -> None:
+    with pytest.raises(RunError, match="is no run folder; make one with cspine-train run"):
+        load_run(tmp_path)
+    (tmp_path / "run.json").write_text((trained / "run.json").read_text())
+    with pytest.raises(RunError, match="has no trained model yet"):
+        load_run(tmp_path)
+    without = load_record(trained).model_copy(update={"train": ()})
+    (tmp_path / "run.json").write_text(without.model_dump_json())
+    shutil.copytree(trained / "model", tmp_path / "model")
+    with pytest.raises(RunError, match="has no train patients; choose another --split"):
+        evaluate(tmp_path, ["train"])
+    record = load_record(trained).model_copy(update={"record_version": 9})
+    (tmp_path / "run.json").write_text(record.model_dump_json())
+    with pytest.raises(RunError, match="was written by a newer cspine"):
+        load_run(tmp_path)
+
+
+def test_the_command_line_evaluates_and_predicts(
+    trained: Path, phantom_folder: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    scored = run_train("evaluate", trained)
+    assert scored.exit_code == 0
+    assert scored.output.splitlines()[0].split() == ["patient", "split", "Dice", "IoU"]
+    assert "CS_04    test" in scored.output
+    assert "note: encoder tu-mobilenetv3_small_100 started from random weights" in scored.output
+    assert "note: data: synthetic" in scored.output
+    alone = run_train("predict", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path / "one.nii.gz")
+    assert alone.exit_code == 0
+    assert read_volume(tmp_path / "one.nii.gz").geometry.same_grid(read_volume(phantom_folder / "CS_02.nrrd").geometry)
+    (tmp_path / "bad.nrrd").write_text("no volume")
+    several = run_train(
+        "predict", phantom_folder / "CS_02.nrrd", tmp_path / "bad.nrrd", phantom_folder / "CS_03.nrrd",
+        "--run", trained, "--run", trained, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert several.exit_code == 1
+    assert "bad.nrrd: is no readable NRRD file" in several.output
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["CS_02-label.nrrd", "CS_03-label.nrrd"]
+    twice = run_train(
+        "predict", phantom_folder / "CS_02.nrrd", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path
+    )
+    assert "two of the volumes have the same name; predict them into two folders" in twice.output
+
+
+def test_a_volume_without_contrast_cannot_be_predicted(trained: Path, tmp_path: Path, run_train) -> None:
+    source = read_volume(write_constant(tmp_path / "flat.nrrd"))
+    with pytest.raises(InputError, match="is constant"):
+        load_run(trained).predict(source)
+    done = run_train("predict", tmp_path / "flat.nrrd", "--run", trained, "-o", tmp_path / "x.nrrd")
+    assert done.exit_code == 1
+    assert not (tmp_path / "x.nrrd").exists()
+
+
+def write_constant(path: Path) -> Path:
+    from tests.conftest import ball
+
+    image, _ = ball()
+    write_volume(path, Volume(np.full_like(image.array, 5), image.geometry))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--store", "nowhere"), "Error: nowhere: is no cspine store"),
+        (("evaluate", "nowhere"), "Error: nowhere: is no run folder"),
+        (("predict", "x.nrrd", "--run", "nowhere", "-o", "y.nrrd"), "Error: nowhere: is no run folder"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_train: Callable[..., Result]) -> None:
+    done = run_train(*arguments)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_a_setting_out_of_range_is_told(run_train: Callable[..., Result]) -> None:
+    done = run_train("run", "--pixel-mm", "-1")
+    assert done.exit_code == 2
+    assert "pixel_mm: Input should be greater than 0" in done.output
+
+
+def test_models_are_listed(run_train: Callable[..., Result]) -> None:
+    output = run_train("models").output
+    assert "unet fpn linknet pspnet" in output
+    assert "inceptionv4" in output
