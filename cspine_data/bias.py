@@ -151,14 +151,14 @@ def estimate_log_bias(
     factors = working_factors(spacing_mm, parameters.resolution_mm)
     inside = tissue_xyz & (image_xyz > 0)
     share = average_down(inside, factors)
-    working = average_down(np.where(inside, image_xyz, np.float32(0)), factors) / np.maximum(share, 1e-6)
+    summed = average_down(np.where(inside, image_xyz, np.float32(0)), factors)
+    working = np.asarray(summed / np.maximum(share, 1e-6), dtype=np.float32)
     mask = share > 0.5
     if np.unique(working[mask]).size < 2:
         return np.zeros(image_xyz.shape, dtype=np.float32)
     engine = _with_itk if parameters.engine == "itk" else _with_separable_products
     log_bias = engine(working, mask, factors, spacing_mm, image_xyz.shape, parameters)
-    log_bias -= log_bias[inside].mean(dtype=np.float64).astype(np.float32)
-    return log_bias
+    return np.asarray(log_bias - np.float32(log_bias[inside].mean(dtype=np.float64)))
 
 
 def _with_separable_products(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -15,6 +16,13 @@ from cspine_train.errors import CspineTrainError
 AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 
 
+class _Echo(logging.Handler):
+    """Prints what the package reports, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
 class TrainCommandGroup(CommandGroup):
     """The same one-line errors, for the training package's own as well."""
 
@@ -26,6 +34,9 @@ class TrainCommandGroup(CommandGroup):
 def main() -> None:
     """Train, evaluate and use models that segment vertebrae, on the stores of cspine-data."""
     warnings.showwarning = _one_line_warning
+    log = logging.getLogger("cspine_train")
+    log.setLevel(logging.INFO)
+    log.handlers = [_Echo()]
     # Threads that spin while they wait slow each other down several times where another process needs a core. Read
     # once, when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

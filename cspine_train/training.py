@@ -28,6 +28,7 @@ MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 METRICS_NAME = "metrics.csv"
 _STOP_AFTER = 7
+_log = logging.getLogger("cspine_train")
 
 
 def train(store: str | Path, run: str | Path, settings: RunSettings, workers: int = 0) -> RunRecord:
@@ -68,6 +69,7 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     digests = {case: digests[case] for part in (split.train, split.validation, split.test) for case in part}
     earlier = _earlier(run, settings, digests)
     if earlier is not None and earlier.finished:
+        _log.info("nothing to do: %s is finished", run)
         return earlier
     keep_large_blocks()
     _quieten()
@@ -95,6 +97,8 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     checkpoint = _newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None
     if earlier and checkpoint is None:
         network, _ = build_model(settings.model, settings.encoder, settings.weights)
+    if checkpoint:
+        _log.info("going on after %s", checkpoint.stem.replace("=", " "))
     module = SliceSegmenter(network, settings, split.validation)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     if trainer.interrupted:

@@ -124,10 +124,14 @@ def test_runs_are_fused_as_probabilities(trained: Path, phantom_folder: Path) ->
         predict_volume([], source)
 
 
-def test_the_same_command_again_does_nothing(trained: Path, phantom_store: Path) -> None:
+def test_the_same_command_again_does_nothing(
+    trained: Path, phantom_store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cspine_train")
     before = {file: file.stat().st_mtime_ns for file in trained.rglob("*.*") if "evaluation" not in str(file)}
     record = train(phantom_store, trained, load_record(trained).settings)
     assert record == load_record(trained)
+    assert f"nothing to do: {trained} is finished" in caplog.text
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in before.items())
 
 
