@@ -57,8 +57,8 @@ def demo(session: nox.Session) -> None:
     session.run("cspine-data", "prepare", raw, "--store", store, "--n4", "--axes", "012")
     session.run(
         "cspine-train", "run", "--store", store, "-o", run,
-        "--model", "unet", "--encoder", "mobilenet_v2", "--weights", "none", "--axis", "0",
-        "--epochs", "6", "--schedule", "onecycle", "--learning-rate", "5e-3",
+        "--model", "linknet", "--encoder", "mobilenet_v2", "--weights", "none", "--axis", "0",
+        "--epochs", "5", "--schedule", "onecycle", "--learning-rate", "1e-2",
     )  # fmt: skip
     session.run("cspine-train", "evaluate", run, "--split", "validation", "--split", "test")
 

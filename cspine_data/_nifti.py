@@ -69,14 +69,27 @@ def read_array(path: Path) -> NDArray[Any]:
 
 
 def write(path: Path, array_ijk: NDArray[Any], geometry: Geometry) -> None:
-    """Write a volume (i, j, k); the name's ending decides whether it is compressed."""
+    """Write a volume (i, j, k); the name's ending decides whether it is compressed.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written whole.
+    """
     import SimpleITK as sitk  # noqa: N813
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(array_ijk.transpose()))
     image.SetSpacing(geometry.spacing_mm)
     image.SetOrigin(geometry.origin_mm)
     image.SetDirection(geometry.direction_matrix.ravel().tolist())
-    sitk.WriteImage(image, str(path))
+    try:
+        sitk.WriteImage(image, str(path))
+    except RuntimeError as error:
+        raise InputError(path, f"cannot be written ({_last_line(error)})", "is the disk full?") from None
+    # ITK does not always tell of a write that was cut short.
+    read_header(path)
+    if _is_compressed(path):
+        _check_compressed(path)
 
 
 def _reader(path: Path) -> Any:

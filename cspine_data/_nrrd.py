@@ -90,8 +90,8 @@ def read_header(path: Path) -> NrrdHeader:
         encoding=_encoding(path, fields),
         data_file=_beside(path, detached) if detached else path,
         data_offset=0 if detached else offset,
-        line_skip=int(fields.get("line skip", fields.get("lineskip", 0))),
-        byte_skip=int(fields.get("byte skip", fields.get("byteskip", 0))),
+        line_skip=_skip(path, fields, "line", lowest=0),
+        byte_skip=_skip(path, fields, "byte", lowest=-1),
         assumed_orientation=assumed,
     )
 
@@ -197,6 +197,14 @@ def _encoding(path: Path, fields: dict[str, Any]) -> str:
     return _ENCODINGS[name]
 
 
+def _skip(path: Path, fields: dict[str, Any], unit: str, lowest: int) -> int:
+    skip = int(fields.get(f"{unit} skip", fields.get(f"{unit}skip", 0)))
+    if not lowest <= skip <= _MAX_SKIPPED_BYTES:
+        remedy = f"only {lowest} to {_MAX_SKIPPED_BYTES} is understood: export it anew"
+        raise InputError(path, f"has a {unit} skip of {skip}", remedy)
+    return skip
+
+
 def _beside(path: Path, name: str) -> Path:
     """Find a detached data file; only in the header's own folder, also after links are followed."""
     if name.upper().startswith("LIST") or "%" in name:
@@ -211,8 +219,6 @@ def _beside(path: Path, name: str) -> Path:
 
 
 def _payload(path: Path, header: NrrdHeader, file: BinaryIO, wanted: int) -> bytearray:
-    if header.byte_skip < -1:
-        raise InputError(path, f"has a byte skip of {header.byte_skip}", "only -1 and positive numbers mean anything")
     from_end = header.byte_skip == -1
     to_skip = _MAX_SKIPPED_BYTES if from_end else header.byte_skip
     stream: Any = file
@@ -227,11 +233,12 @@ def _payload(path: Path, header: NrrdHeader, file: BinaryIO, wanted: int) -> byt
     try:
         while len(data) < limit and (chunk := stream.read(min(_CHUNK, limit - len(data)))):
             data += chunk
-        overlong = from_end and header.encoding != "raw" and bool(stream.read(1))
+        # Reading on past the last byte checks a compressed stream's checksum.
+        more = header.encoding != "raw" and bool(stream.read(1))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(path, f"cannot be decompressed ({error})", "the file is damaged: fetch it again") from None
     start = max(0, len(data) - wanted) if from_end else header.byte_skip
-    if overlong or len(data) - start < wanted:
+    if (more and from_end) or len(data) - start < wanted:
         raise InputError(
             path, f"holds {len(data) - start} bytes of voxels where its header claims {wanted}",
             "the file is truncated or its header is wrong: fetch it again",

@@ -43,10 +43,10 @@ class BiasParameters(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     engine: Literal["separable", "itk"] = "separable"
-    resolution_mm: float = Field(default=8.0, gt=0)
+    resolution_mm: float = Field(default=6.0, gt=0)
     iterations: tuple[int, ...] = Field(default=(50, 50, 50, 50), min_length=1)
     threshold: float = Field(default=1e-3, gt=0)
-    spline_mm: float = Field(default=0.0, ge=0)
+    spline_mm: float = Field(default=40.0, ge=0)
 
 
 def average_down(array: NDArray[Any], factors: tuple[int, ...]) -> NDArray[np.float32]:

@@ -100,7 +100,7 @@ class Cohort:
         leave_out : str, optional
             Leave this case out to test on, and train on all others but one.
         variant : str, optional
-            The variant whose cases to divide; a case that only another variant has is in no part.
+            The variant whose cases to divide; a case that has no label map in it is in no part.
 
         Returns
         -------
@@ -119,7 +119,7 @@ class Cohort:
             split = fold_split(self._batches, folds, fold)
         else:
             split = reference_split(self._batches)
-        held = {case for case, variants in self._root.cases.items() if variant in variants}
+        held = {record.case for record in self.records(variant) if record.labelled}
         return Split(
             *(tuple(case for case in part if case in held) for part in (split.train, split.validation, split.test))
         )

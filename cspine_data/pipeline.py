@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.cases import Case, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
-from cspine_data.errors import InputError
+from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
 from cspine_data.schema import CaseRecord, case_digest, volume_digest
@@ -180,7 +180,11 @@ def prepare(
     computed = {job.case.id for job in to_do}
     reused = [job.case.id for job in jobs if job.case.id not in computed]
     good = {*done, *reused}
-    enrol(store, [job.case.id for job in jobs if job.label_sha256 and job.case.id in good], note or cohort_note(source))
+    enrol(
+        store,
+        [job.case.id for job in jobs if job.label_sha256 and job.case.id in good],
+        note or cohort_note(Path(pairs).parent if pairs else source),
+    )
     return PrepareSummary(
         done=tuple(sorted(done)),
         reused=tuple(reused),
@@ -252,8 +256,12 @@ def _stored_volume(job: Job, store: Path, loaded: LoadedCase) -> CorrectedVolume
     record = stored_record(store, job.case.id, job.current) if job.current else None
     if record is None or record.volume_digest != job.volume_digest:
         return None
+    try:
+        image_xyz = read_volume_xyz(store, record)
+    except DamagedStoreError:
+        return None
     return CorrectedVolume(
-        image_xyz=read_volume_xyz(store, record),
+        image_xyz=image_xyz,
         geometry=loaded.image.geometry,
         normalisation=record.normalisation,
         tissue_threshold=record.tissue_threshold,

@@ -24,6 +24,8 @@ from cspine_data.preprocess import Preprocessing
 
 SCHEMA_VERSION = 1
 ATTRIBUTE = "cspine"
+#: Beside the record in a group's attributes: what `record_checksum` gives for it.
+CHECKSUM_ATTRIBUTE = "cspine_sha256"
 AXIS_NAMES = ("left-right", "anterior-posterior", "inferior-superior")
 AXES_XYZ = ("x", "y", "z")
 VOLUME_IMAGE = "volume/0"
@@ -143,6 +145,11 @@ def volume_digest(image_sha256: str, preprocessing: Preprocessing) -> str:
 def case_digest(of_volume: str, label_sha256: str | None, axes: tuple[int, ...]) -> str:
     """Digest what a stored case depends on: its corrected volume, its label map, the axes it is sliced along."""
     return _digest([of_volume, label_sha256, list(axes)])
+
+
+def record_checksum(record: dict[str, Any]) -> str:
+    """Return the SHA-256, in hex, of a record as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(content: Any) -> str:

@@ -77,11 +77,6 @@ def read_root(path: Path) -> RootRecord:
     attributes = _attributes(path)
     if attributes is None:
         raise StoreError(f"{path}: is no cspine store; make one with cspine-data prepare")
-    version = attributes.get("schema_version")
-    if isinstance(version, int) and version > schema.SCHEMA_VERSION:
-        raise NewerSchemaError(
-            f"{path}: has schema version {version}, this cspine knows {schema.SCHEMA_VERSION}; install a newer cspine"
-        )
     try:
         return RootRecord.model_validate(attributes)
     except ValidationError as error:
@@ -159,7 +154,7 @@ def write_case(path: Path, record: CaseRecord, volume: CorrectedVolume, label_xy
         written = [file for file in _files(unfinished) if file != unfinished / _METADATA]
         checksums = {str(file.relative_to(unfinished)): _sha256(file, sync=True) for file in written}
         record = record.model_copy(update={"files": checksums})
-        _write_group(unfinished, {schema.ATTRIBUTE: record.model_dump(mode="json")})
+        _write_record(unfinished, record)
         if target.exists() and stored_record(path, record.case, record.digest) is None:
             shutil.rmtree(target)
         try:
@@ -227,7 +222,7 @@ def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
 
 
 def verify(path: str | Path) -> list[Damage]:
-    """Hold every file of every published case against its checksum, and decode every array.
+    """Hold every file of every published case, and every record, against its checksum.
 
     Parameters
     ----------
@@ -328,15 +323,24 @@ def _read_array(folder: Path, name: str) -> NDArray[Any]:
 
 
 def _attributes(folder: Path) -> dict[str, Any] | None:
-    """Return what cspine wrote into a group's attributes; None where there is no such group."""
+    """Return the record in a group's attributes, once it was held against its checksum; None where there is none."""
     try:
-        content = json.loads((folder / _METADATA).read_bytes())
-        attributes = content["attributes"].get(schema.ATTRIBUTE)
+        content = json.loads((folder / _METADATA).read_bytes())["attributes"]
+        record, checksum = content.get(schema.ATTRIBUTE), content.get(schema.CHECKSUM_ATTRIBUTE)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedStoreError(f"{folder / _METADATA}: cannot be understood; prepare the store anew") from None
-    return attributes if isinstance(attributes, dict) else None
+    if not isinstance(record, dict):
+        return None
+    version = record.get("schema_version")
+    if isinstance(version, int) and version > schema.SCHEMA_VERSION:
+        raise NewerSchemaError(
+            f"{folder}: has schema version {version}, this cspine knows {schema.SCHEMA_VERSION}; install a newer cspine"
+        )
+    if checksum != schema.record_checksum(record):
+        raise DamagedStoreError(f"{folder / _METADATA}: is not what was written; prepare the store anew")
+    return record
 
 
 def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None:
@@ -348,7 +352,12 @@ def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None
 
 
 def _write_root(path: Path, root: RootRecord) -> None:
-    _write_group(path, {schema.ATTRIBUTE: root.model_dump(mode="json")})
+    _write_record(path, root)
+
+
+def _write_record(folder: Path, record: RootRecord | CaseRecord) -> None:
+    content = record.model_dump(mode="json")
+    _write_group(folder, {schema.ATTRIBUTE: content, schema.CHECKSUM_ATTRIBUTE: schema.record_checksum(content)})
 
 
 def _write_group(folder: Path, attributes: dict[str, Any]) -> None:

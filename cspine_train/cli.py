@@ -84,9 +84,9 @@ def run(store: Path, axis: str, workers: int, output: Path | None, **options: An
     record = train(store, folder, settings, workers)
     for caveat in record.caveats():
         click.echo(f"note: {caveat}")
-    if record.best_dice is not None:
+    if record.kept_dice is not None:
         click.echo(
-            f"best epoch {record.best_epoch}: mean validation Dice {record.best_dice:.4f}, at the network's pixels"
+            f"kept epoch {record.kept_epoch}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels"
         )
     click.echo(f"run: {folder}")
 
@@ -140,7 +140,12 @@ def predict(volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path) -> 
             click.echo(f"wrote {outcome}")
         else:
             failed += 1
-            click.echo(f"failed: {describe_problem(volume.name, outcome).message}", err=True)
+            told = (
+                str(outcome)
+                if isinstance(outcome, CspineTrainError)
+                else describe_problem(volume.name, outcome).message
+            )
+            click.echo(f"failed: {told}", err=True)
     if failed:
         raise SystemExit(1)
 

@@ -91,9 +91,17 @@ class CohortSlices(lightning.LightningDataModule):
         self._train = NetworkSlices(train, settings.pixel_mm, self.size_hw)
         self._validation = NetworkSlices(validation, settings.pixel_mm, self.size_hw)
 
+    @property
+    def labelled_slices(self) -> int:
+        """How many training slices have labelled voxels."""
+        return int(np.count_nonzero(self._train.slices.labelled_voxels))
+
     def train_dataloader(self) -> DataLoader[Item]:
         """Return an epoch's batches: labelled slices and a share of empty ones, shuffled."""
         sampler = EpochSampler(self._train.slices.labelled_voxels, self._settings.empty_share, self._settings.seed)
+        # Worker processes ask for the first epoch's order before Lightning has said which epoch it is.
+        if self.trainer is not None:
+            sampler.set_epoch(self.trainer.current_epoch)
         # A last batch of one slice would leave batch normalisation nothing to average over.
         drop_last = len(sampler) > self._settings.batch_size
         return DataLoader(

@@ -134,6 +134,7 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
             "true_positive_voxels": score.voxels.true_positive,
             "false_positive_voxels": score.voxels.false_positive,
             "false_negative_voxels": score.voxels.false_negative,
+            "note": "; ".join(evaluation.caveats),
         }
         for score in scores
     ]

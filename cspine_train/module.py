@@ -36,11 +36,13 @@ class SliceSegmenter(lightning.LightningModule):
         self._counts = torch.zeros(len(self._cases), 3)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Change a training batch at random, on its device; the randomness depends on seed and step only."""
+        """Change a training batch at random, on its device; all randomness depends on seed and step only."""
         images, masks, numbers = batch
-        if self.trainer.training and self._change is not None:
-            generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + self.global_step)
-            images, masks = self._change(images, masks, generator)
+        if self.trainer.training:
+            # Dropout draws from the same generator, so that a run that goes on draws what it would have.
+            generator = torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
+            if self._change is not None:
+                images, masks = self._change(images, masks, generator)
         return images.contiguous(memory_format=torch.channels_last), masks, numbers
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -70,13 +72,11 @@ class SliceSegmenter(lightning.LightningModule):
         self.log(MONITOR, dice.mean().float(), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimiser and the schedule that the settings name."""
+        """Return the optimiser, and the schedule where it is one of steps; a plateau is looked for by a callback."""
         settings = self._settings
         if settings.schedule == "onecycle":
             optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-2)
             steps = int(self.trainer.estimated_stepping_batches)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-        adam = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, mode="max", factor=1 / 3, patience=5)
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": plateau, "monitor": MONITOR}}
+        return torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)

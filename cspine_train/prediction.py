@@ -24,7 +24,7 @@ from cspine_train.errors import RunError
 from cspine_train.models import load_model
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.training import MODEL_FOLDER
-from cspine_train.transforms import from_network, to_network
+from cspine_train.transforms import fixed_size, from_network, network_shape, to_network
 
 _BATCH = 8
 _THRESHOLD = 0.5
@@ -82,13 +82,15 @@ class LoadedRun:
         first, second = (mm for a, mm in enumerate(spacing_mm) if a != axis)
         pixel_mm = self.record.settings.pixel_mm
         device = next(self.network.parameters()).device
+        own = fixed_size([network_shape((slices.shape[1], slices.shape[2]), (first, second), pixel_mm)])
+        # As in training, where every slice is padded to one size: pooling over the whole slice sees the margin.
+        height, width = (max(pair) for pair in zip(own, self.record.size_hw, strict=True))
         parts = []
         with torch.inference_mode():
             for start in range(0, len(slices), _BATCH):
                 # Each slice alone, so that its margin does not depend on its neighbours.
-                batch = [
-                    to_network(one[None], (first, second), pixel_mm, None) for one in slices[start : start + _BATCH]
-                ]
+                some = slices[start : start + _BATCH]
+                batch = [to_network(one[None], (first, second), pixel_mm, (height, width)) for one in some]
                 images = torch.cat(batch).to(device, memory_format=torch.channels_last)
                 parts.append(from_network(self.network(images), slices.shape[1:], (first, second), pixel_mm))
         return np.concatenate(parts)
@@ -134,7 +136,8 @@ def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
         uint8, 1 where vertebra, on the volume's own grid.
     """
     total: NDArray[np.float32] | None = None
-    prepared = {run.record.preprocessing: preprocess_volume(volume, run.record.preprocessing) for run in runs}
+    ways = {run.record.preprocessing for run in runs}
+    prepared = {way: preprocess_volume(volume, way) for way in ways}
     for run in runs:
         image = prepared[run.record.preprocessing]
         found = run.probabilities(image.normalised_xyz(), image.spacing_mm)
@@ -169,7 +172,7 @@ def predict_files(
     Raises
     ------
     RunError
-        If two volumes would be written to one file.
+        If two volumes would be written to one file. A file that is there is left alone, and named as the reason.
     """
     to_file = len(volumes) == 1 and bool(volume_suffix(output))
     targets = [output if to_file else output / label_name(volume) for volume in volumes]
@@ -177,8 +180,11 @@ def predict_files(
         raise RunError(f"{output}: two of the volumes have the same name; predict them into two folders")
     for volume, target in zip(volumes, targets, strict=True):
         try:
+            if target.exists():
+                raise RunError(f"{target}: is there already; remove it or choose another -o")
             write_volume(target, predict_volume(runs, read_volume(volume)))
-        except (CspineDataError, OSError, MemoryError) as error:
+        # PyTorch tells of missing memory by a RuntimeError.
+        except (CspineDataError, RunError, OSError, MemoryError, RuntimeError) as error:
             yield volume, error
         else:
             yield volume, target

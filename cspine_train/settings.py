@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -89,9 +90,9 @@ class RunRecord(BaseModel):
         Of the libraries that decide the outcome.
     finished : bool
         False until training ended by itself.
-    best_epoch, best_dice
-        The epoch whose weights the run keeps, from 0, and its mean Dice over the validation patients at the
-        network's pixel size.
+    kept_epoch, kept_dice
+        The epoch whose weights the run keeps, from 0 (the best on validation, or the last of one cycle), and its mean
+        Dice over the validation patients at the network's pixel size.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -109,8 +110,8 @@ class RunRecord(BaseModel):
     digests: dict[str, str]
     versions: dict[str, str]
     finished: bool = False
-    best_epoch: int | None = None
-    best_dice: float | None = None
+    kept_epoch: int | None = None
+    kept_dice: float | None = None
 
     @property
     def split(self) -> Split:
@@ -148,11 +149,14 @@ def load_record(run: Path) -> RunRecord:
     except (OSError, UnicodeDecodeError):
         raise RunError(f"{run}: is no run folder; make one with cspine-train run") from None
     try:
-        record = RunRecord.model_validate_json(content)
+        version = json.loads(content)["record_version"]
+    except (ValueError, KeyError, TypeError):
+        version = None
+    if isinstance(version, int) and version > RECORD_VERSION:
+        raise RunError(f"{run}: was written by a newer cspine; install that")
+    try:
+        return RunRecord.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
         raise RunError(f"{run / RECORD_NAME}: is damaged ({where}: {first['msg']}); train it anew") from None
-    if record.record_version > RECORD_VERSION:
-        raise RunError(f"{run}: was written by a newer cspine; install that")
-    return record

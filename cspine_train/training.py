@@ -1,4 +1,4 @@
-"""From a store to a run folder: train, keep the best model, go on where a killed run stopped."""
+"""From a store to a run folder: train, keep the model, go on where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from cspine_train.settings import RECORD_NAME, RunRecord, RunSettings, load_reco
 MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 METRICS_NAME = "metrics.csv"
+_LOWER_AFTER = 5
 _STOP_AFTER = 7
 _log = logging.getLogger("cspine_train")
 
@@ -34,7 +35,7 @@ _log = logging.getLogger("cspine_train")
 def train(store: str | Path, run: str | Path, settings: RunSettings, workers: int = 0) -> RunRecord:
     """Train a model on a store's slices; called again, go on where it stopped, or do nothing when it is finished.
 
-    The run folder holds `run.json` (what was asked, what was fed), `model/` (the best epoch's weights, safetensors),
+    The run folder holds `run.json` (what was asked, what was fed), `model/` (the weights the run keeps, safetensors),
     `metrics.csv` (a row an epoch) and `checkpoints/` (to go on from).
 
     Parameters
@@ -75,12 +76,15 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     _quieten()
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     data = CohortSlices(cohort, split, settings, workers)
-    # Whoever goes on must not fetch other weights than the run started from.
-    network, weights_used = build_model(settings.model, settings.encoder, "none" if earlier else settings.weights)
-    record = earlier or RunRecord(
+    if not data.labelled_slices:
+        raise RunError(f"{store}: no slice to train on is labelled along axis {settings.axes}; choose another --axis")
+    checkpoint = _newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None
+    # Whoever goes on from a checkpoint has its weights already.
+    network, weights_used = build_model(settings.model, settings.encoder, "none" if checkpoint else settings.weights)
+    record = RunRecord(
         store=str(store.resolve()),
         settings=settings,
-        weights_used=weights_used,
+        weights_used=earlier.weights_used if earlier and checkpoint else weights_used,
         size_hw=data.size_hw,
         preprocessing=cohort.record(split.train[0], settings.variant).preprocessing,
         notes=cohort.notes,
@@ -92,48 +96,80 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     )
     run.mkdir(parents=True, exist_ok=True)
     save_record(run, record)
-    keeper = _KeepBest(run)
+    keeper = _Keep(run, settings.schedule)
     trainer = _trainer(run, settings, keeper)
-    checkpoint = _newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None
-    if earlier and checkpoint is None:
-        network, _ = build_model(settings.model, settings.encoder, settings.weights)
     if checkpoint:
         _log.info("going on after %s", checkpoint.stem.replace("=", " "))
     module = SliceSegmenter(network, settings, split.validation)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    if trainer.interrupted:
-        raise RunError(f"{run}: interrupted; run the same command again to go on")
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except (KeyboardInterrupt, SystemExit):
+        raise RunError(f"{run}: interrupted; run the same command again to go on") from None
     record = record.model_copy(
-        update={"finished": True, "best_epoch": keeper.best_epoch, "best_dice": keeper.best_dice}
+        update={"finished": True, "kept_epoch": keeper.kept_epoch, "kept_dice": keeper.kept_dice}
     )
     save_record(run, record)
     return record
 
 
-class _KeepBest(Callback):
-    """Saves the network whenever validation improves, and writes a row an epoch."""
+class _Plateau(Callback):
+    """Divides the learning rate by 3 after 5 epochs without gain.
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
-        self._rows: list[dict[str, float]] = []
-        self._started = time.perf_counter()
-        self.best_epoch: int | None = None
-        self.best_dice: float | None = None
+    Lightning steps a scheduler after it has saved the checkpoint, so that a run that goes on would miss one step; a
+    callback's state is saved as it is.
+    """
+
+    def __init__(self) -> None:
+        self._schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        self._state: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows, "best_epoch": self.best_epoch, "best_dice": self.best_dice}
+        return self._schedule.state_dict() if self._schedule else self._state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            trainer.optimizers[0], mode="max", factor=1 / 3, patience=_LOWER_AFTER
+        )
+        if self._state:
+            self._schedule.load_state_dict(self._state)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._schedule:
+            self._schedule.step(float(trainer.callback_metrics[MONITOR]))
+
+
+class _Keep(Callback):
+    """Saves the network that the run keeps, and writes a row an epoch.
+
+    On a plateau schedule that is the network whenever validation improves. One cycle ends with its lowest rate: its
+    last epoch is kept, as a peak on a few validation patients halfway down the slope is mostly luck.
+    """
+
+    def __init__(self, run: Path, schedule: str) -> None:
+        self._run = run
+        self._last = schedule == "onecycle"
+        self._rows: list[dict[str, float]] = []
+        self._started = time.perf_counter()
+        self.kept_epoch: int | None = None
+        self.kept_dice: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows, "kept_epoch": self.kept_epoch, "kept_dice": self.kept_dice}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows = state_dict["rows"]
-        self.best_epoch, self.best_dice = state_dict["best_epoch"], state_dict["best_dice"]
+        self.kept_epoch, self.kept_dice = state_dict["kept_epoch"], state_dict["kept_dice"]
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         dice = float(trainer.callback_metrics[MONITOR])
-        if self.best_dice is None or dice > self.best_dice:
-            self.best_epoch, self.best_dice = trainer.current_epoch, dice
+        if self._last or self.kept_dice is None or dice > self.kept_dice:
+            self.kept_epoch, self.kept_dice = trainer.current_epoch, dice
             save_model(pl_module.network, self._run / MODEL_FOLDER)
         self._rows.append(
             {
@@ -150,7 +186,7 @@ class _KeepBest(Callback):
             writer.writerows(self._rows)
 
 
-def _trainer(run: Path, settings: RunSettings, keeper: _KeepBest) -> lightning.Trainer:
+def _trainer(run: Path, settings: RunSettings, keeper: _Keep) -> lightning.Trainer:
     # Checkpoints are named by epoch, so that one that was cut short never replaces a whole one.
     checkpoints = ModelCheckpoint(
         run / CHECKPOINT_FOLDER, filename="{epoch}", save_top_k=1, save_on_train_epoch_end=True,
@@ -158,6 +194,7 @@ def _trainer(run: Path, settings: RunSettings, keeper: _KeepBest) -> lightning.T
     )  # fmt: skip
     callbacks: list[Callback] = [keeper, checkpoints]
     if settings.schedule == "plateau":
+        callbacks.insert(1, _Plateau())
         callbacks.append(EarlyStopping(MONITOR, mode="max", patience=_STOP_AFTER))
     return lightning.Trainer(
         max_epochs=settings.epochs,

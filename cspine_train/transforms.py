@@ -70,19 +70,26 @@ def to_network(
 def mask_to_network(
     mask: NDArray[np.uint8], spacing_mm: tuple[float, float], pixel_mm: float | None, size_hw: tuple[int, int]
 ) -> torch.Tensor:
-    """Bring a binary mask (h, w) to the network's grid, float32 (1, H, W): a pixel is in where half of it is."""
+    """Bring a binary mask (h, w) to the network's grid, float32 (1, H, W): the share of each pixel that is labelled.
+
+    Half a share keeps where in a pixel the border runs: truth brought to 2 mm and back has Dice 0.99, thresholded on
+    the way 0.96 (spine14).
+    """
     masks = torch.from_numpy(mask)[None, None].float()
     shape_hw = network_shape((mask.shape[0], mask.shape[1]), spacing_mm, pixel_mm)
-    return pad((resample(masks, shape_hw) >= 0.5).float(), size_hw, 0.0)[0]
+    return pad(resample(masks, shape_hw), size_hw, 0.0)[0]
 
 
 def from_network(
     logits: torch.Tensor, shape_hw: tuple[int, int], spacing_mm: tuple[float, float], pixel_mm: float | None
 ) -> NDArray[np.float32]:
-    """Bring logits (N, 1, H, W) back to the slices' own grid as probabilities, float32 (N, h, w)."""
-    logits = unpad(logits.float(), network_shape(shape_hw, spacing_mm, pixel_mm))
-    logits = functional.interpolate(logits, size=shape_hw, mode="bilinear", align_corners=False)
-    return np.asarray(torch.sigmoid(logits).squeeze(1).cpu().numpy())
+    """Bring logits (N, 1, H, W) back to the slices' own grid as probabilities, float32 (N, h, w).
+
+    Probabilities are interpolated, not logits: they follow the share of a pixel that is labelled, which is linear.
+    """
+    shares = torch.sigmoid(unpad(logits.float(), network_shape(shape_hw, spacing_mm, pixel_mm)))
+    shares = functional.interpolate(shares, size=shape_hw, mode="bilinear", align_corners=False)
+    return np.asarray(shares.squeeze(1).cpu().numpy())
 
 
 class RandomChanges:
@@ -124,14 +131,14 @@ class RandomChanges:
         Parameters
         ----------
         images, masks : Tensor
-            float32 (N, 1, H, W).
+            float32 (N, 1, H, W); a mask holds shares from 0 to 1.
         generator : Generator
             Where the randomness comes from, on the CPU, so that every device draws the same.
         """
         grid = self._grid(images, generator)
         images = functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
         masks = functional.grid_sample(masks, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        return self._intensities(images, generator), (masks >= 0.5).float()
+        return self._intensities(images, generator), masks
 
     def _grid(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         count, _, height, width = images.shape

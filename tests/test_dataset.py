@@ -84,6 +84,14 @@ def test_splits_are_by_patient(phantom_store: Path) -> None:
     assert cohort.split(leave_out="CS_04", variant="n4").validation == ("CS_01",)
 
 
+def test_a_case_that_lost_its_label_leaves_its_part(store: Path) -> None:
+    assert open_cohort(store).split().train == ("A",)
+    (store.parent / "raw" / "AS-label.nrrd").unlink()
+    prepare(store.parent / "raw", store, n4=False)
+    assert open_cohort(store).split().train == ()
+    assert [r.case for r in open_cohort(store).slices(split="test").records] == ["B"]
+
+
 def test_cases_without_a_label_are_read_as_images_only(tmp_path: Path) -> None:
     write_case(tmp_path / "raw", "A")
     write_case(tmp_path / "raw", "B", label=False)

@@ -321,6 +321,19 @@ def test_the_commands_fit_together(store: Path, tmp_path: Path, run_data) -> Non
     damaged = run_data("verify", store)
     assert damaged.exit_code == 1
     assert "damaged: B (raw): axis1/label/c/0/0/0: is not what was written" in damaged.output
+    assert "delete the folder cases/CASE and prepare again" in damaged.output
+    shutil.rmtree(store / "cases" / "B")
+    assert "1 done, 1 reused" in run_data("prepare", store.parent / "raw", "--store", store, "--no-n4").output
+    assert run_data("verify", store).output == f"{store}: sound\n"
+
+
+def test_a_damaged_volume_is_not_reused_for_other_axes(store: Path) -> None:
+    shard = next((store / "cases" / "A").glob("*/volume/0/c/0/0/0"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    _, label = ball()
+    write_volume(store.parent / "raw" / "AS-label.nrrd", Volume(label.array * 2, label.geometry))
+    assert prepare(store.parent / "raw", store, n4=False).done == ("A",)
+    assert verify(store) == []
 
 
 def test_help_starts_at_once_and_imports_nothing_heavy() -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +21,22 @@ from cspine_data import (
     read_volume,
     verify,
 )
+from cspine_data.schema import record_checksum
 from cspine_data.store import create_store, publish, read_root
 from tests.conftest import QUICK_N4, write_case
 
 
 def folder_of(store: Path, case: str = "A", variant: str = "raw") -> Path:
     return store / "cases" / case / read_root(store).cases[case][variant]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], *, checksum: bool = True) -> None:
+    """Change a group's record, with its checksum or against it."""
+    content = json.loads((folder / "zarr.json").read_text())
+    change(content["attributes"]["cspine"])
+    if checksum:
+        content["attributes"]["cspine_sha256"] = record_checksum(content["attributes"]["cspine"])
+    (folder / "zarr.json").write_text(json.dumps(content))
 
 
 def test_any_zarr_reader_finds_the_designed_layout(store: Path) -> None:
@@ -110,21 +122,29 @@ def test_a_damaged_or_missing_volume_raises(store: Path, array: str) -> None:
         open_cohort(store).volumes(cases=["A"])[0]
 
 
-def test_a_damaged_record_is_not_read(store: Path) -> None:
-    record = folder_of(store) / "zarr.json"
-    content = json.loads(record.read_text())
-    content["attributes"]["cspine"]["normalisation"]["std"] = "wide"
-    record.write_text(json.dumps(content))
+def spoil(record: dict[str, Any]) -> None:
+    record["normalisation"]["std"] = "wide"
+
+
+def shift(record: dict[str, Any]) -> None:
+    record["normalisation"]["mean"] += 1e-9
+
+
+@pytest.mark.parametrize(("change", "checksum"), [(spoil, True), (shift, False)])
+def test_a_damaged_record_is_not_read(change, checksum: bool, store: Path) -> None:
+    rewrite(folder_of(store), change, checksum=checksum)
     with pytest.raises(DamagedStoreError, match=r"the record of A \(raw\) is missing or damaged; prepare it anew"):
         open_cohort(store).slices()
     assert [str(damage) for damage in verify(store)] == ["A (raw): record: missing or damaged"]
+    assert prepare(store.parent / "raw", store, n4=False).done == ("A",)
+    assert verify(store) == []
 
 
 def test_a_newer_schema_is_refused_by_name(store: Path) -> None:
-    root = store / "zarr.json"
-    content = json.loads(root.read_text())
-    content["attributes"]["cspine"]["schema_version"] = 2
-    root.write_text(json.dumps(content))
+    def raise_version(record: dict[str, Any]) -> None:
+        record["schema_version"] = 2
+
+    rewrite(store, raise_version)
     for use in (open_cohort, verify, create_store):
         with pytest.raises(NewerSchemaError, match="has schema version 2, this cspine knows 1; install a newer cspine"):
             use(store)
@@ -163,10 +183,8 @@ def test_what_a_killed_run_left_is_invisible_and_does_not_block(store: Path, tmp
 
 
 def test_a_written_digest_that_was_never_published_is_used(store: Path, tmp_path: Path) -> None:
-    root = store / "zarr.json"
-    content = json.loads(root.read_text())
-    digest = content["attributes"]["cspine"]["cases"].pop("A")["raw"]
-    root.write_text(json.dumps(content))
+    digest = read_root(store).cases["A"]["raw"]
+    rewrite(store, lambda record: record["cases"].pop("A"))
     shard = store / "cases/A" / digest / "axis0/image/c/0/0/0"
     before = shard.stat().st_mtime_ns
     assert prepare(tmp_path / "raw", store, n4=False).done == ("A",)

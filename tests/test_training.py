@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from cspine_data import InputError, Volume, open_cohort, read_volume, write_volume
+from cspine_data import InputError, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
 from cspine_data.geometry import Orientation
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
 from cspine_train.cli import main as train_main
 from cspine_train.datamodule import CohortSlices, EpochSampler
 from cspine_train.settings import load_record
+from tests.conftest import ball
 
 SMALL = {
     "encoder": "tu-mobilenetv3_small_100",
@@ -70,19 +72,20 @@ def test_the_run_folder_says_what_was_done(trained: Path, phantom_store: Path) -
     assert record.digests["CS_04"] == open_cohort(phantom_store).record("CS_04", "n4").digest
     assert record.weights_used == "none"
     assert record.preprocessing.variant == "n4"
-    assert record.versions["torch"] == torch.__version__.split("+")[0] or record.versions["torch"]
+    assert record.versions["torch"] == version("torch")
     assert record.caveats()[1].startswith("data: synthetic cervical phantom")
     rows = (trained / "metrics.csv").read_text().splitlines()
     assert rows[0] == "epoch,train_loss,valid_dice,learning_rate,seconds"
     assert len(rows) == 6
-    assert record.best_dice == pytest.approx(max(float(row.split(",")[2]) for row in rows[1:]), abs=1e-5)
+    assert record.kept_epoch == 4
+    assert record.kept_dice == pytest.approx(float(rows[-1].split(",")[2]), abs=1e-5)
     assert not [file for file in (trained / "model").iterdir() if file.suffix in (".pkl", ".pt", ".ckpt")]
 
 
 def test_it_learns(trained: Path) -> None:
     first, *_, last = (trained / "metrics.csv").read_text().splitlines()[1:]
     assert float(last.split(",")[1]) < 0.7 * float(first.split(",")[1])
-    assert load_record(trained).best_dice > 0.4
+    assert load_record(trained).kept_dice > 0.4
 
 
 def test_scores_are_of_whole_volumes_patient_by_patient(trained: Path, phantom_store: Path) -> None:
@@ -117,9 +120,16 @@ def test_predicting_a_file_gives_what_evaluation_saw(
     assert 0 < found.array.mean() < 0.5
 
 
-def test_runs_are_fused_as_probabilities(trained: Path, phantom_folder: Path) -> None:
-    run, source = load_run(trained), read_volume(phantom_folder / "CS_04.nrrd")
-    np.testing.assert_array_equal(predict_volume([run, run], source).array, run.predict(source).array)
+def test_runs_are_fused_as_probabilities(
+    trained: Path, phantom_folder: Path, phantom_store: Path, tmp_path: Path
+) -> None:
+    train(phantom_store, tmp_path / "other", RunSettings(**{**SMALL, "variant": "raw", "seed": 8}))
+    runs, source = [load_run(trained), load_run(tmp_path / "other")], read_volume(phantom_folder / "CS_04.nrrd")
+    prepared = [preprocess_volume(source, run.record.preprocessing) for run in runs]
+    shares = [run.probabilities(p.normalised_xyz(), p.spacing_mm) for run, p in zip(runs, prepared, strict=True)]
+    expected = prepared[0].to_file_grid((shares[0] + shares[1]) / 2 > 0.5).array
+    np.testing.assert_array_equal(predict_volume(runs, source).array, expected)
+    assert (expected != runs[0].predict(source).array).any()
     with pytest.raises(RunError, match="no run given"):
         predict_volume([], source)
 
@@ -162,39 +172,50 @@ def test_equal_seeds_make_equal_models_and_others_do_not(phantom_store: Path, tm
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights(phantom_store: Path, tmp_path: Path) -> None:
-    settings = RunSettings(**{**SMALL, "epochs": 4})
-    train(phantom_store, tmp_path / "undisturbed", settings)
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, "epochs": 4}.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "cspine_train",
-        "run",
-        "--store",
-        str(phantom_store),
-        *options,
-        "-o",
-        str(tmp_path / "killed"),
-    ]
+@pytest.mark.parametrize(
+    ("changed", "workers"),
+    [
+        ({"schedule": "onecycle"}, 0),
+        ({"schedule": "onecycle", "model": "fpn"}, 1),
+        ({"schedule": "plateau", "learning_rate": 1e-9, "epochs": 8, "pixel_mm": 6.0}, 0),
+    ],
+)
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
+    changed: dict[str, object], workers: int, phantom_store: Path, tmp_path: Path
+) -> None:
+    """Also where dropout draws (FPN), where processes read, and where the rate falls on a plateau."""
+    chosen = {**SMALL, "epochs": 4, **changed}
+    settings = RunSettings(**chosen)
+    train(phantom_store, tmp_path / "undisturbed", settings, workers)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "cspine_train", "run", "--store", str(phantom_store), *options, "-o", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((tmp_path / "killed" / "checkpoints").glob("epoch=1.ckpt")):
+    while time.monotonic() < deadline and not list((killed / "checkpoints").glob("epoch=1.ckpt")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not load_record(tmp_path / "killed").finished
-    record = train(phantom_store, tmp_path / "killed", settings)
-    assert record.finished
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "undisturbed"))
-    assert len((tmp_path / "killed" / "metrics.csv").read_text().splitlines()) == 5
+    assert not load_record(killed).finished
+    assert train(phantom_store, killed, settings, workers).finished
+    assert same(weights(killed), weights(tmp_path / "undisturbed"))
+
+    def history(run: Path) -> list[str]:
+        return [row.rsplit(",", 1)[0] for row in (run / "metrics.csv").read_text().splitlines()]
+
+    assert history(killed) == history(tmp_path / "undisturbed")
 
 
 def test_the_reference_schedule_stops_early(phantom_store: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "schedule": "plateau", "epochs": 40, "learning_rate": 1e-9, "pixel_mm": 5.0}
     train(phantom_store, tmp_path / "run", RunSettings(**settings))
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) - 1 < 40
+    rows = [row.split(",") for row in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]]
+    assert len(rows) < 40
+    dice = [float(row[2]) for row in rows]
+    record = load_record(tmp_path / "run")
+    assert record.kept_epoch == dice.index(max(dice))
+    assert len(rows) == record.kept_epoch + 1 + 7
 
 
 def test_loader_processes_change_nothing(phantom_store: Path, tmp_path: Path) -> None:
@@ -250,6 +271,17 @@ def test_too_few_cases_are_told(store: Path, tmp_path: Path) -> None:
         train(store, tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw", "folds": 5}))
 
 
+def test_nothing_labelled_is_told_before_training(tmp_path: Path) -> None:
+    for number in range(3):
+        image, label = ball(seed=number)
+        write_volume(tmp_path / "raw" / f"{number}.nrrd", image)
+        write_volume(tmp_path / "raw" / f"{number}-label.nrrd", Volume(label.array * 0, label.geometry))
+    prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False)
+    with pytest.raises(RunError, match="no slice to train on is labelled"):
+        train(tmp_path / "s.zarr", tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw"}))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "is damaged"), ("{}", "is damaged"), ('{"record_version": 1, "evil": 2}', "is damaged")],
@@ -271,8 +303,8 @@ def test_what_is_no_run_is_told(tmp_path: Path, trained: Path) -> None:
     shutil.copytree(trained / "model", tmp_path / "model")
     with pytest.raises(RunError, match="has no train patients; choose another --split"):
         evaluate(tmp_path, ["train"])
-    record = load_record(trained).model_copy(update={"record_version": 9})
-    (tmp_path / "run.json").write_text(record.model_dump_json())
+    newer = {**json.loads((trained / "run.json").read_text()), "record_version": 9, "a field of tomorrow": 1}
+    (tmp_path / "run.json").write_text(json.dumps(newer))
     with pytest.raises(RunError, match="was written by a newer cspine"):
         load_run(tmp_path)
 
@@ -297,6 +329,9 @@ def test_the_command_line_evaluates_and_predicts(
     assert several.exit_code == 1
     assert "bad.nrrd: is no readable NRRD file" in several.output
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["CS_02-label.nrrd", "CS_03-label.nrrd"]
+    again = run_train("predict", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path / "out")
+    assert again.exit_code == 1
+    assert "CS_02-label.nrrd: is there already; remove it or choose another -o" in again.output
     twice = run_train(
         "predict", phantom_folder / "CS_02.nrrd", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path
     )
@@ -313,8 +348,6 @@ def test_a_volume_without_contrast_cannot_be_predicted(trained: Path, tmp_path: 
 
 
 def write_constant(path: Path) -> Path:
-    from tests.conftest import ball
-
     image, _ = ball()
     write_volume(path, Volume(np.full_like(image.array, 5), image.geometry))
     return path

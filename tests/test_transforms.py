@@ -51,9 +51,10 @@ def test_a_smooth_mask_survives_half_the_resolution() -> None:
     axis = np.arange(100) - 50
     disc = (axis[:, None] ** 2 + axis[None] ** 2 < 30**2).astype(np.uint8)
     mask = mask_to_network(disc, (1, 1), 2.0, (64, 64))
-    assert set(np.unique(mask)) == {0.0, 1.0}
-    back = from_network(mask[None] * 20 - 10, (100, 100), (1, 1), 2.0)[0] > 0.5
-    assert overlap(back, disc > 0).dice > 0.98
+    assert 0 < mask[(mask > 0) & (mask < 1)].mean() < 1
+    assert float(mask.sum()) * 4 == pytest.approx(disc.sum(), rel=1e-3)
+    back = from_network(torch.logit(mask[None], eps=1e-4), (100, 100), (1, 1), 2.0)[0] > 0.5
+    assert overlap(back, disc > 0).dice > 0.985
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,9 +78,10 @@ def test_changes_depend_on_their_generator_only() -> None:
 def test_image_and_mask_move_together_and_each_sample_by_itself() -> None:
     images, masks = batch()
     moved, moved_masks = RandomChanges(contrast=0, noise=0)(images, masks, torch.Generator().manual_seed(0))
-    assert torch.equal((moved > 0.5).float(), moved_masks)
+    # The contrast's span is clamped, so that interpolated borders agree to rounding only.
+    torch.testing.assert_close(moved, moved_masks, atol=1e-5, rtol=0)
     assert len({tuple(mask.flatten().tolist()) for mask in moved_masks}) == 6
-    assert set(moved_masks.unique().tolist()) == {0.0, 1.0}
+    assert 0 <= moved_masks.min() < moved_masks.max() <= 1
 
 
 def test_a_rotation_turns_without_shearing_on_oblong_slices() -> None:
@@ -93,7 +95,7 @@ def test_no_change_changes_nothing() -> None:
     images, masks = batch()
     same, same_masks = RandomChanges(0, 0, 0, 0, 0)(images, masks, torch.Generator())
     torch.testing.assert_close(same, images, atol=1e-5, rtol=0)
-    assert torch.equal(same_masks, masks)
+    torch.testing.assert_close(same_masks, masks, atol=1e-5, rtol=0)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))

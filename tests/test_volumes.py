@@ -58,6 +58,10 @@ def header(**fields: str) -> bytes:
 VOXELS = np.arange(120, dtype="<i2")
 
 
+def flipped(content: bytes, spot: int) -> bytes:
+    return content[:spot] + bytes([content[spot] ^ 1]) + content[spot + 1 :]
+
+
 @pytest.mark.parametrize(
     ("fields", "payload"),
     [
@@ -115,6 +119,11 @@ def test_a_file_that_does_not_say_how_it_lies_is_taken_as_lps_and_says_so(tmp_pa
         (header(type="block") + VOXELS.tobytes(), "has voxels of type 'block'"),
         (header(encoding="zrl") + VOXELS.tobytes(), "has the encoding 'zrl'"),
         (header(byte_skip="-5") + VOXELS.tobytes(), "has a byte skip of -5"),
+        (header(byte_skip="9999999999") + VOXELS.tobytes(), "has a byte skip of 9999999999"),
+        (header(line_skip="9999999999") + VOXELS.tobytes(), "has a line skip of 9999999999"),
+        (header(line_skip="-1") + VOXELS.tobytes(), "has a line skip of -1"),
+        (header(encoding="gzip") + gzip.compress(VOXELS.tobytes())[:-4], "cannot be decompressed"),
+        (header(encoding="gzip") + flipped(gzip.compress(VOXELS.tobytes(), 0), 30), "CRC check failed"),
         (header(space_directions="(1,0,0) (1,0,0) (0,0,1)") + VOXELS.tobytes(), "that span no volume"),
         (header(space_directions="(nan,0,0) (0,1,0) (0,0,1)") + VOXELS.tobytes(), "no usable space directions"),
         (header() + VOXELS.tobytes()[:-1], "too few for the 240 its header claims"),
