@@ -29,7 +29,8 @@ class BiasParameters(BaseModel):
     Attributes
     ----------
     engine : str
-        ``separable``: N4 as matrix products on a regular grid. ``itk``: SimpleITK's filter, its slow twin.
+        ``separable``: N4 as matrix products on a regular grid. ``itk``: SimpleITK's filter, its slow twin,
+        which takes no notice of `spline_mm`.
     resolution_mm : float
         Voxel size of the working grid. The image is averaged down to about this, never up.
     iterations : tuple of int

@@ -82,6 +82,8 @@ class CohortSlices(lightning.LightningDataModule):
         super().__init__()
         self._settings = settings
         self._workers = workers
+        #: The epoch that training begins with; not 0 where a run goes on.
+        self.first_epoch = 0
         self.validation_cases = split.validation
         axes, variant = settings.axes, settings.variant
         train = cohort.slices(axes, variant=variant, cases=split.train)
@@ -100,8 +102,7 @@ class CohortSlices(lightning.LightningDataModule):
         """Return an epoch's batches: labelled slices and a share of empty ones, shuffled."""
         sampler = EpochSampler(self._train.slices.labelled_voxels, self._settings.empty_share, self._settings.seed)
         # Worker processes ask for the first epoch's order before Lightning has said which epoch it is.
-        if self.trainer is not None:
-            sampler.set_epoch(self.trainer.current_epoch)
+        sampler.set_epoch(self.first_epoch)
         # A last batch of one slice would leave batch normalisation nothing to average over.
         drop_last = len(sampler) > self._settings.batch_size
         return DataLoader(

@@ -99,7 +99,8 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     keeper = _Keep(run, settings.schedule)
     trainer = _trainer(run, settings, keeper)
     if checkpoint:
-        _log.info("going on after %s", checkpoint.stem.replace("=", " "))
+        data.first_epoch = _epoch_of(checkpoint) + 1
+        _log.info("going on after epoch %d", _epoch_of(checkpoint))
     module = SliceSegmenter(network, settings, split.validation)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
@@ -250,9 +251,13 @@ def _earlier(run: Path, settings: RunSettings, digests: dict[str, str]) -> RunRe
     return record
 
 
+def _epoch_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.split("=")[1])
+
+
 def _newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that is whole."""
-    found = sorted(folder.glob("epoch=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]), reverse=True)
+    found = sorted(folder.glob("epoch=*.ckpt"), key=_epoch_of, reverse=True)
     for path in found:
         try:
             torch.load(path, map_location="cpu", weights_only=True)

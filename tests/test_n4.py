@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cspine_data._anatomy import make_case
 from cspine_data._n4 import SplineField, fit_log_bias
@@ -52,22 +50,19 @@ def test_the_field_is_itks(neck, iterations: tuple[int, ...], threshold: float) 
     assert np.abs(found - expected)[mask].max() < 1e-2
 
 
-@given(
-    st.integers(0, 10_000),
-    st.tuples(st.integers(6, 15), st.integers(6, 15), st.integers(6, 15)),
-    st.sampled_from([(8,), (5, 5), (4, 4, 4)]),
-    st.tuples(*[st.floats(0.3, 7)] * 3),
-)
-@settings(max_examples=25, deadline=None)
-def test_the_field_is_itks_on_generated_volumes(seed, size, iterations, spacing) -> None:
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("iterations", [(8,), (5, 5), (4, 4, 4)])
+def test_the_field_is_itks_on_generated_volumes(seed: int, iterations: tuple[int, ...]) -> None:
     rng = np.random.default_rng(seed)
+    size = rng.integers(8, 18, 3)
     axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in size], indexing="ij")
-    tissues = rng.choice([60.0, 110.0, 200.0], size)
+    radius = np.sqrt(sum(a**2 for a in axes))
+    tissues = np.select([radius < 0.5, radius < 0.9], [200.0, 110.0], 60.0)
     slope = rng.uniform(-0.4, 0.4, 3)
-    image = tissues * np.exp(sum(s * a for s, a in zip(slope, axes, strict=True))) + rng.normal(0, 3, size)
+    image = tissues * np.exp(sum(s * a for s, a in zip(slope, axes, strict=True))) + rng.normal(0, 4, size)
     image = np.maximum(image, 1).astype(np.float32)
-    mask = sum(a**2 for a in axes) < 1.6
-    expected = itk_log_bias(image, mask, iterations, 1e-6, spacing)
+    mask = radius < 1.3
+    expected = itk_log_bias(image, mask, iterations, 1e-6, tuple(rng.uniform(0.3, 7, 3)))
     found = our_log_bias(image, mask, iterations, 1e-6)
     assert (found - expected)[mask].std() < 1e-3
 
@@ -110,7 +105,7 @@ def test_both_engines_correct_a_volume_alike() -> None:
     tissue = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
     ours, itks = (
         estimate_log_bias(
-            case.image_xyz, tissue, case.spacing_mm, BiasParameters(engine=engine, iterations=(10, 10, 10))
+            case.image_xyz, tissue, case.spacing_mm, BiasParameters(engine=engine, iterations=(10, 10, 10), spline_mm=0)
         )
         for engine in ("separable", "itk")
     )
