@@ -6,67 +6,72 @@ PyTorch is gigabytes, so all sessions share one environment, made once and made 
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.10"
 nox.options.sessions = ["lint", "tests"]
-ENVIRONMENT = Path(".nox") / "cspine"
+# nox gives each session an environment of its own, so this one is made here.
+nox.options.default_venv_backend = "none"
+ENVIRONMENT = Path(".nox").resolve() / "cspine"
+PROGRAMS = ENVIRONMENT / ("Scripts" if sys.platform == "win32" else "bin")
 
 
-def shared_environment(function):
-    """Run a session in the environment that all sessions share."""
-    return nox.session(venv_location=str(ENVIRONMENT), reuse_venv=True, name=function.__name__)(function)
+def run(session: nox.Session, program: str, *arguments: str) -> None:
+    """Run a program of the shared environment."""
+    session.run(str(PROGRAMS / program), *arguments, external=True)
 
 
 def install(session: nox.Session) -> None:
-    """Install the project and everything its sessions need, unless that has been done."""
+    """Make the shared environment with the project and all that its sessions need, unless that has been done."""
     stamp = ENVIRONMENT / "installed"
     wanted = hashlib.sha256(Path("pyproject.toml").read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    session.install("-e", ".[train,test,lint]")
+    if not ENVIRONMENT.exists():
+        session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
+    run(session, "python", "-m", "pip", "install", "--quiet", "-e", ".[train,test,lint]")
     stamp.write_text(wanted)
 
 
-@shared_environment
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check format, style, docstrings, types, and that dependencies point one way."""
     install(session)
-    session.run("ruff", "format", "--check", ".")
-    session.run("ruff", "check", ".")
-    session.run("mypy")
-    session.run("lint-imports")
+    run(session, "ruff", "format", "--check", ".")
+    run(session, "ruff", "check", ".")
+    run(session, "mypy")
+    run(session, "lint-imports")
 
 
-@shared_environment
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     install(session)
-    session.run("pytest", *session.posargs)
+    run(session, "pytest", *session.posargs)
 
 
-@shared_environment
+@nox.session
 def demo(session: nox.Session) -> None:
     """Do the main job on a synthetic cohort: make it, prepare it, train, evaluate."""
     install(session)
     folder = Path("demo")
-    raw, store, run = (str(folder / name) for name in ("raw", "cspine.zarr", "run"))
-    session.run("cspine-data", "phantom", raw)
-    session.run("cspine-data", "prepare", raw, "--store", store, "--n4", "--axes", "012")
-    session.run(
-        "cspine-train", "run", "--store", store, "-o", run,
+    raw, store, trained = (str(folder / name) for name in ("raw", "cspine.zarr", "run"))
+    run(session, "cspine-data", "phantom", raw)
+    run(session, "cspine-data", "prepare", raw, "--store", store, "--n4", "--axes", "012")
+    run(
+        session, "cspine-train", "run", "--store", store, "-o", trained,
         "--model", "linknet", "--encoder", "mobilenet_v2", "--weights", "none", "--axis", "0",
         "--epochs", "5", "--schedule", "onecycle", "--learning-rate", "1e-2",
     )  # fmt: skip
-    session.run("cspine-train", "evaluate", run, "--split", "validation", "--split", "test")
+    run(session, "cspine-train", "evaluate", trained, "--split", "validation", "--split", "test")
 
 
-@shared_environment
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure; `-- FILE` adds a real volume to the N4 table."""
     install(session)
     volume = ["--volume", session.posargs[0]] if session.posargs else []
-    session.run("python", "benchmarks/n4_resolution.py", *volume)
-    session.run("python", "benchmarks/training_step.py")
+    run(session, "python", "benchmarks/n4_resolution.py", *volume)
+    run(session, "python", "benchmarks/training_step.py")
