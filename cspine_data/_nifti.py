@@ -39,7 +39,7 @@ def read_header(path: Path) -> tuple[Geometry, np.dtype[Any]]:
         origin_mm=reader.GetOrigin(),
     )
     dtype = _dtype(path, reader.GetPixelID())
-    claimed = int(np.prod(geometry.size, dtype=object)) * _stored_bytes(reader, dtype) + _offset(reader)
+    claimed = _claimed_bytes(reader, dtype)
     there = path.stat().st_size * (_LONGEST_RUN if _is_compressed(path) else 1)
     if claimed > there:
         raise InputError(
@@ -129,8 +129,7 @@ def _is_compressed(path: Path) -> bool:
 def _check_compressed(path: Path) -> None:
     """Decompress once to the end and forget it: ITK takes what a truncated file still gives for the whole."""
     reader = _reader(path)
-    size = int(np.prod(reader.GetSize(), dtype=object))
-    claimed = size * _stored_bytes(reader, _dtype(path, reader.GetPixelID())) + _offset(reader)
+    claimed = _claimed_bytes(reader, _dtype(path, reader.GetPixelID()))
     held = 0
     try:
         with gzip.open(path) as stream:
@@ -143,6 +142,11 @@ def _check_compressed(path: Path) -> None:
             path, f"holds {held} bytes where its header claims {claimed}",
             "the file is truncated or its header is wrong: fetch it again",
         )  # fmt: skip
+
+
+def _claimed_bytes(reader: Any, dtype: np.dtype[Any]) -> int:
+    """Return how many bytes the header says the file, decompressed, has at least."""
+    return int(np.prod(reader.GetSize(), dtype=object)) * _stored_bytes(reader, dtype) + _offset(reader)
 
 
 def _offset(reader: Any) -> int:

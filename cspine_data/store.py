@@ -59,7 +59,7 @@ def create_store(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with _lock(path):
         if not (path / _METADATA).exists():
-            _write_root(path, RootRecord())
+            _write_record(path, RootRecord())
 
 
 def read_root(path: Path) -> RootRecord:
@@ -348,11 +348,7 @@ def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None
         before = read_root(path)
         after = change(before)
         if after != before:
-            _write_root(path, after)
-
-
-def _write_root(path: Path, root: RootRecord) -> None:
-    _write_record(path, root)
+            _write_record(path, after)
 
 
 def _write_record(folder: Path, record: RootRecord | CaseRecord) -> None:

@@ -12,7 +12,7 @@ from statistics import mean
 from cspine_data import Cohort, open_cohort
 from cspine_train.errors import RunError
 from cspine_train.metrics import Overlap, overlap
-from cspine_train.prediction import LoadedRun, load_run
+from cspine_train.prediction import THRESHOLD, LoadedRun, load_run
 
 EVALUATION_FOLDER = "evaluation"
 
@@ -117,7 +117,7 @@ def _score(loaded: LoadedRun, cohort: Cohort, case: str) -> Overlap:
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
     image, label = cohort.volumes(variant=variant, cases=[case])[0]
     probabilities = loaded.probabilities(image[0], stored.spacing_xyz_mm)
-    return overlap(probabilities > 0.5, label[0] > 0)
+    return overlap(probabilities > THRESHOLD, label[0] > 0)
 
 
 def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> Evaluation:

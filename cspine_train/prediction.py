@@ -27,7 +27,8 @@ from cspine_train.training import MODEL_FOLDER
 from cspine_train.transforms import fixed_size, from_network, network_shape, to_network
 
 _BATCH = 8
-_THRESHOLD = 0.5
+#: A voxel is vertebra where its probability is above this.
+THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +145,7 @@ def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
         total = found if total is None else total + found
     if total is None:
         raise RunError("no run given: name at least one with --run")
-    mask = (total / np.float32(len(runs)) > _THRESHOLD).astype(np.uint8)
+    mask = (total / np.float32(len(runs)) > THRESHOLD).astype(np.uint8)
     return image.to_file_grid(mask)
 
 
