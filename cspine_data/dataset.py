@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cspine_data import schema
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.geometry import Orientation
-from cspine_data.reader import slice_array
+from cspine_data.reader import SliceArray, slice_array
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.splits import TEST, TRAIN, VALIDATION, Split, fold_split, leave_one_out, reference_split
 from cspine_data.store import read_label_xyz, read_record, read_root, read_volume_xyz, records
@@ -132,6 +132,7 @@ class Cohort:
         cases: Iterable[str] | None = None,
         labels: Labels = "binary",
         only_labelled: bool = False,
+        context: int = 0,
     ) -> SliceDataset:
         """Return the slices along one axis or several, as a map-style dataset.
 
@@ -150,6 +151,9 @@ class Cohort:
             only way to cases without a label map.
         only_labelled : bool
             Only slices that have labelled voxels.
+        context : int
+            Neighbours on each side of a slice that its image holds as channels, itself in the middle (2.5-D). Beyond
+            the volume's ends its outermost slice stands in.
 
         Raises
         ------
@@ -159,7 +163,10 @@ class Cohort:
             If a split, axis or kind of label is not known.
         """
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
-        return SliceDataset(self.path, self._chosen(split, variant, cases, labels), axes, labels, only_labelled)
+        if context < 0:
+            raise InputError(f"context={context}", "is negative", "give the number of neighbours on each side, from 0")
+        chosen = self._chosen(split, variant, cases, labels)
+        return SliceDataset(self.path, chosen, axes, labels, only_labelled, context)
 
     def volumes(
         self,
@@ -242,8 +249,9 @@ class Cohort:
 class SliceDataset:
     """Slices of a cohort, in order of case, axis and position; `len`, `[]`, picklable.
 
-    Items are ``(image, label)``: float32 (1, H, W) normalised intensities, and uint8 (1, H, W), 1 where labelled (or
-    the stored values and dtype); with ``labels=None`` the image alone. H and W differ between cases and axes.
+    Items are ``(image, label)``: float32 (C, H, W) normalised intensities, and uint8 (1, H, W), 1 where labelled (or
+    the stored values and dtype); with ``labels=None`` the image alone. C is 1 and twice the context. H and W differ
+    between cases and axes.
 
     Made by `Cohort.slices`.
     """
@@ -255,9 +263,11 @@ class SliceDataset:
         axes: tuple[int, ...],
         labels: Labels,
         only_labelled: bool,
+        context: int = 0,
     ) -> None:
         self.axes = axes
         self.labels: Labels = labels
+        self.context = context
         self.records = tuple(chosen)
         self._folders = tuple(store / schema.case_path(record.case, record.digest) for record in chosen)
         places, voxels = [], []
@@ -278,10 +288,10 @@ class SliceDataset:
 
     def __getitem__(self, item: int) -> Any:
         number, axis, position = (int(value) for value in self._places[item])
-        image = self._read(number, axis, "image", position)
+        image = self._read_with_context(number, axis, position)
         if self.labels is None:
             return image
-        label = self._read(number, axis, "label", position)
+        label = self._array(number, axis, "label").read(position)[None]
         if self.labels == "binary":
             label = (label != 0).view(np.uint8)
         return image, label
@@ -303,9 +313,20 @@ class SliceDataset:
         first, second = (size for a, size in enumerate(self.records[number].size_xyz) if a != axis)
         return first, second
 
-    def _read(self, number: int, axis: int, kind: str, position: int) -> NDArray[Any]:
-        array = slice_array(self._folders[number] / schema.slice_array(axis, kind))
-        return array.read(position)[None]
+    def _read_with_context(self, number: int, axis: int, position: int) -> NDArray[np.float32]:
+        array = self._array(number, axis, "image")
+        around = range(position - self.context, position + self.context + 1)
+        beside = [min(max(wanted, 0), array.shape[0] - 1) for wanted in around]
+        image = np.empty((len(beside), *array.shape[1:]), dtype=array.dtype)
+        for channel, wanted in enumerate(beside):
+            if channel and wanted == beside[channel - 1]:
+                image[channel] = image[channel - 1]
+            else:
+                array.read_into(wanted, image[channel])
+        return image
+
+    def _array(self, number: int, axis: int, kind: str) -> SliceArray:
+        return slice_array(self._folders[number] / schema.slice_array(axis, kind))
 
 
 class VolumeDataset:

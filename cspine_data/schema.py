@@ -91,7 +91,7 @@ class CaseRecord(BaseModel):
     label_voxels : dict
         How many voxels each label value has, zero left out.
     labelled_voxels : dict
-        ``labelled_voxels[axis][i]``: how many labelled voxels slice ``i`` has.
+        ``labelled_voxels[axis][i]``: how many labelled voxels slice ``i`` has, for all three axes.
     files : dict
         SHA-256 of every file of the case but the one that holds this record, by path within the case.
     """
@@ -125,6 +125,11 @@ class CaseRecord(BaseModel):
     def labelled(self) -> bool:
         """Whether there is a label map."""
         return self.label_sha256 is not None
+
+    def labelled_extent_mm(self, axis: int) -> float:
+        """Return how far the labelled voxels reach along an axis; 0 where there are none."""
+        labelled = [position for position, voxels in enumerate(self.labelled_voxels.get(axis, ())) if voxels]
+        return (labelled[-1] - labelled[0] + 1) * self.spacing_xyz_mm[axis] if labelled else 0.0
 
 
 def slice_array(axis: int, kind: str) -> str:

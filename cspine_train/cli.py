@@ -59,7 +59,12 @@ def main() -> None:
     "--schedule", type=click.Choice(["plateau", "onecycle"]), default="plateau",
     help="plateau: rate / 3 after 5 epochs without gain, stop after 7; onecycle: up and down once, all epochs.",
 )  # fmt: skip
+@click.option("--context", type=click.IntRange(0), default=0, help="Neighbouring slices seen on each side (2.5-D).")
 @click.option("--pixel-mm", type=float, help="Pixel size for the network; slices keep theirs by default.")
+@click.option(
+    "--crop-margin-mm", type=float,
+    help="Train on random parts of slices, as large as the largest labelled region and this margin; whole by default.",
+)  # fmt: skip
 @click.option("--empty-share", type=float, default=0.25, help="Empty slices in an epoch, as a share of labelled ones.")
 @click.option("--augment/--no-augment", default=True, help="Change training slices at random.")
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
@@ -86,7 +91,8 @@ def run(store: Path, axis: str, workers: int, output: Path | None, **options: An
         click.echo(f"note: {caveat}")
     if record.kept_dice is not None:
         click.echo(
-            f"kept epoch {record.kept_epoch}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels"
+            f"kept epoch {record.kept_epoch}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
+            f"and above a probability of {record.threshold}"
         )
     click.echo(f"run: {folder}")
 

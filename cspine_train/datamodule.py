@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ Item = tuple[torch.Tensor, torch.Tensor, int]
 
 
 class NetworkSlices(Dataset[Item]):
-    """Slices as the network takes them: image and mask, float32 (1, H, W), and the number of their case."""
+    """Slices as the network takes them: image (C, H, W) and mask (1, H, W), float32, and the number of their case."""
 
     def __init__(self, slices: SliceDataset, pixel_mm: float | None, size_hw: tuple[int, int]) -> None:
         self.slices = slices
@@ -34,7 +35,7 @@ class NetworkSlices(Dataset[Item]):
         image, mask = self.slices[item]
         spacing_mm = self.slices.spacing_mm(item)
         return (
-            to_network(image, spacing_mm, self._pixel_mm, self._size_hw)[0],
+            to_network(image, spacing_mm, self._pixel_mm, self._size_hw)[:, 0],
             mask_to_network(mask[0], spacing_mm, self._pixel_mm, self._size_hw),
             self._number_of[self.slices.place(item).case],
         )
@@ -86,10 +87,12 @@ class CohortSlices(lightning.LightningDataModule):
         self.first_epoch = 0
         self.validation_cases = split.validation
         axes, variant = settings.axes, settings.variant
-        train = cohort.slices(axes, variant=variant, cases=split.train)
-        validation = cohort.slices(axes, variant=variant, cases=split.validation)
+        train = cohort.slices(axes, variant=variant, cases=split.train, context=settings.context)
+        validation = cohort.slices(axes, variant=variant, cases=split.validation, context=settings.context)
         tested = [cohort.record(case, variant) for case in split.test]
         self.size_hw = _size_that_holds([*train.records, *validation.records, *tested], settings)
+        #: The size of the part of a slice that training sees; None where it sees the whole.
+        self.crop_hw = _size_that_holds_labels(train.records, settings, self.size_hw)
         self._train = NetworkSlices(train, settings.pixel_mm, self.size_hw)
         self._validation = NetworkSlices(validation, settings.pixel_mm, self.size_hw)
 
@@ -129,3 +132,20 @@ def _size_that_holds(records: Sequence[CaseRecord], settings: RunSettings) -> tu
             first, second = (mm for a, mm in enumerate(record.spacing_xyz_mm) if a != axis)
             shapes.append(network_shape((height, width), (first, second), settings.pixel_mm))
     return fixed_size(shapes)
+
+
+def _size_that_holds_labels(
+    records: Sequence[CaseRecord], settings: RunSettings, size_hw: tuple[int, int]
+) -> tuple[int, int] | None:
+    """Return the size of a crop that holds any training patient's labelled region and its margin."""
+    if settings.crop_margin_mm is None:
+        return None
+    shapes = []
+    for record in records:
+        for axis in settings.axes:
+            extents = [record.labelled_extent_mm(a) + 2 * settings.crop_margin_mm for a in range(3) if a != axis]
+            pixels = [settings.pixel_mm or mm for a, mm in enumerate(record.spacing_xyz_mm) if a != axis]
+            height, width = (math.ceil(extent / mm) for extent, mm in zip(extents, pixels, strict=True))
+            shapes.append((height, width))
+    height, width = (min(pair) for pair in zip(fixed_size(shapes), size_hw, strict=True))
+    return height, width

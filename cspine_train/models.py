@@ -36,8 +36,8 @@ def encoders() -> tuple[str, ...]:
     return tuple(sorted(name for name in smp.encoders.get_encoder_names() if not name.startswith("timm-")))
 
 
-def build_model(model: str, encoder: str, weights: str = "none") -> tuple[nn.Module, str]:
-    """Build a network for one-channel slices with one output channel.
+def build_model(model: str, encoder: str, weights: str = "none", channels: int = 1) -> tuple[nn.Module, str]:
+    """Build a network with one output channel.
 
     Parameters
     ----------
@@ -45,11 +45,13 @@ def build_model(model: str, encoder: str, weights: str = "none") -> tuple[nn.Mod
         Names of architecture and encoder.
     weights : str
         ``imagenet``; ``none``; ``auto``: ImageNet weights where they can be had, else random ones; or a file.
+    channels : int
+        Of the images: a slice, and its neighbours on both sides if the network sees them.
 
     Returns
     -------
     network : Module
-        Maps (N, 1, H, W) to logits (N, 1, H, W); H and W are multiples of 32.
+        Maps (N, C, H, W) to logits (N, 1, H, W); H and W are multiples of 32.
     weights_used : str
         ``imagenet``, ``none``, or the SHA-256 of the file.
 
@@ -61,13 +63,13 @@ def build_model(model: str, encoder: str, weights: str = "none") -> tuple[nn.Mod
     if model not in architectures():
         raise ModelError(f"model {model!r}: is not known; cspine-train models lists them")
     if weights == "none":
-        return _create(model, encoder, None), "none"
+        return _create(model, encoder, None, channels), "none"
     if weights not in ("auto", "imagenet"):
-        return _with_file(model, encoder, Path(weights))
-    _create(model, encoder, None)  # a name that is not known must not look like missing weights
+        return _with_file(model, encoder, Path(weights), channels)
+    _create(model, encoder, None, channels)  # a name that is not known must not look like missing weights
     _go_offline_unless_reachable()
     try:
-        return _create(model, encoder, "imagenet"), "imagenet"
+        return _create(model, encoder, "imagenet", channels), "imagenet"
     except ModelError as error:
         if weights == "imagenet":
             raise ModelError(
@@ -75,16 +77,16 @@ def build_model(model: str, encoder: str, weights: str = "none") -> tuple[nn.Mod
                 f"network, give a file with --weights FILE, or start from random ones with --weights none"
             ) from error
     warnings.warn(f"no ImageNet weights for {encoder}: starting from random ones", stacklevel=2)
-    return _create(model, encoder, None), "none"
+    return _create(model, encoder, None, channels), "none"
 
 
-def _create(model: str, encoder: str, weights: str | None) -> nn.Module:
+def _create(model: str, encoder: str, weights: str | None, channels: int) -> nn.Module:
     import segmentation_models_pytorch as smp
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = smp.create_model(model, encoder, encoder_weights=weights, in_channels=1, classes=1)
+            made = smp.create_model(model, encoder, encoder_weights=weights, in_channels=channels, classes=1)
     # Architectures, encoders, timm and the hub each raise kinds of their own.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200]
@@ -94,16 +96,16 @@ def _create(model: str, encoder: str, weights: str | None) -> nn.Module:
     return cast("nn.Module", made)
 
 
-def _with_file(model: str, encoder: str, path: Path) -> tuple[nn.Module, str]:
-    network = _create(model, encoder, None)
+def _with_file(model: str, encoder: str, path: Path, channels: int) -> tuple[nn.Module, str]:
+    network = _create(model, encoder, None, channels)
     state = _read_state(path)
     target = cast("nn.Module", network.encoder).state_dict()
     wrong = []
     for name, tensor in target.items():
         found = state.get(name)
-        if found is not None and found.ndim == 4 and found.shape[1] == 3 and tensor.shape[1] == 1:
-            # Three equal channels would give this sum: ImageNet's colours become one grey.
-            found = found.sum(dim=1, keepdim=True)
+        if found is not None and found.ndim == 4 and found.shape[1] == 3 and tensor.shape[1] == channels:
+            # Channels that are all equal then give what three equal colours gave: ImageNet's become grey.
+            found = (found.sum(dim=1, keepdim=True) / channels).expand(-1, channels, -1, -1)
         if found is None:
             wrong.append(f"{name} is missing")
         elif found.shape != tensor.shape:
@@ -176,7 +178,7 @@ def save_model(network: Any, folder: Path) -> None:
     unfinished.rmdir()
 
 
-def load_model(model: str, encoder: str, folder: Path) -> nn.Module:
+def load_model(model: str, encoder: str, folder: Path, channels: int = 1) -> nn.Module:
     """Build a network and load the weights that `save_model` saved.
 
     Raises
@@ -188,7 +190,7 @@ def load_model(model: str, encoder: str, folder: Path) -> nn.Module:
     from safetensors.torch import load_file
 
     path = folder / "model.safetensors"
-    network = _create(model, encoder, None)
+    network = _create(model, encoder, None, channels)
     try:
         network.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

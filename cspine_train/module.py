@@ -13,6 +13,9 @@ from cspine_train.settings import RunSettings
 from cspine_train.transforms import RandomChanges
 
 MONITOR = "valid_dice"
+THRESHOLD = "threshold"
+#: Probabilities that validation tries as the border between vertebra and the rest.
+THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -20,10 +23,17 @@ class SliceSegmenter(lightning.LightningModule):
     """Learns to tell vertebra from everything else in slices.
 
     The loss is soft Dice plus binary cross-entropy. Validation counts voxels per patient over all its slices, at the
-    network's pixel size, and averages Dice over patients, not over batches.
+    network's pixel size, and averages Dice over patients, not over batches, at the threshold where that is highest:
+    soft Dice gives pixels of which it is unsure more than their due, so that 0.5 marks too many.
     """
 
-    def __init__(self, network: nn.Module, settings: RunSettings, validation_cases: Sequence[str]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: RunSettings,
+        validation_cases: Sequence[str],
+        crop_hw: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         import segmentation_models_pytorch as smp
 
@@ -31,9 +41,13 @@ class SliceSegmenter(lightning.LightningModule):
         self._settings = settings
         self._dice_loss = smp.losses.DiceLoss("binary", from_logits=True)
         self._entropy_loss = nn.BCEWithLogitsLoss()
-        self._change = RandomChanges() if settings.augment else None
+        self._change = None
+        if settings.augment:
+            self._change = RandomChanges(crop_hw=crop_hw)
+        elif crop_hw:
+            self._change = RandomChanges(0, 0, 0, 0, 0, crop_hw)
         self._cases = tuple(validation_cases)
-        self._counts = torch.zeros(len(self._cases), 3)
+        self._counts = self._no_counts()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Change a training batch at random, on its device; all randomness depends on seed and step only."""
@@ -55,21 +69,28 @@ class SliceSegmenter(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch's counts."""
-        self._counts = torch.zeros(len(self._cases), 3, dtype=torch.float64)
+        self._counts = self._no_counts()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count, for each patient, voxels in both masks, in the prediction, and in the truth."""
+        """Count, for each patient and threshold, voxels in both masks, in the prediction, and in the truth."""
         images, masks, numbers = batch
-        predicted = self.network(images) > 0
+        probabilities = torch.sigmoid(self.network(images).float())
         truth = masks > 0.5
-        counts = torch.stack([(predicted & truth).sum((1, 2, 3)), predicted.sum((1, 2, 3)), truth.sum((1, 2, 3))], 1)
-        self._counts.index_add_(0, numbers.cpu(), counts.double().cpu())
+        for number, threshold in enumerate(THRESHOLDS):
+            predicted = probabilities > threshold
+            counts = torch.stack([mask.sum((1, 2, 3)) for mask in (predicted & truth, predicted, truth)], 1)
+            self._counts[number].index_add_(0, numbers.cpu(), counts.double().cpu())
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean Dice over the validation patients."""
-        both, predicted, truth = self._counts.unbind(1)
+        """Log the mean Dice over the validation patients, and the threshold that gave it."""
+        both, predicted, truth = self._counts.unbind(2)
         dice = torch.where(predicted + truth > 0, 2 * both / (predicted + truth).clamp_min(1), torch.ones_like(both))
-        self.log(MONITOR, dice.mean().float(), prog_bar=True)
+        best = int(dice.mean(1).argmax())
+        self.log(MONITOR, dice[best].mean().float(), prog_bar=True)
+        self.log(THRESHOLD, THRESHOLDS[best])
+
+    def _no_counts(self) -> torch.Tensor:
+        return torch.zeros(len(THRESHOLDS), len(self._cases), 3, dtype=torch.float64)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule where it is one of steps; a plateau is looked for by a callback."""

@@ -24,11 +24,9 @@ from cspine_train.errors import RunError
 from cspine_train.models import load_model
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.training import MODEL_FOLDER
-from cspine_train.transforms import fixed_size, from_network, network_shape, to_network
+from cspine_train.transforms import fixed_size, from_network, network_shape, to_network, with_context
 
 _BATCH = 8
-#: A voxel is vertebra where its probability is above this.
-THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +84,15 @@ class LoadedRun:
         own = fixed_size([network_shape((slices.shape[1], slices.shape[2]), (first, second), pixel_mm)])
         # As in training, where every slice is padded to one size: pooling over the whole slice sees the margin.
         height, width = (max(pair) for pair in zip(own, self.record.size_hw, strict=True))
+        context = self.record.settings.context
         parts = []
         with torch.inference_mode():
             for start in range(0, len(slices), _BATCH):
-                # Each slice alone, so that its margin does not depend on its neighbours.
-                some = slices[start : start + _BATCH]
-                batch = [to_network(one[None], (first, second), pixel_mm, (height, width)) for one in some]
-                images = torch.cat(batch).to(device, memory_format=torch.channels_last)
+                stop = min(start + _BATCH, len(slices))
+                before, after = max(0, start - context), min(stop + context, len(slices))
+                seen = to_network(slices[before:after], (first, second), pixel_mm, (height, width))
+                images = with_context(seen, context, start - before, stop - before)
+                images = images.to(device, memory_format=torch.channels_last)
                 parts.append(from_network(self.network(images), slices.shape[1:], (first, second), pixel_mm))
         return np.concatenate(parts)
 
@@ -116,13 +116,16 @@ def load_run(path: str | Path) -> LoadedRun:
     record = load_record(path)
     if not (path / MODEL_FOLDER).is_dir():
         raise RunError(f"{path}: has no trained model yet; run cspine-train run again to go on")
-    network = load_model(record.settings.model, record.settings.encoder, path / MODEL_FOLDER)
+    settings = record.settings
+    network = load_model(settings.model, settings.encoder, path / MODEL_FOLDER, settings.channels)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LoadedRun(path, record, network.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
 
 
 def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
     """Predict a volume that is in no store: prepared as in training, probabilities averaged over the runs.
+
+    The average is compared with the average of the runs' thresholds.
 
     Parameters
     ----------
@@ -145,7 +148,7 @@ def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
         total = found if total is None else total + found
     if total is None:
         raise RunError("no run given: name at least one with --run")
-    mask = (total / np.float32(len(runs)) > THRESHOLD).astype(np.uint8)
+    mask = (total > np.float32(sum(run.record.threshold for run in runs))).astype(np.uint8)
     return image.to_file_grid(mask)
 
 

@@ -33,8 +33,13 @@ class RunSettings(BaseModel):
     schedule : str
         ``plateau``: the rate divided by 3 after 5 epochs without gain, stop after 7 (the reference study);
         ``onecycle``: the rate rises and falls once over exactly `epochs` (Smith and Topin 2018).
+    context : int
+        Neighbouring slices on each side that the network sees as channels (2.5-D).
     pixel_mm : float or None
         Pixel size that slices are resampled to for the network; None leaves them as they are.
+    crop_margin_mm : float or None
+        Train on a part of each slice, at a random place: as large as the largest labelled region of a training
+        patient and this margin around it. None trains on whole slices; validation and prediction always do.
     empty_share : float
         Slices without a label seen in an epoch, as a share of those with one.
     augment : bool
@@ -56,13 +61,20 @@ class RunSettings(BaseModel):
     batch_size: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)
     schedule: Literal["plateau", "onecycle"] = "plateau"
+    context: int = Field(default=0, ge=0)
     pixel_mm: float | None = Field(default=None, gt=0)
+    crop_margin_mm: float | None = Field(default=None, ge=0)
     empty_share: float = Field(default=0.25, ge=0)
     augment: bool = True
     seed: int = Field(default=0, ge=0)
     folds: int | None = Field(default=None, ge=3)
     fold: int = Field(default=0, ge=0)
     precision: Literal["auto", "32", "bf16"] = "auto"
+
+    @property
+    def channels(self) -> int:
+        """How many slices the network sees at once."""
+        return 2 * self.context + 1
 
 
 class RunRecord(BaseModel):
@@ -93,6 +105,8 @@ class RunRecord(BaseModel):
     kept_epoch, kept_dice
         The epoch whose weights the run keeps, from 0 (the best on validation, or the last of one cycle), and its mean
         Dice over the validation patients at the network's pixel size.
+    threshold : float
+        The probability above which a voxel is vertebra: the one that gave that Dice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,6 +126,7 @@ class RunRecord(BaseModel):
     finished: bool = False
     kept_epoch: int | None = None
     kept_dice: float | None = None
+    threshold: float = Field(default=0.5, gt=0, lt=1)
 
     @property
     def split(self) -> Split:

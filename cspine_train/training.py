@@ -21,7 +21,7 @@ from cspine_train.allocator import keep_large_blocks
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models import build_model, save_model
-from cspine_train.module import MONITOR, SliceSegmenter
+from cspine_train.module import MONITOR, THRESHOLD, SliceSegmenter
 from cspine_train.settings import RECORD_NAME, RunRecord, RunSettings, load_record, save_record
 
 MODEL_FOLDER = "model"
@@ -80,7 +80,8 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
         raise RunError(f"{store}: no slice to train on is labelled along axis {settings.axes}; choose another --axis")
     checkpoint = _newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None
     # Whoever goes on from a checkpoint has its weights already.
-    network, weights_used = build_model(settings.model, settings.encoder, "none" if checkpoint else settings.weights)
+    first_weights = "none" if checkpoint else settings.weights
+    network, weights_used = build_model(settings.model, settings.encoder, first_weights, settings.channels)
     record = RunRecord(
         store=str(store.resolve()),
         settings=settings,
@@ -101,14 +102,12 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     if checkpoint:
         data.first_epoch = _epoch_of(checkpoint) + 1
         _log.info("going on after epoch %d", _epoch_of(checkpoint))
-    module = SliceSegmenter(network, settings, split.validation)
+    module = SliceSegmenter(network, settings, split.validation, data.crop_hw)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except (KeyboardInterrupt, SystemExit):
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None
-    record = record.model_copy(
-        update={"finished": True, "kept_epoch": keeper.kept_epoch, "kept_dice": keeper.kept_dice}
-    )
+    record = record.model_copy(update={"finished": True, **keeper.kept})
     save_record(run, record)
     return record
 
@@ -154,29 +153,30 @@ class _Keep(Callback):
         self._last = schedule == "onecycle"
         self._rows: list[dict[str, float]] = []
         self._started = time.perf_counter()
-        self.kept_epoch: int | None = None
-        self.kept_dice: float | None = None
+        #: What the run's record says of the network that is kept.
+        self.kept: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows, "kept_epoch": self.kept_epoch, "kept_dice": self.kept_dice}
+        return {"rows": self._rows, "kept": self.kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rows = state_dict["rows"]
-        self.kept_epoch, self.kept_dice = state_dict["kept_epoch"], state_dict["kept_dice"]
+        self._rows, self.kept = state_dict["rows"], state_dict["kept"]
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         dice = float(trainer.callback_metrics[MONITOR])
-        if self._last or self.kept_dice is None or dice > self.kept_dice:
-            self.kept_epoch, self.kept_dice = trainer.current_epoch, dice
+        threshold = round(float(trainer.callback_metrics[THRESHOLD]), 2)
+        if self._last or not self.kept or dice > self.kept["kept_dice"]:
+            self.kept = {"kept_epoch": trainer.current_epoch, "kept_dice": dice, "threshold": threshold}
             save_model(pl_module.network, self._run / MODEL_FOLDER)
         self._rows.append(
             {
                 "epoch": trainer.current_epoch,
                 "train_loss": round(float(trainer.callback_metrics["train_loss"]), 6),
                 MONITOR: round(dice, 6),
+                THRESHOLD: threshold,
                 "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
                 "seconds": round(time.perf_counter() - self._started, 2),
             }

@@ -38,15 +38,15 @@ def resample(images: torch.Tensor, shape_hw: tuple[int, int]) -> torch.Tensor:
     return functional.interpolate(images, size=shape_hw, mode="bilinear", align_corners=False, antialias=smaller)
 
 
-def pad(images: torch.Tensor, size_hw: tuple[int, int], value: float) -> torch.Tensor:
-    """Pad images (..., h, w) to a size, evenly on both sides."""
-    missing = [wanted - there for wanted, there in zip(size_hw, images.shape[-2:], strict=True)]
-    top, left = missing[0] // 2, missing[1] // 2
-    return functional.pad(images, (left, missing[1] - left, top, missing[0] - top), value=value)
+def pad(images: torch.Tensor, size_hw: tuple[int, int], values: torch.Tensor) -> torch.Tensor:
+    """Pad images (..., h, w) to a size, evenly on both sides, each with its own value (..., 1, 1)."""
+    padded = values.expand(*images.shape[:-2], *size_hw).clone()
+    unpad(padded, (images.shape[-2], images.shape[-1])).copy_(images)
+    return padded
 
 
 def unpad(images: torch.Tensor, shape_hw: tuple[int, int]) -> torch.Tensor:
-    """Cut from images (..., H, W) what `pad` added."""
+    """Return the part of images (..., H, W) that `pad` put there."""
     top, left = ((there - wanted) // 2 for there, wanted in zip(images.shape[-2:], shape_hw, strict=True))
     return images[..., top : top + shape_hw[0], left : left + shape_hw[1]]
 
@@ -59,12 +59,25 @@ def to_network(
 ) -> torch.Tensor:
     """Bring slices of one size, (N, h, w), to what a network takes, (N, 1, H, W).
 
-    The margin is filled with the darkest value of the slices: outside the image is air. Training, evaluation and
+    The margin is filled with each slice's darkest value: outside the image is air. Training, evaluation and
     prediction all pass here.
     """
     images = torch.from_numpy(np.ascontiguousarray(slices)).unsqueeze(1)
     images = resample(images, network_shape((slices.shape[1], slices.shape[2]), spacing_mm, pixel_mm))
-    return pad(images, size_hw or fixed_size([(images.shape[-2], images.shape[-1])]), float(images.min()))
+    size_hw = size_hw or fixed_size([(images.shape[-2], images.shape[-1])])
+    return pad(images, size_hw, images.amin((-2, -1), keepdim=True))
+
+
+def with_context(images: torch.Tensor, context: int, start: int, stop: int) -> torch.Tensor:
+    """Give some of a volume's slices, in order, (N, 1, H, W), their neighbours as channels, as `SliceDataset` does.
+
+    Returns
+    -------
+    Tensor
+        (stop - start, 2 `context` + 1, H, W).
+    """
+    around = torch.arange(start, stop)[:, None] + torch.arange(-context, context + 1)
+    return images[around.clamp(0, len(images) - 1), 0]
 
 
 def mask_to_network(
@@ -77,7 +90,7 @@ def mask_to_network(
     """
     masks = torch.from_numpy(mask)[None, None].float()
     shape_hw = network_shape((mask.shape[0], mask.shape[1]), spacing_mm, pixel_mm)
-    return pad(resample(masks, shape_hw), size_hw, 0.0)[0]
+    return pad(resample(masks, shape_hw), size_hw, torch.zeros(1, 1, 1, 1))[0]
 
 
 def from_network(
@@ -90,6 +103,37 @@ def from_network(
     shares = torch.sigmoid(unpad(logits.float(), network_shape(shape_hw, spacing_mm, pixel_mm)))
     shares = functional.interpolate(shares, size=shape_hw, mode="bilinear", align_corners=False)
     return np.asarray(shares.squeeze(1).cpu().numpy())
+
+
+def crop_centres(masks: torch.Tensor, size_hw: tuple[int, int], draws: torch.Tensor) -> torch.Tensor:
+    """Place a crop in each slice at random so that it holds all that is labelled there, as far as it is large enough.
+
+    Parameters
+    ----------
+    masks : Tensor
+        (N, 1, H, W), above 0 where labelled.
+    size_hw : tuple of int
+        Size of a crop.
+    draws : Tensor
+        (N, 2), from 0 to 1: where between its first and its last possible row and column a crop begins.
+
+    Returns
+    -------
+    Tensor
+        (N, 2), row and column of the crops' centres, in pixels from the slices' centres.
+    """
+    centres = []
+    for axis, size in enumerate(size_hw):
+        full = masks.shape[2 + axis]
+        labelled = (masks[:, 0] > 0).any(2 - axis).float()
+        empty = labelled.amax(1) == 0
+        first = torch.where(empty, full, labelled.argmax(1))
+        last = torch.where(empty, 0, full - 1 - labelled.flip(1).argmax(1))
+        ends = torch.stack([(last - size + 1).clamp(0, full - size), first.clamp(0, full - size)], 1)
+        earliest, latest = ends.amin(1), ends.amax(1)
+        begin = earliest + torch.floor(draws[:, axis].to(masks.device) * (latest - earliest + 1))
+        centres.append(begin + (size - full) / 2)
+    return torch.stack(centres, 1)
 
 
 class RandomChanges:
@@ -110,6 +154,9 @@ class RandomChanges:
         Largest change of contrast, as a share; brightness shifts by up to as much of a standard deviation.
     noise : float
         Largest standard deviation of added noise, in standard deviations of the tissue.
+    crop_hw : tuple of int, optional
+        Size of the part of each slice that is kept, see `crop_centres`; it is cut out as the slice is turned, so that
+        what turns into view at its border is the slice itself.
     """
 
     def __init__(
@@ -119,9 +166,11 @@ class RandomChanges:
         shift: float = 0.08,
         contrast: float = 0.3,
         noise: float = 0.15,
+        crop_hw: tuple[int, int] | None = None,
     ) -> None:
         self.degrees, self.scale, self.shift = degrees, scale, shift
         self.contrast, self.noise = contrast, noise
+        self.crop_hw = crop_hw
 
     def __call__(
         self, images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator
@@ -131,28 +180,32 @@ class RandomChanges:
         Parameters
         ----------
         images, masks : Tensor
-            float32 (N, 1, H, W); a mask holds shares from 0 to 1.
+            float32 (N, C, H, W) and (N, 1, H, W); a mask holds shares from 0 to 1.
         generator : Generator
             Where the randomness comes from, on the CPU, so that every device draws the same.
         """
-        grid = self._grid(images, generator)
+        grid = self._grid(images, masks, generator)
         images = functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
         masks = functional.grid_sample(masks, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         return self._intensities(images, generator), masks
 
-    def _grid(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        count, _, height, width = images.shape
+    def _grid(self, images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, channels, height, width = images.shape
+        crop_h, crop_w = self.crop_hw or (height, width)
         draws = torch.rand(count, 4, generator=generator) * 2 - 1
-        angle = torch.deg2rad(draws[:, 0] * self.degrees)
-        size = torch.exp(draws[:, 1] * math.log1p(self.scale))
+        angle = torch.deg2rad(draws[:, 0] * self.degrees).to(images.device)
+        size = torch.exp(draws[:, 1] * math.log1p(self.scale)).to(images.device)
         cos, sin = torch.cos(angle) / size, torch.sin(angle) / size
-        # Coordinates run from -1 to 1 along both sides, so a rotation has to know the sides' ratio.
+        right, down = (draws[:, 2:] * self.shift * 2).to(images.device).unbind(1)
+        if self.crop_hw:
+            centre_y, centre_x = crop_centres(masks, self.crop_hw, torch.rand(count, 2, generator=generator)).unbind(1)
+            right, down = right + 2 * centre_x / width, down + 2 * centre_y / height
+        # Coordinates run from -1 to 1 along the sides of crop and slice, so a rotation has to know their ratios.
         rows = (
-            torch.stack([cos, -sin * height / width, draws[:, 2] * self.shift * 2], 1),
-            torch.stack([sin * width / height, cos, draws[:, 3] * self.shift * 2], 1),
+            torch.stack([cos * crop_w / width, -sin * crop_h / width, right], 1),
+            torch.stack([sin * crop_w / height, cos * crop_h / height, down], 1),
         )
-        theta = torch.stack(rows, 1).to(images.device)
-        return functional.affine_grid(theta, list(images.shape), align_corners=False)
+        return functional.affine_grid(torch.stack(rows, 1), [count, channels, crop_h, crop_w], align_corners=False)
 
     def _intensities(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         count = len(images)

@@ -10,6 +10,7 @@ import pytest
 
 from cspine_data import InputError, NotInStoreError, open_cohort, prepare, read_volume
 from cspine_data.geometry import Orientation
+from cspine_data.reader import SliceArray
 from tests.conftest import write_case
 
 
@@ -70,6 +71,30 @@ def test_choosing_slices(phantom_store: Path) -> None:
     assert images[0].shape == everything[0][0].shape
 
 
+@pytest.mark.parametrize("context", [1, 3])
+def test_neighbours_are_channels_and_end_at_the_volume(context: int, phantom_store: Path) -> None:
+    cohort = open_cohort(phantom_store)
+    alone = cohort.slices(axis=2, variant="n4", cases=["CS_01", "CS_02"])
+    slices = cohort.slices(axis=2, variant="n4", cases=["CS_01", "CS_02"], context=context)
+    assert len(slices) == len(alone)
+    depth = cohort.record("CS_01", "n4").size_xyz[2]
+    for item in (0, 1, depth // 2, depth - 1, depth):
+        image, mask = slices[item]
+        first, last = (0, depth - 1) if item < depth else (depth, len(alone) - 1)
+        around = [min(max(item + k, first), last) for k in range(-context, context + 1)]
+        np.testing.assert_array_equal(image, np.concatenate([alone[k][0] for k in around]))
+        np.testing.assert_array_equal(mask, alone[item][1])
+
+
+def test_no_slice_is_read_twice_for_its_neighbours(phantom_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions: list[int] = []
+    read = SliceArray.read_into
+    monkeypatch.setattr(SliceArray, "read_into", lambda s, n, out: positions.append(n) or read(s, n, out))
+    slices = open_cohort(phantom_store).slices(axis=2, variant="n4", labels=None, context=4)
+    _ = slices[1]
+    assert positions == [0, 1, 2, 3, 4, 5]
+
+
 def test_splits_are_by_patient(phantom_store: Path) -> None:
     cohort = open_cohort(phantom_store)
     parts = {
@@ -116,6 +141,8 @@ def test_what_cannot_be_given_is_told(tmp_path: Path) -> None:
         cohort.slices(axis=2)
     with pytest.raises(InputError, match=r"axis 3: is not known; choose 0 \(sagittal\)"):
         cohort.slices(axis=3)
+    with pytest.raises(InputError, match="context=-1: is negative"):
+        cohort.slices(context=-1)
     with pytest.raises(InputError, match="split 'holdout': is not known"):
         cohort.slices(split="holdout")
     with pytest.raises(InputError, match="labels='both': is not known"):

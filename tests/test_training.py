@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +27,8 @@ from cspine_data.geometry import Orientation
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
 from cspine_train.cli import main as train_main
 from cspine_train.datamodule import CohortSlices, EpochSampler
+from cspine_train.metrics import overlap
+from cspine_train.module import THRESHOLDS, SliceSegmenter
 from cspine_train.settings import load_record
 from tests.conftest import ball
 
@@ -51,9 +55,9 @@ def run_train() -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def trained(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a small model, all axes, a few epochs."""
+    """A run of a small model, two axes, neighbours as channels, a few epochs."""
     run = tmp_path_factory.mktemp("runs") / "trained"
-    train(phantom_store, run, RunSettings(**{**SMALL, "axes": (0, 2), "epochs": 3}))
+    train(phantom_store, run, RunSettings(**{**SMALL, "axes": (0, 2), "context": 1, "epochs": 3}))
     return run
 
 
@@ -76,10 +80,11 @@ def test_the_run_folder_says_what_was_done(trained: Path, phantom_store: Path) -
     assert record.versions["torch"] == version("torch")
     assert record.caveats()[1].startswith("data: synthetic cervical phantom")
     rows = (trained / "metrics.csv").read_text().splitlines()
-    assert rows[0] == "epoch,train_loss,valid_dice,learning_rate,seconds"
+    assert rows[0] == "epoch,train_loss,valid_dice,threshold,learning_rate,seconds"
     assert len(rows) == 4
     assert record.kept_epoch == 2
     assert record.kept_dice == pytest.approx(float(rows[-1].split(",")[2]), abs=1e-5)
+    assert record.threshold == float(rows[-1].split(",")[3])
     assert not [file for file in (trained / "model").iterdir() if file.suffix in (".pkl", ".pt", ".ckpt")]
 
 
@@ -95,7 +100,7 @@ def test_scores_are_of_whole_volumes_patient_by_patient(trained: Path, phantom_s
     run = load_run(trained)
     image, label = open_cohort(phantom_store).volumes(variant="n4", cases=["CS_04"])[0]
     spacing = open_cohort(phantom_store).record("CS_04", "n4").spacing_xyz_mm
-    predicted = run.probabilities(image[0], spacing) > 0.5
+    predicted = run.probabilities(image[0], spacing) > run.record.threshold
     both = (predicted & (label[0] > 0)).sum()
     assert evaluation.scores[1].dice == 2 * both / (predicted.sum() + label.sum())
     assert evaluation.mean_dice == np.mean([score.dice for score in evaluation.scores])
@@ -116,9 +121,51 @@ def test_predicting_a_file_gives_what_evaluation_saw(
     assert found.geometry == source.geometry
     assert found.array.dtype == np.uint8
     image, _ = open_cohort(phantom_store).volumes(variant="n4", cases=[case])[0]
-    stored = run.probabilities(image[0], open_cohort(phantom_store).record(case, "n4").spacing_xyz_mm) > 0.5
+    stored = run.probabilities(image[0], open_cohort(phantom_store).record(case, "n4").spacing_xyz_mm)
+    stored = stored > run.record.threshold
     np.testing.assert_array_equal(Orientation.of(source.geometry).to_anatomical(found.array), stored)
     assert 0 < found.array.mean() < 0.5
+
+
+def test_the_threshold_is_the_best_on_the_validation_patients(phantom_store: Path, tmp_path: Path) -> None:
+    """At the store's own pixels validation sees what evaluation does."""
+    run = tmp_path / "run"
+    train(phantom_store, run, RunSettings(**{**SMALL, "axes": (2,), "pixel_mm": None, "epochs": 1}))
+    loaded = load_run(run)
+    image, label = open_cohort(phantom_store).volumes(variant="n4", cases=["CS_03"])[0]
+    spacing = open_cohort(phantom_store).record("CS_03", "n4").spacing_xyz_mm
+    probabilities = loaded.probabilities(image[0], spacing)
+    dice = {threshold: overlap(probabilities > threshold, label[0] > 0).dice for threshold in THRESHOLDS}
+    assert loaded.record.threshold == max(dice, key=dice.get)
+    assert loaded.record.kept_dice == pytest.approx(max(dice.values()), abs=1e-6)
+    assert len(set(dice.values())) > 1
+
+
+def test_prediction_sees_the_neighbours_that_training_saw(trained: Path, phantom_store: Path) -> None:
+    cohort, run = open_cohort(phantom_store), load_run(trained)
+    data = CohortSlices(cohort, run.record.split, run.record.settings)
+    images = torch.cat([images for images, _, _ in data.val_dataloader()])
+    image, _ = cohort.volumes(variant="n4", cases=["CS_03"])[0]
+    spacing = cohort.record("CS_03", "n4").spacing_xyz_mm
+    seen: list[torch.Tensor] = []
+
+    def watch(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return images[:, :1]
+
+    dataclasses.replace(run, network=Watched(watch)).probabilities(image[0], spacing)
+    assert torch.equal(torch.cat(seen), images)
+    assert images.shape[1] == 3
+    assert not torch.equal(images[:, 0], images[:, 2])
+
+
+class Watched(torch.nn.Module):
+    """Stands where a network does, to see what it is fed."""
+
+    def __init__(self, watch: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.device = torch.nn.Parameter(torch.zeros(1))
+        self.forward = watch
 
 
 def test_runs_are_fused_as_probabilities(
@@ -128,7 +175,8 @@ def test_runs_are_fused_as_probabilities(
     runs, source = [load_run(trained), load_run(tmp_path / "other")], read_volume(phantom_folder / "CS_04.nrrd")
     prepared = [preprocess_volume(source, run.record.preprocessing) for run in runs]
     shares = [run.probabilities(p.normalised_xyz(), p.spacing_mm) for run, p in zip(runs, prepared, strict=True)]
-    expected = prepared[0].to_file_grid((shares[0] + shares[1]) / 2 > 0.5).array
+    middle = (runs[0].record.threshold + runs[1].record.threshold) / 2
+    expected = prepared[0].to_file_grid((shares[0] + shares[1]) / 2 > middle).array
     np.testing.assert_array_equal(predict_volume(runs, source).array, expected)
     assert (expected != runs[0].predict(source).array).any()
     with pytest.raises(RunError, match="no run given"):
@@ -268,6 +316,33 @@ def test_the_fixed_size_holds_every_slice_of_the_run(phantom_store: Path) -> Non
     assert data.size_hw[0] % 32 == data.size_hw[1] % 32 == 0
     images, masks, _ = next(iter(data.train_dataloader()))
     assert images.shape == masks.shape == (8, 1, *data.size_hw)
+
+
+def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phantom_store: Path) -> None:
+    cohort = open_cohort(phantom_store)
+    split = cohort.split(variant="n4")
+    settings = RunSettings(axes=(0,), weights="none", pixel_mm=1.0, crop_margin_mm=10.0, context=1)
+    data = CohortSlices(cohort, split, settings)
+    extents = []
+    for case in split.train:
+        record = cohort.record(case, "n4")
+        _, label = cohort.volumes(variant="n4", cases=[case])[0]
+        extents.append([np.ptp(at) + 1 for at in np.nonzero(label[0])[1:]] * np.array(record.spacing_xyz_mm[1:]))
+    needed = np.ceil(np.max(extents, axis=0) + 20)
+    assert data.crop_hw is not None
+    for size, least, full in zip(data.crop_hw, needed, data.size_hw, strict=True):
+        assert size % 32 == 0
+        assert size == full or least <= size < least + 32
+    assert data.crop_hw[0] < data.size_hw[0]
+    module = SliceSegmenter(torch.nn.Identity(), settings, split.validation, data.crop_hw)
+    module.trainer = SimpleNamespace(training=True, global_step=3)
+    images, masks, _ = module.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert tuple(images.shape) == (8, 3, *data.crop_hw)
+    assert tuple(masks.shape) == (8, 1, *data.crop_hw)
+    module.trainer.training = False
+    images, _, _ = module.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    assert tuple(images.shape[-2:]) == data.size_hw
+    assert CohortSlices(cohort, split, settings.model_copy(update={"crop_margin_mm": None})).crop_hw is None
 
 
 def test_too_few_cases_are_told(store: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ shapes = st.tuples(st.integers(1, 90), st.integers(1, 90))
 @given(shapes, st.integers(0, 40), st.integers(0, 40))
 def test_unpadding_undoes_padding(shape: tuple[int, int], more_h: int, more_w: int) -> None:
     image = torch.rand(1, 1, *shape)
-    padded = pad(image, (shape[0] + more_h, shape[1] + more_w), -3.0)
+    padded = pad(image, (shape[0] + more_h, shape[1] + more_w), torch.full((1, 1, 1, 1), -3.0))
     assert padded.shape[-2:] == (shape[0] + more_h, shape[1] + more_w)
     assert torch.equal(unpad(padded, shape), image)
     assert (padded == -3.0).sum() == padded.numel() - image.numel()
@@ -38,6 +38,12 @@ def test_native_pixels_come_back_as_they_went(shape: tuple[int, int]) -> None:
     assert images.shape[-2] % 32 == images.shape[-1] % 32 == 0
     back = from_network(images, shape, (0.7, 1.3), None)
     np.testing.assert_allclose(back, 1 / (1 + np.exp(-slices)), atol=1e-6)
+
+
+def test_a_margin_is_as_dark_as_its_own_slice() -> None:
+    slices = np.array([np.full((4, 4), 5), np.full((4, 4), -2)], dtype=np.float32)
+    images = to_network(slices, (1, 1), None, (32, 64))
+    assert torch.equal(images, torch.tensor([5.0, -2.0]).view(2, 1, 1, 1).expand(2, 1, 32, 64))
 
 
 def test_a_pixel_size_makes_pixels_square_in_millimetres() -> None:
@@ -89,6 +95,59 @@ def test_a_rotation_turns_without_shearing_on_oblong_slices() -> None:
     disc = (axis_h[:, None] ** 2 + axis_w[None] ** 2 < 20**2).float().expand(8, 1, -1, -1)
     turned, _ = RandomChanges(45, 0, 0, 0, 0)(disc, disc, torch.Generator().manual_seed(3))
     assert (turned - disc).abs().mean() < 0.01
+
+
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=3),
+    st.integers(0, 99),
+)
+def test_a_crop_holds_what_is_labelled(
+    size: tuple[int, int], crop: tuple[int, int], labelled: list[tuple[float, float]], seed: int
+) -> None:
+    crop = (min(crop[0], size[0]), min(crop[1], size[1]))
+    mask = torch.zeros(1, 1, *size)
+    places = [(int(y * (size[0] - 1)), int(x * (size[1] - 1))) for y, x in labelled]
+    for y, x in places:
+        mask[0, 0, y, x] = 1
+    image = torch.arange(1, mask.numel() + 1.0).view_as(mask)
+    changes = RandomChanges(0, 0, 0, 0, 0, crop)
+    part, part_mask = changes(image, mask, torch.Generator().manual_seed(seed))
+    assert tuple(part.shape[-2:]) == crop
+    found = {round(value) for value in part.flatten().tolist()}
+    assert len(found) == crop[0] * crop[1]
+    assert found <= set(range(1, mask.numel() + 1))
+    for axis in (0, 1):
+        across = [place[axis] for place in places]
+        # What is labelled is all there wherever a crop of this size can hold it.
+        if across and max(across) - min(across) < crop[axis]:
+            rows = {(value - 1) // size[1] if axis == 0 else (value - 1) % size[1] for value in found}
+            assert set(across) <= rows
+    inside = sum(round(float(image[0, 0, y, x])) in found for y, x in set(places))
+    assert float(part_mask.sum()) == pytest.approx(inside, abs=1e-3)
+
+
+def test_crops_lie_at_random() -> None:
+    image = torch.zeros(64, 1, 64, 64)
+    image[..., 31, 31] = 1
+    _, masks = RandomChanges(0, 0, 0, 0, 0, (24, 24))(image, image, torch.Generator().manual_seed(0))
+    places = masks[:, 0].nonzero()[:, 1:]
+    assert len(places) == 64
+    assert len(places.unique(dim=0)) > 40
+    assert places.min() == 0
+    assert places.max() == 23
+
+
+def test_a_turned_crop_shows_the_slice_at_its_corners() -> None:
+    """A ramp stays a ramp under rotation; a crop that was cut out first would show its smeared border."""
+    ramp = torch.arange(96.0).expand(4, 1, 96, 96)
+    mask = torch.zeros(4, 1, 96, 96)
+    mask[..., 32:64, 32:64] = 1
+    turned, _ = RandomChanges(45, 0, 0, 0, 0, (32, 32))(ramp, mask, torch.Generator().manual_seed(1))
+    for axis in (2, 3):
+        assert turned.diff(n=2, dim=axis).abs().max() < 1e-3
+    assert (turned.diff(dim=2).abs().amax((1, 2, 3)) > 0.05).all()
 
 
 def test_no_change_changes_nothing() -> None:
