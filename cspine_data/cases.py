@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import CspineDataError, InputError
 from cspine_data.geometry import Geometry
-from cspine_data.volumes import Volume, check_image, read_volume, stem, volume_suffix
+from cspine_data.volumes import Volume, check_image, content_digest, read_volume, stem, volume_suffix
 
 #: A line of text beside the volumes that says what they are.
 NOTE_FILE = "COHORT.txt"
@@ -307,8 +307,24 @@ def describe_problem(case_id: str, error: BaseException) -> Problem:
     return Problem(case_id, f"{case_id}: failed unexpectedly ({type(error).__name__}: {error}); please report this")
 
 
-def scan_case(case: Case) -> tuple[str, ...] | Problem:
+def copy_problem(case: Case, other: str) -> Problem:
+    """Say that a case's volume is another case's under a second name."""
+    return Problem(
+        case.id,
+        f"{case.volume}: is the same file as case {other!r}, and one patient must not be in two parts of a split; "
+        "keep one of them",
+    )
+
+
+def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
     """Read and check a case, and describe it: id, size, spacing, orientation, labels found, label map's name.
+
+    Parameters
+    ----------
+    case : Case
+        What to read.
+    seen : dict
+        The case of each digest of a volume that was scanned before; this case's is added.
 
     Returns
     -------
@@ -318,6 +334,9 @@ def scan_case(case: Case) -> tuple[str, ...] | Problem:
     try:
         loaded = load_case(case)
         check_image(loaded.image)
+        first = seen.setdefault(content_digest(case.volume), case.id)
+        if first != case.id:
+            return copy_problem(case, first)
     except (CspineDataError, OSError, MemoryError) as error:
         return describe_problem(case.id, error)
     geometry = loaded.image.geometry

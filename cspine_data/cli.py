@@ -46,9 +46,10 @@ def scan(source: Path, pairs: Path | None) -> None:
 
     listing = find_cases(source, pairs)
     rows, problems = [], list(listing.problems)
+    seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
         for number, case in enumerate(listing.cases, start=1):
-            found = scan_case(case)
+            found = scan_case(case, seen)
             if isinstance(found, tuple):
                 rows.append(found)
             else:
@@ -123,12 +124,13 @@ def info(store: Path) -> None:
         split = cohort.split(variant=variant)
         part_of = {case: part for part in ("train", "validation", "test") for case in split.cases(part)}
         for record in cohort.records(variant):
+            deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
             rows.append(
                 (
                     record.case, variant, " x ".join(map(str, record.size_xyz)),
                     " x ".join(f"{mm:.3g}" for mm in record.spacing_xyz_mm),
                     "".join(map(str, record.axes)), " ".join(map(str, record.label_voxels)) or "-",
-                    part_of.get(record.case, "-"), f"{record.log_bias_deviation:.3f}",
+                    part_of.get(record.case, "-"), deviation,
                 )
             )  # fmt: skip
     print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
@@ -153,15 +155,18 @@ def verify(store: Path) -> None:
 
 
 @main.command()
-@STORE
+@click.argument("store", type=click.Path(path_type=Path))
 @click.argument("case")
 @VARIANT
 @click.option("--label", is_flag=True, help="Export the label map instead of the image.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=".nrrd, .nii or .nii.gz file.")
 def export(store: Path, case: str, variant: str | None, label: bool, output: Path) -> None:
-    """Write a case of a store back on its source file's own grid."""
+    """Write CASE of STORE back on its source file's own grid."""
     from cspine_data.dataset import open_cohort
+    from cspine_data.errors import InputError
     from cspine_data.volumes import write_volume
 
+    if output.exists():
+        raise InputError(output, "is there already", "remove it or choose another -o")
     write_volume(output, open_cohort(store).export(case, variant, label=label))
     click.echo(f"{output}: {'label map' if label else 'volume'} of {case}")

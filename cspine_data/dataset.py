@@ -250,7 +250,7 @@ class SliceDataset:
     """Slices of a cohort, in order of case, axis and position; `len`, `[]`, picklable.
 
     Items are ``(image, label)``: float32 (C, H, W) normalised intensities, and uint8 (1, H, W), 1 where labelled (or
-    the stored values and dtype); with ``labels=None`` the image alone. C is 1 and twice the context. H and W differ
+    the stored values and dtype); with ``labels=None`` the image alone. C is 1 + 2 x context. H and W differ
     between cases and axes.
 
     Made by `Cohort.slices`.

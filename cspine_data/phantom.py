@@ -68,6 +68,8 @@ def make_phantom_cohort(
         others = [file for file in folder.iterdir() if volume_suffix(file) and stem(file) not in known]
         if others:
             raise InputError(folder, f"holds other volumes ({sorted(others)[0].name})", "choose an empty folder")
+    elif folder.exists():
+        raise InputError(folder, "is a file", "choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NOTE_FILE).write_text(f"synthetic cervical phantom, not patients (seed {seed})\n", encoding="utf-8")
     paths = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.cases import Case, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
-from cspine_data.errors import DamagedStoreError, InputError
+from cspine_data.cases import (
+    Case,
+    LoadedCase,
+    Problem,
+    cohort_note,
+    copy_problem,
+    describe_problem,
+    find_cases,
+    load_case,
+)
+from cspine_data.errors import DamagedStoreError, InputError, InterruptedRunError
 from cspine_data.geometry import Orientation
 from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
 from cspine_data.schema import CaseRecord, case_digest, volume_digest
@@ -154,6 +165,8 @@ def prepare(
         If the source is missing or empty, or an option is out of range.
     StoreError
         If something else is at the store's place, or a newer cspine wrote it.
+    InterruptedRunError
+        If Ctrl-C ended it; what was done is kept.
     """
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
@@ -168,15 +181,18 @@ def prepare(
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not _is_current(store, job)]
     done, written = [], 0
-    for number, (job, outcome) in enumerate(_run(to_do, store, workers, scheduler), start=1):
-        if isinstance(outcome, Problem):
-            failed.append(outcome)
-        else:
-            publish(store, job.case.id, preprocessing.variant, job.digest)
-            done.append(job.case.id)
-            written += outcome
-        if progress:
-            progress(number, len(to_do), job.case.id)
+    try:
+        for number, (job, outcome) in enumerate(_run(to_do, store, workers, scheduler), start=1):
+            if isinstance(outcome, Problem):
+                failed.append(outcome)
+            else:
+                publish(store, job.case.id, preprocessing.variant, job.digest)
+                done.append(job.case.id)
+                written += outcome
+            if progress:
+                progress(number, len(to_do), job.case.id)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"{store}: interrupted; run the same command again to go on") from None
     computed = {job.case.id for job in to_do}
     reused = [job.case.id for job in jobs if job.case.id not in computed]
     good = {*done, *reused}
@@ -226,11 +242,16 @@ def _plan(
     """Digest every case's files and find out what each will be known by."""
     published = read_root(store).cases
     jobs, problems = [], []
+    seen = _stored_images(store, published)
     for case in cases:
         try:
             image_sha256, label_sha256 = _digests(case)
         except (InputError, OSError) as error:
             problems.append(describe_problem(case.id, error))
+            continue
+        first = seen.setdefault(image_sha256, case.id)
+        if first != case.id:
+            problems.append(copy_problem(case, first))
             continue
         current = published.get(case.id, {}).get(preprocessing.variant)
         record = stored_record(store, case.id, current) if current else None
@@ -238,6 +259,13 @@ def _plan(
         all_axes = tuple(sorted({*axes, *kept}))
         jobs.append(Job(case, image_sha256, label_sha256, preprocessing, all_axes, current))
     return jobs, problems
+
+
+def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return which case each stored image is of, by the digest of its file."""
+    digests = ((case, digest) for case, variants in published.items() for digest in variants.values())
+    found = ((case, stored_record(store, case, digest)) for case, digest in digests)
+    return {record.image_sha256: case for case, record in found if record}
 
 
 def _digests(case: Case) -> tuple[str, str | None]:
@@ -393,12 +421,26 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
         "logging": {"distributed": "critical"},
     }
     with dask.config.set(settings):
-        cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
-            silence_logs=50,
-        )  # fmt: skip
+        with _ignored_interrupts():
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
+                silence_logs=50,
+            )  # fmt: skip
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
+
+
+@contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C: a terminal sends it to all of them, and their parent ends them in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _cores() -> int:

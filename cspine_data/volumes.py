@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
 from dataclasses import dataclass
@@ -194,4 +195,12 @@ def _write_nrrd(path: Path, volume: Volume) -> None:
         "kinds": ["domain"] * 3,
         "encoding": "gzip",
     }
-    nrrd.write(str(path), volume.array, header, compression_level=4, index_order="F")
+    buffer = io.BytesIO()
+    nrrd.write(buffer, volume.array, header, compression_level=4, index_order="F")
+    content = buffer.getbuffer()
+    end = bytes(content[:4096]).index(b"\n\n")
+    # pynrrd's comments hold the date, by which equal volumes would differ.
+    kept = [line for line in bytes(content[:end]).split(b"\n") if not line.startswith(b"#")]
+    with path.open("wb") as file:
+        file.write(b"\n".join(kept))
+        file.write(content[end:])

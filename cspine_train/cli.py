@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import warnings
@@ -54,18 +56,27 @@ def main() -> None:
 @click.option("--variant", type=click.Choice(["n4", "raw"]), default="n4", help="Bias field corrected, or not.")
 @click.option("--epochs", type=click.IntRange(1), default=100, help="Most epochs.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, help="Slices in a step.")
-@click.option("--learning-rate", type=float, default=1e-4, help="Largest rate.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4, help="Largest rate.")
 @click.option(
     "--schedule", type=click.Choice(["plateau", "onecycle"]), default="plateau",
     help="plateau: rate / 3 after 5 epochs without gain, stop after 7; onecycle: up and down once, all epochs.",
 )  # fmt: skip
 @click.option("--context", type=click.IntRange(0), default=0, help="Neighbouring slices seen on each side (2.5-D).")
-@click.option("--pixel-mm", type=float, help="Pixel size for the network; slices keep theirs by default.")
 @click.option(
-    "--crop-margin-mm", type=float,
+    "--pixel-mm",
+    type=click.FloatRange(0, min_open=True),
+    help="Pixel size for the network; slices keep theirs by default.",
+)
+@click.option(
+    "--crop-margin-mm", type=click.FloatRange(0),
     help="Train on random parts of slices, as large as the largest labelled region and this margin; whole by default.",
 )  # fmt: skip
-@click.option("--empty-share", type=float, default=0.25, help="Empty slices in an epoch, as a share of labelled ones.")
+@click.option(
+    "--empty-share",
+    type=click.FloatRange(0),
+    default=0.25,
+    help="Empty slices in an epoch, as a share of labelled ones.",
+)
 @click.option("--augment/--no-augment", default=True, help="Change training slices at random.")
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
@@ -84,8 +95,9 @@ def run(store: Path, axis: str, workers: int, output: Path | None, **options: An
         settings = RunSettings(axes=AXES[axis], **options)
     except ValidationError as error:
         first = error.errors()[0]
-        raise click.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    folder = output or Path("runs") / _run_name(settings)
+        where = "".join(f"--{name}: ".replace("_", "-") for name in first["loc"])
+        raise click.UsageError(where + first["msg"].removeprefix("Value error, ")) from None
+    folder = output or Path("runs") / default_run_name(settings)
     record = train(store, folder, settings, workers)
     for caveat in record.caveats():
         click.echo(f"note: {caveat}")
@@ -166,10 +178,17 @@ def models() -> None:
     click.echo("           tu-NAME for any encoder of timm, such as tu-convnext_tiny")
 
 
-def _run_name(settings: Any) -> str:
+def default_run_name(settings: Any) -> str:
+    """Return the name of the folder, below `runs`, of a run that was given none."""
     axes = "".join(map(str, settings.axes))
     fold = f"-fold{settings.fold}of{settings.folds}" if settings.folds else ""
-    return f"{settings.model}-{settings.encoder}-axis{axes}-{settings.variant}{fold}-seed{settings.seed}"
+    name = f"{settings.model}-{settings.encoder}-axis{axes}-{settings.variant}{fold}-seed{settings.seed}"
+    named = {"model", "encoder", "axes", "variant", "folds", "fold", "seed"}
+    others = settings.model_dump(exclude=named, exclude_defaults=True)
+    if not others:
+        return name
+    # Runs that differ in anything else lie side by side too.
+    return f"{name}-{hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6]}"
 
 
 def _one_line_warning(message: Any, *_: Any, **__: Any) -> None:

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cspine_data import CaseRecord, Cohort, SliceDataset, Split
+from cspine_train.errors import RunError
 from cspine_train.settings import RunSettings
 from cspine_train.transforms import fixed_size, mask_to_network, network_shape, to_network
 
+_FEWEST_PIXELS = 4
 Item = tuple[torch.Tensor, torch.Tensor, int]
 
 
@@ -90,6 +92,7 @@ class CohortSlices(lightning.LightningDataModule):
         train = cohort.slices(axes, variant=variant, cases=split.train, context=settings.context)
         validation = cohort.slices(axes, variant=variant, cases=split.validation, context=settings.context)
         tested = [cohort.record(case, variant) for case in split.test]
+        _check_pixels([*train.records, *validation.records], settings)
         self.size_hw = _size_that_holds([*train.records, *validation.records, *tested], settings)
         #: The size of the part of a slice that training sees; None where it sees the whole.
         self.crop_hw = _size_that_holds_labels(train.records, settings, self.size_hw)
@@ -122,6 +125,19 @@ class CohortSlices(lightning.LightningDataModule):
             "persistent_workers": self._workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+
+
+def _check_pixels(records: Sequence[CaseRecord], settings: RunSettings) -> None:
+    if settings.pixel_mm is None:
+        return
+    for record in records:
+        for axis in settings.axes:
+            smallest_mm = min(record.labelled_extent_mm(a) for a in range(3) if a != axis)
+            if 0 < smallest_mm < _FEWEST_PIXELS * settings.pixel_mm:
+                raise RunError(
+                    f"pixel size {settings.pixel_mm} mm: leaves fewer than {_FEWEST_PIXELS} pixels across the labelled "
+                    f"region of case {record.case}, {smallest_mm:.0f} mm; choose a smaller --pixel-mm"
+                )
 
 
 def _size_that_holds(records: Sequence[CaseRecord], settings: RunSettings) -> tuple[int, int]:

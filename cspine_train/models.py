@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import os
 import threading
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +63,13 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
         If there is no such architecture or encoder, they do not go together, or the weights cannot be had.
     """
     if model not in architectures():
-        raise ModelError(f"model {model!r}: is not known; cspine-train models lists them")
+        raise ModelError(
+            f"model {model!r}: is not known{_meant(model, architectures())}; cspine-train models lists them"
+        )
+    if not encoder.startswith("tu-") and encoder not in encoders():
+        raise ModelError(
+            f"encoder {encoder!r}: is not known{_meant(encoder, encoders())}; cspine-train models lists them"
+        )
     if weights == "none":
         return _create(model, encoder, None, channels), "none"
     if weights not in ("auto", "imagenet"):
@@ -78,6 +86,11 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
             ) from error
     warnings.warn(f"no ImageNet weights for {encoder}: starting from random ones", stacklevel=2)
     return _create(model, encoder, None, channels), "none"
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _create(model: str, encoder: str, weights: str | None, channels: int) -> nn.Module:

@@ -176,8 +176,12 @@ def predict_files(
     Raises
     ------
     RunError
-        If two volumes would be written to one file. A file that is there is left alone, and named as the reason.
+        If two volumes would be written to one file, or `output` is no name for what is predicted. A
+        file that is there is left alone, and named as the reason.
     """
+    if output.suffix and not output.is_dir() and (len(volumes) > 1 or not volume_suffix(output)):
+        wanted = "a folder for several volumes" if len(volumes) > 1 else "a name that ends in .nrrd, .nii or .nii.gz"
+        raise RunError(f"{output}: cannot hold what is predicted; give {wanted}")
     to_file = len(volumes) == 1 and bool(volume_suffix(output))
     targets = [output if to_file else output / label_name(volume) for volume in volumes]
     if len(set(targets)) < len(targets):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cspine_data import Preprocessing, Split
 from cspine_train.errors import RunError
@@ -70,6 +70,14 @@ class RunSettings(BaseModel):
     folds: int | None = Field(default=None, ge=3)
     fold: int = Field(default=0, ge=0)
     precision: Literal["auto", "32", "bf16"] = "auto"
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_folds(self) -> Self:
+        if self.fold and not self.folds:
+            raise ValueError("a fold needs --folds, the number of all")
+        if self.folds and self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} is none of {self.folds}, which are counted from 0")
+        return self
 
     @property
     def channels(self) -> int:

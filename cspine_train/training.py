@@ -181,6 +181,11 @@ class _Keep(Callback):
                 "seconds": round(time.perf_counter() - self._started, 2),
             }
         )
+        _log.info(
+            "epoch %d of %d: loss %.3f, validation Dice %.3f, %.0f s",
+            trainer.current_epoch + 1, trainer.max_epochs, trainer.callback_metrics["train_loss"], dice,
+            self._rows[-1]["seconds"],
+        )  # fmt: skip
         with (self._run / METRICS_NAME).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._rows[0].keys())
             writer.writeheader()
@@ -244,8 +249,12 @@ def _earlier(run: Path, settings: RunSettings, digests: dict[str, str]) -> RunRe
     record = load_record(run)
     if record.settings != settings:
         asked = settings.model_dump()
-        other = [name for name, value in record.settings.model_dump().items() if value != asked[name]]
-        raise RunError(f"{run}: holds a run with another {', '.join(other)}; choose another folder with -o")
+        other = [
+            f"{name} {value}, not {asked[name]}"
+            for name, value in record.settings.model_dump().items()
+            if value != asked[name]
+        ]
+        raise RunError(f"{run}: holds a run of other settings ({'; '.join(other)}); choose another folder with -o")
     if record.digests != digests:
         raise RunError(f"{run}: was trained on other data than the store holds now; choose another folder with -o")
     return record

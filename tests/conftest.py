@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,9 +43,9 @@ def ball(size: tuple[int, int, int] = (16, 20, 24), seed: int = 0) -> tuple[Volu
     return Volume(np.clip(image, 0, None).astype(np.int16), grid), Volume(label, grid)
 
 
-def write_case(folder: Path, name: str, seed: int = 0, *, label: bool = True) -> Path:
-    """Write a ball as a case in the naming of the reference study."""
-    image, truth = ball(seed=seed)
+def write_case(folder: Path, name: str, seed: int | None = None, *, label: bool = True) -> Path:
+    """Write a ball as a case in the naming of the reference study; balls of other names are others."""
+    image, truth = ball(seed=zlib.crc32(name.encode()) if seed is None else seed)
     write_volume(folder / f"{name}.nrrd", image)
     if label:
         write_volume(folder / f"{name}S-label.nrrd", truth)

@@ -134,7 +134,7 @@ def test_voxels_that_are_no_numbers(spoiled: float, tmp_path: Path) -> None:
     array = image.array.astype(np.float32)
     array[3, 4, 5] = spoiled
     load(tmp_path, Volume(array, image.geometry), label)
-    found = scan_case(Case("x", tmp_path / "x.nrrd"))
+    found = scan_case(Case("x", tmp_path / "x.nrrd"), {})
     assert isinstance(found, Problem)
     assert "x.nrrd: holds 1 voxels that are NaN or infinite" in found.message
 
@@ -142,7 +142,7 @@ def test_voxels_that_are_no_numbers(spoiled: float, tmp_path: Path) -> None:
 def test_a_constant_volume(tmp_path: Path) -> None:
     image, label = ball()
     load(tmp_path, Volume(np.full_like(image.array, 7), image.geometry), label)
-    found = scan_case(Case("x", tmp_path / "x.nrrd"))
+    found = scan_case(Case("x", tmp_path / "x.nrrd"), {})
     assert isinstance(found, Problem)
     assert "x.nrrd: is constant" in found.message
 

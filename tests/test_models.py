@@ -75,6 +75,17 @@ def test_a_local_file_of_colour_weights_fits_grey_channels(suffix: str, channels
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_misspelt_names_are_told_with_the_nearest() -> None:
+    with pytest.raises(
+        ModelError, match=r"model 'fnp': is not known \(did you mean fpn\?\); cspine-train models lists"
+    ):
+        build_model("fnp", "resnet18")
+    with pytest.raises(ModelError, match=r"encoder 'inceptonv4': is not known \(did you mean inceptionv4\?\)"):
+        build_model("fpn", "inceptonv4")
+    with pytest.raises(ModelError, match="encoder 'tu-nothing'.*: cannot be built"):
+        build_model("fpn", "tu-nothing")
+
+
 def test_weights_of_another_encoder_are_refused_by_name(tmp_path: Path) -> None:
     import segmentation_models_pytorch as smp
 

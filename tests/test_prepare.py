@@ -160,6 +160,25 @@ def test_a_changed_volume_is_prepared_anew_and_a_removed_one_stays(store: Path) 
     assert open_cohort(store).cases == ("A", "B")
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_one_patient_under_two_names_is_refused(later: bool, tmp_path: Path, run_data) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    for name in "BCD":
+        write_case(raw, name)
+    if later:
+        assert len(prepare(raw, store, n4=False).done) == 3
+    # By name it comes first; by then the store knows the other.
+    shutil.copy(raw / "C.nrrd", raw / "A.nrrd")
+    kept, refused = ("C", "A") if later else ("A", "C")
+    scanned = run_data("scan", raw)
+    assert scanned.exit_code == 1
+    assert "C.nrrd: is the same file as case 'A'" in scanned.stderr
+    done = run_data("prepare", raw, "--store", store, "--no-n4")
+    assert done.exit_code == 1
+    assert f"{refused}.nrrd: is the same file as case {kept!r}, and one patient must not be in two parts" in done.stderr
+    assert open_cohort(store).cases == tuple(sorted({"B", "C", "D", "A"} - {refused}))
+
+
 def test_added_cases_leave_splits_alone(store: Path) -> None:
     raw = store.parent / "raw"
     for number, name in enumerate(("AA", "C")):
@@ -188,7 +207,7 @@ def slow_cohort(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
-def started(raw: Path, store: Path) -> subprocess.Popen[bytes]:
+def started(raw: Path, store: Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
         "-m",
@@ -201,7 +220,7 @@ def started(raw: Path, store: Path) -> subprocess.Popen[bytes]:
         "--workers",
         "1",
     ]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=stderr)
 
 
 @pytest.mark.parametrize("published", [0, 1, 3])
@@ -226,6 +245,25 @@ def test_a_killed_run_started_again_ends_with_the_same_bytes(
     assert len(summary.done) + len(summary.reused) == 4
     left_behind = {name for name in contents(killed) if "/.unfinished-" in name}
     assert {k: v for k, v in contents(killed).items() if k not in left_behind} == contents(undisturbed)
+
+
+def test_an_interrupted_run_says_that_it_can_go_on(tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of a terminal's job; only the first one speaks."""
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    for number in range(16):
+        write_case(raw, f"case{number:02d}")
+    process = started(raw, store, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not ((store / "zarr.json").exists() and read_root(store).cases):
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert told.decode() == f"Error: {store}: interrupted; run the same command again to go on\n"
+    assert process.returncode == 1
+    done = open_cohort(store).cases
+    assert 0 < len(done) < 16
+    assert set(done) <= set(prepare(raw, store, n4=False).reused)
+    assert len(open_cohort(store).cases) == 16
 
 
 def test_a_worker_that_dies_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_odd_encodings_are_read_or_refused_by_name(realdata: Path, tmp_path: Pat
         assert len(listing.cases) == 1
         from cspine_data.cases import scan_case
 
-        found = scan_case(listing.cases[0])
+        found = scan_case(listing.cases[0], {})
         outcomes[path.name] = "read" if isinstance(found, tuple) else found.message
     for name in plain:
         assert outcomes.pop(name) == "read"

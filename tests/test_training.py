@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from cspine_data import InputError, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
 from cspine_data.geometry import Orientation
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
+from cspine_train.cli import default_run_name
 from cspine_train.cli import main as train_main
 from cspine_train.datamodule import CohortSlices, EpochSampler
 from cspine_train.metrics import overlap
@@ -196,7 +197,10 @@ def test_the_same_command_again_does_nothing(
 
 def test_a_folder_of_another_run_is_not_overwritten(trained: Path, phantom_store: Path, tmp_path: Path) -> None:
     settings = load_record(trained).settings
-    with pytest.raises(RunError, match="holds a run with another epochs, seed; choose another folder with -o"):
+    with pytest.raises(
+        RunError,
+        match=r"holds a run of other settings \(epochs 3, not 9; seed 0, not 5\); choose another folder with -o",
+    ):
         train(phantom_store, trained, settings.model_copy(update={"seed": 5, "epochs": 9}))
     (tmp_path / "thesis.docx").touch()
     with pytest.raises(RunError, match="is there and is no run folder; choose another with -o"):
@@ -345,6 +349,14 @@ def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phanto
     assert CohortSlices(cohort, split, settings.model_copy(update={"crop_margin_mm": None})).crop_hw is None
 
 
+def test_pixels_larger_than_what_is_labelled_are_refused(phantom_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match="pixel size 500.0 mm: leaves fewer than 4 pixels .* choose a smaller --pixel-mm"
+    ):
+        train(phantom_store, tmp_path / "run", RunSettings(**{**SMALL, "pixel_mm": 500.0}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_few_cases_are_told(store: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="has too few labelled cases to train and validate on .* prepare at least three"):
         train(store, tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw"}))
@@ -449,10 +461,51 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_
     assert len(done.output.strip().splitlines()) == 1
 
 
-def test_a_setting_out_of_range_is_told(run_train: Callable[..., Result]) -> None:
-    done = run_train("run", "--pixel-mm", "-1")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--pixel-mm", "-1"), "-1.0 is not in the range x>0"),
+        (("--learning-rate", "nan"), "--learning-rate: Input should be greater than 0"),
+        (("--fold", "1"), "a fold needs --folds, the number of all"),
+        (("--folds", "5", "--fold", "5"), "fold 5 is none of 5, which are counted from 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_told(
+    arguments: tuple[str, ...], message: str, run_train: Callable[..., Result]
+) -> None:
+    done = run_train("run", *arguments)
     assert done.exit_code == 2
-    assert "pixel_mm: Input should be greater than 0" in done.output
+    assert message in done.output
+
+
+def test_what_cannot_hold_a_prediction_is_refused(
+    trained: Path, phantom_folder: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    volumes = [phantom_folder / "CS_02.nrrd", phantom_folder / "CS_03.nrrd"]
+    one = run_train("predict", volumes[0], "--run", trained, "-o", tmp_path / "mask.png")
+    assert "mask.png: cannot hold what is predicted; give a name that ends in .nrrd, .nii or .nii.gz" in one.output
+    several = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "mask.nii.gz")
+    assert "mask.nii.gz: cannot hold what is predicted; give a folder for several volumes" in several.output
+    assert one.exit_code == several.exit_code == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_moved_is_asked_for(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    record = load_record(run)
+    (run / "run.json").write_text(record.model_copy(update={"store": str(tmp_path / "gone.zarr")}).model_dump_json())
+    with pytest.raises(RunError, match="gone.zarr: is not there any more; say with --store where the store of"):
+        evaluate(run)
+    assert evaluate(run, store=record.store).scores
+
+
+def test_runs_of_other_settings_lie_in_folders_of_their_own() -> None:
+    settings = {"model": "fpn", "encoder": "inceptionv4"}
+    plain = default_run_name(RunSettings(**settings))
+    assert plain == "fpn-inceptionv4-axis0-n4-seed0"
+    others = {default_run_name(RunSettings(**settings, **more)) for more in ({"context": 1}, {"pixel_mm": 2.0})}
+    assert len(others) == 2
+    assert all(name.startswith(f"{plain}-") for name in others)
 
 
 def test_models_are_listed(run_train: Callable[..., Result]) -> None:
