@@ -63,7 +63,7 @@ def demo(session: nox.Session) -> None:
     run(
         session, "cspine-train", "run", "--store", store, "-o", trained,
         "--model", "linknet", "--encoder", "mobilenet_v2", "--weights", "none", "--axis", "0",
-        "--epochs", "5", "--schedule", "onecycle", "--learning-rate", "1e-2",
+        "--context", "1", "--epochs", "5", "--schedule", "onecycle", "--learning-rate", "1e-2",
     )  # fmt: skip
     run(session, "cspine-train", "evaluate", trained, "--split", "validation", "--split", "test")
 
