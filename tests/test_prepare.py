@@ -220,7 +220,11 @@ def started(raw: Path, store: Path, stderr: int = subprocess.DEVNULL) -> subproc
         "--workers",
         "1",
     ]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=stderr)
+    return subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=stderr,
+        # Whoever runs the tests in a shell's background has Ctrl-C ignored, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("published", [0, 1, 3])
