@@ -103,7 +103,7 @@ def run(store: Path, axis: str, workers: int, output: Path | None, **options: An
         click.echo(f"note: {caveat}")
     if record.kept_dice is not None:
         click.echo(
-            f"kept epoch {record.kept_epoch}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
+            f"kept epoch {(record.kept_epoch or 0) + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
             f"and above a probability of {record.threshold}"
         )
     click.echo(f"run: {folder}")
