@@ -101,9 +101,9 @@ def run(store: Path, axis: str, workers: int, output: Path | None, **options: An
     record = train(store, folder, settings, workers)
     for caveat in record.caveats():
         click.echo(f"note: {caveat}")
-    if record.kept_dice is not None:
+    if record.kept_epoch is not None:
         click.echo(
-            f"kept epoch {(record.kept_epoch or 0) + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
+            f"kept epoch {record.kept_epoch + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
             f"and above a probability of {record.threshold}"
         )
     click.echo(f"run: {folder}")
