@@ -92,7 +92,7 @@ class CohortSlices(lightning.LightningDataModule):
         train = cohort.slices(axes, variant=variant, cases=split.train, context=settings.context)
         validation = cohort.slices(axes, variant=variant, cases=split.validation, context=settings.context)
         tested = [cohort.record(case, variant) for case in split.test]
-        _check_pixels([*train.records, *validation.records], settings)
+        _check_pixels(train.records, settings)
         self.size_hw = _size_that_holds([*train.records, *validation.records, *tested], settings)
         #: The size of the part of a slice that training sees; None where it sees the whole.
         self.crop_hw = _size_that_holds_labels(train.records, settings, self.size_hw)
@@ -128,16 +128,15 @@ class CohortSlices(lightning.LightningDataModule):
 
 
 def _check_pixels(records: Sequence[CaseRecord], settings: RunSettings) -> None:
+    """Refuse a pixel size that leaves next to nothing of any patient's labelled region."""
     if settings.pixel_mm is None:
         return
-    for record in records:
-        for axis in settings.axes:
-            smallest_mm = min(record.labelled_extent_mm(a) for a in range(3) if a != axis)
-            if 0 < smallest_mm < _FEWEST_PIXELS * settings.pixel_mm:
-                raise RunError(
-                    f"pixel size {settings.pixel_mm} mm: leaves fewer than {_FEWEST_PIXELS} pixels across the labelled "
-                    f"region of case {record.case}, {smallest_mm:.0f} mm; choose a smaller --pixel-mm"
-                )
+    smallest = [min(r.labelled_extent_mm(a) for a in range(3) if a != axis) for r in records for axis in settings.axes]
+    if 0 < max(smallest) < _FEWEST_PIXELS * settings.pixel_mm:
+        raise RunError(
+            f"pixel size {settings.pixel_mm} mm: leaves fewer than {_FEWEST_PIXELS} pixels across what is labelled, "
+            f"at most {max(smallest):.0f} mm; choose a smaller --pixel-mm"
+        )
 
 
 def _size_that_holds(records: Sequence[CaseRecord], settings: RunSettings) -> tuple[int, int]:

@@ -66,7 +66,9 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
         raise ModelError(
             f"model {model!r}: is not known{_meant(model, architectures())}; cspine-train models lists them"
         )
-    if not encoder.startswith("tu-") and encoder not in encoders():
+    import segmentation_models_pytorch as smp
+
+    if not encoder.startswith("tu-") and encoder not in smp.encoders.get_encoder_names():
         raise ModelError(
             f"encoder {encoder!r}: is not known{_meant(encoder, encoders())}; cspine-train models lists them"
         )
@@ -116,7 +118,8 @@ def _with_file(model: str, encoder: str, path: Path, channels: int) -> tuple[nn.
     wrong = []
     for name, tensor in target.items():
         found = state.get(name)
-        if found is not None and found.ndim == 4 and found.shape[1] == 3 and tensor.shape[1] == channels:
+        fits = found is not None and found.shape == tensor.shape
+        if found is not None and not fits and found.ndim == 4 and found.shape[1] == 3 and tensor.shape[1] == channels:
             # Channels that are all equal then give what three equal colours gave: ImageNet's become grey.
             found = (found.sum(dim=1, keepdim=True) / channels).expand(-1, channels, -1, -1)
         if found is None:

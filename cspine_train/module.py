@@ -19,6 +19,23 @@ THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
+    """Return the highest mean Dice over patients and the threshold that gives it, of equals the nearest to 0.5.
+
+    Parameters
+    ----------
+    counts : Tensor
+        int64 (patients, 2, thresholds + 1): voxels not labelled and labelled, by how many of `THRESHOLDS` their
+        probability is above.
+    """
+    marked = counts.flip(2).cumsum(2).flip(2)[..., 1:].double()
+    both, total = marked[:, 1], marked.sum(1) + counts[:, 1].sum(1, keepdim=True)
+    dice = torch.where(total > 0, 2 * both / total.clamp_min(1), torch.ones_like(both)).mean(0)
+    best = (dice > dice.max() - 1e-9).nonzero().flatten().tolist()
+    nearest = min(best, key=lambda number: abs(THRESHOLDS[number] - 0.5))
+    return float(dice[nearest]), THRESHOLDS[nearest]
+
+
 class SliceSegmenter(lightning.LightningModule):
     """Learns to tell vertebra from everything else in slices.
 
@@ -72,25 +89,22 @@ class SliceSegmenter(lightning.LightningModule):
         self._counts = self._no_counts()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count, for each patient and threshold, voxels in both masks, in the prediction, and in the truth."""
+        """Count each patient's voxels by whether they are labelled and by how many thresholds they are above."""
         images, masks, numbers = batch
         probabilities = torch.sigmoid(self.network(images).float())
-        truth = masks > 0.5
-        for number, threshold in enumerate(THRESHOLDS):
-            predicted = probabilities > threshold
-            counts = torch.stack([mask.sum((1, 2, 3)) for mask in (predicted & truth, predicted, truth)], 1)
-            self._counts[number].index_add_(0, numbers.cpu(), counts.double().cpu())
+        above = torch.bucketize(probabilities, torch.tensor(THRESHOLDS, device=probabilities.device))
+        bins = (2 * numbers.view(-1, 1, 1, 1) + (masks > 0.5)) * (len(THRESHOLDS) + 1) + above
+        counts = torch.bincount(bins.flatten(), minlength=self._counts.numel())
+        self._counts += counts.view_as(self._counts).cpu()
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean Dice over the validation patients, and the threshold that gave it."""
-        both, predicted, truth = self._counts.unbind(2)
-        dice = torch.where(predicted + truth > 0, 2 * both / (predicted + truth).clamp_min(1), torch.ones_like(both))
-        best = int(dice.mean(1).argmax())
-        self.log(MONITOR, dice[best].mean().float(), prog_bar=True)
-        self.log(THRESHOLD, THRESHOLDS[best])
+        dice, threshold = best_threshold(self._counts)
+        self.log(MONITOR, dice, prog_bar=True)
+        self.log(THRESHOLD, threshold)
 
     def _no_counts(self) -> torch.Tensor:
-        return torch.zeros(len(THRESHOLDS), len(self._cases), 3, dtype=torch.float64)
+        return torch.zeros(len(self._cases), 2, len(THRESHOLDS) + 1, dtype=torch.int64)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule where it is one of steps; a plateau is looked for by a callback."""

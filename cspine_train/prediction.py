@@ -179,8 +179,10 @@ def predict_files(
         If two volumes would be written to one file, or `output` is no name for what is predicted. A
         file that is there is left alone, and named as the reason.
     """
-    if output.suffix and not output.is_dir() and (len(volumes) > 1 or not volume_suffix(output)):
-        wanted = "a folder for several volumes" if len(volumes) > 1 else "a name that ends in .nrrd, .nii or .nii.gz"
+    if len(volumes) > 1 and (volume_suffix(output) or output.is_file()):
+        raise RunError(f"{output}: cannot hold what is predicted; give a folder for several volumes")
+    if len(volumes) == 1 and output.suffix and not volume_suffix(output) and not output.is_dir():
+        wanted = "a name that ends in .nrrd, .nii or .nii.gz, or a folder that exists"
         raise RunError(f"{output}: cannot hold what is predicted; give {wanted}")
     to_file = len(volumes) == 1 and bool(volume_suffix(output))
     targets = [output if to_file else output / label_name(volume) for volume in volumes]

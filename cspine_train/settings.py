@@ -50,7 +50,7 @@ class RunSettings(BaseModel):
         ``auto``: bfloat16 where the processor has it, else ``32``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = "unet"
     encoder: str = "resnet18"

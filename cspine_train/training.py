@@ -95,13 +95,16 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
         digests=digests,
         versions=_versions(),
     )
+    if earlier and checkpoint:
+        kept = {"kept_epoch": earlier.kept_epoch, "kept_dice": earlier.kept_dice, "threshold": earlier.threshold}
+        record = record.model_copy(update=kept)
     run.mkdir(parents=True, exist_ok=True)
     save_record(run, record)
     keeper = _Keep(run, settings.schedule)
     trainer = _trainer(run, settings, keeper)
     if checkpoint:
         data.first_epoch = _epoch_of(checkpoint) + 1
-        _log.info("going on after epoch %d", _epoch_of(checkpoint))
+        _log.info("going on after epoch %d of %d", _epoch_of(checkpoint) + 1, settings.epochs)
     module = SliceSegmenter(network, settings, split.validation, data.crop_hw)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
@@ -171,6 +174,8 @@ class _Keep(Callback):
         if self._last or not self.kept or dice > self.kept["kept_dice"]:
             self.kept = {"kept_epoch": trainer.current_epoch, "kept_dice": dice, "threshold": threshold}
             save_model(pl_module.network, self._run / MODEL_FOLDER)
+            # With the model, so that an unfinished run predicts as it was validated.
+            save_record(self._run, load_record(self._run).model_copy(update=self.kept))
         self._rows.append(
             {
                 "epoch": trainer.current_epoch,

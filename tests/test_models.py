@@ -75,6 +75,13 @@ def test_a_local_file_of_colour_weights_fits_grey_channels(suffix: str, channels
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_weights_that_fit_are_taken_as_they_are(tmp_path: Path) -> None:
+    source, _ = build_model("unet", "resnet18", "none", 3)
+    save_file(source.encoder.state_dict(), tmp_path / "w.safetensors")
+    network, _ = build_model("unet", "resnet18", str(tmp_path / "w.safetensors"), 3)
+    assert torch.equal(network.encoder.conv1.weight, source.encoder.conv1.weight)
+
+
 def test_misspelt_names_are_told_with_the_nearest() -> None:
     with pytest.raises(
         ModelError, match=r"model 'fnp': is not known \(did you mean fpn\?\); cspine-train models lists"

@@ -20,6 +20,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cspine_data import InputError, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
@@ -29,7 +32,7 @@ from cspine_train.cli import default_run_name
 from cspine_train.cli import main as train_main
 from cspine_train.datamodule import CohortSlices, EpochSampler
 from cspine_train.metrics import overlap
-from cspine_train.module import THRESHOLDS, SliceSegmenter
+from cspine_train.module import THRESHOLDS, SliceSegmenter, best_threshold
 from cspine_train.settings import load_record
 from tests.conftest import ball
 
@@ -137,9 +140,38 @@ def test_the_threshold_is_the_best_on_the_validation_patients(phantom_store: Pat
     spacing = open_cohort(phantom_store).record("CS_03", "n4").spacing_xyz_mm
     probabilities = loaded.probabilities(image[0], spacing)
     dice = {threshold: overlap(probabilities > threshold, label[0] > 0).dice for threshold in THRESHOLDS}
-    assert loaded.record.threshold == max(dice, key=dice.get)
     assert loaded.record.kept_dice == pytest.approx(max(dice.values()), abs=1e-6)
+    assert dice[loaded.record.threshold] == max(dice.values())
     assert len(set(dice.values())) > 1
+
+
+def test_of_equally_good_thresholds_the_middle_one_is_taken() -> None:
+    counts = torch.zeros(1, 2, len(THRESHOLDS) + 1, dtype=torch.int64)
+    counts[0, 0, 0], counts[0, 1, -1] = 90, 10
+    assert best_threshold(counts) == (1.0, 0.5)
+    counts[0, 1, -1], counts[0, 1, 0] = 0, 10
+    assert best_threshold(counts) == (0.0, 0.5)
+    assert best_threshold(counts * 0) == (1.0, 0.5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.floats(0, 1, width=32)), min_size=1))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_thresholds_are_compared_by_mean_dice_over_patients(voxels: list[tuple[int, bool, float]]) -> None:
+    counts = torch.zeros(3, 2, len(THRESHOLDS) + 1, dtype=torch.int64)
+    for patient, truth, probability in voxels:
+        counts[patient, int(truth), sum(probability > threshold for threshold in THRESHOLDS)] += 1
+
+    def mean_dice(threshold: float) -> float:
+        dice = []
+        for patient in range(3):
+            marked = np.array([p > threshold for n, _, p in voxels if n == patient], dtype=bool)
+            truth = np.array([t for n, t, _ in voxels if n == patient], dtype=bool)
+            dice.append(overlap(marked, truth).dice)
+        return float(np.mean(dice))
+
+    dice, threshold = best_threshold(counts)
+    assert dice == pytest.approx(mean_dice(threshold))
+    assert dice == pytest.approx(max(map(mean_dice, THRESHOLDS)))
 
 
 def test_prediction_sees_the_neighbours_that_training_saw(trained: Path, phantom_store: Path) -> None:
@@ -253,7 +285,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not load_record(killed).finished
+    stopped = load_record(killed)
+    assert not stopped.finished
+    assert stopped.kept_dice is not None
     again = subprocess.run([*command, "-o", killed], env=environment, check=True, capture_output=True, text=True)
     assert "going on after epoch" in again.stderr
     assert load_record(killed).finished
@@ -263,6 +297,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
         return [row.rsplit(",", 1)[0] for row in (run / "metrics.csv").read_text().splitlines()]
 
     assert history(killed) == history(undisturbed)
+    kept = {"kept_epoch", "kept_dice", "threshold"}
+    assert load_record(killed).model_dump(include=kept) == load_record(undisturbed).model_dump(include=kept)
 
 
 def test_the_reference_schedule_stops_early(phantom_store: Path, tmp_path: Path) -> None:
@@ -350,9 +386,7 @@ def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phanto
 
 
 def test_pixels_larger_than_what_is_labelled_are_refused(phantom_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        RunError, match="pixel size 500.0 mm: leaves fewer than 4 pixels .* choose a smaller --pixel-mm"
-    ):
+    with pytest.raises(RunError, match="500.0 mm: leaves fewer than 4 pixels .* choose a smaller --pixel-mm"):
         train(phantom_store, tmp_path / "run", RunSettings(**{**SMALL, "pixel_mm": 500.0}))
     assert not (tmp_path / "run").exists()
 
@@ -466,6 +500,7 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_
     [
         (("--pixel-mm", "-1"), "-1.0 is not in the range x>0"),
         (("--learning-rate", "nan"), "--learning-rate: Input should be greater than 0"),
+        (("--crop-margin-mm", "inf"), "--crop-margin-mm: Input should be a finite number"),
         (("--fold", "1"), "a fold needs --folds, the number of all"),
         (("--folds", "5", "--fold", "5"), "fold 5 is none of 5, which are counted from 0"),
     ],
@@ -488,6 +523,9 @@ def test_what_cannot_hold_a_prediction_is_refused(
     assert "mask.nii.gz: cannot hold what is predicted; give a folder for several volumes" in several.output
     assert one.exit_code == several.exit_code == 1
     assert not list(tmp_path.iterdir())
+    dotted = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "masks_v1.2")
+    assert dotted.exit_code == 0
+    assert len(list((tmp_path / "masks_v1.2").iterdir())) == 2
 
 
 def test_a_store_that_moved_is_asked_for(trained: Path, tmp_path: Path) -> None:
