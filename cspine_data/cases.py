@@ -307,13 +307,13 @@ def describe_problem(case_id: str, error: BaseException) -> Problem:
     return Problem(case_id, f"{case_id}: failed unexpectedly ({type(error).__name__}: {error}); please report this")
 
 
-def copy_problem(case: Case, other: str) -> Problem:
-    """Say that a case's volume is another case's under a second name."""
-    return Problem(
-        case.id,
-        f"{case.volume}: is the same file as case {other!r}, and one patient must not be in two parts of a split; "
-        "keep one of them",
-    )
+def copy_problem(case: Case, other: str, *, only_in_store: bool = False) -> Problem:
+    """Say that a case's volume is another case's under a second name: one patient in two parts of a split."""
+    if only_in_store:
+        told = f"is what the store holds as case {other!r}; give it that name again, or make a new store"
+    else:
+        told = f"is the same file as case {other!r}, and one patient must not be two cases; keep one of them"
+    return Problem(case.id, f"{case.volume}: {told}")
 
 
 def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:

@@ -88,18 +88,21 @@ def prepare(
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
     from cspine_data.pipeline import prepare as prepare_cohort
 
-    with progress_bar("preparing") as progress:
-        summary = prepare_cohort(
-            source,
-            store,
-            n4=n4,
-            axes=axes,
-            pairs=pairs,
-            workers=workers,
-            scheduler=scheduler,
-            note=note,
-            progress=progress,
-        )
+    try:
+        with progress_bar("preparing") as progress:
+            summary = prepare_cohort(
+                source,
+                store,
+                n4=n4,
+                axes=axes,
+                pairs=pairs,
+                workers=workers,
+                scheduler=scheduler,
+                note=note,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        raise click.ClickException(f"{store}: interrupted; run the same command again to go on") from None
     for problem in summary.failed:
         click.echo(f"failed: {problem.message}", err=True)
     click.echo(

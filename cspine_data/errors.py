@@ -36,10 +36,6 @@ class InputError(CspineDataError, ValueError):
         return type(self), (self.subject, self.problem, self.remedy)
 
 
-class InterruptedRunError(CspineDataError):
-    """Ctrl-C ended a run that goes on where it stopped."""
-
-
 class StoreError(CspineDataError):
     """A store cannot be used as it is, or not in the way that was asked."""
 
