@@ -175,17 +175,16 @@ def _sharpened(values: Array) -> Array:
     padded = np.zeros(size)
     padded[offset : offset + _BINS] = counts
     blur = _gaussian_spectrum(size, _FULL_WIDTH_AT_HALF_MAXIMUM / slope)
-    wiener = (np.conj(blur) / (np.conj(blur) * blur + _WIENER_NOISE)).real
-    sharp = np.maximum(np.fft.ifft(np.fft.fft(padded) * wiener).real, 0)
+    sharp = np.maximum(np.fft.irfft(np.fft.rfft(padded) * blur / (blur**2 + _WIENER_NOISE)), 0)
     levels = lowest + (np.arange(size) - offset) * slope
-    numerator = np.fft.ifft(np.fft.fft(levels * sharp) * blur).real
-    denominator = np.fft.ifft(np.fft.fft(sharp) * blur).real
+    numerator, denominator = np.fft.irfft(np.fft.rfft(np.stack([levels * sharp, sharp])) * blur)
     expected = np.divide(numerator, denominator, out=np.zeros(size), where=denominator != 0)
     expected = expected[offset : offset + _BINS]
     return np.asarray(expected[first] + share * (expected[first + 1] - expected[first]))
 
 
-def _gaussian_spectrum(size: int, width: float) -> NDArray[np.complex128]:
+def _gaussian_spectrum(size: int, width: float) -> Array:
     distance = np.minimum(np.arange(size), size - np.arange(size))
     gaussian = 2 * np.sqrt(np.log(2) / np.pi) / width * np.exp(-4 * np.log(2) * (distance / width) ** 2)
-    return np.asarray(np.fft.fft(gaussian))
+    # Symmetric about 0, so that its spectrum is real.
+    return np.asarray(np.fft.rfft(gaussian).real)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from cspine_data.cases import (
     find_cases,
     load_case,
 )
-from cspine_data.errors import DamagedStoreError, InputError, InterruptedRunError
+from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
 from cspine_data.schema import CaseRecord, case_digest, volume_digest
@@ -165,8 +165,6 @@ def prepare(
         If the source is missing or empty, or an option is out of range.
     StoreError
         If something else is at the store's place, or a newer cspine wrote it.
-    InterruptedRunError
-        If Ctrl-C ended it; what was done is kept.
     """
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
@@ -181,18 +179,15 @@ def prepare(
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not _is_current(store, job)]
     done, written = [], 0
-    try:
-        for number, (job, outcome) in enumerate(_run(to_do, store, workers, scheduler), start=1):
-            if isinstance(outcome, Problem):
-                failed.append(outcome)
-            else:
-                publish(store, job.case.id, preprocessing.variant, job.digest)
-                done.append(job.case.id)
-                written += outcome
-            if progress:
-                progress(number, len(to_do), job.case.id)
-    except KeyboardInterrupt:
-        raise InterruptedRunError(f"{store}: interrupted; run the same command again to go on") from None
+    for number, (job, outcome) in enumerate(_run(to_do, store, workers, scheduler), start=1):
+        if isinstance(outcome, Problem):
+            failed.append(outcome)
+        else:
+            publish(store, job.case.id, preprocessing.variant, job.digest)
+            done.append(job.case.id)
+            written += outcome
+        if progress:
+            progress(number, len(to_do), job.case.id)
     computed = {job.case.id for job in to_do}
     reused = [job.case.id for job in jobs if job.case.id not in computed]
     good = {*done, *reused}
@@ -242,7 +237,9 @@ def _plan(
     """Digest every case's files and find out what each will be known by."""
     published = read_root(store).cases
     jobs, problems = [], []
-    seen = _stored_images(store, published)
+    # A case that is listed now may have got another file since: only the store's other cases keep theirs.
+    listed = {case.id for case in cases}
+    seen = _stored_images(store, {case: digests for case, digests in published.items() if case not in listed})
     for case in cases:
         try:
             image_sha256, label_sha256 = _digests(case)
@@ -251,7 +248,7 @@ def _plan(
             continue
         first = seen.setdefault(image_sha256, case.id)
         if first != case.id:
-            problems.append(copy_problem(case, first))
+            problems.append(copy_problem(case, first, only_in_store=first not in listed))
             continue
         current = published.get(case.id, {}).get(preprocessing.variant)
         record = stored_record(store, case.id, current) if current else None
@@ -292,6 +289,7 @@ def _stored_volume(job: Job, store: Path, loaded: LoadedCase) -> CorrectedVolume
         image_xyz=image_xyz,
         geometry=loaded.image.geometry,
         normalisation=record.normalisation,
+        air_level=record.air_level,
         tissue_threshold=record.tissue_threshold,
         tissue_fraction=record.tissue_fraction,
         log_bias_deviation=record.log_bias_deviation,
@@ -336,6 +334,7 @@ def _record(job: Job, loaded: LoadedCase, volume: CorrectedVolume, label_xyz: ND
         size_xyz=geometry_xyz.size,
         spacing_xyz_mm=geometry_xyz.spacing_mm,
         normalisation=volume.normalisation,
+        air_level=volume.air_level,
         tissue_threshold=volume.tissue_threshold,
         tissue_fraction=volume.tissue_fraction,
         log_bias_deviation=volume.log_bias_deviation,
@@ -421,7 +420,7 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
         "logging": {"distributed": "critical"},
     }
     with dask.config.set(settings):
-        with _ignored_interrupts():
+        with _held_interrupts():
             cluster = LocalCluster(
                 n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
                 silence_logs=50,
@@ -431,16 +430,22 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C: a terminal sends it to all of them, and their parent ends them in order."""
-    if threading.current_thread() is not threading.main_thread():
+def _held_interrupts() -> Iterator[None]:
+    """Start processes and threads that Ctrl-C does not reach; what comes meanwhile reaches this thread afterwards.
+
+    A terminal sends it to every process, and the first one ends the others in order. What is blocked stays so in the
+    processes that the cluster's thread starts, those that replace a worker that died included.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Its start ends with interrupts let through again, whatever was before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cores() -> int:

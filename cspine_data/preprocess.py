@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from cspine_data.bias import BiasParameters, correct, estimate_log_bias, tissue_threshold
+from cspine_data.bias import BiasParameters, air_level, correct, estimate_bias, tissue_threshold
 from cspine_data.geometry import Geometry, Orientation
 from cspine_data.intensity import Normalisation, tissue_zscore
 from cspine_data.volumes import Volume, check_image
@@ -52,8 +52,10 @@ class CorrectedVolume:
         The grid of the file it came from.
     normalisation : Normalisation
         Brings `image_xyz` to the scale that networks are trained on.
+    air_level : float
+        Intensity of air; 0 where there is none.
     tissue_threshold : float
-        Intensity of the uncorrected image above which a voxel counted as tissue.
+        Intensity of `image_xyz` above which a voxel counted as tissue.
     tissue_fraction : float
         Share of the voxels that counted as tissue.
     log_bias_deviation : float
@@ -63,6 +65,7 @@ class CorrectedVolume:
     image_xyz: NDArray[Any]
     geometry: Geometry
     normalisation: Normalisation
+    air_level: float
     tissue_threshold: float
     tissue_fraction: float
     log_bias_deviation: float
@@ -102,17 +105,20 @@ def preprocess_volume(volume: Volume, parameters: Preprocessing) -> CorrectedVol
     orientation = Orientation.of(geometry)
     image = np.ascontiguousarray(orientation.to_anatomical(volume.array))
     spacing_mm = orientation.geometry_xyz(geometry).spacing_mm
-    threshold = tissue_threshold(image, spacing_mm)
-    tissue = image > threshold
-    deviation = 0.0
-    if parameters.bias is not None:
-        log_bias = estimate_log_bias(image, tissue, spacing_mm, parameters.bias)
-        deviation = float(log_bias[tissue].std(dtype=np.float64))
-        image = correct(image, log_bias)
+    if parameters.bias is None:
+        threshold, deviation = tissue_threshold(image, spacing_mm), 0.0
+        tissue = image > threshold
+        air = air_level(image, threshold)
+    else:
+        bias = estimate_bias(image, spacing_mm, parameters.bias)
+        tissue, threshold, air = bias.tissue_xyz, bias.tissue_threshold, bias.air_level
+        deviation = float(bias.log_bias_xyz[tissue].std(dtype=np.float64)) if tissue.any() else 0.0
+        image = correct(image, bias.log_bias_xyz, air)
     return CorrectedVolume(
         image_xyz=image,
         geometry=geometry,
         normalisation=tissue_zscore(image, tissue, volume.name),
+        air_level=air,
         tissue_threshold=threshold,
         tissue_fraction=float(tissue.mean()),
         log_bias_deviation=deviation,

@@ -22,7 +22,7 @@ from cspine_data.geometry import Geometry, Triple
 from cspine_data.intensity import Normalisation
 from cspine_data.preprocess import Preprocessing
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ATTRIBUTE = "cspine"
 #: Beside the record in a group's attributes: what `record_checksum` gives for it.
 CHECKSUM_ATTRIBUTE = "cspine_sha256"
@@ -84,7 +84,7 @@ class CaseRecord(BaseModel):
         The grid in anatomical order.
     normalisation : Normalisation
         What brings `volume/0` to the intensities of the slices.
-    tissue_threshold, tissue_fraction, log_bias_deviation : float
+    air_level, tissue_threshold, tissue_fraction, log_bias_deviation : float
         See `CorrectedVolume`.
     axes : tuple of int
         The axes along which slices are stored.
@@ -113,6 +113,7 @@ class CaseRecord(BaseModel):
     size_xyz: tuple[int, int, int]
     spacing_xyz_mm: Triple
     normalisation: Normalisation
+    air_level: float
     tissue_threshold: float
     tissue_fraction: float
     log_bias_deviation: float
@@ -128,7 +129,9 @@ class CaseRecord(BaseModel):
 
     def labelled_extent_mm(self, axis: int) -> float:
         """Return how far the labelled voxels reach along an axis; 0 where there are none."""
-        labelled = [position for position, voxels in enumerate(self.labelled_voxels.get(axis, ())) if voxels]
+        if not self.labelled:
+            return 0.0
+        labelled = [position for position, voxels in enumerate(self.labelled_voxels[axis]) if voxels]
         return (labelled[-1] - labelled[0] + 1) * self.spacing_xyz_mm[axis] if labelled else 0.0
 
 

@@ -11,6 +11,7 @@ from cspine_data.bias import (
     BiasParameters,
     average_down,
     correct,
+    estimate_bias,
     estimate_log_bias,
     tissue_threshold,
     working_factors,
@@ -62,12 +63,12 @@ def test_exact_zeros_around_the_patient_do_not_mislead() -> None:
 
 def test_n4_recovers_most_of_a_known_field() -> None:
     case = make_case(0, 0)
-    tissue = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
-    found = estimate_log_bias(case.image_xyz, tissue, case.spacing_mm, BiasParameters())
-    before, left = case.log_bias_xyz[tissue].std(), (case.log_bias_xyz - found)[tissue].std()
+    found = estimate_bias(case.image_xyz, case.spacing_mm, BiasParameters())
+    tissue = found.tissue_xyz
+    before, left = case.log_bias_xyz[tissue].std(), (case.log_bias_xyz - found.log_bias_xyz)[tissue].std()
     assert left < 0.5 * before
-    assert abs(found[tissue].mean()) < 1e-3
-    corrected = correct(case.image_xyz, found)
+    assert abs(found.log_bias_xyz[tissue].mean()) < 1e-3
+    corrected = correct(case.image_xyz, found.log_bias_xyz, found.air_level)
     # Without the rim of cortical bone, whose darkness is anatomy.
     vertebrae = ndimage.binary_erosion(case.label_xyz > 0, iterations=2)
 
@@ -86,6 +87,61 @@ def test_the_field_does_not_depend_on_a_label_or_on_the_air() -> None:
     np.testing.assert_array_equal(found, estimate_log_bias(other_air, tissue, case.spacing_mm, quick))
 
 
+def with_field(image: np.ndarray, deviation: float) -> tuple[np.ndarray, np.ndarray]:
+    """An image of air at 0 times a field that falls off from behind, as that of a coil under the back does."""
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in image.shape], indexing="ij", sparse=True)
+    field = -np.log(0.2 + ((axes[1] - 1.2) / 1.5) ** 2 + 0.4 * axes[2] ** 2) + 0 * axes[0]
+    field *= deviation / field.std()
+    return image * np.exp(field), field.astype(np.float32)
+
+
+def test_an_offset_changes_neither_field_nor_tissue() -> None:
+    """A multiplicative field holds above the level of air; somebody's rescaling moves that level."""
+    case = make_case(0, 2)
+    quick = BiasParameters(iterations=(30, 30, 30))
+    plain = estimate_bias(case.image_xyz, case.spacing_mm, quick)
+    moved = estimate_bias(case.image_xyz * 0.5 + 40, case.spacing_mm, quick)
+    assert moved.air_level == pytest.approx(plain.air_level * 0.5 + 40, abs=0.5)
+    both = plain.tissue_xyz & moved.tissue_xyz
+    assert both.sum() > 0.98 * plain.tissue_xyz.sum()
+    assert (plain.log_bias_xyz - moved.log_bias_xyz)[both].std() < 0.02 * plain.log_bias_xyz[both].std() + 0.002
+
+
+def test_the_level_that_n4_leaves_open_does_not_reach_tissue_or_field() -> None:
+    """In a small crop the field's level drifts far over many iterations; SimpleITK's does too."""
+    case = make_case(0, 1)
+    crop = case.image_xyz[10:26, 50:90, 60:90]
+    found = estimate_bias(crop, case.spacing_mm, BiasParameters())
+    assert found.tissue_xyz.mean() > 0.8
+    assert abs(found.log_bias_xyz[found.tissue_xyz].mean()) < 1e-3
+    assert np.abs(found.log_bias_xyz).max() < 3
+
+
+def test_tissue_that_a_weak_field_darkens_is_found_again() -> None:
+    case = make_case(0, 3)
+    clean = case.image_xyz * np.exp(-case.log_bias_xyz)
+    biased, _ = with_field(clean, 0.6)
+    tissue = clean > tissue_threshold(clean, case.spacing_mm)
+
+    def disagreement(passes: int) -> float:
+        quick = BiasParameters(iterations=(100, 100, 100), mask_passes=passes)
+        return float((estimate_bias(biased, case.spacing_mm, quick).tissue_xyz != tissue).mean())
+
+    assert disagreement(3) < 0.8 * disagreement(0)
+
+
+def test_both_engines_estimate_alike_from_air_to_field() -> None:
+    case = make_case(2, 1)
+    ours, itks = (
+        estimate_bias(case.image_xyz, case.spacing_mm, BiasParameters(engine=engine, iterations=(10, 10), spline_mm=0))
+        for engine in ("separable", "itk")
+    )
+    assert (ours.air_level, ours.tissue_threshold) == (itks.air_level, itks.tissue_threshold)
+    both = ours.tissue_xyz & itks.tissue_xyz
+    difference = (ours.log_bias_xyz - itks.log_bias_xyz)[both]
+    assert difference.std() < 0.02 * itks.log_bias_xyz[both].std() + 0.003
+
+
 def test_tissue_without_contrast_has_no_field() -> None:
     image = np.zeros((20, 20, 20), np.int16)
     image[5:15, 5:15, 5:15] = 100
@@ -98,3 +154,5 @@ def test_correcting_divides_by_the_field() -> None:
     corrected = correct(image, np.full((2, 2, 2), np.log(2), np.float32))
     assert corrected.dtype == np.float32
     np.testing.assert_allclose(corrected, 5, rtol=1e-6)
+    np.testing.assert_allclose(correct(image, np.full((2, 2, 2), np.log(2), np.float32), air=4), 7, rtol=1e-6)
+    np.testing.assert_allclose(correct(image, np.full((2, 2, 2), np.log(2), np.float32), air=10), 10, rtol=1e-6)

@@ -42,6 +42,15 @@ def test_raw_keeps_the_sources_values_and_n4_makes_floats() -> None:
     assert (Preprocessing(bias=None).variant, N4.variant) == ("raw", "n4")
 
 
+def test_what_is_air_and_what_is_tissue_is_recorded() -> None:
+    image, _ = ball()
+    for parameters in (Preprocessing(bias=None), N4):
+        done = preprocess_volume(image, parameters)
+        assert 0 <= done.air_level < 20
+        assert done.air_level < done.tissue_threshold < 300
+        assert done.tissue_fraction == pytest.approx((done.image_xyz > done.tissue_threshold).mean(), abs=1e-6)
+
+
 def test_tissue_has_mean_zero_and_deviation_one() -> None:
     image, _ = ball()
     done = preprocess_volume(image, Preprocessing(bias=None))
