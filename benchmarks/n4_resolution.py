@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -17,17 +18,18 @@ from numpy.typing import NDArray
 
 from cspine_data import BiasParameters, Orientation, read_volume
 from cspine_data._anatomy import make_case
-from cspine_data.bias import estimate_log_bias, tissue_threshold
+from cspine_data.bias import estimate_bias, estimate_log_bias, tissue_threshold
 
 FULL_RESOLUTION = 1e-3
-TUTORIAL = {"iterations": (50, 50, 50, 50), "threshold": 1e-3, "spline_mm": 0.0}
+TUTORIAL: dict[str, Any] = {"iterations": (50, 50, 50, 50), "threshold": 1e-3, "spline_mm": 0.0}
 WAYS = (
     ("ITK, full resolution", BiasParameters(engine="itk", resolution_mm=FULL_RESOLUTION, **TUTORIAL)),
     ("ITK, 8 mm", BiasParameters(engine="itk", resolution_mm=8, **TUTORIAL)),
     ("ours, full resolution", BiasParameters(resolution_mm=FULL_RESOLUTION, **TUTORIAL)),
     ("ours, 8 mm", BiasParameters(resolution_mm=8, **TUTORIAL)),
     ("ours, 4 mm", BiasParameters(resolution_mm=4, **TUTORIAL)),
-    ("ours, as prepare does it", BiasParameters()),
+    ("ours, 6 mm, control points no nearer than 40 mm", BiasParameters(**{**TUTORIAL, "spline_mm": 40})),
+    ("ours, as prepare does it, air and tissue found by itself", None),
 )
 
 
@@ -48,7 +50,10 @@ def compare(
     full, full_seconds = None, 0.0
     for way, parameters in WAYS:
         started = time.process_time()
-        field = estimate_log_bias(image_xyz, tissue, spacing_mm, parameters)
+        if parameters is None:
+            field = estimate_bias(image_xyz, spacing_mm, BiasParameters()).log_bias_xyz
+        else:
+            field = estimate_log_bias(image_xyz, tissue, spacing_mm, parameters)
         seconds = time.process_time() - started
         if full is None:
             full, full_seconds = field, seconds
