@@ -499,7 +499,7 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_
     ("arguments", "message"),
     [
         (("--pixel-mm", "-1"), "-1.0 is not in the range x>0"),
-        (("--learning-rate", "nan"), "--learning-rate: Input should be greater than 0"),
+        (("--learning-rate", "nan"), "--learning-rate: Input should be a finite number"),
         (("--crop-margin-mm", "inf"), "--crop-margin-mm: Input should be a finite number"),
         (("--fold", "1"), "a fold needs --folds, the number of all"),
         (("--folds", "5", "--fold", "5"), "fold 5 is none of 5, which are counted from 0"),
