@@ -2,71 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.cases import (
-    Case,
-    LoadedCase,
-    Problem,
-    cohort_note,
-    copy_problem,
-    describe_problem,
-    find_cases,
-    load_case,
-)
+from cspine_data.cases import LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
+from cspine_data.cluster import run_jobs
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
+from cspine_data.jobs import Job, file_digests, is_current, plan_jobs
 from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
-from cspine_data.schema import CaseRecord, case_digest, volume_digest
-from cspine_data.store import (
-    create_store,
-    enrol,
-    publish,
-    read_root,
-    read_volume_xyz,
-    stored_record,
-    write_case,
-)
-from cspine_data.volumes import content_digest
-
-# Rule of the house: parallelism is over cases, so everything below a worker runs on one thread.
-_ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS", "NUMEXPR_NUM_THREADS",
-     "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """One case to prepare, and by what it will be known: small enough to send to any worker."""
-
-    case: Case
-    image_sha256: str
-    label_sha256: str | None
-    preprocessing: Preprocessing
-    axes: tuple[int, ...]
-    current: str | None = None
-
-    @property
-    def volume_digest(self) -> str:
-        """Digest of the corrected volume that this job makes."""
-        return volume_digest(self.image_sha256, self.preprocessing)
-
-    @property
-    def digest(self) -> str:
-        """Digest of the stored case that this job makes."""
-        return case_digest(self.volume_digest, self.label_sha256, self.axes)
+from cspine_data.schema import CaseRecord
+from cspine_data.store import create_store, enrol, publish, read_volume_xyz, stored_record, write_case
 
 
 @dataclass(frozen=True)
@@ -175,11 +127,11 @@ def prepare(
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
     create_store(store)
-    jobs, failed = _plan(listing.cases, store, preprocessing, wanted_axes)
+    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
     failed = [*listing.problems, *failed]
-    to_do = [job for job in jobs if not _is_current(store, job)]
+    to_do = [job for job in jobs if not is_current(store, job)]
     done, written = [], 0
-    for number, (job, outcome) in enumerate(_run(to_do, store, workers, scheduler), start=1):
+    for number, (job, outcome) in enumerate(run_jobs(_work, to_do, store, workers, scheduler), start=1):
         if isinstance(outcome, Problem):
             failed.append(outcome)
         else:
@@ -221,7 +173,7 @@ def prepare_case(job: Job, store: Path) -> int:
         If the store cannot be written.
     """
     loaded = load_case(job.case)
-    if _digests(job.case) != (job.image_sha256, job.label_sha256):
+    if file_digests(job.case) != (job.image_sha256, job.label_sha256):
         raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
     if stored_record(store, job.case.id, job.digest) is None:
         volume = _stored_volume(job, store, loaded) or preprocess_volume(loaded.image, job.preprocessing)
@@ -229,51 +181,6 @@ def prepare_case(job: Job, store: Path) -> int:
         write_case(store, _record(job, loaded, volume, label_xyz), volume, label_xyz)
     folder = store / "cases" / job.case.id / job.digest
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _plan(
-    cases: Sequence[Case], store: Path, preprocessing: Preprocessing, axes: tuple[int, ...]
-) -> tuple[list[Job], list[Problem]]:
-    """Digest every case's files and find out what each will be known by."""
-    published = read_root(store).cases
-    jobs, problems = [], []
-    # A case that is listed now may have got another file since: only the store's other cases keep theirs.
-    listed = {case.id for case in cases}
-    seen = _stored_images(store, {case: digests for case, digests in published.items() if case not in listed})
-    for case in cases:
-        try:
-            image_sha256, label_sha256 = _digests(case)
-        except (InputError, OSError) as error:
-            problems.append(describe_problem(case.id, error))
-            continue
-        first = seen.setdefault(image_sha256, case.id)
-        if first != case.id:
-            problems.append(copy_problem(case, first, only_in_store=first not in listed))
-            continue
-        current = published.get(case.id, {}).get(preprocessing.variant)
-        record = stored_record(store, case.id, current) if current else None
-        kept = record.axes if record else ()
-        all_axes = tuple(sorted({*axes, *kept}))
-        jobs.append(Job(case, image_sha256, label_sha256, preprocessing, all_axes, current))
-    return jobs, problems
-
-
-def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return which case each stored image is of, by the digest of its file."""
-    digests = ((case, digest) for case, variants in published.items() for digest in variants.values())
-    found = ((case, stored_record(store, case, digest)) for case, digest in digests)
-    return {record.image_sha256: case for case, record in found if record}
-
-
-def _digests(case: Case) -> tuple[str, str | None]:
-    for path in (case.volume, case.label):
-        if path is not None and not path.is_file():
-            raise InputError(path, "is no file", "check the path")
-    return content_digest(case.volume), content_digest(case.label) if case.label else None
-
-
-def _is_current(store: Path, job: Job) -> bool:
-    return job.current == job.digest and stored_record(store, job.case.id, job.digest) is not None
 
 
 def _stored_volume(job: Job, store: Path, loaded: LoadedCase) -> CorrectedVolume | None:
@@ -344,48 +251,6 @@ def _record(job: Job, loaded: LoadedCase, volume: CorrectedVolume, label_xyz: ND
     )
 
 
-def _run(
-    jobs: Sequence[Job], store: Path, workers: int | None, scheduler: str | None
-) -> Iterator[tuple[Job, int | Problem]]:
-    """Do the jobs on a Dask cluster, the largest first, and yield each as it ends: its bytes, or its problem."""
-    if not jobs:
-        return
-    from distributed import as_completed
-    from distributed.scheduler import KilledWorker
-
-    ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
-    with _cluster(min(workers or _cores(), len(jobs)), scheduler) as client:
-        futures = {client.submit(_work, job, str(store), pure=False): job for job in ordered}
-        suspects = []
-        for future in as_completed(futures, loop=client.loop):
-            job = futures[future]
-            outcome = _outcome(future, job)
-            if isinstance(outcome, KilledWorker):
-                suspects.append(job)
-            else:
-                yield job, outcome
-            future.release()
-        # Dask blames every case that waited on a worker that died. Alone, only the guilty one dies again.
-        for job in suspects:
-            outcome = _outcome(client.submit(_work, job, str(store), pure=False), job)
-            if isinstance(outcome, KilledWorker):
-                message = f"{job.case.volume}: its worker process died (out of memory?); use fewer --workers"
-                outcome = Problem(job.case.id, message)
-            yield job, outcome
-
-
-def _outcome(future: Any, job: Job) -> Any:
-    """Return a job's bytes, its problem, or Dask's word that its worker died."""
-    from distributed.scheduler import KilledWorker
-
-    try:
-        return future.result()
-    except KilledWorker as error:
-        return error
-    except Exception as error:  # noqa: BLE001 - a worker of another version, for example
-        return describe_problem(job.case.id, error)
-
-
 def _work(job: Job, store: str) -> int | Problem:
     """Do one job in a worker; whatever goes wrong is told in one line."""
     import SimpleITK as sitk  # noqa: N813
@@ -397,56 +262,3 @@ def _work(job: Job, store: str) -> int | Problem:
         return prepare_case(job, Path(store))
     except Exception as error:  # noqa: BLE001 - one case fails, the others go on
         return describe_problem(job.case.id, error)
-
-
-@contextmanager
-def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
-    """Open a client of a running scheduler, or of local worker processes that listen on loopback only."""
-    import dask
-    from distributed import Client, LocalCluster
-
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=10, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", "check its address") from None
-        with client:
-            yield client
-        return
-    settings = {
-        "distributed.nanny.pre-spawn-environ": _ONE_THREAD,
-        "distributed.scheduler.allowed-failures": 0,
-        "distributed.admin.log-format": "%(message)s",
-        "logging": {"distributed": "critical"},
-    }
-    with dask.config.set(settings):
-        with _held_interrupts():
-            cluster = LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
-                silence_logs=50,
-            )  # fmt: skip
-        with cluster, Client(cluster, set_as_default=False) as client:
-            yield client
-
-
-@contextmanager
-def _held_interrupts() -> Iterator[None]:
-    """Start processes and threads that Ctrl-C does not reach; what comes meanwhile reaches this thread afterwards.
-
-    A terminal sends it to every process, and the first one ends the others in order. What is blocked stays so in the
-    processes that the cluster's thread starts, those that replace a worker that died included.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # Its start ends with interrupts let through again, whatever was before.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

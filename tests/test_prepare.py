@@ -29,7 +29,8 @@ from cspine_data import (
     write_volume,
 )
 from cspine_data.cases import Case
-from cspine_data.pipeline import Job, prepare_case
+from cspine_data.jobs import Job
+from cspine_data.pipeline import prepare_case
 from cspine_data.store import read_root
 from tests.conftest import QUICK_N4, ball, write_case
 

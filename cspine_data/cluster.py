@@ -1,0 +1,136 @@
+"""Jobs side by side on a Dask cluster: local processes that listen on loopback only, or a running scheduler's."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+from cspine_data.cases import Problem, describe_problem
+from cspine_data.errors import InputError
+from cspine_data.jobs import Job
+
+# Rule of the house: parallelism is over cases, so everything below a worker runs on one thread.
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS", "NUMEXPR_NUM_THREADS",
+     "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1",
+)  # fmt: skip
+Work = Callable[[Job, str], int | Problem]
+
+
+def run_jobs(
+    work: Work, jobs: Sequence[Job], store: Path, workers: int | None, scheduler: str | None
+) -> Iterator[tuple[Job, int | Problem]]:
+    """Do the jobs on a Dask cluster, the largest first, and yield each as it ends: its bytes, or its problem.
+
+    Parameters
+    ----------
+    work : callable
+        Does one job in a worker: given the job and the store, returns bytes written or a problem, and never raises.
+    jobs : sequence of Job
+        What to do.
+    store : Path
+        Where to, as the workers see it.
+    workers : int, optional
+        Local worker processes; by default one a core.
+    scheduler : str, optional
+        Address of a running scheduler to use instead.
+
+    Raises
+    ------
+    InputError
+        If the scheduler cannot be reached.
+    """
+    if not jobs:
+        return
+    from distributed import as_completed
+    from distributed.scheduler import KilledWorker
+
+    ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
+    with _cluster(min(workers or _cores(), len(jobs)), scheduler) as client:
+        futures = {client.submit(work, job, str(store), pure=False): job for job in ordered}
+        suspects = []
+        for future in as_completed(futures, loop=client.loop):
+            job = futures[future]
+            outcome = _outcome(future, job)
+            if isinstance(outcome, KilledWorker):
+                suspects.append(job)
+            else:
+                yield job, outcome
+            future.release()
+        # Dask blames every case that waited on a worker that died. Alone, only the guilty one dies again.
+        for job in suspects:
+            outcome = _outcome(client.submit(work, job, str(store), pure=False), job)
+            if isinstance(outcome, KilledWorker):
+                message = f"{job.case.volume}: its worker process died (out of memory?); use fewer --workers"
+                outcome = Problem(job.case.id, message)
+            yield job, outcome
+
+
+def _outcome(future: Any, job: Job) -> Any:
+    """Return a job's bytes, its problem, or Dask's word that its worker died."""
+    from distributed.scheduler import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - a worker of another version, for example
+        return describe_problem(job.case.id, error)
+
+
+@contextmanager
+def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
+    """Open a client of a running scheduler, or of local worker processes that listen on loopback only."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=10, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", "check its address") from None
+        with client:
+            yield client
+        return
+    settings = {
+        "distributed.nanny.pre-spawn-environ": _ONE_THREAD,
+        "distributed.scheduler.allowed-failures": 0,
+        "distributed.admin.log-format": "%(message)s",
+        "logging": {"distributed": "critical"},
+    }
+    with dask.config.set(settings):
+        with _held_interrupts():
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
+                silence_logs=50,
+            )  # fmt: skip
+        with cluster, Client(cluster, set_as_default=False) as client:
+            yield client
+
+
+@contextmanager
+def _held_interrupts() -> Iterator[None]:
+    """Start processes and threads that Ctrl-C does not reach; what comes meanwhile reaches this thread afterwards.
+
+    A terminal sends it to every process, and the first one ends the others in order. What is blocked stays so in the
+    processes that the cluster's thread starts, those that replace a worker that died included.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Its start ends with interrupts let through again, whatever was before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,89 @@
+"""What is to be done: every case's files digested, and by what each will be known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cspine_data.cases import Case, Problem, copy_problem, describe_problem
+from cspine_data.errors import InputError
+from cspine_data.preprocess import Preprocessing
+from cspine_data.schema import case_digest, volume_digest
+from cspine_data.store import read_root, stored_record
+from cspine_data.volumes import content_digest
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to prepare, and by what it will be known: small enough to send to any worker."""
+
+    case: Case
+    image_sha256: str
+    label_sha256: str | None
+    preprocessing: Preprocessing
+    axes: tuple[int, ...]
+    current: str | None = None
+
+    @property
+    def volume_digest(self) -> str:
+        """Digest of the corrected volume that this job makes."""
+        return volume_digest(self.image_sha256, self.preprocessing)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the stored case that this job makes."""
+        return case_digest(self.volume_digest, self.label_sha256, self.axes)
+
+
+def plan_jobs(
+    cases: Sequence[Case], store: Path, preprocessing: Preprocessing, axes: tuple[int, ...]
+) -> tuple[list[Job], list[Problem]]:
+    """Digest every case's files and find out what each will be known by."""
+    published = read_root(store).cases
+    jobs, problems = [], []
+    # A case that is listed now may have got another file since: only the store's other cases keep theirs.
+    listed = {case.id for case in cases}
+    seen = _stored_images(store, {case: digests for case, digests in published.items() if case not in listed})
+    for case in cases:
+        try:
+            image_sha256, label_sha256 = file_digests(case)
+        except (InputError, OSError) as error:
+            problems.append(describe_problem(case.id, error))
+            continue
+        first = seen.setdefault(image_sha256, case.id)
+        if first != case.id:
+            problems.append(copy_problem(case, first, only_in_store=first not in listed))
+            continue
+        current = published.get(case.id, {}).get(preprocessing.variant)
+        record = stored_record(store, case.id, current) if current else None
+        kept = record.axes if record else ()
+        all_axes = tuple(sorted({*axes, *kept}))
+        jobs.append(Job(case, image_sha256, label_sha256, preprocessing, all_axes, current))
+    return jobs, problems
+
+
+def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return which case each stored image is of, by the digest of its file."""
+    digests = ((case, digest) for case, variants in published.items() for digest in variants.values())
+    found = ((case, stored_record(store, case, digest)) for case, digest in digests)
+    return {record.image_sha256: case for case, record in found if record}
+
+
+def file_digests(case: Case) -> tuple[str, str | None]:
+    """Return the SHA-256 of a case's volume and of its label map, if it has one.
+
+    Raises
+    ------
+    InputError
+        If one of them is no file.
+    """
+    for path in (case.volume, case.label):
+        if path is not None and not path.is_file():
+            raise InputError(path, "is no file", "check the path")
+    return content_digest(case.volume), content_digest(case.label) if case.label else None
+
+
+def is_current(store: Path, job: Job) -> bool:
+    """Tell whether the store holds already what a job would make."""
+    return job.current == job.digest and stored_record(store, job.case.id, job.digest) is not None
