@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
-
 from cspine_data import Cohort, open_cohort
 from cspine_train.errors import RunError
 from cspine_train.metrics import Overlap, overlap
@@ -121,7 +119,7 @@ def _score(loaded: LoadedRun, cohort: Cohort, case: str) -> Overlap:
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
     image, label = cohort.volumes(variant=variant, cases=[case])[0]
     probabilities = loaded.probabilities(image[0], stored.spacing_xyz_mm)
-    return overlap(probabilities > np.float32(loaded.record.threshold), label[0] > 0)
+    return overlap(probabilities > loaded.record.threshold, label[0] > 0)
 
 
 def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> Evaluation:

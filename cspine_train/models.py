@@ -118,13 +118,14 @@ def _with_file(model: str, encoder: str, path: Path, channels: int) -> tuple[nn.
     wrong = []
     for name, tensor in target.items():
         found = state.get(name)
-        fits = found is not None and found.shape == tensor.shape
-        if found is not None and not fits and found.ndim == 4 and found.shape[1] == 3 and tensor.shape[1] == channels:
-            # Channels that are all equal then give what three equal colours gave: ImageNet's become grey.
-            found = (found.sum(dim=1, keepdim=True) / channels).expand(-1, channels, -1, -1)
         if found is None:
             wrong.append(f"{name} is missing")
-        elif found.shape != tensor.shape:
+            continue
+        in_colour = found.ndim == 4 and found.shape[1] == 3 and tensor.shape[1] == channels
+        if in_colour and found.shape != tensor.shape:
+            # Channels that are all equal then give what three equal colours gave: ImageNet's become grey.
+            found = (found.sum(dim=1, keepdim=True) / channels).expand(-1, channels, -1, -1)
+        if found.shape != tensor.shape:
             wrong.append(f"{name} is {tuple(found.shape)}, not {tuple(tensor.shape)}")
         else:
             target[name] = found

@@ -148,7 +148,7 @@ def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
         total = found if total is None else total + found
     if total is None:
         raise RunError("no run given: name at least one with --run")
-    mask = (total > np.float32(sum(run.record.threshold for run in runs))).astype(np.uint8)
+    mask = (total > sum(run.record.threshold for run in runs)).astype(np.uint8)
     return image.to_file_grid(mask)
 
 
@@ -176,8 +176,8 @@ def predict_files(
     Raises
     ------
     RunError
-        If two volumes would be written to one file, or `output` is no name for what is predicted. A
-        file that is there is left alone, and named as the reason.
+        If two volumes would be written to one file, or `output` is no name for what is predicted. A file that is there
+        is left alone, and named as the reason.
     """
     if len(volumes) > 1 and (volume_suffix(output) or output.is_file()):
         raise RunError(f"{output}: cannot hold what is predicted; give a folder for several volumes")

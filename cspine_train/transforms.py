@@ -156,8 +156,8 @@ class RandomChanges:
         Largest standard deviation of added noise, in standard deviations of the tissue.
     crop_hw : tuple of int, optional
         Size of the part of each slice that is kept, see `crop_centres`; shifts then move it, by a share of the whole
-        slice, off what it would hold. It is cut out as the slice is turned, so that
-        what turns into view at its border is the slice itself.
+        slice, off what it would hold. It is cut out as the slice is turned, so that what turns into view at its border
+        is the slice itself.
     """
 
     def __init__(

@@ -94,8 +94,8 @@ def test_the_run_folder_says_what_was_done(trained: Path, phantom_store: Path) -
 
 def test_it_learns(trained: Path) -> None:
     first, *_, last = (trained / "metrics.csv").read_text().splitlines()[1:]
-    assert float(last.split(",")[1]) < 0.8 * float(first.split(",")[1])
-    assert load_record(trained).kept_dice > 0.1
+    assert float(last.split(",")[1]) < 0.7 * float(first.split(",")[1])
+    assert load_record(trained).kept_dice > 0.4
 
 
 def test_scores_are_of_whole_volumes_patient_by_patient(trained: Path, phantom_store: Path) -> None:
