@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from cspine_data import BiasParameters, Orientation, read_volume
 from cspine_data._anatomy import make_case
-from cspine_data.bias import air_level, estimate_bias, tissue_threshold
+from cspine_data.bias import PRESETS, estimate_bias
+from cspine_data.tissue import air_level, tissue_threshold
 
 Image = NDArray[np.float32]
 Spacing = tuple[float, float, float]
@@ -47,15 +48,20 @@ def tutorial(image_xyz: Image, spacing_mm: Spacing) -> Image:
 
 WAYS: dict[str, Way] = {
     "SimpleITK, Otsu's mask, shrink 4, 4 x 50": tutorial,
-    "4 x 50, 0.001, 40 mm, one mask": ours(iterations=(50,) * 4, threshold=1e-3, spline_mm=40, mask_passes=0),
-    "4 x 50, 0.001, 40 mm": ours(iterations=(50,) * 4, threshold=1e-3, spline_mm=40),
-    "4 x 400, 1e-6, 40 mm": ours(spline_mm=40),
-    "4 x 200, 1e-6, 80 mm, one mask": ours(iterations=(200,) * 4, mask_passes=0),
-    "4 x 200, 1e-6, 80 mm": ours(iterations=(200,) * 4),
-    "as prepare does it (4 x 400, 1e-6, 80 mm)": ours(),
-    "4 x 400, 1e-6, 80 mm, on 8 mm": ours(resolution_mm=8),
-    "4 x 400, 1e-6, 80 mm, on 10 mm": ours(resolution_mm=10),
-    "4 x 400, 1e-6, 120 mm": ours(spline_mm=120),
+    "4 x 50, 0.001, width 0.15, noise 0.01, one mask": ours(
+        iterations=(50,) * 4, threshold=1e-3, width=0.15, noise=0.01, mask_passes=0
+    ),
+    "width 0.15, noise 0.01": ours(width=0.15, noise=0.01),
+    "noise 0.01": ours(noise=0.01),
+    "one mask": ours(mask_passes=0),
+    "fast": ours(**PRESETS["fast"].model_dump()),
+    "default": ours(),
+    "thorough": ours(**PRESETS["thorough"].model_dump()),
+    "4 x 100": ours(iterations=(100,) * 4),
+    "4 x 400": ours(iterations=(400,) * 4),
+    "40 mm": ours(spline_mm=40),
+    "80 mm": ours(spline_mm=80),
+    "on 9 mm": ours(resolution_mm=9),
 }
 
 

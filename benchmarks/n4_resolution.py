@@ -18,17 +18,20 @@ from numpy.typing import NDArray
 
 from cspine_data import BiasParameters, Orientation, read_volume
 from cspine_data._anatomy import make_case
-from cspine_data.bias import estimate_bias, estimate_log_bias, tissue_threshold
+from cspine_data.bias import estimate_bias, estimate_log_bias
+from cspine_data.tissue import tissue_threshold
 
 FULL_RESOLUTION = 1e-3
-TUTORIAL: dict[str, Any] = {"iterations": (50, 50, 50, 50), "threshold": 1e-3, "spline_mm": 0.0}
+TUTORIAL: dict[str, Any] = {
+    "iterations": (50, 50, 50, 50), "threshold": 1e-3, "spline_mm": 0.0, "width": 0.15, "noise": 0.01, "stride": 1.0,
+}  # fmt: skip
 WAYS = (
     ("ITK, full resolution", BiasParameters(engine="itk", resolution_mm=FULL_RESOLUTION, **TUTORIAL)),
     ("ITK, 8 mm", BiasParameters(engine="itk", resolution_mm=8, **TUTORIAL)),
     ("ours, full resolution", BiasParameters(resolution_mm=FULL_RESOLUTION, **TUTORIAL)),
     ("ours, 8 mm", BiasParameters(resolution_mm=8, **TUTORIAL)),
     ("ours, 4 mm", BiasParameters(resolution_mm=4, **TUTORIAL)),
-    ("ours, 6 mm, control points no nearer than 40 mm", BiasParameters(**{**TUTORIAL, "spline_mm": 40})),
+    ("ours, 6 mm, control points 40 mm apart", BiasParameters(**{**TUTORIAL, "spline_mm": 40})),
     ("ours, as prepare does it, air and tissue found by itself", None),
 )
 

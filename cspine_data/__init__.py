@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cspine_data.bias import BiasParameters
+    from cspine_data.bias import BiasParameters, bias_parameters
     from cspine_data.cases import Case, Listing, Problem, describe_problem, find_cases
     from cspine_data.dataset import Cohort, SliceDataset, SlicePlace, VolumeDataset, open_cohort
     from cspine_data.errors import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cspine_data.volumes import Volume, label_name, read_volume, volume_suffix, write_volume
 
 _HOME = {
-    "bias": ("BiasParameters",),
+    "bias": ("BiasParameters", "bias_parameters"),
     "cases": ("Case", "Listing", "Problem", "describe_problem", "find_cases"),
     "dataset": ("Cohort", "SliceDataset", "SlicePlace", "VolumeDataset", "open_cohort"),
     "errors": (
@@ -72,6 +72,7 @@ __all__ = [
     "Volume",
     "VolumeDataset",
     "__version__",
+    "bias_parameters",
     "describe_problem",
     "find_cases",
     "label_name",

@@ -10,15 +10,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 Array = NDArray[np.float64]
 
-_BINS = 200
-_WIENER_NOISE = 0.01
-_FULL_WIDTH_AT_HALF_MAXIMUM = 0.15
+
+class N4Parameters(BaseModel):
+    """What N4 itself can be told; docs/measurements.md shows what the defaults were chosen by.
+
+    Attributes
+    ----------
+    iterations : tuple of int
+        Most iterations at each fitting level. Each level has twice the elements of the one before, at most as many as
+        `spline_mm` allows.
+    threshold : float
+        A level ends when the field's coefficient of variation changes by less than this in one iteration.
+    control_points : int
+        Along each axis, at the first level; 4 are one cubic element.
+    spline_mm : float
+        Length of the finest elements, about; 0 doubles their number at every level, as ITK does.
+    bins : int
+        Of the histogram of log intensities.
+    width : float
+        Full width at half maximum of the Gaussian, in log intensity, that the histogram is deconvolved by.
+    noise : float
+        Of the Wiener filter that deconvolves; more of it sharpens less.
+    stride : float
+        How many iterations to go at once: N4's iterations point the same way for long, and a longer step along the
+        first of them costs no more. Where one goes too far it is taken back and halved. 1 is N4 as published.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    iterations: tuple[NonNegativeInt, ...] = Field(default=(200, 200, 200, 200), min_length=1)
+    threshold: float = Field(default=1e-6, gt=0)
+    control_points: int = Field(default=4, ge=4)
+    spline_mm: float = Field(default=60.0, ge=0)
+    bins: int = Field(default=200, ge=2)
+    width: float = Field(default=0.2, gt=0)
+    noise: float = Field(default=0.1, gt=0)
+    stride: float = Field(default=8.0, ge=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,88 +88,107 @@ class SplineField:
             field = np.tensordot(field, weight.astype(np.float32), axes=(0, 1))
         return field
 
-    def refined(self, axes: Sequence[bool]) -> SplineField:
-        """Return the same field with twice the elements along the axes that are told."""
+    def refined(self, elements: Sequence[int]) -> SplineField:
+        """Return the field with other numbers of elements along the axes; the same field where they are multiples."""
         lattice = self.lattice
-        for axis, double in enumerate(axes):
-            if double:
-                lattice = np.moveaxis(_subdivided(np.moveaxis(lattice, axis, 0)), 0, axis)
-        return SplineField(lattice)
+        moves: list[Array] = []
+        for points, wanted in zip(lattice.shape, elements, strict=True):
+            positions = np.linspace(0, 1, 4 * (wanted + 3))
+            moves.append(np.asarray((np.linalg.pinv(_weights(positions, wanted)) @ _weights(positions, points - 3)).T))
+        return SplineField(_product(lattice, moves))
+
+    @classmethod
+    def through(cls, values: Array, elements: Sequence[int]) -> SplineField:
+        """Return the spline nearest to the values, in least squares, on a regular grid over the unit cube."""
+        fits: list[Array] = [
+            np.asarray(np.linalg.pinv(_weights(np.linspace(0, 1, n), wanted)).T)
+            for n, wanted in zip(values.shape, elements, strict=True)
+        ]
+        return cls(_product(values.astype(np.float64), fits))
 
 
 def fit_log_bias(
-    log_image: Array,
-    mask: NDArray[np.bool_],
-    extent_mm: Sequence[float],
-    iterations: Sequence[int],
-    threshold: float,
-    spline_mm: float,
+    log_image: Array, weights: NDArray[Any], extent_mm: Sequence[float], parameters: N4Parameters
 ) -> SplineField:
     """Estimate the logarithm of a bias field.
 
     Parameters
     ----------
     log_image : ndarray
-        Natural logarithm of the intensities, 3-D; looked at inside the mask only.
-    mask : ndarray of bool
-        Where to estimate, same shape.
+        Natural logarithm of the intensities, 3-D; looked at where the weights are positive only.
+    weights : ndarray
+        How much each voxel counts in the spline fit, same shape: a mask, or a confidence of 0 or more.
     extent_mm : sequence of float
         Distance between the first and the last voxel along each axis.
-    iterations : sequence of int
-        Most iterations at each level. Between levels the elements are halved.
-    threshold : float
-        A level ends when the coefficient of variation of the field's change is less.
-    spline_mm : float
-        Axes whose elements are this short already are not refined; 0 refines all, as ITK does.
+    parameters : N4Parameters
+        How to estimate.
     """
-    field = SplineField(np.zeros((4, 4, 4)))
+    first = parameters.control_points - 3
+    # One cubic element follows a curve along its axis very slowly: two at least.
+    finest = [max(2 * first, round(mm / parameters.spline_mm)) if parameters.spline_mm else None for mm in extent_mm]
+    field = SplineField(np.zeros((parameters.control_points,) * 3))
     positions = [np.linspace(0, 1, n) for n in log_image.shape]
-    observed = log_image[mask]
-    current = observed
-    for level, most in enumerate(iterations):
+    observed = log_image[weights > 0].astype(np.float64)
+    for level, most in enumerate(parameters.iterations):
         if level:
-            elements = [n - 3 for n in field.lattice.shape]
-            field = field.refined([mm / n > spline_mm for mm, n in zip(extent_mm, elements, strict=True)])
-        fit = _Fit(positions, field.lattice.shape, mask)
-        fitted = observed - current
-        for _ in range(most):
-            field = SplineField(field.lattice + fit.lattice(current - _sharpened(current)))
-            before, fitted = fitted, fit.values(field.lattice)
-            current = observed - fitted
-            change = np.exp(before - fitted)
-            if change.std(ddof=1) / change.mean() <= threshold:
-                break
+            doubled = first * 2**level
+            field = field.refined([min(doubled, most_elements or doubled) for most_elements in finest])
+        fit = _Fit(positions, field.lattice.shape, weights)
+        field = _fit_level(field, observed, fit, most, parameters)
     return field
 
 
-class _Fit:
-    """The spline fit of one level: its matrices depend on the mask and the number of control points only."""
+def _fit_level(field: SplineField, observed: Array, fit: _Fit, most: int, parameters: N4Parameters) -> SplineField:
+    lattice, fitted = field.lattice, fit.values(field.lattice)
+    change = fit.lattice(_sharpening(observed - fitted, parameters))
+    stride, left = parameters.stride, float(most)
+    while left > 0:
+        step = min(stride, left)
+        further = lattice + step * change
+        values = fit.values(further)
+        next_change = fit.lattice(_sharpening(observed - values, parameters))
+        if step > 1 and np.vdot(next_change, change) < 0:
+            stride = max(1.0, step / 2)
+            continue
+        left -= step
+        factor = np.exp(fitted - values)
+        lattice, fitted, change = further, values, next_change
+        if factor.std(ddof=1) / factor.mean() <= step * parameters.threshold:
+            break
+    return SplineField(lattice)
 
-    def __init__(self, positions: Sequence[Array], points: Sequence[int], mask: NDArray[np.bool_]) -> None:
-        self._mask = mask
-        self._weights = [_weights(p, n - 3) for p, n in zip(positions, points, strict=True)]
-        squares = [weight**2 for weight in self._weights]
+
+class _Fit:
+    """The spline fit of one level: its matrices depend on the weights and the number of control points only."""
+
+    def __init__(self, positions: Sequence[Array], points: Sequence[int], weights: NDArray[Any]) -> None:
+        self._inside = np.flatnonzero(weights > 0)
+        self._weights = weights.ravel()[self._inside].astype(np.float64)
+        self._whole = np.zeros(weights.shape)
+        self._splines = [_weights(p, n - 3) for p, n in zip(positions, points, strict=True)]
+        squares = [spline**2 for spline in self._splines]
         # A voxel's share in a control point is its weight times the residual over the sum of its squared weights.
-        self._cubes = [w**3 / s.sum(1, keepdims=True) for w, s in zip(self._weights, squares, strict=True)]
-        total = _product(mask.astype(np.float64), squares)
+        self._cubes = [w**3 / s.sum(1, keepdims=True) for w, s in zip(self._splines, squares, strict=True)]
+        total = _product(weights.astype(np.float64), squares)
         self._over_total = np.divide(1, total, out=np.zeros_like(total), where=total > 0)
 
     def lattice(self, residual: Array) -> Array:
-        """Return the control points of the residual, given at the mask's voxels."""
-        whole = np.zeros(self._mask.shape)
-        whole[self._mask] = residual
-        return np.asarray(_product(whole, self._cubes) * self._over_total)
+        """Return the control points of the residual, given at the voxels that count."""
+        self._whole.ravel()[self._inside] = residual * self._weights
+        return np.asarray(_product(self._whole, self._cubes) * self._over_total)
 
     def values(self, lattice: Array) -> Array:
-        """Return a field's values at the mask's voxels."""
-        return np.asarray(_product(lattice, [weight.T for weight in self._weights])[self._mask])
+        """Return a field's values at the voxels that count."""
+        first, second, third = self._splines
+        # The longest product last, and without a copy.
+        field = np.matmul(second, np.tensordot(first, lattice, axes=(1, 0))) @ third.T
+        return np.asarray(field.ravel()[self._inside])
 
 
 def _product(array: Array, matrices: Sequence[Array]) -> Array:
     """Multiply each axis of an array (i, j, k) by a matrix (i, a), (j, b), (k, c)."""
-    for matrix in matrices:
-        array = np.tensordot(array, matrix, axes=(0, 0))
-    return array
+    first, second, third = matrices
+    return np.tensordot(first, np.matmul(second.T, array @ third), axes=(0, 0))
 
 
 def _weights(positions: Array, elements: int) -> Array:
@@ -151,36 +205,38 @@ def _weights(positions: Array, elements: int) -> Array:
     return weights
 
 
-def _subdivided(lattice: Array) -> Array:
-    """Halve the elements along the first axis; the spline stays the same."""
-    doubled = np.empty((2 * len(lattice) - 3, *lattice.shape[1:]))
-    doubled[0::2] = (lattice[:-1] + lattice[1:]) / 2
-    doubled[1::2] = (lattice[:-2] + 6 * lattice[1:-1] + lattice[2:]) / 8
-    return doubled
-
-
-def _sharpened(values: Array) -> Array:
-    """Deconvolve the histogram of log intensities by a Gaussian and map each value to what it most likely was."""
+def _sharpening(values: Array, parameters: N4Parameters) -> Array:
+    """Deconvolve the histogram of log intensities by a Gaussian; return how far each value is from what it was."""
+    bins, noise = parameters.bins, parameters.noise
     lowest, highest = values.min(), values.max()
-    slope = (highest - lowest) / (_BINS - 1)
+    slope = (highest - lowest) / (bins - 1)
     if slope <= 0:
-        return values
+        return np.zeros_like(values)
     along = (values - lowest) / slope
-    first = np.minimum(along.astype(int), _BINS - 2)
+    first = along.astype(np.intp)
     share = along - first
-    counts = np.bincount(first, 1 - share, _BINS) + np.bincount(first + 1, share, _BINS)
+    # A value belongs to two bins, by its distance; the highest one, and rounding, may fall into a bin beyond the last.
+    upper = np.bincount(first, share, bins + 1)
+    counts = np.bincount(first, minlength=bins + 1) - upper
+    counts[1:] += upper[:-1]
+    counts[bins - 1] += counts[bins]
+    counts = counts[:bins]
 
-    size = 2 ** (int(np.ceil(np.log2(_BINS))) + 1)
-    offset = (size - _BINS) // 2
+    size = 2 ** (int(np.ceil(np.log2(bins))) + 1)
+    offset = (size - bins) // 2
     padded = np.zeros(size)
-    padded[offset : offset + _BINS] = counts
-    blur = _gaussian_spectrum(size, _FULL_WIDTH_AT_HALF_MAXIMUM / slope)
-    sharp = np.maximum(np.fft.irfft(np.fft.rfft(padded) * blur / (blur**2 + _WIENER_NOISE)), 0)
+    padded[offset : offset + bins] = counts
+    blur = _gaussian_spectrum(size, parameters.width / slope)
+    sharp = np.maximum(np.fft.irfft(np.fft.rfft(padded) * blur / (blur**2 + noise)), 0)
     levels = lowest + (np.arange(size) - offset) * slope
     numerator, denominator = np.fft.irfft(np.fft.rfft(np.stack([levels * sharp, sharp])) * blur)
     expected = np.divide(numerator, denominator, out=np.zeros(size), where=denominator != 0)
-    expected = expected[offset : offset + _BINS]
-    return np.asarray(expected[first] + share * (expected[first + 1] - expected[first]))
+    expected = expected[offset : offset + bins]
+    slopes = np.append(np.diff(expected), (0.0, 0.0))
+    result = slopes[first]
+    result *= share
+    result += np.append(expected, expected[-1])[first]
+    return np.asarray(values - result)
 
 
 def _gaussian_spectrum(size: int, width: float) -> Array:

@@ -70,6 +70,13 @@ def scan(source: Path, pairs: Path | None) -> None:
 @SOURCE
 @click.option("--store", type=click.Path(path_type=Path), default="data/cspine.zarr", help="Store to make or add to.")
 @click.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4) or leave it (variant raw).")
+@click.option(
+    "--n4-preset", type=click.Choice(["fast", "default", "thorough"]), default="default", help="Accuracy against time."
+)
+@click.option("--n4-engine", type=click.Choice(["separable", "itk"]), help="Ours, or SimpleITK's slow twin of it.")
+@click.option("--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, that the field is estimated on.")
+@click.option("--n4-spacing", "n4_spacing_mm", type=float, help="Length, mm, of the spline's finest elements.")
+@click.option("--n4-iterations", help="Most iterations at each level, as in 200,200,200.")
 @click.option("--axes", default="012", help="Axes to slice along: 0 sagittal, 1 coronal, 2 axial.")
 @click.option("--workers", type=int, help="Worker processes; one a core by default.")
 @click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
@@ -79,6 +86,11 @@ def prepare(
     source: Path,
     store: Path,
     n4: bool,
+    n4_preset: str,
+    n4_engine: str | None,
+    n4_resolution_mm: float | None,
+    n4_spacing_mm: float | None,
+    n4_iterations: str | None,
     axes: str,
     workers: int | None,
     scheduler: str | None,
@@ -86,14 +98,27 @@ def prepare(
     note: str | None,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
+    from cspine_data.bias import bias_parameters
+    from cspine_data.errors import InputError
     from cspine_data.pipeline import prepare as prepare_cohort
+    from cspine_data.preprocess import Preprocessing
 
+    changes = {
+        "engine": n4_engine,
+        "resolution_mm": n4_resolution_mm,
+        "spline_mm": n4_spacing_mm,
+        "iterations": n4_iterations,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    if given and not n4:
+        raise InputError("--no-n4", "leaves the field in", "leave out the other --n4 options")
+    preprocessing = Preprocessing(bias=bias_parameters(n4_preset, **given) if n4 else None)
     try:
         with progress_bar("preparing") as progress:
             summary = prepare_cohort(
                 source,
                 store,
-                n4=n4,
+                preprocessing=preprocessing,
                 axes=axes,
                 pairs=pairs,
                 workers=workers,

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from cspine_data.bias import BiasParameters, air_level, correct, estimate_bias, tissue_threshold
+from cspine_data.bias import BiasParameters, correct, estimate_bias
+from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation
 from cspine_data.intensity import Normalisation, tissue_zscore
+from cspine_data.tissue import air_level, looks_like_ct, tissue_threshold
 from cspine_data.volumes import Volume, check_image
 
 
@@ -98,9 +100,16 @@ def preprocess_volume(volume: Volume, parameters: Preprocessing) -> CorrectedVol
     Raises
     ------
     InputError
-        If the image holds NaN or infinity, or is constant, or its tissue holds no contrast.
+        If the image holds NaN or infinity, or is constant, or its tissue holds no contrast; if it is to be corrected
+        and is CT.
     """
     check_image(volume)
+    if parameters.bias is not None and looks_like_ct(volume.array):
+        raise InputError(
+            volume.name,
+            "is dark as CT is dark (air near -1000), and N4 corrects MRI",
+            "leave it out, or prepare it with --no-n4",
+        )
     geometry = volume.geometry
     orientation = Orientation.of(geometry)
     image = np.ascontiguousarray(orientation.to_anatomical(volume.array))
@@ -111,9 +120,10 @@ def preprocess_volume(volume: Volume, parameters: Preprocessing) -> CorrectedVol
         air = air_level(image, threshold)
     else:
         bias = estimate_bias(image, spacing_mm, parameters.bias)
-        tissue, threshold, air = bias.tissue_xyz, bias.tissue_threshold, bias.air_level
-        deviation = float(bias.log_bias_xyz[tissue].std(dtype=np.float64)) if tissue.any() else 0.0
+        threshold, air = bias.tissue_threshold, bias.air_level
         image = correct(image, bias.log_bias_xyz, air)
+        tissue = image > threshold
+        deviation = float(bias.log_bias_xyz[tissue].std(dtype=np.float64)) if tissue.any() else 0.0
     return CorrectedVolume(
         image_xyz=image,
         geometry=geometry,

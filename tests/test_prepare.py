@@ -22,6 +22,7 @@ from cspine_data import (
     InputError,
     Preprocessing,
     Volume,
+    bias_parameters,
     open_cohort,
     parse_axes,
     prepare,
@@ -92,6 +93,14 @@ def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data) -> No
         (("prepare", "nowhere"), "Error: nowhere: is no folder; give the folder that holds the volumes"),
         (("prepare", "empty"), "Error: empty: holds no volume; put .nrrd or .nii.gz files there"),
         (("prepare", "raw", "--axes", "03"), "Error: axes '03': are not known; give some of 0, 1 and 2"),
+        (
+            ("prepare", "raw", "--n4-resolution", "0"),
+            "Error: N4 parameter resolution_mm 0.0: is out of range; input should be greater than 0",
+        ),
+        (
+            ("prepare", "raw", "--no-n4", "--n4-spacing", "40"),
+            "Error: --no-n4: leaves the field in; leave out the other --n4 options",
+        ),
         (("prepare", "raw", "--workers", "0"), "Error: workers 0: are too few; give 1 or more"),
         (
             ("prepare", "raw", "--scheduler", "tcp://127.0.0.1:9"),
@@ -137,6 +146,18 @@ def test_only_what_a_change_touches_is_computed(store: Path, monkeypatch: pytest
     assert open_cohort(store).record("A", "n4").volume_digest != before.volume_digest
     assert open_cohort(store).record("A", "raw").axes == (0, 1, 2)
     assert verify(store) == []
+
+
+def test_how_n4_was_told_to_estimate_is_recorded(tmp_path: Path, run_data) -> None:
+    write_case(tmp_path / "raw", "A")
+    told = ("--n4-preset", "fast", "--n4-resolution", "12", "--n4-spacing", "70", "--n4-iterations", "5,4")
+    store = tmp_path / "s.zarr"
+    assert run_data("prepare", tmp_path / "raw", "--store", store, *told, "--axes", "0").exit_code == 0
+    of_ours = open_cohort(store).record("A", "n4").preprocessing.bias
+    assert of_ours == bias_parameters("fast", resolution_mm=12, spline_mm=70, iterations=(5, 4))
+    done = run_data("prepare", tmp_path / "raw", "--store", store, *told, "--axes", "0", "--n4-engine", "itk")
+    assert "1 done, 0 reused" in done.output
+    assert open_cohort(store).record("A", "n4").preprocessing.bias.engine == "itk"
 
 
 def test_a_reused_corrected_volume_is_the_computed_one(store: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,6 +42,14 @@ def test_raw_keeps_the_sources_values_and_n4_makes_floats() -> None:
     assert n4.image_xyz.dtype == np.float32
     assert n4.log_bias_deviation > 0
     assert (Preprocessing(bias=None).variant, N4.variant) == ("raw", "n4")
+
+
+def test_ct_is_not_corrected_as_if_it_were_mri() -> None:
+    image, _ = ball()
+    ct = Volume(array=(image.array.astype(np.int16) - 1024), geometry=image.geometry, path=Path("ct.nrrd"))
+    with pytest.raises(InputError, match=r"ct\.nrrd: is dark as CT .* prepare it with --no-n4"):
+        preprocess_volume(ct, N4)
+    assert preprocess_volume(ct, Preprocessing(bias=None)).image_xyz.min() < -900
 
 
 def test_what_is_air_and_what_is_tissue_is_recorded() -> None:

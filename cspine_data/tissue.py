@@ -1,0 +1,115 @@
+"""Which voxels are tissue and how bright air is, from the image alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data.geometry import Triple
+
+#: The grid that tissue is told from air on: fine enough for skin, coarse enough to average the noise away.
+TISSUE_MM = 3.0
+# In the logarithm of intensity air spreads out without end; this share of the intensity range stops it.
+_LOG_FLOOR = 0.03
+# Air is flat: on eleven real scans and four phantoms the darker half of the dark class spreads over at most 0.05 of
+# the distance to the bright class where there is air (0.10 in one crop with little of it), and over 0.14 to 0.48 in
+# crops that hold none.
+_FLATTEST_TISSUE = 0.12
+# Air is -1000 Hounsfield units; no magnitude of MRI is negative, nor does scaling bring it that low.
+_DARKEST_MRI = -500.0
+
+
+def average_down(array: NDArray[Any], factors: tuple[int, ...]) -> NDArray[np.float32]:
+    """Average blocks of voxels; the last block of an axis repeats the edge where the size is no multiple.
+
+    Parameters
+    ----------
+    array : ndarray
+        Any real array.
+    factors : tuple of int
+        Voxels to a block, along each axis.
+
+    Returns
+    -------
+    ndarray
+        float32, each size divided by its factor and rounded up.
+    """
+    averaged = array
+    for axis, factor in enumerate(factors):
+        if factor == 1:
+            continue
+        size = averaged.shape[axis]
+        # Adding whole planes is a third of the time of one mean over all three axes.
+        summed = np.add.reduceat(averaged, np.arange(0, size, factor), axis=axis, dtype=np.float32)
+        missing = -size % factor
+        if missing:
+            last: list[Any] = [slice(None)] * array.ndim
+            last[axis] = -1
+            summed[tuple(last)] += np.float32(missing) * averaged[tuple(last)]
+        summed /= np.float32(factor)
+        averaged = summed
+    return averaged.astype(np.float32, copy=averaged is array)
+
+
+def working_factors(spacing_mm: Triple, resolution_mm: float) -> tuple[int, int, int]:
+    """Return how many voxels to average along each axis to come near a working resolution."""
+    first, second, third = (max(1, round(resolution_mm / mm)) for mm in spacing_mm)
+    return first, second, third
+
+
+def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
+    """Return the intensity above which a voxel is tissue rather than air; no label map is needed.
+
+    Otsu's threshold (Otsu 1979) of the *logarithm* of intensity above the darkest percentile, on an image averaged
+    to about 3 mm. Otsu's threshold of the intensity itself parts bright fat from everything else and leaves most
+    tissue, vertebrae included, with the air. Where the darker class is not flat, as air is, the volume is a crop
+    without air, and the threshold lies below every voxel.
+
+    Parameters
+    ----------
+    image_xyz : ndarray
+        Intensities, any real dtype, any axis order.
+    spacing_mm : tuple of float
+        Voxel spacing along each axis.
+    """
+    averaged = average_down(image_xyz, working_factors(spacing_mm, TISSUE_MM))
+    darkest, brightest = (float(value) for value in np.percentile(averaged, (1, 99)))
+    if brightest <= darkest:
+        darkest, brightest = float(image_xyz.min()), float(image_xyz.max())
+    span = brightest - darkest
+    levels = np.log(np.clip((averaged - darkest) / span, 0, 1) + np.float32(_LOG_FLOOR))
+    threshold = darkest + (float(np.exp(_otsu(levels))) - _LOG_FLOOR) * span
+    dark, bright = averaged[averaged <= threshold], averaged[averaged > threshold]
+    if dark.size and bright.size:
+        low, middle = np.percentile(dark, (10, 50))
+        if middle - low > _FLATTEST_TISSUE * (np.median(bright) - middle):
+            return float(image_xyz.min()) - 1.0
+    return threshold
+
+
+def air_level(image_xyz: NDArray[Any], threshold: float) -> float:
+    """Return the intensity of air, the median of what is not tissue; 0 where there is no air.
+
+    Scanners put air near 0; a later rescaling to fewer bits often does not.
+    """
+    dark = image_xyz[image_xyz <= threshold]
+    return float(np.median(dark)) if dark.size else 0.0
+
+
+def looks_like_ct(image_xyz: NDArray[Any]) -> bool:
+    """Tell whether the dark voxels lie where CT has air; Hounsfield units hold no field to correct."""
+    return bool(image_xyz.min() < _DARKEST_MRI and np.percentile(image_xyz[::2, ::2, ::2], 5) < _DARKEST_MRI)
+
+
+def _otsu(values: NDArray[Any], bins: int = 256) -> float:
+    counts, edges = np.histogram(values, bins)
+    centres = (edges[1:] + edges[:-1]) / 2
+    below = np.cumsum(counts)[:-1]
+    above = below[-1] + counts[-1] - below
+    sum_below = np.cumsum(counts * centres)[:-1]
+    total = sum_below[-1] + counts[-1] * centres[-1]
+    between = below * above * (sum_below / np.maximum(below, 1) - (total - sum_below) / np.maximum(above, 1)) ** 2
+    best = np.flatnonzero(between == between.max())
+    return float(edges[1:-1][best].mean())
