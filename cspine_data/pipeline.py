@@ -221,8 +221,8 @@ def _record(job: Job, loaded: LoadedCase, volume: CorrectedVolume, label_xyz: ND
     label_voxels: dict[int, int] = {}
     labelled_voxels: dict[int, tuple[int, ...]] = {}
     if label_xyz is not None:
-        values, counts = np.unique(label_xyz, return_counts=True)
-        label_voxels = {int(value): int(n) for value, n in zip(values, counts, strict=True) if value != 0}
+        values, counts = np.unique(label_xyz[label_xyz != 0], return_counts=True)
+        label_voxels = {int(value): int(n) for value, n in zip(values, counts, strict=True)}
         for axis in range(3):
             others = tuple(a for a in range(3) if a != axis)
             labelled_voxels[axis] = tuple(np.count_nonzero(label_xyz, axis=others).tolist())
