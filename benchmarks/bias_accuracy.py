@@ -18,9 +18,9 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from cspine_data import BiasParameters, Orientation, read_volume
+from cspine_data import Orientation, bias_parameters, read_volume
 from cspine_data._anatomy import make_case
-from cspine_data.bias import PRESETS, estimate_bias
+from cspine_data.bias import estimate_bias
 from cspine_data.tissue import air_level, tissue_threshold
 
 Image = NDArray[np.float32]
@@ -28,9 +28,9 @@ Spacing = tuple[float, float, float]
 Way = Callable[[Image, Spacing], Image]
 
 
-def ours(**changes: object) -> Way:
-    """Return our estimate with some parameters changed."""
-    parameters = BiasParameters(**changes)
+def ours(preset: str = "default", **changes: object) -> Way:
+    """Return our estimate as a preset has it, with some parameters changed."""
+    parameters = bias_parameters(preset, **changes)
     return lambda image, spacing_mm: estimate_bias(image, spacing_mm, parameters).log_bias_xyz
 
 
@@ -54,9 +54,9 @@ WAYS: dict[str, Way] = {
     "width 0.15, noise 0.01": ours(width=0.15, noise=0.01),
     "noise 0.01": ours(noise=0.01),
     "one mask": ours(mask_passes=0),
-    "fast": ours(**PRESETS["fast"].model_dump()),
+    "fast": ours("fast"),
     "default": ours(),
-    "thorough": ours(**PRESETS["thorough"].model_dump()),
+    "thorough": ours("thorough"),
     "4 x 100": ours(iterations=(100,) * 4),
     "4 x 400": ours(iterations=(400,) * 4),
     "40 mm": ours(spline_mm=40),

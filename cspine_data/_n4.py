@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 Array = NDArray[np.float64]
+Real = TypeVar("Real", np.float32, np.float64)
 
 
 class N4Parameters(BaseModel):
@@ -81,30 +82,20 @@ class SplineField:
         ndarray
             float32, one size an axis.
         """
-        weights = [_weights(p, n - 3) for p, n in zip(positions, self.lattice.shape, strict=True)]
-        field = self.lattice.astype(np.float32)
-        for weight in weights:
-            # Each product consumes the first axis and appends the new one.
-            field = np.tensordot(field, weight.astype(np.float32), axes=(0, 1))
-        return field
+        weights = [_weights(p, n - 3).T for p, n in zip(positions, self.lattice.shape, strict=True)]
+        return _product(self.lattice.astype(np.float32), [weight.astype(np.float32) for weight in weights])
 
     def refined(self, elements: Sequence[int]) -> SplineField:
         """Return the field with other numbers of elements along the axes; the same field where they are multiples."""
-        lattice = self.lattice
-        moves: list[Array] = []
-        for points, wanted in zip(lattice.shape, elements, strict=True):
-            positions = np.linspace(0, 1, 4 * (wanted + 3))
-            moves.append(np.asarray((np.linalg.pinv(_weights(positions, wanted)) @ _weights(positions, points - 3)).T))
-        return SplineField(_product(lattice, moves))
+        positions = [np.linspace(0, 1, 4 * (n + 3)) for n in elements]
+        weights = [_weights(p, n - 3).T for p, n in zip(positions, self.lattice.shape, strict=True)]
+        return SplineField.through(_product(self.lattice, weights), elements)
 
     @classmethod
     def through(cls, values: Array, elements: Sequence[int]) -> SplineField:
         """Return the spline nearest to the values, in least squares, on a regular grid over the unit cube."""
-        fits: list[Array] = [
-            np.asarray(np.linalg.pinv(_weights(np.linspace(0, 1, n), wanted)).T)
-            for n, wanted in zip(values.shape, elements, strict=True)
-        ]
-        return cls(_product(values.astype(np.float64), fits))
+        weights = [_weights(np.linspace(0, 1, n), few) for n, few in zip(values.shape, elements, strict=True)]
+        return cls(_product(values.astype(np.float64), [np.asarray(np.linalg.pinv(weight).T) for weight in weights]))
 
 
 def fit_log_bias(
@@ -136,6 +127,38 @@ def fit_log_bias(
         fit = _Fit(positions, field.lattice.shape, weights)
         field = _fit_level(field, observed, fit, most, parameters)
     return field
+
+
+def itk_log_bias(
+    image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: Sequence[float], parameters: N4Parameters
+) -> NDArray[Any]:
+    """Estimate by SimpleITK's filter, the slow twin, on the image's grid; `spline_mm` and `stride` are ours alone.
+
+    Parameters
+    ----------
+    image : ndarray
+        Intensities, 3-D, positive within the mask.
+    mask : ndarray of bool
+        Where to estimate, same shape.
+    spacing_mm : sequence of float
+        Voxel spacing along each axis.
+    parameters : N4Parameters
+        How to estimate.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    volumes = [sitk.GetImageFromArray(np.ascontiguousarray(a.transpose())) for a in (image, mask.astype(np.uint8))]
+    for volume in volumes:
+        volume.SetSpacing(spacing_mm)
+    n4 = sitk.N4BiasFieldCorrectionImageFilter()
+    n4.SetMaximumNumberOfIterations(list(parameters.iterations))
+    n4.SetConvergenceThreshold(parameters.threshold)
+    n4.SetNumberOfControlPoints([parameters.control_points] * 3)
+    n4.SetNumberOfHistogramBins(parameters.bins)
+    n4.SetBiasFieldFullWidthAtHalfMaximum(parameters.width)
+    n4.SetWienerFilterNoise(parameters.noise)
+    n4.Execute(*volumes)
+    return np.asarray(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(volumes[0])).transpose())
 
 
 def _fit_level(field: SplineField, observed: Array, fit: _Fit, most: int, parameters: N4Parameters) -> SplineField:
@@ -179,16 +202,13 @@ class _Fit:
 
     def values(self, lattice: Array) -> Array:
         """Return a field's values at the voxels that count."""
-        first, second, third = self._splines
-        # The longest product last, and without a copy.
-        field = np.matmul(second, np.tensordot(first, lattice, axes=(1, 0))) @ third.T
-        return np.asarray(field.ravel()[self._inside])
+        return np.asarray(_product(lattice, [spline.T for spline in self._splines]).ravel()[self._inside])
 
 
-def _product(array: Array, matrices: Sequence[Array]) -> Array:
+def _product(array: NDArray[Real], matrices: Sequence[NDArray[Real]]) -> NDArray[Real]:
     """Multiply each axis of an array (i, j, k) by a matrix (i, a), (j, b), (k, c)."""
     first, second, third = matrices
-    return np.tensordot(first, np.matmul(second.T, array @ third), axes=(0, 0))
+    return cast("NDArray[Real]", np.tensordot(first, np.matmul(second.T, array @ third), axes=(0, 0)))
 
 
 def _weights(positions: Array, elements: int) -> Array:

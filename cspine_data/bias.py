@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from cspine_data._n4 import N4Parameters, SplineField, fit_log_bias
+from cspine_data._n4 import N4Parameters, SplineField, fit_log_bias, itk_log_bias
 from cspine_data.errors import InputError
 from cspine_data.geometry import Triple
 from cspine_data.tissue import TISSUE_MM, air_level, average_down, tissue_threshold, working_factors
@@ -88,13 +88,16 @@ class BiasEstimate:
     ----------
     log_bias_xyz : ndarray
         Natural logarithm of the field, float32, (x, y, z), mean zero over the tissue.
+    tissue_xyz : ndarray of bool
+        Which voxels are tissue: above `tissue_threshold` after correction.
     air_level : float
         Intensity of air. The field multiplies what lies above it.
     tissue_threshold : float
-        What is brighter, once corrected, is tissue.
+        In the corrected image.
     """
 
     log_bias_xyz: NDArray[np.float32]
+    tissue_xyz: NDArray[np.bool_]
     air_level: float
     tissue_threshold: float
 
@@ -132,7 +135,9 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     # N4 leaves the field's level open, and the threshold is of an image that keeps its own.
     log_bias = estimate.on_grid(image_xyz.shape, finer=factors)
     log_bias -= _mean(estimate.on_grid(signal.shape), tissue)
-    return BiasEstimate(log_bias, air, threshold)
+    in_tissue = correct(image_xyz, log_bias, air) > threshold
+    log_bias -= _mean(log_bias, in_tissue)
+    return BiasEstimate(log_bias, in_tissue, air, threshold)
 
 
 def estimate_log_bias(
@@ -210,34 +215,12 @@ def _estimate(
     working = np.divide(summed, share, out=np.ones_like(share), where=mask)
     working_mm = _times(spacing_mm, factors)
     if parameters.engine == "itk":
-        field = _with_itk(working, mask, working_mm, parameters)
+        elements = (parameters.control_points - 3) * 2 ** (len(parameters.iterations) - 1)
+        field = SplineField.through(itk_log_bias(working, mask, working_mm, parameters), (elements,) * 3)
     else:
         extent_mm = [(n - 1) * mm for n, mm in zip(working.shape, working_mm, strict=True)]
         field = fit_log_bias(np.log(working), mask, extent_mm, parameters)
     return _WorkingField(field, working.shape, factors)
-
-
-def _with_itk(
-    working: NDArray[np.float32], mask: NDArray[np.bool_], spacing_mm: Triple, parameters: BiasParameters
-) -> SplineField:
-    import SimpleITK as sitk  # noqa: N813
-
-    image, inside = (
-        sitk.GetImageFromArray(np.ascontiguousarray(array.transpose())) for array in (working, mask.astype(np.uint8))
-    )
-    image.SetSpacing(spacing_mm)
-    inside.SetSpacing(spacing_mm)
-    n4 = sitk.N4BiasFieldCorrectionImageFilter()
-    n4.SetMaximumNumberOfIterations(list(parameters.iterations))
-    n4.SetConvergenceThreshold(parameters.threshold)
-    n4.SetNumberOfControlPoints([parameters.control_points] * 3)
-    n4.SetNumberOfHistogramBins(parameters.bins)
-    n4.SetBiasFieldFullWidthAtHalfMaximum(parameters.width)
-    n4.SetWienerFilterNoise(parameters.noise)
-    n4.Execute(image, inside)
-    log_bias = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image)).transpose()
-    elements = (parameters.control_points - 3) * 2 ** (len(parameters.iterations) - 1)
-    return SplineField.through(log_bias, (elements,) * 3)
 
 
 def _times(spacing_mm: Triple, factors: tuple[int, int, int]) -> Triple:

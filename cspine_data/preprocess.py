@@ -120,10 +120,9 @@ def preprocess_volume(volume: Volume, parameters: Preprocessing) -> CorrectedVol
         air = air_level(image, threshold)
     else:
         bias = estimate_bias(image, spacing_mm, parameters.bias)
-        threshold, air = bias.tissue_threshold, bias.air_level
-        image = correct(image, bias.log_bias_xyz, air)
-        tissue = image > threshold
+        tissue, threshold, air = bias.tissue_xyz, bias.tissue_threshold, bias.air_level
         deviation = float(bias.log_bias_xyz[tissue].std(dtype=np.float64)) if tissue.any() else 0.0
+        image = correct(image, bias.log_bias_xyz, air)
     return CorrectedVolume(
         image_xyz=image,
         geometry=geometry,

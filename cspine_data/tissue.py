@@ -36,21 +36,13 @@ def average_down(array: NDArray[Any], factors: tuple[int, ...]) -> NDArray[np.fl
     ndarray
         float32, each size divided by its factor and rounded up.
     """
-    averaged = array
-    for axis, factor in enumerate(factors):
-        if factor == 1:
-            continue
-        size = averaged.shape[axis]
-        # Adding whole planes is a third of the time of one mean over all three axes.
-        summed = np.add.reduceat(averaged, np.arange(0, size, factor), axis=axis, dtype=np.float32)
-        missing = -size % factor
-        if missing:
-            last: list[Any] = [slice(None)] * array.ndim
-            last[axis] = -1
-            summed[tuple(last)] += np.float32(missing) * averaged[tuple(last)]
-        summed /= np.float32(factor)
-        averaged = summed
-    return averaged.astype(np.float32, copy=averaged is array)
+    padding = [(0, -size % factor) for size, factor in zip(array.shape, factors, strict=True)]
+    padded = np.pad(array, padding, mode="edge")
+    blocks: list[int] = []
+    for size, factor in zip(padded.shape, factors, strict=True):
+        blocks += [size // factor, factor]
+    within_block = tuple(range(1, 2 * array.ndim, 2))
+    return np.asarray(padded.reshape(blocks).mean(axis=within_block, dtype=np.float32))
 
 
 def working_factors(spacing_mm: Triple, resolution_mm: float) -> tuple[int, int, int]:
