@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -375,8 +376,12 @@ def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
     _sync_folder(folder)
 
 
+@cache
 def _lock(path: Path) -> Any:
-    """Lock a store against other writers of its root; the kernel frees it when its holder dies."""
+    """Lock a store against other writers of its root; the kernel frees it when its holder dies.
+
+    Kept, since dropping it runs its destructor, and Python loses a Ctrl-C that arrives within a destructor.
+    """
     from filelock import FileLock
 
     return FileLock(path.parent / f".{path.name}.lock", timeout=60)
