@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     )
     from cspine_data.geometry import Geometry, Orientation
     from cspine_data.pipeline import PrepareSummary, parse_axes, prepare
-    from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
+    from cspine_data.preprocess import PreparedVolume, Preprocessing, preprocess_volume
     from cspine_data.schema import CaseRecord
     from cspine_data.splits import Split
-    from cspine_data.store import Damage, verify
+    from cspine_data.verification import Damage, verify
     from cspine_data.volumes import Volume, label_name, read_volume, volume_suffix, write_volume
 
 _HOME = {
@@ -39,10 +39,10 @@ _HOME = {
     ),
     "geometry": ("Geometry", "Orientation"),
     "pipeline": ("PrepareSummary", "parse_axes", "prepare"),
-    "preprocess": ("CorrectedVolume", "Preprocessing", "preprocess_volume"),
+    "preprocess": ("PreparedVolume", "Preprocessing", "preprocess_volume"),
     "schema": ("CaseRecord",),
     "splits": ("Split",),
-    "store": ("Damage", "verify"),
+    "verification": ("Damage", "verify"),
     "volumes": ("Volume", "label_name", "read_volume", "volume_suffix", "write_volume"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -52,7 +52,6 @@ __all__ = [
     "Case",
     "CaseRecord",
     "Cohort",
-    "CorrectedVolume",
     "CspineDataError",
     "Damage",
     "DamagedStoreError",
@@ -63,6 +62,7 @@ __all__ = [
     "NotInStoreError",
     "Orientation",
     "PrepareSummary",
+    "PreparedVolume",
     "Preprocessing",
     "Problem",
     "SliceDataset",

@@ -77,6 +77,13 @@ def scan(source: Path, pairs: Path | None) -> None:
 @click.option("--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, that the field is estimated on.")
 @click.option("--n4-spacing", "n4_spacing_mm", type=float, help="Length, mm, of the spline's finest elements.")
 @click.option("--n4-iterations", help="Most iterations at each level, as in 200,200,200.")
+@click.option(
+    "--normalisation",
+    type=click.Choice(["zscore", "percentile", "nyul"]),
+    default="zscore",
+    help="Scale of intensities: the tissue's mean and deviation, its percentiles, or the cohort's histogram.",
+)
+@click.option("--spacing", default="native", help="Voxels, mm, that slices are resampled to: native, 1 or 0.5,0.5,1.")
 @click.option("--axes", default="012", help="Axes to slice along: 0 sagittal, 1 coronal, 2 axial.")
 @click.option("--workers", type=int, help="Worker processes; one a core by default.")
 @click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
@@ -91,6 +98,8 @@ def prepare(
     n4_resolution_mm: float | None,
     n4_spacing_mm: float | None,
     n4_iterations: str | None,
+    normalisation: str,
+    spacing: str,
     axes: str,
     workers: int | None,
     scheduler: str | None,
@@ -101,7 +110,7 @@ def prepare(
     from cspine_data.bias import bias_parameters
     from cspine_data.errors import InputError
     from cspine_data.pipeline import prepare as prepare_cohort
-    from cspine_data.preprocess import Preprocessing
+    from cspine_data.preprocess import Preprocessing, parse_spacing
 
     changes = {
         "engine": n4_engine,
@@ -112,7 +121,11 @@ def prepare(
     given = {name: value for name, value in changes.items() if value is not None}
     if given and not n4:
         raise InputError("--no-n4", "leaves the field in", "leave out the other --n4 options")
-    preprocessing = Preprocessing(bias=bias_parameters(n4_preset, **given) if n4 else None)
+    preprocessing = Preprocessing(
+        bias=bias_parameters(n4_preset, **given) if n4 else None,
+        normalisation=normalisation,
+        spacing_mm=parse_spacing(spacing),
+    )
     try:
         with progress_bar("preparing") as progress:
             summary = prepare_cohort(
@@ -157,11 +170,14 @@ def info(store: Path) -> None:
                 (
                     record.case, variant, " x ".join(map(str, record.size_xyz)),
                     " x ".join(f"{mm:.3g}" for mm in record.spacing_xyz_mm),
+                    " x ".join(f"{mm:.3g}" for mm in record.sliced_spacing_xyz_mm),
                     "".join(map(str, record.axes)), " ".join(map(str, record.label_voxels)) or "-",
                     part_of.get(record.case, "-"), deviation,
                 )
             )  # fmt: skip
-    print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
+    print_table(
+        ("case", "variant", "size xyz", "spacing mm", "of slices", "axes", "labels", "split", "log bias sd"), rows
+    )
     for note in cohort.notes:
         click.echo(f"note: {note}")
     click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
@@ -171,7 +187,7 @@ def info(store: Path) -> None:
 @STORE
 def verify(store: Path) -> None:
     """Hold every byte of a store against its checksums."""
-    from cspine_data.store import verify as verify_store
+    from cspine_data.verification import verify as verify_store
 
     damages = verify_store(store)
     for damage in damages:

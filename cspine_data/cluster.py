@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cspine_data.cases import Problem, describe_problem
 from cspine_data.errors import InputError
@@ -19,18 +19,22 @@ _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS", "NUMEXPR_NUM_THREADS",
      "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1",
 )  # fmt: skip
-Work = Callable[[Job, str], int | Problem]
+Result = TypeVar("Result")
 
 
 def run_jobs(
-    work: Work, jobs: Sequence[Job], store: Path, workers: int | None, scheduler: str | None
-) -> Iterator[tuple[Job, int | Problem]]:
-    """Do the jobs on a Dask cluster, the largest first, and yield each as it ends: its bytes, or its problem.
+    work: Callable[[Job, str], Result | Problem],
+    jobs: Sequence[Job],
+    store: Path,
+    workers: int | None,
+    scheduler: str | None,
+) -> Iterator[tuple[Job, Result | Problem]]:
+    """Do the jobs on a Dask cluster, the largest first, and yield each as it ends: its result, or its problem.
 
     Parameters
     ----------
     work : callable
-        Does one job in a worker: given the job and the store, returns bytes written or a problem, and never raises.
+        Does one job in a worker: given the job and the store, returns a small result or a problem, and never raises.
     jobs : sequence of Job
         What to do.
     store : Path
@@ -72,7 +76,7 @@ def run_jobs(
 
 
 def _outcome(future: Any, job: Job) -> Any:
-    """Return a job's bytes, its problem, or Dask's word that its worker died."""
+    """Return a job's result, its problem, or Dask's word that its worker died."""
     from distributed.scheduler import KilledWorker
 
     try:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from cspine_data import schema
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.geometry import Orientation
+from cspine_data.preprocess import PreparedVolume, normalise_volume
 from cspine_data.reader import SliceArray, slice_array
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.splits import TEST, TRAIN, VALIDATION, Split, fold_split, leave_one_out, reference_split
-from cspine_data.store import read_label_xyz, read_record, read_root, read_volume_xyz, records
+from cspine_data.store import read_corrected, read_label_xyz, read_record, read_root, read_volume_xyz, records
 from cspine_data.volumes import Volume
 
 Labels = Literal["binary", "stored"] | None
@@ -178,6 +179,19 @@ class Cohort:
         """Return whole volumes as a map-style dataset; the parameters are those of `slices`."""
         return VolumeDataset(self.path, self._chosen(split, variant, cases, labels), labels)
 
+    def prepared(self, case: str, variant: str | None = None) -> PreparedVolume:
+        """Return what a network sees of a whole case, exactly as its slices hold it, and the way back to its grid.
+
+        Raises
+        ------
+        NotInStoreError
+            If the store does not hold it.
+        DamagedStoreError
+            If its bytes are not what was written.
+        """
+        record = self.record(case, variant)
+        return normalise_volume(read_corrected(self.path, record), record.preprocessing)
+
     def export(self, case: str, variant: str | None = None, *, label: bool = False) -> Volume:
         """Return a case as a volume on the grid of the file it came from.
 
@@ -304,26 +318,26 @@ class SliceDataset:
     def spacing_mm(self, item: int) -> tuple[float, float]:
         """Return the pixel spacing along H and W of an item."""
         number, axis, _ = self._places[item]
-        first, second = (mm for a, mm in enumerate(self.records[number].spacing_xyz_mm) if a != axis)
+        first, second = (mm for a, mm in enumerate(self.records[number].sliced_spacing_xyz_mm) if a != axis)
         return first, second
 
     def shape(self, item: int) -> tuple[int, int]:
         """Return H and W of an item, without reading it."""
         number, axis, _ = self._places[item]
-        first, second = (size for a, size in enumerate(self.records[number].size_xyz) if a != axis)
+        first, second = (size for a, size in enumerate(self.records[number].sliced_size_xyz) if a != axis)
         return first, second
 
     def _read_with_context(self, number: int, axis: int, position: int) -> NDArray[np.float32]:
         array = self._array(number, axis, "image")
         around = range(position - self.context, position + self.context + 1)
         beside = [min(max(wanted, 0), array.shape[0] - 1) for wanted in around]
-        image = np.empty((len(beside), *array.shape[1:]), dtype=array.dtype)
+        levels = np.empty((len(beside), *array.shape[1:]), dtype=array.dtype)
         for channel, wanted in enumerate(beside):
             if channel and wanted == beside[channel - 1]:
-                image[channel] = image[channel - 1]
+                levels[channel] = levels[channel - 1]
             else:
-                array.read_into(wanted, image[channel])
-        return image
+                array.read_into(wanted, levels[channel])
+        return self.records[number].levels.decode(levels)
 
     def _array(self, number: int, axis: int, kind: str) -> SliceArray:
         return slice_array(self._folders[number] / schema.slice_array(axis, kind))
@@ -333,7 +347,8 @@ class VolumeDataset:
     """Whole volumes of a cohort, in order of case; `len`, `[]`, picklable.
 
     Items are ``(image, label)``: float32 (1, X, Y, Z) normalised intensities, and uint8 (1, X, Y, Z), 1 where labelled
-    (or the stored values and dtype); with ``labels=None`` the image alone.
+    (or the stored values and dtype); with ``labels=None`` the image alone. Both lie on the volume's own grid, also
+    where its slices were resampled.
 
     Made by `Cohort.volumes`.
     """
@@ -348,7 +363,8 @@ class VolumeDataset:
 
     def __getitem__(self, item: int) -> Any:
         record = self.records[item]
-        image = record.normalisation.apply(read_volume_xyz(self._store, record))[None]
+        normalised = record.normalisation.apply(read_volume_xyz(self._store, record))
+        image = record.levels.decode(record.levels.encode(normalised))[None]
         if self.labels is None:
             return image
         label = read_label_xyz(self._store, record)[None]
@@ -379,7 +395,7 @@ def open_cohort(path: str | Path) -> Cohort:
 def _labelled_voxels(record: CaseRecord, axis: int) -> NDArray[np.int64]:
     if record.labelled:
         return np.array(record.labelled_voxels[axis], dtype=np.int64)
-    return np.zeros(record.size_xyz[axis], dtype=np.int64)
+    return np.zeros(record.sliced_size_xyz[axis], dtype=np.int64)
 
 
 def _axis_missing(store: Path, record: CaseRecord, axis: int) -> Exception:

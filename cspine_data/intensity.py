@@ -10,36 +10,87 @@ from pydantic import BaseModel, ConfigDict
 
 from cspine_data.errors import InputError
 
+Method = Literal["zscore", "percentile", "nyul"]
+METHODS: tuple[Method, ...] = ("zscore", "percentile", "nyul")
+#: The percentiles of the tissue that Nyul's method matches (Nyul and Udupa 1999: the ends, and the deciles).
+NYUL_PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
+_ENDS = (NYUL_PERCENTILES[0], NYUL_PERCENTILES[-1])
+# Levels of 16 bits would grow coarse where one broken voxel is a thousand times as bright as tissue. All that networks
+# see lies within a few units; what lies beyond these is put to them.
+_FARTHEST = 32.0
+_HIGHEST_LEVEL = 32767
+
 
 class Normalisation(BaseModel):
-    """A z-score and the statistics it was made with.
+    """How intensities turn into what networks see: straight lines between points, the outermost going on beyond.
 
     Attributes
     ----------
     method : str
-        ``zscore``: subtract the mean of the tissue, divide by its standard deviation.
-    mean, std : float
-        Of the tissue voxels, in the units of the image.
+        ``zscore``: the tissue's mean becomes 0, its standard deviation 1. ``percentile``: its 1st percentile becomes
+        0, its 99th 1, which a few bright or dark voxels do not move. ``nyul``: its percentiles 1, 10, 20 to 90 and 99
+        become a cohort's standard ones (Nyul and Udupa 1999).
+    intensities : tuple of float
+        Ascending, in the units of the image.
+    values : tuple of float
+        What these become, ascending.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    method: Literal["zscore"] = "zscore"
-    mean: float
-    std: float
+    method: Method = "zscore"
+    intensities: tuple[float, ...]
+    values: tuple[float, ...]
 
     def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Normalise an image of any shape; float32."""
-        scale = np.float32(1 / self.std)
-        return np.asarray((image.astype(np.float32) - np.float32(self.mean)) * scale)
+        return _along_lines(image, self.intensities, self.values)
 
     def undo(self, normalised: NDArray[Any]) -> NDArray[np.float32]:
         """Give an image its own units back; float32."""
-        return np.asarray(normalised * np.float32(self.std) + np.float32(self.mean), dtype=np.float32)
+        return _along_lines(normalised, self.values, self.intensities)
 
 
-def tissue_zscore(image: NDArray[Any], tissue: NDArray[np.bool_], name: str) -> Normalisation:
-    """Return the z-score of an image over its tissue.
+class Levels(BaseModel):
+    """How 16-bit whole numbers stand for normalised intensities: ``level * scale + offset``.
+
+    Attributes
+    ----------
+    scale : float
+        What one level is worth; a value is off by at most half of it.
+    offset : float
+        The value of level 0.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    scale: float
+    offset: float
+
+    @classmethod
+    def spanning(cls, normalised: NDArray[np.float32]) -> Levels:
+        """Return levels that an image's own range takes all of; values beyond 32 are put to 32, on either side."""
+        lowest, highest = (float(np.clip(end, -_FARTHEST, _FARTHEST)) for end in (normalised.min(), normalised.max()))
+        return cls(scale=max(highest - lowest, 1e-6) / (2 * _HIGHEST_LEVEL), offset=(highest + lowest) / 2)
+
+    def encode(self, normalised: NDArray[np.float32]) -> NDArray[np.int16]:
+        """Return the level nearest to each value."""
+        levels = normalised - np.float32(self.offset)
+        levels *= np.float32(1 / self.scale)
+        np.rint(levels, out=levels)
+        return np.clip(levels, -_HIGHEST_LEVEL, _HIGHEST_LEVEL, out=levels).astype(np.int16)
+
+    def decode(self, levels: NDArray[np.int16]) -> NDArray[np.float32]:
+        """Return the values that levels stand for; float32."""
+        values = np.multiply(levels, np.float32(self.scale), dtype=np.float32)
+        values += np.float32(self.offset)
+        return values
+
+
+def normalisation_of(
+    image: NDArray[Any], tissue: NDArray[np.bool_], method: Method, standard: tuple[float, ...] | None, name: str
+) -> Normalisation:
+    """Return what normalises an image by the intensities of its tissue.
 
     Parameters
     ----------
@@ -47,6 +98,10 @@ def tissue_zscore(image: NDArray[Any], tissue: NDArray[np.bool_], name: str) -> 
         Intensities.
     tissue : ndarray of bool
         Which voxels are tissue, same shape; needs no label map.
+    method : str
+        ``zscore``, ``percentile`` or ``nyul``.
+    standard : tuple of float, optional
+        For ``nyul``, what `standard_landmarks` gave for a cohort.
     name : str
         What to call the image in an error.
 
@@ -55,7 +110,60 @@ def tissue_zscore(image: NDArray[Any], tissue: NDArray[np.bool_], name: str) -> 
     InputError
         If the tissue holds no contrast to scale by.
     """
-    values = image[tissue]
-    if values.size == 0 or not (std := float(values.std(dtype=np.float64))) > 0:
+    found = image[tissue]
+    intensities: tuple[float, ...] = (0.0, 0.0)
+    values: tuple[float, ...] = (0.0, 1.0)
+    if method == "nyul":
+        if standard is None:
+            raise InputError(name, "cannot be matched without a cohort's landmarks", "prepare it with its cohort")
+        intensities, values = _percentiles(found, NYUL_PERCENTILES), standard
+    elif method == "percentile":
+        intensities = _percentiles(found, _ENDS)
+    elif found.size:
+        mean = float(found.mean(dtype=np.float64))
+        intensities = (mean, mean + float(found.std(dtype=np.float64)))
+    if not intensities[-1] > intensities[0]:
         raise InputError(name, "has no contrast within its tissue", "is it a mask or a label map? leave it out")
-    return Normalisation(mean=float(values.mean(dtype=np.float64)), std=std)
+    intensities, values = _distinct(intensities, values)
+    return Normalisation(method=method, intensities=intensities, values=values)
+
+
+def landmarks(image: NDArray[Any], tissue: NDArray[np.bool_]) -> tuple[float, ...]:
+    """Return where an image's landmarks lie once its 1st percentile is 0 and its 99th 1; empty without contrast."""
+    found = np.array(_percentiles(image[tissue], NYUL_PERCENTILES))
+    span = found[-1] - found[0]
+    return tuple(((found - found[0]) / span).tolist()) if span > 0 else ()
+
+
+def standard_landmarks(of_images: list[tuple[float, ...]]) -> tuple[float, ...]:
+    """Return the standard that Nyul's method matches images to: the mean of a cohort's landmarks."""
+    mean = np.mean(np.array([one for one in of_images if one], dtype=np.float64), axis=0)
+    return tuple(round(float(value), 6) for value in mean)
+
+
+def _percentiles(found: NDArray[Any], percentiles: tuple[int, ...]) -> tuple[float, ...]:
+    if not found.size:
+        return (0.0,) * len(percentiles)
+    return tuple(float(value) for value in np.percentile(found, percentiles))
+
+
+def _distinct(intensities: tuple[float, ...], values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Leave out points that no line can be drawn to: images of few grey values have equal percentiles."""
+    points = [(intensities[0], values[0])]
+    for intensity, value in zip(intensities[1:], values[1:], strict=True):
+        if intensity > points[-1][0] and value > points[-1][1]:
+            points.append((intensity, value))
+    return tuple(point[0] for point in points), tuple(point[1] for point in points)
+
+
+def _along_lines(image: NDArray[Any], start: tuple[float, ...], end: tuple[float, ...]) -> NDArray[np.float32]:
+    places, values = np.array(start, dtype=np.float64), np.array(end, dtype=np.float64)
+    slopes = (np.diff(values) / np.diff(places)).astype(np.float32)
+    if slopes.size == 1:
+        line: NDArray[np.float32] = np.subtract(image, np.float32(start[0]), dtype=np.float32)
+        line *= slopes[0]
+        line += np.float32(end[0])
+        return line
+    before = np.searchsorted(places[1:-1].astype(np.float32), image, side="right")
+    shifts = (values[:-1] - slopes * places[:-1]).astype(np.float32)
+    return np.asarray(image * slopes[before] + shifts[before], dtype=np.float32)

@@ -33,7 +33,7 @@ class Job:
     @property
     def digest(self) -> str:
         """Digest of the stored case that this job makes."""
-        return case_digest(self.volume_digest, self.label_sha256, self.axes)
+        return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes)
 
 
 def plan_jobs(

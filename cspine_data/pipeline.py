@@ -11,14 +11,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.cases import LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
+from cspine_data.cases import Case, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
 from cspine_data.cluster import run_jobs
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
+from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, file_digests, is_current, plan_jobs
-from cspine_data.preprocess import CorrectedVolume, Preprocessing, preprocess_volume
+from cspine_data.preprocess import CorrectedVolume, PreparedVolume, Preprocessing, correct_volume, normalise_volume
 from cspine_data.schema import CaseRecord
-from cspine_data.store import create_store, enrol, publish, read_volume_xyz, stored_record, write_case
+from cspine_data.store import (
+    LabelMap,
+    create_store,
+    enrol,
+    publish,
+    read_corrected,
+    read_root,
+    stored_record,
+    write_case,
+)
+from cspine_data.volumes import read_volume
+
+# Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
+_CASES_OF_A_STANDARD = 32
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,9 @@ def prepare(
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
     create_store(store)
+    if preprocessing.normalisation == "nyul" and preprocessing.standard is None:
+        standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
+        preprocessing = preprocessing.model_copy(update={"standard": standard})
     jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
@@ -157,6 +174,24 @@ def prepare(
     )
 
 
+def _standard(
+    cases: Sequence[Case], store: Path, preprocessing: Preprocessing, workers: int | None, scheduler: str | None
+) -> tuple[float, ...] | None:
+    """Return what Nyul's method matches volumes to: what the store's cases were matched to, else the cohort's own.
+
+    A cohort's own is learnt from a few of its cases, spread evenly; None where none of them can be used.
+    """
+    for case, variants in read_root(store).cases.items():
+        digest = variants.get(preprocessing.variant)
+        record = stored_record(store, case, digest) if digest else None
+        if record and record.preprocessing.model_copy(update={"standard": None}) == preprocessing:
+            return record.preprocessing.standard
+    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, ())
+    found = [outcome for _, outcome in run_jobs(_landmarks, jobs, store, workers, scheduler)]
+    of_cases = sorted(landmarks for landmarks in found if isinstance(landmarks, tuple) and landmarks)
+    return standard_landmarks(of_cases) if of_cases else None
+
+
 def prepare_case(job: Job, store: Path) -> int:
     """Do one job: load, correct, slice, write. The case is complete in the store then, but not yet published.
 
@@ -176,31 +211,24 @@ def prepare_case(job: Job, store: Path) -> int:
     if file_digests(job.case) != (job.image_sha256, job.label_sha256):
         raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
     if stored_record(store, job.case.id, job.digest) is None:
-        volume = _stored_volume(job, store, loaded) or preprocess_volume(loaded.image, job.preprocessing)
+        corrected = _stored_volume(job, store) or correct_volume(loaded.image, job.preprocessing.bias)
+        prepared = normalise_volume(corrected, job.preprocessing)
         label_xyz = _label_xyz(loaded)
-        write_case(store, _record(job, loaded, volume, label_xyz), volume, label_xyz)
+        label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
+        write_case(store, _record(job, loaded, prepared, label), prepared, label)
     folder = store / "cases" / job.case.id / job.digest
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _stored_volume(job: Job, store: Path, loaded: LoadedCase) -> CorrectedVolume | None:
-    """Return the corrected volume that the store holds, where only labels or axes have changed since."""
+def _stored_volume(job: Job, store: Path) -> CorrectedVolume | None:
+    """Return the corrected volume that the store holds, where only what comes after it has changed since."""
     record = stored_record(store, job.case.id, job.current) if job.current else None
     if record is None or record.volume_digest != job.volume_digest:
         return None
     try:
-        image_xyz = read_volume_xyz(store, record)
+        return read_corrected(store, record)
     except DamagedStoreError:
         return None
-    return CorrectedVolume(
-        image_xyz=image_xyz,
-        geometry=loaded.image.geometry,
-        normalisation=record.normalisation,
-        air_level=record.air_level,
-        tissue_threshold=record.tissue_threshold,
-        tissue_fraction=record.tissue_fraction,
-        log_bias_deviation=record.log_bias_deviation,
-    )
 
 
 def _label_xyz(loaded: LoadedCase) -> NDArray[Any] | None:
@@ -215,17 +243,18 @@ def _label_xyz(loaded: LoadedCase) -> NDArray[Any] | None:
     return np.ascontiguousarray(Orientation.of(loaded.image.geometry).to_anatomical(values).astype(dtype))
 
 
-def _record(job: Job, loaded: LoadedCase, volume: CorrectedVolume, label_xyz: NDArray[Any] | None) -> CaseRecord:
-    geometry = loaded.image.geometry
-    geometry_xyz = Orientation.of(geometry).geometry_xyz(geometry)
+def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: LabelMap | None) -> CaseRecord:
+    corrected = prepared.corrected
+    geometry_xyz = Orientation.of(corrected.geometry).geometry_xyz(corrected.geometry)
     label_voxels: dict[int, int] = {}
     labelled_voxels: dict[int, tuple[int, ...]] = {}
-    if label_xyz is not None:
-        values, counts = np.unique(label_xyz[label_xyz != 0], return_counts=True)
+    if label is not None:
+        values, counts = np.unique(label.volume_xyz[label.volume_xyz != 0], return_counts=True)
         label_voxels = {int(value): int(n) for value, n in zip(values, counts, strict=True)}
         for axis in range(3):
             others = tuple(a for a in range(3) if a != axis)
-            labelled_voxels[axis] = tuple(np.count_nonzero(label_xyz, axis=others).tolist())
+            labelled_voxels[axis] = tuple(np.count_nonzero(label.sliced_xyz, axis=others).tolist())
+    sliced_x, sliced_y, sliced_z = prepared.levels_xyz.shape
     return CaseRecord(
         case=job.case.id,
         variant=job.preprocessing.variant,
@@ -234,17 +263,20 @@ def _record(job: Job, loaded: LoadedCase, volume: CorrectedVolume, label_xyz: ND
         image_sha256=job.image_sha256,
         label_sha256=job.label_sha256,
         preprocessing=job.preprocessing,
-        geometry=geometry,
+        geometry=corrected.geometry,
         assumed_orientation=loaded.image.assumed_orientation,
         image_dtype=loaded.image.array.dtype.name,
         label_dtype=loaded.label.array.dtype.name if loaded.label else None,
         size_xyz=geometry_xyz.size,
         spacing_xyz_mm=geometry_xyz.spacing_mm,
-        normalisation=volume.normalisation,
-        air_level=volume.air_level,
-        tissue_threshold=volume.tissue_threshold,
-        tissue_fraction=volume.tissue_fraction,
-        log_bias_deviation=volume.log_bias_deviation,
+        sliced_size_xyz=(sliced_x, sliced_y, sliced_z),
+        sliced_spacing_xyz_mm=prepared.spacing_mm,
+        normalisation=prepared.normalisation,
+        levels=prepared.levels,
+        air_level=corrected.air_level,
+        tissue_threshold=corrected.tissue_threshold,
+        tissue_fraction=prepared.tissue_fraction,
+        log_bias_deviation=corrected.log_bias_deviation,
         axes=job.axes,
         label_voxels=label_voxels,
         labelled_voxels=labelled_voxels,
@@ -253,12 +285,26 @@ def _record(job: Job, loaded: LoadedCase, volume: CorrectedVolume, label_xyz: ND
 
 def _work(job: Job, store: str) -> int | Problem:
     """Do one job in a worker; whatever goes wrong is told in one line."""
+    _one_thread()
+    try:
+        return prepare_case(job, Path(store))
+    except Exception as error:  # noqa: BLE001 - one case fails, the others go on
+        return describe_problem(job.case.id, error)
+
+
+def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
+    """Find one volume's landmarks in a worker."""
+    del store
+    _one_thread()
+    try:
+        return correct_volume(read_volume(job.case.volume), job.preprocessing.bias).landmarks
+    except Exception as error:  # noqa: BLE001 - the case will fail where it is prepared, and say why
+        return describe_problem(job.case.id, error)
+
+
+def _one_thread() -> None:
     import SimpleITK as sitk  # noqa: N813
     from numcodecs import blosc
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     blosc.use_threads = False
-    try:
-        return prepare_case(job, Path(store))
-    except Exception as error:  # noqa: BLE001 - one case fails, the others go on
-        return describe_problem(job.case.id, error)

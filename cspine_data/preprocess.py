@@ -1,10 +1,11 @@
 """One volume, from its file's order to what a network sees: anatomical order, bias field corrected, normalised.
 
-The same function of the same recorded parameters makes the store and prepares a volume for prediction.
+The same functions of the same recorded parameters make the store and prepare a volume for prediction.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,14 @@ from pydantic import BaseModel, ConfigDict
 
 from cspine_data.bias import BiasParameters, correct, estimate_bias
 from cspine_data.errors import InputError
-from cspine_data.geometry import Geometry, Orientation
-from cspine_data.intensity import Normalisation, tissue_zscore
+from cspine_data.geometry import Geometry, Orientation, Triple
+from cspine_data.intensity import Levels, Method, Normalisation, landmarks, normalisation_of
+from cspine_data.resampling import resample_image, resample_label, resampled_size
 from cspine_data.tissue import air_level, looks_like_ct, tissue_threshold
 from cspine_data.volumes import Volume, check_image
+
+# 4 GB as float32: a mistyped spacing should not take the machine down.
+_MOST_VOXELS = 2**30
 
 
 class Preprocessing(BaseModel):
@@ -28,13 +33,19 @@ class Preprocessing(BaseModel):
     bias : BiasParameters or None
         How the bias field is estimated; None leaves it in (the variant ``raw``).
     normalisation : str
-        ``zscore`` over the tissue.
+        ``zscore``, ``percentile`` or ``nyul``; see `Normalisation`.
+    standard : tuple of float or None
+        For ``nyul``: the cohort's landmarks that every volume is matched to.
+    spacing_mm : tuple of float or None
+        Voxel spacing along x, y and z that slices are resampled to; None keeps each volume's own.
     """
 
     model_config = ConfigDict(frozen=True)
 
     bias: BiasParameters | None = BiasParameters()
-    normalisation: str = "zscore"
+    normalisation: Method = "zscore"
+    standard: tuple[float, ...] | None = None
+    spacing_mm: Triple | None = None
 
     @property
     def variant(self) -> str:
@@ -44,7 +55,7 @@ class Preprocessing(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class CorrectedVolume:
-    """A volume in anatomical order, its bias field corrected, and how to normalise it.
+    """A volume in anatomical order, its bias field corrected; no label map was needed.
 
     Attributes
     ----------
@@ -52,43 +63,108 @@ class CorrectedVolume:
         Intensities in the file's units, (x, y, z): float32 where the bias field was corrected, else as in the file.
     geometry : Geometry
         The grid of the file it came from.
-    normalisation : Normalisation
-        Brings `image_xyz` to the scale that networks are trained on.
     air_level : float
         Intensity of air; 0 where there is none.
     tissue_threshold : float
-        Intensity of `image_xyz` above which a voxel counted as tissue.
-    tissue_fraction : float
-        Share of the voxels that counted as tissue.
+        Intensity of `image_xyz` above which a voxel counts as tissue.
     log_bias_deviation : float
         Standard deviation, over the tissue, of the logarithm of the field; 0 where none was estimated.
+    name : str
+        What to call it in an error.
     """
 
     image_xyz: NDArray[Any]
     geometry: Geometry
-    normalisation: Normalisation
     air_level: float
     tissue_threshold: float
-    tissue_fraction: float
     log_bias_deviation: float
-
-    def normalised_xyz(self) -> NDArray[np.float32]:
-        """Return what a network sees: float32, (x, y, z), tissue of mean 0 and deviation 1."""
-        return self.normalisation.apply(self.image_xyz)
+    name: str = "volume"
 
     @property
-    def spacing_mm(self) -> tuple[float, float, float]:
+    def tissue_xyz(self) -> NDArray[np.bool_]:
+        """Which voxels are tissue."""
+        return np.asarray(self.image_xyz > self.tissue_threshold)
+
+    @property
+    def spacing_mm(self) -> Triple:
         """Voxel spacing along x, y and z."""
         return Orientation.of(self.geometry).geometry_xyz(self.geometry).spacing_mm
 
+    @property
+    def landmarks(self) -> tuple[float, ...]:
+        """Where the percentiles of its tissue lie that Nyul's method matches; empty where it holds no contrast."""
+        return landmarks(self.image_xyz, self.tissue_xyz)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedVolume:
+    """What a network sees of a volume, and the way back to the grid that it came from.
+
+    Attributes
+    ----------
+    corrected : CorrectedVolume
+        The volume itself.
+    normalisation : Normalisation
+        What brought it to the scale that networks are trained on.
+    tissue_fraction : float
+        Share of its voxels that count as tissue.
+    spacing_mm : tuple of float
+        Voxel spacing of what a network sees, along x, y and z.
+    levels_xyz : ndarray of int16
+        What a network sees, (x, y, z), in `levels`: what the store's slices hold.
+    levels : Levels
+        What those numbers stand for.
+    """
+
+    corrected: CorrectedVolume
+    normalisation: Normalisation
+    tissue_fraction: float
+    spacing_mm: Triple
+    levels_xyz: NDArray[np.int16]
+    levels: Levels
+
+    def normalised_xyz(self) -> NDArray[np.float32]:
+        """Return what a network sees: float32, (x, y, z), exactly as the store's slices give it."""
+        return self.levels.decode(self.levels_xyz)
+
+    def label_on_network_grid(self, label_xyz: NDArray[Any]) -> NDArray[Any]:
+        """Bring a label map from the source's voxels to the network's grid, (x, y, z); no value is invented."""
+        return resample_label(label_xyz, self.corrected.spacing_mm, self.levels_xyz.shape, self.spacing_mm)
+
+    def to_source_grid(self, values_xyz: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Bring what was found on the network's grid, probabilities for example, to the source's voxels, (x, y, z)."""
+        size = self.corrected.image_xyz.shape
+        return resample_image(values_xyz, self.spacing_mm, size, self.corrected.spacing_mm, order=1)
+
     def to_file_grid(self, array_xyz: NDArray[Any]) -> Volume:
-        """Return an array (x, y, z), a predicted label map for example, as a volume on the file's own grid."""
-        array = np.ascontiguousarray(Orientation.of(self.geometry).to_file(array_xyz))
-        return Volume(array=array, geometry=self.geometry)
+        """Return an array on the source's voxels, (x, y, z), as a volume in the file's own order."""
+        geometry = self.corrected.geometry
+        return Volume(array=np.ascontiguousarray(Orientation.of(geometry).to_file(array_xyz)), geometry=geometry)
 
 
-def preprocess_volume(volume: Volume, parameters: Preprocessing) -> CorrectedVolume:
-    """Turn a volume to anatomical order, correct its bias field and find its normalisation.
+def parse_spacing(text: str) -> Triple | None:
+    """Turn ``native``, ``1`` or ``0.5,0.5,1`` into voxel spacing along x, y and z, in mm; None for ``native``.
+
+    Raises
+    ------
+    InputError
+        If it is none of these, or not positive.
+    """
+    if text.strip().lower() == "native":
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3 or not all(0 < value < math.inf for value in values):
+        raise InputError(f"spacing {text!r}", "is not known", "give native, one size in mm, or three as in 0.5,0.5,1")
+    return values[0], values[1], values[2]
+
+
+def preprocess_volume(volume: Volume, parameters: Preprocessing) -> PreparedVolume:
+    """Turn a volume to anatomical order, correct its bias field, resample it where asked, and normalise it.
 
     Parameters
     ----------
@@ -103,8 +179,13 @@ def preprocess_volume(volume: Volume, parameters: Preprocessing) -> CorrectedVol
         If the image holds NaN or infinity, or is constant, or its tissue holds no contrast; if it is to be corrected
         and is CT.
     """
+    return normalise_volume(correct_volume(volume, parameters.bias), parameters)
+
+
+def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolume:
+    """Turn a volume to anatomical order and correct its bias field; the first half of `preprocess_volume`."""
     check_image(volume)
-    if parameters.bias is not None and looks_like_ct(volume.array):
+    if bias is not None and looks_like_ct(volume.array):
         raise InputError(
             volume.name,
             "is dark as CT is dark (air near -1000), and N4 corrects MRI",
@@ -114,21 +195,40 @@ def preprocess_volume(volume: Volume, parameters: Preprocessing) -> CorrectedVol
     orientation = Orientation.of(geometry)
     image = np.ascontiguousarray(orientation.to_anatomical(volume.array))
     spacing_mm = orientation.geometry_xyz(geometry).spacing_mm
-    if parameters.bias is None:
+    if bias is None:
         threshold, deviation = tissue_threshold(image, spacing_mm), 0.0
-        tissue = image > threshold
         air = air_level(image, threshold)
     else:
-        bias = estimate_bias(image, spacing_mm, parameters.bias)
-        tissue, threshold, air = bias.tissue_xyz, bias.tissue_threshold, bias.air_level
-        deviation = float(bias.log_bias_xyz[tissue].std(dtype=np.float64)) if tissue.any() else 0.0
-        image = correct(image, bias.log_bias_xyz, air)
-    return CorrectedVolume(
-        image_xyz=image,
-        geometry=geometry,
-        normalisation=tissue_zscore(image, tissue, volume.name),
-        air_level=air,
-        tissue_threshold=threshold,
+        found = estimate_bias(image, spacing_mm, bias)
+        threshold, air = found.tissue_threshold, found.air_level
+        in_tissue = found.log_bias_xyz[found.tissue_xyz]
+        deviation = float(in_tissue.std(dtype=np.float64)) if in_tissue.size else 0.0
+        image = correct(image, found.log_bias_xyz, air)
+    return CorrectedVolume(image, geometry, air, threshold, deviation, volume.name)
+
+
+def normalise_volume(corrected: CorrectedVolume, parameters: Preprocessing) -> PreparedVolume:
+    """Resample a corrected volume where asked, and normalise it; the second half of `preprocess_volume`.
+
+    The statistics are those of the volume's own voxels, so that its spacing does not change them.
+    """
+    image, tissue = corrected.image_xyz, corrected.tissue_xyz
+    normalisation = normalisation_of(image, tissue, parameters.normalisation, parameters.standard, corrected.name)
+    spacing_mm = corrected.spacing_mm
+    if parameters.spacing_mm is not None:
+        size = resampled_size(image.shape, spacing_mm, parameters.spacing_mm)
+        if math.prod(size) > _MOST_VOXELS:
+            of_size = " x ".join(map(str, size))
+            raise InputError(corrected.name, f"would be {of_size} voxels at that spacing", "choose a coarser --spacing")
+        image = resample_image(image, spacing_mm, size, parameters.spacing_mm)
+        spacing_mm = parameters.spacing_mm
+    normalised = normalisation.apply(image)
+    levels = Levels.spanning(normalised)
+    return PreparedVolume(
+        corrected=corrected,
+        normalisation=normalisation,
         tissue_fraction=float(tissue.mean()),
-        log_bias_deviation=deviation,
+        spacing_mm=spacing_mm,
+        levels_xyz=levels.encode(normalised),
+        levels=levels,
     )

@@ -6,7 +6,8 @@ The only module that knows the layout. A store is a Zarr format 3 group::
       cases/<case id>/<digest>/          written once, never changed; attributes: a `CaseRecord`
         volume/0                         the image, (x, y, z), OME-Zarr 0.5
         volume/labels/segmentation/0     its label map
-        axis0/image   axis0/label        slices first, (n, H, W): one slice an inner chunk, one shard an array
+        axis0/image   axis0/label        slices first, (n, H, W): one slice an inner chunk, one shard an array;
+                                         images normalised, in 16-bit levels
         axis1/...     axis2/...
 """
 
@@ -14,20 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cspine_data.geometry import Geometry, Triple
-from cspine_data.intensity import Normalisation
+from cspine_data.intensity import Levels, Normalisation
 from cspine_data.preprocess import Preprocessing
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ATTRIBUTE = "cspine"
 #: Beside the record in a group's attributes: what `record_checksum` gives for it.
 CHECKSUM_ATTRIBUTE = "cspine_sha256"
 AXIS_NAMES = ("left-right", "anterior-posterior", "inferior-superior")
-AXES_XYZ = ("x", "y", "z")
+AXES_XYZ = "xyz"
 VOLUME_IMAGE = "volume/0"
 VOLUME_LABEL = "volume/labels/segmentation/0"
 # A cube of 64 voxels: a viewer reads a region without the whole, and a whole volume is a few dozen chunks.
@@ -69,7 +72,7 @@ class CaseRecord(BaseModel):
     case, variant, digest : str
         What this is a record of.
     volume_digest : str
-        Of the image's bytes and the preprocessing: equal where the corrected volume can be used again.
+        Of the image's bytes and the way its field was corrected: equal where the corrected volume can be used again.
     image_sha256, label_sha256 : str
         Of the source files; the label's is None where there is none.
     preprocessing : Preprocessing
@@ -81,15 +84,21 @@ class CaseRecord(BaseModel):
     image_dtype, label_dtype : str
         Of the source files.
     size_xyz, spacing_xyz_mm : tuple
-        The grid in anatomical order.
+        The grid of the volume in anatomical order.
+    sliced_size_xyz, sliced_spacing_xyz_mm : tuple
+        The grid that the slices lie on: another one where the preprocessing resamples.
     normalisation : Normalisation
-        What brings `volume/0` to the intensities of the slices.
-    air_level, tissue_threshold, tissue_fraction, log_bias_deviation : float
+        What brings the intensities of `volume/0` to those of the slices.
+    levels : Levels
+        What the 16-bit numbers of the slices stand for.
+    air_level, tissue_threshold, log_bias_deviation : float
         See `CorrectedVolume`.
+    tissue_fraction : float
+        See `PreparedVolume`.
     axes : tuple of int
         The axes along which slices are stored.
     label_voxels : dict
-        How many voxels each label value has, zero left out.
+        How many voxels each label value has in the volume, zero left out.
     labelled_voxels : dict
         ``labelled_voxels[axis][i]``: how many labelled voxels slice ``i`` has, for all three axes.
     files : dict
@@ -112,7 +121,10 @@ class CaseRecord(BaseModel):
     label_dtype: str | None
     size_xyz: tuple[int, int, int]
     spacing_xyz_mm: Triple
+    sliced_size_xyz: tuple[int, int, int]
+    sliced_spacing_xyz_mm: Triple
     normalisation: Normalisation
+    levels: Levels
     air_level: float
     tissue_threshold: float
     tissue_fraction: float
@@ -132,7 +144,7 @@ class CaseRecord(BaseModel):
         if not self.labelled:
             return 0.0
         labelled = [position for position, voxels in enumerate(self.labelled_voxels[axis]) if voxels]
-        return (labelled[-1] - labelled[0] + 1) * self.spacing_xyz_mm[axis] if labelled else 0.0
+        return (labelled[-1] - labelled[0] + 1) * self.sliced_spacing_xyz_mm[axis] if labelled else 0.0
 
 
 def slice_array(axis: int, kind: str) -> str:
@@ -146,13 +158,14 @@ def case_path(case: str, digest: str) -> str:
 
 
 def volume_digest(image_sha256: str, preprocessing: Preprocessing) -> str:
-    """Digest what a corrected volume depends on: the image's bytes, the preprocessing, the schema."""
-    return _digest([SCHEMA_VERSION, image_sha256, preprocessing.model_dump(mode="json")])
+    """Digest what a corrected volume depends on: the image's bytes, the bias field's parameters, the schema."""
+    bias = preprocessing.bias.model_dump(mode="json") if preprocessing.bias else None
+    return _digest([SCHEMA_VERSION, image_sha256, bias])
 
 
-def case_digest(of_volume: str, label_sha256: str | None, axes: tuple[int, ...]) -> str:
-    """Digest what a stored case depends on: its corrected volume, its label map, the axes it is sliced along."""
-    return _digest([of_volume, label_sha256, list(axes)])
+def case_digest(of_volume: str, label_sha256: str | None, preprocessing: Preprocessing, axes: tuple[int, ...]) -> str:
+    """Digest what a stored case depends on: its corrected volume, label map, preprocessing, and axes."""
+    return _digest([of_volume, label_sha256, preprocessing.model_dump(mode="json"), list(axes)])
 
 
 def record_checksum(record: dict[str, Any]) -> str:
@@ -164,22 +177,66 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def slice_layout(shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Return how slices are laid out: one slice an inner chunk, the whole array one shard."""
-    return {"shape": shape, "chunks": (1, *shape[1:]), "shards": shape}
+def slice_chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the inner chunks of an array of slices: one slice each."""
+    return (1, *shape[1:])
 
 
-def volume_layout(shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Return how a whole volume is laid out: cubes, all in one shard."""
-    chunks = tuple(min(VOLUME_CHUNK, size) for size in shape)
-    shards = tuple(-(-size // chunk) * chunk for size, chunk in zip(shape, chunks, strict=True))
-    return {"shape": shape, "chunks": chunks, "shards": shards}
+def volume_chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the inner chunks of a whole volume: cubes."""
+    return tuple(min(VOLUME_CHUNK, size) for size in shape)
 
 
 def codecs(itemsize: int) -> list[dict[str, Any]]:
     """Return the codecs of an inner chunk: Blosc (bit-shuffle, LZ4) for size and speed, CRC32C to notice damage."""
     blosc = {"typesize": itemsize, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
     return [{"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]
+
+
+def chunk_grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how many inner chunks there are along each axis of an array's only shard."""
+    return tuple(math.ceil(size / chunk) for size, chunk in zip(shape, chunks, strict=True))
+
+
+def array_metadata(
+    shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...], axes: str, attributes: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the metadata of an array that is one shard of inner chunks, its index at the end.
+
+    Parameters
+    ----------
+    shape, dtype, chunks
+        Of the array; `chunks` of the inner ones.
+    axes : str
+        A letter an axis, of ``xyz``.
+    attributes : dict
+        What else a reader should know.
+    """
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    inner = {
+        "chunk_shape": list(chunks),
+        "codecs": [little, *codecs(np.dtype(dtype).itemsize)],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    shard = [n * chunk for n, chunk in zip(chunk_grid(shape, chunks), chunks, strict=True)]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+        "dimension_names": list(axes),
+        "attributes": attributes,
+    }
+
+
+def level_attributes(levels: Levels) -> dict[str, Any]:
+    """Return what tells any reader (CF conventions) what an array's numbers stand for."""
+    return {"scale_factor": levels.scale, "add_offset": levels.offset}
 
 
 def image_metadata(spacing_mm: Triple, origin_mm: Triple) -> dict[str, Any]:

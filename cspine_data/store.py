@@ -1,4 +1,4 @@
-"""Writing cases, publishing them at once, opening a store, finding damage.
+"""Writing cases, publishing them at once, opening a store.
 
 A case is written to a folder of its own that nothing names, moved to its digest's place in one step, and published
 by one atomic replacement of the root's metadata. A run that is killed leaves nothing that a reader can see.
@@ -6,7 +6,6 @@ by one atomic replacement of the root's metadata. A run that is killed leaves no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,23 +23,17 @@ from pydantic import ValidationError
 from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
 from cspine_data.geometry import Orientation
-from cspine_data.preprocess import CorrectedVolume
+from cspine_data.preprocess import CorrectedVolume, PreparedVolume
 from cspine_data.schema import CaseRecord, RootRecord
+from cspine_data.writer import METADATA, CaseWriter, sync_folder
 
-_METADATA = "zarr.json"
 
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """A case's label map: on the volume's own grid, and on the slices', both (x, y, z)."""
 
-@dataclass(frozen=True)
-class Damage:
-    """One thing in a store that is not what was written: the case, the array or file, what is wrong."""
-
-    case: str
-    variant: str
-    where: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.case} ({self.variant}): {self.where}: {self.problem}"
+    volume_xyz: NDArray[Any]
+    sliced_xyz: NDArray[Any]
 
 
 def create_store(path: Path) -> None:
@@ -51,7 +44,7 @@ def create_store(path: Path) -> None:
     StoreError
         If something else than a store is at that place.
     """
-    if (path / _METADATA).exists():
+    if (path / METADATA).exists():
         read_root(path)
         return
     # A run killed in this function leaves hidden files; they are no reason to refuse the place.
@@ -59,7 +52,7 @@ def create_store(path: Path) -> None:
         raise StoreError(f"{path}: is there and is no cspine store; choose another --store")
     path.mkdir(parents=True, exist_ok=True)
     with _lock(path):
-        if not (path / _METADATA).exists():
+        if not (path / METADATA).exists():
             _write_record(path, RootRecord())
 
 
@@ -112,6 +105,8 @@ def _record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRec
         known = ", ".join(sorted(variants))
         raise NotInStoreError(f"{path}: holds case {case!r} as {known}, not as {variant}; prepare it so")
     record = stored_record(path, case, variants[variant])
+    if record is None and root.schema_version < schema.SCHEMA_VERSION:
+        raise StoreError(f"{path}: was written by an older cspine; run cspine-data prepare again to renew its cases")
     if record is None or record.variant != variant:
         raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; prepare it anew")
     return record
@@ -127,7 +122,7 @@ def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
     return record if record and (record.case, record.digest) == (case, digest) else None
 
 
-def write_case(path: Path, record: CaseRecord, volume: CorrectedVolume, label_xyz: NDArray[Any] | None) -> CaseRecord:
+def write_case(path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> CaseRecord:
     """Write one case into its digest's place, complete or not at all; it is not published yet.
 
     Parameters
@@ -136,10 +131,10 @@ def write_case(path: Path, record: CaseRecord, volume: CorrectedVolume, label_xy
         The store.
     record : CaseRecord
         What is to be known of the case; its `files` are filled in here.
-    volume : CorrectedVolume
+    prepared : PreparedVolume
         The image.
-    label_xyz : ndarray of int, or None
-        The label map, (x, y, z).
+    label : LabelMap or None
+        Its label map.
 
     Returns
     -------
@@ -151,10 +146,10 @@ def write_case(path: Path, record: CaseRecord, volume: CorrectedVolume, label_xy
         _write_group(group, {})
     unfinished = target.parent / f".unfinished-{uuid.uuid4().hex}"
     try:
-        _write_arrays(unfinished, record, volume, label_xyz)
-        written = [file for file in _files(unfinished) if file != unfinished / _METADATA]
-        checksums = {str(file.relative_to(unfinished)): _sha256(file, sync=True) for file in written}
-        record = record.model_copy(update={"files": checksums})
+        writer = CaseWriter(unfinished)
+        _write_arrays(writer, record, prepared, label)
+        writer.finish()
+        record = record.model_copy(update={"files": writer.checksums})
         _write_record(unfinished, record)
         if target.exists() and stored_record(path, record.case, record.digest) is None:
             shutil.rmtree(target)
@@ -164,7 +159,7 @@ def write_case(path: Path, record: CaseRecord, volume: CorrectedVolume, label_xy
             # Another run wrote the same digest meanwhile: the same bytes, so its copy serves.
             if stored_record(path, record.case, record.digest) is None:
                 raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return record
@@ -207,6 +202,24 @@ def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
     return _read_array(path / schema.case_path(record.case, record.digest), schema.VOLUME_IMAGE)
 
 
+def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
+    """Read a case's volume with what is known of it, ready to be normalised anew.
+
+    Raises
+    ------
+    DamagedStoreError
+        If its bytes are not what was written.
+    """
+    return CorrectedVolume(
+        image_xyz=read_volume_xyz(path, record),
+        geometry=record.geometry,
+        air_level=record.air_level,
+        tissue_threshold=record.tissue_threshold,
+        log_bias_deviation=record.log_bias_deviation,
+        name=f"{record.case} ({record.variant})",
+    )
+
+
 def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
     """Read a case's whole label map, (x, y, z), label values as in its source.
 
@@ -222,100 +235,34 @@ def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
     return _read_array(path / schema.case_path(record.case, record.digest), schema.VOLUME_LABEL)
 
 
-def verify(path: str | Path) -> list[Damage]:
-    """Hold every file of every published case, and every record, against its checksum.
-
-    Parameters
-    ----------
-    path : str or Path
-        The store.
-
-    Returns
-    -------
-    list of Damage
-        Empty where the store is sound.
-
-    Raises
-    ------
-    StoreError
-        If there is no store, or its root is damaged.
-    """
-    path = Path(path)
-    root = read_root(path)
-    damages: list[Damage] = []
-    for case, variants in root.cases.items():
-        for variant, digest in variants.items():
-            record = stored_record(path, case, digest)
-            if record is None:
-                damages.append(Damage(case, variant, "record", "missing or damaged"))
-            else:
-                damages += _verify_case(path / schema.case_path(case, digest), record)
-    return damages
-
-
-def _verify_case(folder: Path, record: CaseRecord) -> list[Damage]:
-    found = {str(file.relative_to(folder)) for file in _files(folder)} - {_METADATA}
-    damages = []
-    for name, checksum in record.files.items():
-        if name not in found:
-            damages.append(Damage(record.case, record.variant, name, "is missing"))
-        elif _sha256(folder / name) != checksum:
-            damages.append(Damage(record.case, record.variant, name, "is not what was written"))
-    damages += [
-        Damage(record.case, record.variant, name, "does not belong there") for name in sorted(found - set(record.files))
-    ]
-    return damages
-
-
-def _write_arrays(folder: Path, record: CaseRecord, volume: CorrectedVolume, label_xyz: NDArray[Any] | None) -> None:
-    import zarr
-
+def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> None:
     origin_mm = Orientation.of(record.geometry).geometry_xyz(record.geometry).origin_mm
     ome = schema.image_metadata(record.spacing_xyz_mm, origin_mm)
-    _write_group(folder, {})
-    _write_group(folder / "volume", {"ome": ome})
-    normalised = volume.normalised_xyz()
-    with zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1}):
-        _write_array(folder, schema.VOLUME_IMAGE, volume.image_xyz, schema.volume_layout(record.size_xyz))
-        if label_xyz is not None:
-            _write_group(folder / "volume/labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
-            label_ome = {**ome, "image-label": {"source": {"image": "../../"}}}
-            _write_group(folder / "volume/labels/segmentation", {"ome": label_ome})
-            _write_array(folder, schema.VOLUME_LABEL, label_xyz, schema.volume_layout(record.size_xyz))
-        for axis in record.axes:
-            _write_group(folder / f"axis{axis}", {})
-            _write_slices(folder, axis, "image", normalised)
-            if label_xyz is not None:
-                _write_slices(folder, axis, "label", label_xyz)
-
-
-def _write_slices(folder: Path, axis: int, kind: str, array_xyz: NDArray[Any]) -> None:
-    slices = np.ascontiguousarray(np.moveaxis(array_xyz, axis, 0))
-    _write_array(folder, schema.slice_array(axis, kind), slices, schema.slice_layout(slices.shape))
-
-
-def _write_array(folder: Path, name: str, values: NDArray[Any], layout: dict[str, Any]) -> None:
-    import zarr
-    from zarr.codecs import BloscCodec, Crc32cCodec
-
-    blosc, _ = schema.codecs(values.dtype.itemsize)
-    array = zarr.create_array(
-        store=str(folder),
-        name=name,
-        dtype=values.dtype,
-        # Zarr writes no file for an array of nothing but its fill value; here a missing file always means damage.
-        fill_value=0 if values.any() else 1,
-        compressors=[BloscCodec(**blosc["configuration"]), Crc32cCodec()],
-        **layout,
-    )
-    array[...] = values
+    writer.write_group("volume", {"ome": ome})
+    chunks = schema.volume_chunks(record.size_xyz)
+    writer.write_array(schema.VOLUME_IMAGE, prepared.corrected.image_xyz, chunks, schema.AXES_XYZ, {})
+    sliced = {"image": (prepared.levels_xyz, schema.level_attributes(prepared.levels))}
+    if label is not None:
+        writer.write_group("volume/labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
+        label_ome = {**ome, "image-label": {"source": {"image": "../../"}}}
+        writer.write_group("volume/labels/segmentation", {"ome": label_ome})
+        writer.write_array(schema.VOLUME_LABEL, label.volume_xyz, chunks, schema.AXES_XYZ, {})
+        sliced["label"] = (label.sliced_xyz, {})
+    for axis in record.axes:
+        writer.write_group(f"axis{axis}", {})
+        axes = schema.AXES_XYZ[axis] + schema.AXES_XYZ.replace(schema.AXES_XYZ[axis], "")
+        for kind, (array_xyz, attributes) in sliced.items():
+            slices = np.ascontiguousarray(np.moveaxis(array_xyz, axis, 0))
+            writer.write_array(
+                schema.slice_array(axis, kind), slices, schema.slice_chunks(slices.shape), axes, attributes
+            )
 
 
 def _read_array(folder: Path, name: str) -> NDArray[Any]:
     import zarr
 
     # zarr reads a shard that is not there as zeros.
-    if not (folder / name / "c").is_dir() or not any(_files(folder / name / "c")):
+    if not (folder / name / "c" / "0" / "0" / "0").is_file():
         raise DamagedStoreError(f"{folder / name}: is missing from the store; prepare the case anew")
     try:
         return np.asarray(zarr.open_array(str(folder / name), mode="r")[...])
@@ -326,12 +273,12 @@ def _read_array(folder: Path, name: str) -> NDArray[Any]:
 def _attributes(folder: Path) -> dict[str, Any] | None:
     """Return the record in a group's attributes, once it was held against its checksum; None where there is none."""
     try:
-        content = json.loads((folder / _METADATA).read_bytes())["attributes"]
+        content = json.loads((folder / METADATA).read_bytes())["attributes"]
         record, checksum = content.get(schema.ATTRIBUTE), content.get(schema.CHECKSUM_ATTRIBUTE)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedStoreError(f"{folder / _METADATA}: cannot be understood; prepare the store anew") from None
+        raise DamagedStoreError(f"{folder / METADATA}: cannot be understood; prepare the store anew") from None
     if not isinstance(record, dict):
         return None
     version = record.get("schema_version")
@@ -340,14 +287,14 @@ def _attributes(folder: Path) -> dict[str, Any] | None:
             f"{folder}: has schema version {version}, this cspine knows {schema.SCHEMA_VERSION}; install a newer cspine"
         )
     if checksum != schema.record_checksum(record):
-        raise DamagedStoreError(f"{folder / _METADATA}: is not what was written; prepare the store anew")
+        raise DamagedStoreError(f"{folder / METADATA}: is not what was written; prepare the store anew")
     return record
 
 
 def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None:
     with _lock(path):
         before = read_root(path)
-        after = change(before)
+        after = change(before).model_copy(update={"schema_version": schema.SCHEMA_VERSION})
         if after != before:
             _write_record(path, after)
 
@@ -359,12 +306,12 @@ def _write_record(folder: Path, record: RootRecord | CaseRecord) -> None:
 
 def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
     """Write a group's metadata in one step; an empty group that is there already is left alone."""
-    file = folder / _METADATA
+    file = folder / METADATA
     if not attributes and file.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    temporary = folder / f".{_METADATA}-{uuid.uuid4().hex}"
+    temporary = folder / f".{METADATA}-{uuid.uuid4().hex}"
     try:
         with temporary.open("w", encoding="utf-8") as handle:
             json.dump(content, handle, indent=1)
@@ -373,7 +320,7 @@ def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 @cache
@@ -385,25 +332,6 @@ def _lock(path: Path) -> Any:
     from filelock import FileLock
 
     return FileLock(path.parent / f".{path.name}.lock", timeout=60)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _sha256(file: Path, *, sync: bool = False) -> str:
-    with file.open("rb") as handle:
-        if sync:
-            os.fsync(handle.fileno())
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first(error: ValidationError) -> str:

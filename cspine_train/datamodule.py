@@ -143,8 +143,8 @@ def _size_that_holds(records: Sequence[CaseRecord], settings: RunSettings) -> tu
     shapes = []
     for record in records:
         for axis in settings.axes:
-            height, width = (size for a, size in enumerate(record.size_xyz) if a != axis)
-            first, second = (mm for a, mm in enumerate(record.spacing_xyz_mm) if a != axis)
+            height, width = (size for a, size in enumerate(record.sliced_size_xyz) if a != axis)
+            first, second = (mm for a, mm in enumerate(record.sliced_spacing_xyz_mm) if a != axis)
             shapes.append(network_shape((height, width), (first, second), settings.pixel_mm))
     return fixed_size(shapes)
 
@@ -159,7 +159,7 @@ def _size_that_holds_labels(
     for record in records:
         for axis in settings.axes:
             extents = [record.labelled_extent_mm(a) + 2 * settings.crop_margin_mm for a in range(3) if a != axis]
-            pixels = [settings.pixel_mm or mm for a, mm in enumerate(record.spacing_xyz_mm) if a != axis]
+            pixels = [settings.pixel_mm or mm for a, mm in enumerate(record.sliced_spacing_xyz_mm) if a != axis]
             height, width = (math.ceil(extent / mm) for extent, mm in zip(extents, pixels, strict=True))
             shapes.append((height, width))
     height, width = (min(pair) for pair in zip(fixed_size(shapes), size_hw, strict=True))

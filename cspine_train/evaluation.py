@@ -1,4 +1,4 @@
-"""How good a run is: whole volumes, patient by patient, at the resolution they were prepared in."""
+"""How good a run is: whole volumes, patient by patient, on the grid of the file they came from."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def _score(loaded: LoadedRun, cohort: Cohort, case: str) -> Overlap:
     stored = cohort.record(case, variant)
     if stored.digest != loaded.record.digests.get(case):
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
-    image, label = cohort.volumes(variant=variant, cases=[case])[0]
-    probabilities = loaded.probabilities(image[0], stored.spacing_xyz_mm)
+    _, label = cohort.volumes(variant=variant, cases=[case])[0]
+    probabilities = loaded.on_source_grid(cohort.prepared(case, variant))
     return overlap(probabilities > loaded.record.threshold, label[0] > 0)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from cspine_data import (
     CspineDataError,
+    PreparedVolume,
     Volume,
     label_name,
     preprocess_volume,
@@ -69,6 +70,10 @@ class LoadedRun:
         for axis in axes:
             total += np.moveaxis(self._along(image_xyz, spacing_mm, axis), 0, axis)
         return total / np.float32(len(axes))
+
+    def on_source_grid(self, prepared: PreparedVolume) -> NDArray[np.float32]:
+        """Return how likely each voxel of a prepared volume is vertebra, (x, y, z), on the grid of its source."""
+        return prepared.to_source_grid(self.probabilities(prepared.normalised_xyz(), prepared.spacing_mm))
 
     def predict(self, volume: Volume) -> Volume:
         """Return the label map of a volume, uint8, 1 where vertebra, on the volume's own grid."""
@@ -144,7 +149,7 @@ def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
     prepared = {way: preprocess_volume(volume, way) for way in ways}
     for run in runs:
         image = prepared[run.record.preprocessing]
-        found = run.probabilities(image.normalised_xyz(), image.spacing_mm)
+        found = run.on_source_grid(image)
         total = found if total is None else total + found
     if total is None:
         raise RunError("no run given: name at least one with --run")

@@ -101,6 +101,7 @@ def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data) -> No
             ("prepare", "raw", "--no-n4", "--n4-spacing", "40"),
             "Error: --no-n4: leaves the field in; leave out the other --n4 options",
         ),
+        (("prepare", "raw", "--spacing", "fine"), "Error: spacing 'fine': is not known; give native, one size in mm"),
         (("prepare", "raw", "--workers", "0"), "Error: workers 0: are too few; give 1 or more"),
         (
             ("prepare", "raw", "--scheduler", "tcp://127.0.0.1:9"),
@@ -158,6 +159,56 @@ def test_how_n4_was_told_to_estimate_is_recorded(tmp_path: Path, run_data) -> No
     done = run_data("prepare", tmp_path / "raw", "--store", store, *told, "--axes", "0", "--n4-engine", "itk")
     assert "1 done, 0 reused" in done.output
     assert open_cohort(store).record("A", "n4").preprocessing.bias.engine == "itk"
+
+
+def test_spacing_and_normalisation_are_recorded_and_correct_nothing_again(store: Path, run_data) -> None:
+    raw = store.parent / "raw"
+    before = open_cohort(store).record("A")
+    told = ("prepare", raw, "--store", store, "--no-n4", "--spacing", "0.75,1,2", "--normalisation", "percentile")
+    assert run_data(*told).exit_code == 0
+    cohort = open_cohort(store)
+    after = cohort.record("A")
+    assert after.preprocessing == Preprocessing(bias=None, normalisation="percentile", spacing_mm=(0.75, 1, 2))
+    assert after.volume_digest == before.volume_digest
+    assert after.digest != before.digest
+    assert (after.size_xyz, after.sliced_size_xyz) == ((16, 20, 24), (32, 20, 12))
+    image, label = cohort.slices(axis=0, cases=["A"], labels="stored")[16]
+    assert image.shape == label.shape == (1, 20, 12)
+    assert set(np.unique(label)) == {0, 1, 3}
+    whole = cohort.prepared("A")
+    np.testing.assert_array_equal(whole.normalised_xyz()[16], image[0])
+    np.testing.assert_allclose(np.percentile(after.normalisation.apply(whole.corrected.image_xyz)[
+        whole.corrected.tissue_xyz], (1, 99)), (0, 1), atol=1e-4)  # fmt: skip
+    counts = [int((cohort.slices(axis=1, cases=["A"])[n][1]).sum()) for n in range(20)]
+    assert list(after.labelled_voxels[1]) == counts
+    assert "1.5 x 1 x 1  0.75 x 1 x 2" in run_data("info", store).output
+    np.testing.assert_array_equal(cohort.export("A").array, ball(seed=0)[0].array)
+    assert "nothing to do" in run_data(*told).output
+    assert verify(store) == []
+
+
+def test_nyul_learns_from_the_cohort_once_and_keeps_to_it(tmp_path: Path, run_data) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    for name in "ABC":
+        write_case(raw, name)
+    told = ("prepare", raw, "--store", store, "--no-n4", "--axes", "0", "--normalisation", "nyul")
+    assert "3 done" in run_data(*told).output
+    standards = {record.preprocessing.standard for record in open_cohort(store).records()}
+    (standard,) = standards
+    assert standard is not None
+    assert len(standard) == 11
+    assert (standard[0], standard[-1]) == (0, 1)
+    own = []
+    for name in "ABC":
+        prepared = open_cohort(store).prepared(name)
+        inside = prepared.normalised_xyz()[prepared.corrected.tissue_xyz]
+        np.testing.assert_allclose(np.percentile(inside, (1, 50, 99)), (0, standard[5], 1), atol=0.01)
+        own.append(prepared.corrected.landmarks)
+    np.testing.assert_allclose(standard, np.mean(own, axis=0), atol=1e-5)
+    assert "nothing to do" in run_data(*told).output
+    write_case(raw, "D")
+    assert "1 done, 3 reused" in run_data(*told).output
+    assert {record.preprocessing.standard for record in open_cohort(store).records()} == standards
 
 
 def test_a_reused_corrected_volume_is_the_computed_one(store: Path, tmp_path: Path) -> None:

@@ -9,36 +9,114 @@ from hypothesis import strategies as st
 
 from cspine_data import BiasParameters, InputError, Preprocessing, Volume, preprocess_volume
 from cspine_data.geometry import Orientation
-from cspine_data.intensity import Normalisation, tissue_zscore
+from cspine_data.intensity import (
+    METHODS,
+    NYUL_PERCENTILES,
+    Levels,
+    Method,
+    Normalisation,
+    landmarks,
+    normalisation_of,
+    standard_landmarks,
+)
 from tests.conftest import ball
 
 N4 = Preprocessing(bias=BiasParameters(resolution_mm=3, iterations=(5, 5)))
 
 
-@given(st.floats(-1e4, 1e4), st.floats(1e-2, 1e4))
-def test_a_normalisation_is_undone_by_its_statistics(mean: float, std: float) -> None:
-    image = np.linspace(mean - 3 * std, mean + 3 * std, 50).astype(np.float32)
-    normalisation = Normalisation(mean=mean, std=std)
-    np.testing.assert_allclose(normalisation.undo(normalisation.apply(image)), image, atol=1e-5 * (abs(mean) + 3 * std))
+def tissue_of(values: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    image = np.array([0.0, *values])
+    return image, image > 0
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12, unique=True), st.integers(0, 2**32 - 1))
+def test_a_normalisation_is_undone_by_its_statistics(intensities: list[float], seed: int) -> None:
+    start = np.unique(np.round(intensities, 2))
+    start = np.array([0.0, 1.0]) if start.size < 2 else start
+    end = np.cumsum(np.random.default_rng(seed).uniform(0.1, 2, start.size))
+    normalisation = Normalisation(intensities=tuple(start), values=tuple(end))
+    np.testing.assert_allclose(normalisation.apply(start), end, atol=2e-3)
+    image = np.linspace(start[0] - 100, start[-1] + 100, 50)
+    # Single precision, through slopes that differ by some ten thousand times.
+    np.testing.assert_allclose(normalisation.undo(normalisation.apply(image)), image, atol=0.5)
+    assert (np.diff(normalisation.apply(image)) >= 0).all()
 
 
 def test_zscore_is_over_the_tissue_only() -> None:
     image = np.array([0.0, 0.0, 10.0, 14.0])
-    found = tissue_zscore(image, image > 5, "x")
-    assert (found.mean, found.std) == (12.0, 2.0)
-    with pytest.raises(InputError, match="x: has no contrast within its tissue"):
-        tissue_zscore(image, image < 5, "x")
-    with pytest.raises(InputError, match="no contrast"):
-        tissue_zscore(image, image > 99, "x")
+    found = normalisation_of(image, image > 5, "zscore", None, "x")
+    np.testing.assert_allclose(found.apply(np.array([12.0, 14.0, 10.0])), [0, 1, -1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_without_contrast_is_refused(method: Method) -> None:
+    image = np.array([0.0, 0.0, 10.0, 10.0])
+    standard = tuple(np.linspace(0, 1, len(NYUL_PERCENTILES)))
+    for tissue in (image > 5, image > 99):
+        with pytest.raises(InputError, match="x: has no contrast within its tissue"):
+            normalisation_of(image, tissue, method, standard, "x")
+
+
+def test_percentiles_are_not_moved_by_a_few_broken_voxels() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.uniform(100, 300, 10_000)
+    whole = np.ones(image.shape, dtype=bool)
+    clean = normalisation_of(image, whole, "percentile", None, "x")
+    np.testing.assert_allclose(clean.apply(np.percentile(image, [1, 99])), [0, 1], atol=1e-5)
+    broken = image.copy()
+    broken[:20] = 1e6
+    moved = normalisation_of(broken, whole, "percentile", None, "x")
+    np.testing.assert_allclose(moved.apply(image), clean.apply(image), atol=0.02)
+    of_zscore = [normalisation_of(one, whole, "zscore", None, "x").apply(image) for one in (image, broken)]
+    assert np.abs(of_zscore[0] - of_zscore[1]).max() > 1
+
+
+def test_nyul_brings_scans_of_other_contrasts_to_one_histogram() -> None:
+    """Two monotone changes of one anatomy end on the same scale, which one line cannot do."""
+    rng = np.random.default_rng(0)
+    anatomy = rng.gamma(3, 1, 50_000)
+    whole = np.ones(anatomy.shape, dtype=bool)
+    scans = [1000 * anatomy**0.6, 40 * anatomy + 7, 3 * anatomy**1.5]
+    standard = standard_landmarks([landmarks(scan, whole) for scan in scans])
+    assert (standard[0], standard[-1]) == (0, 1)
+    matched = [normalisation_of(scan, whole, "nyul", standard, "x").apply(scan) for scan in scans]
+    lines = [normalisation_of(scan, whole, "percentile", None, "x").apply(scan) for scan in scans]
+    for scan in matched:
+        np.testing.assert_allclose(np.percentile(scan, NYUL_PERCENTILES), standard, atol=1e-3)
+    assert np.abs(matched[0] - matched[2]).mean() < 0.2 * np.abs(lines[0] - lines[2]).mean()
+
+
+def test_nyul_takes_images_of_few_grey_values() -> None:
+    image = np.repeat([1.0, 2.0, 9.0], 100)
+    whole = np.ones(image.shape, dtype=bool)
+    standard = tuple(np.linspace(0, 1, len(NYUL_PERCENTILES)))
+    found = normalisation_of(image, whole, "nyul", standard, "x").apply(np.array([1.0, 2.0, 9.0]))
+    assert found[0] == 0
+    assert 0 < found[1] < found[2] <= 1
+
+
+@given(st.floats(0.01, 1e4), st.floats(-1e3, 1e3), st.booleans())
+def test_levels_keep_an_image_to_half_a_level(width: float, middle: float, spike: bool) -> None:
+    image = np.random.default_rng(0).normal(middle, width, 500).astype(np.float32)
+    if spike:
+        image[0] = 1e9
+    levels = Levels.spanning(image)
+    kept = levels.decode(levels.encode(image))
+    assert kept.dtype == np.float32
+    seen = np.clip(image, -32, 32)
+    np.testing.assert_allclose(kept, seen, atol=0.51 * levels.scale + 1e-5)
+    assert levels.scale <= 64 / 65534 * 1.001
+    np.testing.assert_array_equal(levels.decode(levels.encode(kept)), kept)
 
 
 def test_raw_keeps_the_sources_values_and_n4_makes_floats() -> None:
     image, _ = ball()
     raw = preprocess_volume(image, Preprocessing(bias=None))
-    assert raw.image_xyz.dtype == np.int16
-    np.testing.assert_array_equal(raw.image_xyz, image.array)
-    assert raw.log_bias_deviation == 0
-    n4 = preprocess_volume(image, N4)
+    corrected = raw.corrected
+    assert corrected.image_xyz.dtype == np.int16
+    np.testing.assert_array_equal(corrected.image_xyz, image.array)
+    assert corrected.log_bias_deviation == 0
+    n4 = preprocess_volume(image, N4).corrected
     assert n4.image_xyz.dtype == np.float32
     assert n4.log_bias_deviation > 0
     assert (Preprocessing(bias=None).variant, N4.variant) == ("raw", "n4")
@@ -49,22 +127,23 @@ def test_ct_is_not_corrected_as_if_it_were_mri() -> None:
     ct = Volume(array=(image.array.astype(np.int16) - 1024), geometry=image.geometry, path=Path("ct.nrrd"))
     with pytest.raises(InputError, match=r"ct\.nrrd: is dark as CT .* prepare it with --no-n4"):
         preprocess_volume(ct, N4)
-    assert preprocess_volume(ct, Preprocessing(bias=None)).image_xyz.min() < -900
+    assert preprocess_volume(ct, Preprocessing(bias=None)).corrected.image_xyz.min() < -900
 
 
 def test_what_is_air_and_what_is_tissue_is_recorded() -> None:
     image, _ = ball()
     for parameters in (Preprocessing(bias=None), N4):
         done = preprocess_volume(image, parameters)
-        assert 0 <= done.air_level < 20
-        assert done.air_level < done.tissue_threshold < 300
-        assert done.tissue_fraction == pytest.approx((done.image_xyz > done.tissue_threshold).mean(), abs=1e-6)
+        corrected = done.corrected
+        assert 0 <= corrected.air_level < 20
+        assert corrected.air_level < corrected.tissue_threshold < 300
+        assert done.tissue_fraction == (corrected.image_xyz > corrected.tissue_threshold).mean()
 
 
 def test_tissue_has_mean_zero_and_deviation_one() -> None:
     image, _ = ball()
     done = preprocess_volume(image, Preprocessing(bias=None))
-    tissue = image.array > done.tissue_threshold
+    tissue = image.array > done.corrected.tissue_threshold
     normalised = done.normalised_xyz()[tissue]
     assert normalised.dtype == np.float32
     assert abs(normalised.mean()) < 1e-4
@@ -80,9 +159,32 @@ def test_the_order_a_file_stores_changes_nothing(preprocessing: Preprocessing, o
     image, _ = ball()
     stored = Volume(np.ascontiguousarray(order.to_file(image.array)), order.geometry_in_file(image.geometry))
     first, second = preprocess_volume(image, preprocessing), preprocess_volume(stored, preprocessing)
-    np.testing.assert_array_equal(first.image_xyz, second.image_xyz)
+    np.testing.assert_array_equal(first.corrected.image_xyz, second.corrected.image_xyz)
+    np.testing.assert_array_equal(first.levels_xyz, second.levels_xyz)
     assert first.normalisation == second.normalisation
     assert second.spacing_mm == (1.5, 1.0, 1.0)
-    back = second.to_file_grid(second.image_xyz > 100)
-    np.testing.assert_array_equal(back.array, order.to_file(second.image_xyz > 100))
+    back = second.to_file_grid(second.corrected.image_xyz > 100)
+    np.testing.assert_array_equal(back.array, order.to_file(second.corrected.image_xyz > 100))
     assert back.geometry == stored.geometry
+
+
+def test_thick_slices_are_resampled_and_found_again() -> None:
+    image, label = ball((8, 40, 48))
+    done = preprocess_volume(image, Preprocessing(bias=None, spacing_mm=(0.5, 1.0, 2.0)))
+    assert done.corrected.image_xyz.shape == (8, 40, 48)
+    assert done.levels_xyz.shape == (24, 40, 24)
+    assert done.spacing_mm == (0.5, 1.0, 2.0)
+    native = preprocess_volume(image, Preprocessing(bias=None))
+    assert done.normalisation == native.normalisation
+    sliced = done.label_on_network_grid(label.array)
+    assert sliced.shape == done.levels_xyz.shape
+    assert set(np.unique(sliced)) == {0, 1, 3}
+    back = done.to_source_grid((sliced > 0).astype(np.float32)) > 0.5
+    truth = label.array > 0
+    assert 2 * (back & truth).sum() / (back.sum() + truth.sum()) > 0.9
+
+
+def test_a_spacing_that_no_machine_holds_is_refused() -> None:
+    image, _ = ball()
+    with pytest.raises(InputError, match="would be 24000 x 20000 x 24000 voxels at that spacing; choose a coarser"):
+        preprocess_volume(image, Preprocessing(bias=None, spacing_mm=(0.001, 0.001, 0.001)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -18,13 +19,15 @@ from hypothesis.extra import numpy as hnp
 
 from cspine_data import DamagedStoreError, open_cohort
 from cspine_data.reader import SliceArray, slice_array
-from cspine_data.store import _write_slices
+from cspine_data.schema import slice_chunks
+from cspine_data.writer import CaseWriter
 
 DTYPES = ("float32", "uint8", "int16", "uint16", "int32")
 
 
 def written(folder: Path, array: np.ndarray, axis: int = 0) -> Path:
-    _write_slices(folder, axis, "image", array)
+    slices = np.ascontiguousarray(np.moveaxis(array, axis, 0))
+    CaseWriter(folder / f"axis{axis}").write_array("image", slices, slice_chunks(slices.shape), "xyz", {})
     return folder / f"axis{axis}" / "image"
 
 
@@ -51,6 +54,31 @@ def test_the_direct_path_equals_zarr(data: st.DataObject, dtype: str, shape: tup
             found = fast.read(position)
             assert found.dtype == array.dtype
             np.testing.assert_array_equal(found, slow[position])
+
+
+@given(
+    data=st.data(),
+    dtype=st.sampled_from((*DTYPES, ">i2", "float64", "int8")),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
+    chunks=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
+)
+@settings(max_examples=40, deadline=None)
+def test_zarr_reads_what_is_written(data: st.DataObject, dtype: str, shape: tuple, chunks: tuple) -> None:
+    elements = hnp.from_dtype(np.dtype(dtype), allow_nan=False, allow_infinity=False)
+    array = data.draw(hnp.arrays(dtype, shape, elements=elements))
+    with TemporaryDirectory() as name:
+        writer = CaseWriter(Path(name) / "case")
+        writer.write_group("volume", {"a": 1})
+        writer.write_array("volume/0", array, chunks, "xyz", {"b": 2.5})
+        writer.finish()
+        found = zarr.open_group(str(writer.folder / "volume"), mode="r")
+        assert found.attrs["a"] == 1
+        assert found["0"].attrs["b"] == 2.5
+        assert found["0"].chunks == chunks
+        assert found["0"].dtype == np.dtype(dtype).newbyteorder("=")
+        np.testing.assert_array_equal(found["0"][...], array)
+        for file, checksum in writer.checksums.items():
+            assert hashlib.sha256((writer.folder / file).read_bytes()).hexdigest() == checksum
 
 
 def test_every_flipped_byte_raises_or_changes_nothing(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_axis_0_is_sagittal_by_an_independent_reader(case: str, messy_store: Pat
     assert len(slices) == turned.shape[0]
     for position in (0, len(slices) // 2):
         expected = record.normalisation.apply(turned[position])
-        np.testing.assert_array_equal(slices[position][0][0], expected)
+        np.testing.assert_allclose(slices[position][0][0], expected, atol=record.levels.scale * 0.51)
     np.testing.assert_allclose(record.spacing_xyz_mm, image.GetSpacing(), rtol=1e-6)
 
 

@@ -45,7 +45,7 @@ def test_any_zarr_reader_finds_the_designed_layout(store: Path) -> None:
     assert group["axis0/image"].shape == (16, 20, 24)
     assert group["axis1/image"].shape == (20, 16, 24)
     assert group["axis2/label"].shape == (24, 16, 20)
-    assert group["axis2/image"].dtype == np.float32
+    assert group["axis2/image"].dtype == np.int16
     assert group["axis1/image"].shards == (20, 16, 24)
     assert group["axis1/image"].chunks == (1, 16, 24)
     ome = group["volume"].attrs["ome"]
@@ -55,9 +55,13 @@ def test_any_zarr_reader_finds_the_designed_layout(store: Path) -> None:
     assert translation["translation"] == [-10.0, 4.0, 2.5]
     assert [axis["name"] for axis in ome["multiscales"][0]["axes"]] == ["x", "y", "z"]
     assert group["volume/labels"].attrs["ome"]["labels"] == ["segmentation"]
+    assert group["volume/0"].metadata.dimension_names == ("x", "y", "z")
+    assert group["axis1/label"].metadata.dimension_names == ("y", "x", "z")
     normalised = open_cohort(store).record("A").normalisation.apply(group["volume/0"][...])
     for axis in range(3):
-        np.testing.assert_array_equal(group[f"axis{axis}/image"][...], np.moveaxis(normalised, axis, 0))
+        slices = group[f"axis{axis}/image"]
+        found = slices[...] * slices.attrs["scale_factor"] + slices.attrs["add_offset"]
+        np.testing.assert_allclose(found, np.moveaxis(normalised, axis, 0), atol=slices.attrs["scale_factor"] * 0.51)
 
 
 def test_export_gives_back_grid_values_and_dtype(store: Path, tmp_path: Path) -> None:
@@ -123,11 +127,11 @@ def test_a_damaged_or_missing_volume_raises(store: Path, array: str) -> None:
 
 
 def spoil(record: dict[str, Any]) -> None:
-    record["normalisation"]["std"] = "wide"
+    record["normalisation"]["values"] = "wide"
 
 
 def shift(record: dict[str, Any]) -> None:
-    record["normalisation"]["mean"] += 1e-9
+    record["normalisation"]["intensities"][0] += 1e-9
 
 
 @pytest.mark.parametrize(("change", "checksum"), [(spoil, True), (shift, False)])
@@ -149,6 +153,21 @@ def test_a_newer_schema_is_refused_by_name(store: Path) -> None:
         told = f"has schema version {SCHEMA_VERSION + 1}, this cspine knows {SCHEMA_VERSION}; install a newer cspine"
         with pytest.raises(NewerSchemaError, match=told):
             use(store)
+
+
+def test_a_store_of_an_older_cspine_is_renewed_by_preparing_again(store: Path, run_data) -> None:
+    def as_version_2_wrote_it(record: dict[str, Any]) -> None:
+        record["schema_version"] = 2
+        record.pop("levels", None)
+
+    for folder in (store, folder_of(store, "A"), folder_of(store, "B")):
+        rewrite(folder, as_version_2_wrote_it)
+    with pytest.raises(StoreError, match="was written by an older cspine; run cspine-data prepare again to renew"):
+        open_cohort(store).slices()
+    assert "2 done" in run_data("prepare", store.parent / "raw", "--store", store, "--no-n4").output
+    assert len(open_cohort(store).slices()) == 32
+    assert read_root(store).schema_version == SCHEMA_VERSION
+    assert verify(store) == []
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"attributes": 3}', '{"attributes": {"cspine": {"cases": 3}}}'])

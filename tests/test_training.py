@@ -25,7 +25,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cspine_data import InputError, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
+from cspine_data import (
+    InputError,
+    Preprocessing,
+    Volume,
+    open_cohort,
+    prepare,
+    preprocess_volume,
+    read_volume,
+    write_volume,
+)
 from cspine_data.geometry import Orientation
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
 from cspine_train.cli import default_run_name
@@ -129,6 +138,20 @@ def test_predicting_a_file_gives_what_evaluation_saw(
     stored = stored > run.record.threshold
     np.testing.assert_array_equal(Orientation.of(source.geometry).to_anatomical(found.array), stored)
     assert 0 < found.array.mean() < 0.5
+
+
+def test_resampled_slices_are_scored_and_predicted_on_the_source_grid(phantom_folder: Path, tmp_path: Path) -> None:
+    """Thick slices made thin for training, and everything else coarse: the figure is of the file's own voxels."""
+    store, run = tmp_path / "s.zarr", tmp_path / "run"
+    prepare(phantom_folder, store, preprocessing=Preprocessing(bias=None, spacing_mm=(3.0, 3.0, 2.0)), axes="1")
+    train(store, run, RunSettings(**{**SMALL, "axes": (1,), "variant": "raw", "epochs": 1, "pixel_mm": None}))
+    source, truth = (read_volume(phantom_folder / name) for name in ("CS_04.nrrd", "CS_04S-label.nrrd"))
+    found = load_run(run).predict(source)
+    assert found.geometry == source.geometry
+    expected = overlap(found.array > 0, truth.array > 0)
+    (score,) = evaluate(run).scores
+    assert score.voxels == expected
+    assert 0 < score.dice < 1
 
 
 def test_the_threshold_is_the_best_on_the_validation_patients(phantom_store: Path, tmp_path: Path) -> None:
