@@ -44,9 +44,9 @@ class BiasParameters(N4Parameters):
         return self.model_copy(update=update)
 
 
-#: What `--n4-preset` offers; docs/measurements.md says what each leaves and costs.
+#: What `--n4-preset` offers; docs/bias-field.md says what each leaves and costs.
 PRESETS = {
-    "fast": BiasParameters(resolution_mm=9.0, iterations=(100, 100, 100), mask_passes=1),
+    "fast": BiasParameters(iterations=(100, 100, 100, 100), width=0.3, mask_passes=2),
     "default": BiasParameters(),
     "thorough": BiasParameters(resolution_mm=4.0, iterations=(400, 400, 400, 400), mask_passes=5),
 }

@@ -17,6 +17,11 @@ _LOG_FLOOR = 0.03
 # the distance to the bright class where there is air (0.10 in one crop with little of it), and over 0.14 to 0.48 in
 # crops that hold none.
 _FLATTEST_TISSUE = 0.12
+# Fat beside a surface coil can be so bright that it alone is the bright class. The dark class is then parted again: air
+# spread over at most 0.028 of the distance between its two classes on phantoms with fat made 5 to 15 times as bright,
+# what is darkest in crops that hold no air, seven of phantoms and fourteen of real scans, over 0.071 to 0.48.
+_FLATTEST_WITHIN_DARK = 0.045
+_LEAST_TISSUE = 0.1
 # Air is -1000 Hounsfield units; no magnitude of MRI is negative, nor does scaling bring it that low.
 _DARKEST_MRI = -500.0
 
@@ -56,8 +61,9 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
 
     Otsu's threshold (Otsu 1979) of the *logarithm* of intensity above the darkest percentile, on an image averaged
     to about 3 mm. Otsu's threshold of the intensity itself parts bright fat from everything else and leaves most
-    tissue, vertebrae included, with the air. Where the darker class is not flat, as air is, the volume is a crop
-    without air, and the threshold lies below every voxel.
+    tissue, vertebrae included, with the air; where fat is so bright that the logarithm does too, the darker class is
+    parted once more. Where the darker class is not flat, as air is, the volume is a crop without air, and the
+    threshold lies below every voxel.
 
     Parameters
     ----------
@@ -70,15 +76,25 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
     darkest, brightest = (float(value) for value in np.percentile(averaged, (1, 99)))
     if brightest <= darkest:
         darkest, brightest = float(image_xyz.min()), float(image_xyz.max())
+    threshold, spread = _parted(averaged, darkest, brightest)
+    dark = averaged[averaged <= threshold]
+    if dark.size and (spread > _FLATTEST_TISSUE or dark.size > (1 - _LEAST_TISSUE) * averaged.size):
+        within, spread_within = _parted(dark, darkest, threshold)
+        if spread_within < _FLATTEST_WITHIN_DARK:
+            return within
+    return threshold if spread <= _FLATTEST_TISSUE else float(image_xyz.min()) - 1.0
+
+
+def _parted(values: NDArray[np.float32], darkest: float, brightest: float) -> tuple[float, float]:
+    """Return what parts a dark class from a bright one, and how far the dark one spreads on the way to the other."""
     span = brightest - darkest
-    levels = np.log(np.clip((averaged - darkest) / span, 0, 1) + np.float32(_LOG_FLOOR))
+    levels = np.log(np.clip((values - darkest) / span, 0, 1) + np.float32(_LOG_FLOOR))
     threshold = darkest + (float(np.exp(_otsu(levels))) - _LOG_FLOOR) * span
-    dark, bright = averaged[averaged <= threshold], averaged[averaged > threshold]
-    if dark.size and bright.size:
-        low, middle = np.percentile(dark, (10, 50))
-        if middle - low > _FLATTEST_TISSUE * (np.median(bright) - middle):
-            return float(image_xyz.min()) - 1.0
-    return threshold
+    dark, bright = values[values <= threshold], values[values > threshold]
+    if not dark.size or not bright.size:
+        return threshold, 0.0
+    low, middle = np.percentile(dark, (10, 50))
+    return threshold, float((middle - low) / max(np.median(bright) - middle, np.finfo(np.float32).tiny))
 
 
 def air_level(image_xyz: NDArray[Any], threshold: float) -> float:

@@ -9,6 +9,7 @@ from scipy import ndimage
 from cspine_data._anatomy import make_case
 from cspine_data.bias import BiasParameters, bias_parameters, correct, estimate_bias, estimate_log_bias
 from cspine_data.errors import InputError
+from cspine_data.resampling import resample_image
 from cspine_data.tissue import average_down, tissue_threshold, working_factors
 
 
@@ -53,6 +54,34 @@ def test_exact_zeros_around_the_patient_do_not_mislead() -> None:
     tissue = masked > tissue_threshold(masked, case.spacing_mm)
     assert tissue[case.label_xyz > 0].mean() > 0.85
     assert not tissue[masked == 0].any()
+
+
+@pytest.mark.parametrize("brighter", [2, 5, 8, 15])
+@pytest.mark.parametrize("index", range(3))
+def test_bright_fat_beside_the_coil_does_not_hide_the_rest(index: int, brighter: float) -> None:
+    """A band of tissue many times as bright, as fat beside a surface coil is."""
+    case = make_case(0, index)
+    image = case.image_xyz.astype(np.float32)
+    tissue = image > tissue_threshold(image, case.spacing_mm)
+    image[:, -12:][tissue[:, -12:]] *= brighter
+    found = image > tissue_threshold(image, case.spacing_mm)
+    assert found[tissue].mean() > 0.93
+    assert found[~tissue].mean() < 0.2
+    assert found[case.label_xyz > 0].mean() > 0.85
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "tolerance"), [((0.6, 0.6, 0.6), 0.04), ((3.5, 0.6, 0.6), 0.1), ((6.0, 0.8, 0.8), 0.2)]
+)
+def test_another_scan_of_the_same_neck_has_the_same_field(spacing_mm: tuple, tolerance: float) -> None:
+    """Millimetres, not voxels: finer voxels, and thick slices."""
+    first, second = make_case(0, 0, (1.0, 1.0, 1.0)), make_case(0, 0, spacing_mm)
+    expected, found = (
+        estimate_bias(case.image_xyz, case.spacing_mm, BiasParameters()).log_bias_xyz for case in (first, second)
+    )
+    there = resample_image(found, spacing_mm, first.image_xyz.shape, (1.0, 1.0, 1.0), order=1)
+    tissue = first.image_xyz > tissue_threshold(first.image_xyz, (1.0, 1.0, 1.0))
+    assert (there - expected)[tissue].std() < tolerance * expected[tissue].std()
 
 
 def test_n4_recovers_most_of_a_known_field() -> None:

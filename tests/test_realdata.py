@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from cspine_data import Orientation, find_cases, open_cohort, prepare, read_volume, verify
+from cspine_data import BiasParameters, Orientation, find_cases, open_cohort, prepare, read_volume, verify
+from cspine_data.bias import estimate_log_bias
+from cspine_data.tissue import tissue_threshold
 
 pytestmark = pytest.mark.realdata
 
@@ -144,3 +146,27 @@ def test_two_real_spines_are_prepared_as_they_lie(realdata: Path, tmp_path: Path
     assert record.tissue_threshold > 22
     assert 0.4 < record.tissue_fraction < 0.7
     assert record.log_bias_deviation > 0.05
+
+
+@pytest.mark.parametrize(
+    "name", ["cervical/neck_t2_axial.nii.gz", "cervical/neck_gre_axial.nii.gz", "spine14/VB2_02.nrrd"]
+)
+def test_the_field_of_real_volumes_is_itks(name: str, realdata: Path) -> None:
+    """The same method with the same settings, on the same working grid and mask."""
+    volume = read_volume(realdata / name)
+    spacing_mm = volume.geometry.spacing_mm
+    tissue = volume.array > tissue_threshold(volume.array, spacing_mm)
+    settings = {
+        "iterations": (20, 20, 20),
+        "threshold": 1e-3,
+        "spline_mm": 0,
+        "width": 0.15,
+        "noise": 0.01,
+        "stride": 1,
+    }
+    ours, itks = (
+        estimate_log_bias(volume.array, tissue, spacing_mm, BiasParameters(engine=engine, resolution_mm=10, **settings))
+        for engine in ("separable", "itk")
+    )
+    assert itks[tissue].std() > 0.02
+    assert (ours - itks)[tissue].std() < 1e-3
