@@ -73,7 +73,11 @@ def scan(source: Path, pairs: Path | None) -> None:
 @click.option(
     "--n4-preset", type=click.Choice(["fast", "default", "thorough"]), default="default", help="Accuracy against time."
 )
-@click.option("--n4-engine", type=click.Choice(["separable", "itk"]), help="Ours, or SimpleITK's slow twin of it.")
+@click.option(
+    "--n4-engine",
+    type=click.Choice(["separable", "itk"]),
+    help="Ours, or SimpleITK's slow twin of it, which takes no --n4-spacing.",
+)
 @click.option("--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, that the field is estimated on.")
 @click.option("--n4-spacing", "n4_spacing_mm", type=float, help="Length, mm, of the spline's finest elements.")
 @click.option("--n4-iterations", help="Most iterations at each level, as in 200,200,200.")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cspine_data import schema
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.geometry import Orientation
+from cspine_data.intensity import Levels
 from cspine_data.preprocess import PreparedVolume, normalise_volume
 from cspine_data.reader import SliceArray, slice_array
 from cspine_data.schema import CaseRecord, RootRecord
@@ -192,6 +193,18 @@ class Cohort:
         record = self.record(case, variant)
         return normalise_volume(read_corrected(self.path, record), record.preprocessing)
 
+    def label_xyz(self, case: str, variant: str | None = None) -> NDArray[Any]:
+        """Return a case's label map on its own grid, (x, y, z), label values as in its source.
+
+        Raises
+        ------
+        NotInStoreError
+            If the store does not hold it, or it has none.
+        DamagedStoreError
+            If its bytes are not what was written.
+        """
+        return read_label_xyz(self.path, self.record(case, variant))
+
     def export(self, case: str, variant: str | None = None, *, label: bool = False) -> Volume:
         """Return a case as a volume on the grid of the file it came from.
 
@@ -212,7 +225,7 @@ class Cohort:
             If its bytes are not what was written.
         """
         record = self.record(case, variant)
-        array_xyz = read_label_xyz(self.path, record) if label else read_volume_xyz(self.path, record)
+        array_xyz = self.label_xyz(case, variant) if label else read_volume_xyz(self.path, record)
         array = np.ascontiguousarray(Orientation.of(record.geometry).to_file(array_xyz))
         if label:
             array = array.astype(record.label_dtype)
@@ -364,7 +377,8 @@ class VolumeDataset:
     def __getitem__(self, item: int) -> Any:
         record = self.records[item]
         normalised = record.normalisation.apply(read_volume_xyz(self._store, record))
-        image = record.levels.decode(record.levels.encode(normalised))[None]
+        levels = Levels.spanning(normalised)
+        image = levels.decode(levels.encode(normalised))[None]
         if self.labels is None:
             return image
         label = read_label_xyz(self._store, record)[None]

@@ -114,9 +114,7 @@ def normalisation_of(
     intensities: tuple[float, ...] = (0.0, 0.0)
     values: tuple[float, ...] = (0.0, 1.0)
     if method == "nyul":
-        if standard is None:
-            raise InputError(name, "cannot be matched without a cohort's landmarks", "prepare it with its cohort")
-        intensities, values = _percentiles(found, NYUL_PERCENTILES), standard
+        intensities = _percentiles(found, NYUL_PERCENTILES)
     elif method == "percentile":
         intensities = _percentiles(found, _ENDS)
     elif found.size:
@@ -124,7 +122,10 @@ def normalisation_of(
         intensities = (mean, mean + float(found.std(dtype=np.float64)))
     if not intensities[-1] > intensities[0]:
         raise InputError(name, "has no contrast within its tissue", "is it a mask or a label map? leave it out")
-    intensities, values = _distinct(intensities, values)
+    if method == "nyul":
+        if standard is None:
+            raise InputError(name, "cannot be matched without a cohort's landmarks", "prepare it with its cohort")
+        intensities, values = _distinct(intensities, standard)
     return Normalisation(method=method, intensities=intensities, values=values)
 
 
@@ -164,6 +165,10 @@ def _along_lines(image: NDArray[Any], start: tuple[float, ...], end: tuple[float
         line *= slopes[0]
         line += np.float32(end[0])
         return line
-    before = np.searchsorted(places[1:-1].astype(np.float32), image, side="right")
-    shifts = (values[:-1] - slopes * places[:-1]).astype(np.float32)
-    return np.asarray(image * slopes[before] + shifts[before], dtype=np.float32)
+    result = np.empty(image.shape, dtype=np.float32)
+    first_places, first_values = places.astype(np.float32), values.astype(np.float32)
+    # Plane by plane: which line a voxel is on takes twice the room of its value.
+    for plane, out in zip(np.atleast_2d(image), np.atleast_2d(result), strict=True):
+        line = np.searchsorted(first_places[1:-1], plane, side="right")
+        out[...] = (plane - first_places[line]) * slopes[line] + first_values[line]
+    return result

@@ -18,11 +18,12 @@ from cspine_data.geometry import Orientation
 from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, file_digests, is_current, plan_jobs
 from cspine_data.preprocess import CorrectedVolume, PreparedVolume, Preprocessing, correct_volume, normalise_volume
-from cspine_data.schema import CaseRecord
+from cspine_data.schema import CaseRecord, standard_key
 from cspine_data.store import (
     LabelMap,
     create_store,
     enrol,
+    keep_standard,
     publish,
     read_corrected,
     read_root,
@@ -177,19 +178,18 @@ def prepare(
 def _standard(
     cases: Sequence[Case], store: Path, preprocessing: Preprocessing, workers: int | None, scheduler: str | None
 ) -> tuple[float, ...] | None:
-    """Return what Nyul's method matches volumes to: what the store's cases were matched to, else the cohort's own.
+    """Return what Nyul's method matches the store's volumes to: what it holds, else what is learnt from the cohort.
 
-    A cohort's own is learnt from a few of its cases, spread evenly; None where none of them can be used.
+    It is learnt from a few cases, spread evenly; None where none of them can be used.
     """
-    for case, variants in read_root(store).cases.items():
-        digest = variants.get(preprocessing.variant)
-        record = stored_record(store, case, digest) if digest else None
-        if record and record.preprocessing.model_copy(update={"standard": None}) == preprocessing:
-            return record.preprocessing.standard
+    key = standard_key(preprocessing)
+    known = read_root(store).standards.get(key)
+    if known is not None:
+        return known
     jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, ())
     found = [outcome for _, outcome in run_jobs(_landmarks, jobs, store, workers, scheduler)]
     of_cases = sorted(landmarks for landmarks in found if isinstance(landmarks, tuple) and landmarks)
-    return standard_landmarks(of_cases) if of_cases else None
+    return keep_standard(store, key, standard_landmarks(of_cases)) if of_cases else None
 
 
 def prepare_case(job: Job, store: Path) -> int:
@@ -294,10 +294,10 @@ def _work(job: Job, store: str) -> int | Problem:
 
 def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
     """Find one volume's landmarks in a worker."""
-    del store
     _one_thread()
     try:
-        return correct_volume(read_volume(job.case.volume), job.preprocessing.bias).landmarks
+        corrected = _stored_volume(job, Path(store))
+        return (corrected or correct_volume(read_volume(job.case.volume), job.preprocessing.bias)).landmarks
     except Exception as error:  # noqa: BLE001 - the case will fail where it is prepared, and say why
         return describe_problem(job.case.id, error)
 

@@ -5,24 +5,26 @@ The same functions of the same recorded parameters make the store and prepare a 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from threadpoolctl import threadpool_limits
 
 from cspine_data.bias import BiasParameters, correct, estimate_bias
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, Triple
-from cspine_data.intensity import Levels, Method, Normalisation, landmarks, normalisation_of
+from cspine_data.intensity import NYUL_PERCENTILES, Levels, Method, Normalisation, landmarks, normalisation_of
 from cspine_data.resampling import resample_image, resample_label, resampled_size
 from cspine_data.tissue import air_level, looks_like_ct, tissue_threshold
 from cspine_data.volumes import Volume, check_image
 
-# 4 GB as float32: a mistyped spacing should not take the machine down.
-_MOST_VOXELS = 2**30
+# Some 4 GB a worker at 14 to 20 bytes a voxel: a mistyped spacing should not take the machine down.
+_MOST_VOXELS = 2**28
 
 
 class Preprocessing(BaseModel):
@@ -46,6 +48,25 @@ class Preprocessing(BaseModel):
     normalisation: Method = "zscore"
     standard: tuple[float, ...] | None = None
     spacing_mm: Triple | None = None
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _positive(cls, spacing_mm: Triple | None) -> Triple | None:
+        if spacing_mm is not None and not all(0 < mm < math.inf for mm in spacing_mm):
+            raise ValueError("spacing_mm: give three positive sizes in mm")
+        return spacing_mm
+
+    @model_validator(mode="after")
+    def _standard_fits(self) -> Preprocessing:
+        standard = self.standard
+        if standard is None:
+            return self
+        ascending = all(low <= high for low, high in itertools.pairwise(standard))
+        if self.normalisation != "nyul" or len(standard) != len(NYUL_PERCENTILES) or not ascending:
+            raise ValueError(f"standard: give {len(NYUL_PERCENTILES)} ascending values, with nyul only")
+        if not standard[0] < standard[-1] < math.inf:
+            raise ValueError("standard: its first value is not below its last")
+        return self
 
     @property
     def variant(self) -> str:
@@ -199,7 +220,9 @@ def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolu
         threshold, deviation = tissue_threshold(image, spacing_mm), 0.0
         air = air_level(image, threshold)
     else:
-        found = estimate_bias(image, spacing_mm, bias)
+        # The last bits of a product depend on the number of threads; workers have one, whoever predicts has many.
+        with threadpool_limits(1):
+            found = estimate_bias(image, spacing_mm, bias)
         threshold, air = found.tissue_threshold, found.air_level
         in_tissue = found.log_bias_xyz[found.tissue_xyz]
         deviation = float(in_tissue.std(dtype=np.float64)) if in_tissue.size else 0.0

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from cspine_data.geometry import Triple
 
@@ -125,6 +126,8 @@ def _through(image: NDArray[np.float32], matrices: list[NDArray[np.float32] | No
     for axis in order:
         matrix = matrices[axis]
         if matrix is not None:
-            moved = np.tensordot(matrix, image, axes=(1, axis))
+            # The last bits of a product depend on the number of threads; workers have one, whoever predicts has many.
+            with threadpool_limits(1):
+                moved = np.tensordot(matrix, image, axes=(1, axis))
             image = np.moveaxis(moved, 0, axis)
     return np.ascontiguousarray(image)

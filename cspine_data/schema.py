@@ -53,6 +53,8 @@ class RootRecord(BaseModel):
     enrolled : tuple of tuple of str
         The labelled cases in the batches in which they came; splits are made from it, so that they stay when cases
         are added.
+    standards : dict
+        What Nyul's method matches volumes to, by `standard_key`: learnt once, so that added cases match it too.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,6 +64,7 @@ class RootRecord(BaseModel):
     cases: dict[str, dict[str, str]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     enrolled: tuple[tuple[str, ...], ...] = ()
+    standards: dict[str, tuple[float, ...]] = Field(default_factory=dict)
 
 
 class CaseRecord(BaseModel):
@@ -159,8 +162,12 @@ def case_path(case: str, digest: str) -> str:
 
 def volume_digest(image_sha256: str, preprocessing: Preprocessing) -> str:
     """Digest what a corrected volume depends on: the image's bytes, the bias field's parameters, the schema."""
-    bias = preprocessing.bias.model_dump(mode="json") if preprocessing.bias else None
-    return _digest([SCHEMA_VERSION, image_sha256, bias])
+    return _digest([SCHEMA_VERSION, image_sha256, _bias(preprocessing)])
+
+
+def standard_key(preprocessing: Preprocessing) -> str:
+    """Digest what the landmarks of a cohort depend on: how its volumes' fields are corrected."""
+    return _digest([SCHEMA_VERSION, _bias(preprocessing)])
 
 
 def case_digest(of_volume: str, label_sha256: str | None, preprocessing: Preprocessing, axes: tuple[int, ...]) -> str:
@@ -171,6 +178,10 @@ def case_digest(of_volume: str, label_sha256: str | None, preprocessing: Preproc
 def record_checksum(record: dict[str, Any]) -> str:
     """Return the SHA-256, in hex, of a record as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _bias(preprocessing: Preprocessing) -> dict[str, Any] | None:
+    return preprocessing.bias.model_dump(mode="json") if preprocessing.bias else None
 
 
 def _digest(content: Any) -> str:

@@ -105,7 +105,7 @@ def _record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRec
         known = ", ".join(sorted(variants))
         raise NotInStoreError(f"{path}: holds case {case!r} as {known}, not as {variant}; prepare it so")
     record = stored_record(path, case, variants[variant])
-    if record is None and root.schema_version < schema.SCHEMA_VERSION:
+    if record is None and is_older(path, case, variants[variant]):
         raise StoreError(f"{path}: was written by an older cspine; run cspine-data prepare again to renew its cases")
     if record is None or record.variant != variant:
         raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; prepare it anew")
@@ -120,6 +120,16 @@ def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
     except (ValidationError, DamagedStoreError):
         return None
     return record if record and (record.case, record.digest) == (case, digest) else None
+
+
+def is_older(path: Path, case: str, digest: str) -> bool:
+    """Tell whether a case was written by an older cspine, whose records are no longer read."""
+    try:
+        attributes = _attributes(path / schema.case_path(case, digest))
+    except DamagedStoreError:
+        return False
+    version = attributes.get("schema_version") if attributes else None
+    return isinstance(version, int) and version < schema.SCHEMA_VERSION
 
 
 def write_case(path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> CaseRecord:
@@ -189,6 +199,16 @@ def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
         return root.model_copy(update={"enrolled": enrolled, "notes": notes})
 
     _update_root(path, add_batch)
+
+
+def keep_standard(path: Path, key: str, standard: tuple[float, ...]) -> tuple[float, ...]:
+    """Enter what Nyul's method matches a store's volumes to, unless it is known; return what is known then."""
+
+    def add_standard(root: RootRecord) -> RootRecord:
+        return root.model_copy(update={"standards": {key: standard, **root.standards}})
+
+    _update_root(path, add_standard)
+    return read_root(path).standards[key]
 
 
 def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:

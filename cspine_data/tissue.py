@@ -80,7 +80,9 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
     dark = averaged[averaged <= threshold]
     if dark.size and (spread > _FLATTEST_TISSUE or dark.size > (1 - _LEAST_TISSUE) * averaged.size):
         within, spread_within = _parted(dark, darkest, threshold)
-        if spread_within < _FLATTEST_WITHIN_DARK:
+        # In a small patient's wide field of view only the zeros of a padded margin are as flat: those are no air.
+        padding = spread <= _FLATTEST_TISSUE and spread_within == 0
+        if spread_within < _FLATTEST_WITHIN_DARK and not padding:
             return within
     return threshold if spread <= _FLATTEST_TISSUE else float(image_xyz.min()) - 1.0
 

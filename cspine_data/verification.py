@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cspine_data import schema
 from cspine_data.schema import CaseRecord
-from cspine_data.store import read_root, stored_record
+from cspine_data.store import is_older, read_root, stored_record
 from cspine_data.writer import METADATA
 
 
@@ -50,7 +50,9 @@ def verify(path: str | Path) -> list[Damage]:
         for variant, digest in variants.items():
             record = stored_record(path, case, digest)
             if record is None:
-                damages.append(Damage(case, variant, "record", "missing or damaged"))
+                older = is_older(path, case, digest)
+                problem = "was written by an older cspine; prepare it again" if older else "missing or damaged"
+                damages.append(Damage(case, variant, "record", problem))
             else:
                 damages += _verify_case(path / schema.case_path(case, digest), record)
     return damages

@@ -1,6 +1,6 @@
 """Writing the files of one case: each durable, each known by its checksum, each array one shard.
 
-zarr-python writes the same bytes, chunk by chunk through its event loop, in some five times the time.
+zarr-python writes the same arrays, chunk by chunk through its event loop, in some five times the time.
 """
 
 from __future__ import annotations

@@ -117,9 +117,8 @@ def _score(loaded: LoadedRun, cohort: Cohort, case: str) -> Overlap:
     stored = cohort.record(case, variant)
     if stored.digest != loaded.record.digests.get(case):
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
-    _, label = cohort.volumes(variant=variant, cases=[case])[0]
     probabilities = loaded.on_source_grid(cohort.prepared(case, variant))
-    return overlap(probabilities > loaded.record.threshold, label[0] > 0)
+    return overlap(probabilities > loaded.record.threshold, cohort.label_xyz(case, variant) > 0)
 
 
 def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> Evaluation:

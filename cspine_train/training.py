@@ -16,7 +16,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
-from cspine_data import Cohort, Split, open_cohort
+from cspine_data import Cohort, Preprocessing, Split, open_cohort
 from cspine_train.allocator import keep_large_blocks
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
@@ -87,7 +87,7 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
         settings=settings,
         weights_used=earlier.weights_used if earlier and checkpoint else weights_used,
         size_hw=data.size_hw,
-        preprocessing=cohort.record(split.train[0], settings.variant).preprocessing,
+        preprocessing=_preprocessing(cohort, split, settings.variant),
         notes=cohort.notes,
         train=split.train,
         validation=split.validation,
@@ -113,6 +113,21 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     record = record.model_copy(update={"finished": True, **keeper.kept})
     save_record(run, record)
     return record
+
+
+def _preprocessing(cohort: Cohort, split: Split, variant: str) -> Preprocessing:
+    """Return how the patients were prepared; refuse patients that were prepared in different ways."""
+    cases = (*split.train, *split.validation, *split.test)
+    ways: dict[Preprocessing, str] = {}
+    for case in cases:
+        ways.setdefault(cohort.record(case, variant).preprocessing, case)
+    if len(ways) > 1:
+        first, second = list(ways.values())[:2]
+        raise RunError(
+            f"{cohort.path}: holds {first} and {second} as {variant}, prepared in different ways; "
+            "run cspine-data prepare with the same options over all of them"
+        )
+    return next(iter(ways))
 
 
 class _Plateau(Callback):

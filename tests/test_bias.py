@@ -70,6 +70,18 @@ def test_bright_fat_beside_the_coil_does_not_hide_the_rest(index: int, brighter:
     assert found[case.label_xyz > 0].mean() > 0.85
 
 
+@pytest.mark.parametrize("margin", [0, 60, 120])
+def test_a_small_patient_in_a_padded_field_of_view_keeps_its_air(margin: int) -> None:
+    case = make_case(0, 1)
+    alone = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
+    padded = np.pad(case.image_xyz, ((0, 0), (margin, margin), (margin, margin)))
+    tissue = padded > tissue_threshold(padded, case.spacing_mm)
+    inside = tissue[:, margin : margin + case.image_xyz.shape[1], margin : margin + case.image_xyz.shape[2]]
+    assert tissue.sum() == inside.sum()
+    assert inside[alone].mean() > 0.95
+    assert inside[~alone].mean() < 0.25
+
+
 @pytest.mark.parametrize(
     ("spacing_mm", "tolerance"), [((0.6, 0.6, 0.6), 0.04), ((3.5, 0.6, 0.6), 0.1), ((6.0, 0.8, 0.8), 0.2)]
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cspine_data import InputError, NotInStoreError, open_cohort, prepare, read_volume
+from cspine_data import InputError, NotInStoreError, Preprocessing, open_cohort, prepare, read_volume
 from cspine_data.geometry import Orientation
 from cspine_data.reader import SliceArray
 from tests.conftest import write_case
@@ -50,6 +50,19 @@ def test_volumes_and_slices_hold_the_same_numbers(phantom_store: Path) -> None:
         np.testing.assert_array_equal(np.stack([slices[i][0][0] for i in range(len(slices))], 1), image[0])
         np.testing.assert_array_equal(np.stack([slices[i][1][0] for i in range(len(slices))], 1), mask[0])
     assert len(cohort.volumes(variant="n4")) == 4
+
+
+def test_volumes_keep_their_range_where_slices_are_coarser(tmp_path: Path) -> None:
+    write_case(tmp_path / "raw", "A")
+    coarse = Preprocessing(bias=None, spacing_mm=(6.0, 6.0, 6.0))
+    prepare(tmp_path / "raw", tmp_path / "s.zarr", preprocessing=coarse, axes="0")
+    cohort = open_cohort(tmp_path / "s.zarr")
+    image, mask = cohort.volumes()[0]
+    assert image.shape == mask.shape == (1, 16, 20, 24)
+    source = read_volume(tmp_path / "raw" / "A.nrrd").array
+    expected = cohort.record("A").normalisation.apply(source)
+    np.testing.assert_allclose(image[0], expected, atol=1e-3)
+    np.testing.assert_array_equal(cohort.label_xyz("A"), read_volume(tmp_path / "raw" / "AS-label.nrrd").array)
 
 
 def test_choosing_slices(phantom_store: Path) -> None:

@@ -209,6 +209,19 @@ def test_nyul_learns_from_the_cohort_once_and_keeps_to_it(tmp_path: Path, run_da
     write_case(raw, "D")
     assert "1 done, 3 reused" in run_data(*told).output
     assert {record.preprocessing.standard for record in open_cohort(store).records()} == standards
+    # Another way in between, another grid, another case: the standard is the store's.
+    write_case(raw, "E")
+    run_data(*told[:-1], "zscore")
+    assert "5 done" in run_data(*told, "--spacing", "2").output
+    assert {record.preprocessing.standard for record in open_cohort(store).records()} == standards
+
+
+def test_a_cohort_without_contrast_is_told_so_by_nyul_too(tmp_path: Path, run_data) -> None:
+    image, _ = ball()
+    write_volume(tmp_path / "raw" / "A.nrrd", Volume((image.array > 100).astype(np.uint8), image.geometry))
+    done = run_data("prepare", tmp_path / "raw", "--store", tmp_path / "s.zarr", "--no-n4", "--normalisation", "nyul")
+    assert done.exit_code == 1
+    assert "A.nrrd: has no contrast within its tissue; is it a mask or a label map? leave it out" in done.stderr
 
 
 def test_a_reused_corrected_volume_is_the_computed_one(store: Path, tmp_path: Path) -> None:

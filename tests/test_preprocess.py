@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +40,10 @@ def test_a_normalisation_is_undone_by_its_statistics(intensities: list[float], s
     normalisation = Normalisation(intensities=tuple(start), values=tuple(end))
     np.testing.assert_allclose(normalisation.apply(start), end, atol=2e-3)
     image = np.linspace(start[0] - 100, start[-1] + 100, 50)
-    # Single precision, through slopes that differ by some ten thousand times.
-    np.testing.assert_allclose(normalisation.undo(normalisation.apply(image)), image, atol=0.5)
+    # Single precision of the normalised values, through the steepest line back.
+    steepest = (np.diff(start) / np.diff(end)).max()
+    tolerance = 1e-6 * (np.abs(image).max() + np.abs(normalisation.apply(image)).max() * steepest)
+    np.testing.assert_allclose(normalisation.undo(normalisation.apply(image)), image, atol=tolerance)
     assert (np.diff(normalisation.apply(image)) >= 0).all()
 
 
@@ -188,3 +193,45 @@ def test_a_spacing_that_no_machine_holds_is_refused() -> None:
     image, _ = ball()
     with pytest.raises(InputError, match="would be 24000 x 20000 x 24000 voxels at that spacing; choose a coarser"):
         preprocess_volume(image, Preprocessing(bias=None, spacing_mm=(0.001, 0.001, 0.001)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spacing_mm": (-1, 1, 1)}, "give three positive sizes in mm"),
+        ({"spacing_mm": (1, 1, float("nan"))}, "give three positive sizes in mm"),
+        ({"normalisation": "nyul", "standard": (0, 1)}, "give 11 ascending values"),
+        ({"normalisation": "nyul", "standard": tuple(range(11, 0, -1))}, "give 11 ascending values"),
+        ({"normalisation": "nyul", "standard": (1,) * 11}, "its first value is not below its last"),
+        ({"standard": tuple(range(11))}, "with nyul only"),
+    ],
+)
+def test_parameters_that_mean_nothing_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**changes)
+
+
+_LEVELS = """
+import hashlib, sys
+import numpy as np
+from cspine_data import Geometry, Preprocessing, Volume, preprocess_volume
+rng = np.random.default_rng(0)
+size = (24, 160, 160)
+body = np.zeros(size); body[2:-2, 20:-20, 20:-20] = 300
+image = (body * rng.uniform(0.7, 1.3, size) + rng.uniform(0, 20, size)).astype(np.int16)
+grid = Geometry(size=size, spacing_mm=(3, 1, 1), directions=((1, 0, 0), (0, 1, 0), (0, 0, 1)), origin_mm=(0, 0, 0))
+done = preprocess_volume(Volume(image, grid), Preprocessing(spacing_mm=(1.0, 1.1, 1.3)))
+print(hashlib.sha256(done.levels_xyz.tobytes()).hexdigest())
+"""
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """A worker has one thread, whoever predicts has all cores; both must see the same image."""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", _LEVELS], env={**os.environ, "OPENBLAS_NUM_THREADS": threads},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for threads in ("1", "2", "4")
+    }  # fmt: skip
+    assert len(found) == 1

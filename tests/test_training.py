@@ -43,7 +43,7 @@ from cspine_train.datamodule import CohortSlices, EpochSampler
 from cspine_train.metrics import overlap
 from cspine_train.module import THRESHOLDS, SliceSegmenter, best_threshold
 from cspine_train.settings import load_record
-from tests.conftest import ball
+from tests.conftest import ball, write_case
 
 SMALL = {
     "encoder": "tu-mobilenetv3_small_100",
@@ -152,6 +152,20 @@ def test_resampled_slices_are_scored_and_predicted_on_the_source_grid(phantom_fo
     (score,) = evaluate(run).scores
     assert score.voxels == expected
     assert 0 < score.dice < 1
+
+
+def test_patients_prepared_in_different_ways_are_refused(tmp_path: Path) -> None:
+    for name in "ABCD":
+        write_case(tmp_path / "raw", name)
+    store = tmp_path / "s.zarr"
+    prepare(tmp_path / "raw", store, n4=False, axes="0")
+    write_case(tmp_path / "raw", "E")
+    (tmp_path / "late").mkdir()
+    for name in ("E.nrrd", "ES-label.nrrd"):
+        (tmp_path / "raw" / name).rename(tmp_path / "late" / name)
+    prepare(tmp_path / "late", store, preprocessing=Preprocessing(bias=None, spacing_mm=(2, 2, 2)), axes="0")
+    with pytest.raises(RunError, match="holds A and E as raw, prepared in different ways; run cspine-data"):
+        train(store, tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw"}))
 
 
 def test_the_threshold_is_the_best_on_the_validation_patients(phantom_store: Path, tmp_path: Path) -> None:
