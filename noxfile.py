@@ -70,8 +70,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure; `-- FILE` adds a real volume to the N4 table."""
+    """Measure, an hour or two; `-- COHORT` adds a folder of real volumes to all that can use one."""
     install(session)
-    volume = ["--volume", session.posargs[0]] if session.posargs else []
-    run(session, "python", "benchmarks/n4_resolution.py", *volume)
+    run(session, "python", "-m", "pip", "install", "--quiet", "-e", ".[bench]")
+    cohort = session.posargs[:1]
+    run(session, "python", "benchmarks/n4_resolution.py", "--converged")
+    run(session, "python", "benchmarks/bias_accuracy.py", *cohort, "--peers", "--sweep")
+    if cohort:
+        run(session, "python", "benchmarks/prepare_cohort.py", *cohort)
     run(session, "python", "benchmarks/training_step.py")

@@ -95,6 +95,8 @@ SWEEPS: dict[str, dict[str, Way]] = {
     "masks found anew": {str(n): ours(mask_passes=n) for n in (0, 1, 2, 3, 5)},
 }
 
+DEFAULTS = dict(zip(SWEEPS, ("200", "4", "60", "1e-06", "6", "200", "0.2", "0.1", "3"), strict=True))
+
 
 @dataclass
 class Findings:
@@ -194,7 +196,7 @@ def _variation(before: Image, after: Image, label: NDArray[np.generic], air: np.
 
 
 def draw(found: dict[str, Findings], folder: Path) -> None:
-    """Draw what is left against seconds, one picture a parameter."""
+    """Draw what is left, and the seconds beneath, one picture a parameter."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -203,22 +205,18 @@ def draw(found: dict[str, Findings], folder: Path) -> None:
     figure, panels = plt.subplots(3, 3, figsize=(12, 11), sharey=True, layout="constrained")
     for panel, (parameter, values) in zip(panels.flat, SWEEPS.items(), strict=True):
         of_sweep = [found[f"{parameter}: {value}"] for value in values]
-        seconds = [np.mean(one.seconds) for one in of_sweep]
         for kind, shares in (
-            ("real, mean", [np.mean(one.of_real) for one in of_sweep]),
             ("real, worst", [max(one.of_real) for one in of_sweep]),
+            ("real, mean", [np.mean(one.of_real) for one in of_sweep]),
             ("phantoms, mean", [np.mean(one.phantoms) for one in of_sweep]),
         ):
-            panel.plot(seconds, shares, "o-", label=kind)
-            for x, y, value in zip(seconds, shares, values, strict=True):
-                panel.annotate(value, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-        default = found["default"]
-        panel.plot([np.mean(default.seconds)] * 2, [0, max(default.phantoms)], ":", color="grey", label="default")
+            panel.plot(range(len(values)), shares, "o-", label=kind)
+        seconds = [f"{value}\n{np.mean(one.seconds):.2f} s" for value, one in zip(values, of_sweep, strict=True)]
+        panel.set_xticks(range(len(values)), seconds)
+        panel.axvline(list(values).index(DEFAULTS[parameter]), linestyle=":", color="grey", label="default")
         panel.set_title(parameter)
         panel.set_ylim(0, 1)
         panel.grid(alpha=0.3)
-    for panel in panels[-1]:
-        panel.set_xlabel("seconds a volume, one processor")
     for panel in panels[:, 0]:
         panel.set_ylabel("share of the field left")
     panels[0, 0].legend()

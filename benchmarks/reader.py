@@ -35,7 +35,7 @@ def main() -> None:
             started = time.perf_counter()
             found = slices[position]
             between = time.perf_counter()
-            expected = image[position], label[position]
+            expected = record.levels.decode(image[position]), label[position]
             ours.append(between - started)
             theirs.append(time.perf_counter() - between)
             assert np.array_equal(found[0][0], expected[0])

@@ -21,7 +21,7 @@ Real = TypeVar("Real", np.float32, np.float64)
 
 
 class N4Parameters(BaseModel):
-    """What N4 itself can be told; docs/measurements.md shows what the defaults were chosen by.
+    """What N4 itself can be told; docs/bias-field.md shows what the defaults were chosen by.
 
     Attributes
     ----------
