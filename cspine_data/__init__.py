@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cspine_data.bias import BiasParameters, bias_parameters
     from cspine_data.cases import Case, Listing, Problem, describe_problem, find_cases
-    from cspine_data.dataset import Cohort, SliceDataset, SlicePlace, VolumeDataset, open_cohort
+    from cspine_data.cohort import Cohort, open_cohort
+    from cspine_data.dataset import SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 _HOME = {
     "bias": ("BiasParameters", "bias_parameters"),
     "cases": ("Case", "Listing", "Problem", "describe_problem", "find_cases"),
-    "dataset": ("Cohort", "SliceDataset", "SlicePlace", "VolumeDataset", "open_cohort"),
+    "cohort": ("Cohort", "open_cohort"),
+    "dataset": ("SliceDataset", "SlicePlace", "VolumeDataset"),
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),

@@ -161,7 +161,7 @@ def prepare(
 @STORE
 def info(store: Path) -> None:
     """Show what a store holds."""
-    from cspine_data.dataset import open_cohort
+    from cspine_data.cohort import open_cohort
 
     cohort = open_cohort(store)
     rows = []
@@ -210,7 +210,7 @@ def verify(store: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=".nrrd, .nii or .nii.gz file.")
 def export(store: Path, case: str, variant: str | None, label: bool, output: Path) -> None:
     """Write CASE of STORE back on its source file's own grid."""
-    from cspine_data.dataset import open_cohort
+    from cspine_data.cohort import open_cohort
     from cspine_data.errors import InputError
     from cspine_data.volumes import write_volume
 

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from cspine_data import BiasParameters, Orientation, find_cases, open_cohort, prepare, read_volume, verify
+from cspine_data import (
+    BiasParameters,
+    Orientation,
+    Preprocessing,
+    find_cases,
+    open_cohort,
+    prepare,
+    read_volume,
+    verify,
+)
 from cspine_data.bias import estimate_log_bias
 from cspine_data.tissue import tissue_threshold
 
@@ -84,6 +93,22 @@ def test_necks_without_labels_are_prepared_for_prediction(realdata: Path, tmp_pa
     assert record.spacing_xyz_mm == pytest.approx((0.6875, 0.6875, 7.5))
     assert record.size_xyz == (320, 256, 19)
     assert 0.2 < record.tissue_fraction < 0.6
+
+
+def test_thick_slices_of_real_necks_are_resampled_and_export_stays_the_scan(realdata: Path, tmp_path: Path) -> None:
+    thin = Preprocessing(bias=None, spacing_mm=(1.0, 1.0, 1.0))
+    assert len(prepare(realdata / "cervical", tmp_path / "s.zarr", preprocessing=thin, axes="2").done) == 2
+    cohort = open_cohort(tmp_path / "s.zarr")
+    record = cohort.record("neck_t2_axial")
+    assert record.size_xyz == (320, 256, 19)
+    # 19 slices of 7.5 mm, 320 and 256 voxels of 0.6875 mm.
+    assert record.sliced_size_xyz == (220, 176, 142)
+    prepared = cohort.prepared("neck_t2_axial")
+    back = prepared.to_source_grid(prepared.normalised_xyz())
+    expected = record.normalisation.apply(prepared.corrected.image_xyz)
+    assert np.corrcoef(back.ravel(), expected.ravel())[0, 1] > 0.97
+    source = read_volume(realdata / "cervical" / "neck_t2_axial.nii.gz")
+    np.testing.assert_array_equal(cohort.export("neck_t2_axial").array, source.array)
 
 
 def test_odd_encodings_are_read_or_refused_by_name(realdata: Path, tmp_path: Path) -> None:
