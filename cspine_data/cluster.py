@@ -111,7 +111,8 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
         with _held_interrupts():
             cluster = LocalCluster(
                 n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
-                silence_logs=50,
+                # Dask's HTTP server has a port of its own all the same, and warns where another run has it.
+                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, silence_logs=50,
             )  # fmt: skip
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client

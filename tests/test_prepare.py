@@ -331,6 +331,14 @@ def started(raw: Path, store: Path, stderr: int = subprocess.DEVNULL) -> subproc
     )  # fmt: skip
 
 
+def test_two_runs_side_by_side_say_nothing_of_each_other(slow_cohort: Path, tmp_path: Path) -> None:
+    stores = [tmp_path / "one.zarr", tmp_path / "two.zarr"]
+    runs = [started(slow_cohort, store, stderr=subprocess.PIPE) for store in stores]
+    assert [run.communicate()[1] for run in runs] == [b"", b""]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert contents(stores[0]) == contents(stores[1])
+
+
 @pytest.mark.parametrize("published", [0, 1, 3])
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_a_killed_run_started_again_ends_with_the_same_bytes(
