@@ -72,6 +72,13 @@ def bias_parameters(preset: str = "default", **changes: Any) -> BiasParameters:
     iterations = changes.get("iterations")
     if isinstance(iterations, str):
         changes["iterations"] = iterations.split(",")
+    if changes.get("engine") == "itk":
+        if "spline_mm" in changes:
+            raise InputError(
+                "N4 parameter spline_mm", "is not taken by SimpleITK's filter, which doubles its elements each level",
+                "leave it out",
+            )  # fmt: skip
+        changes["spline_mm"] = 0.0
     try:
         return BiasParameters.model_validate({**PRESETS[preset].model_dump(), **changes})
     except ValidationError as error:
@@ -172,13 +179,13 @@ def estimate_log_bias(
 
 
 def correct(image_xyz: NDArray[Any], log_bias_xyz: NDArray[np.float32], air: float = 0.0) -> NDArray[np.float32]:
-    """Divide what lies above air by the bias field, given as natural logarithm; float32, air stays at its level."""
+    """Divide what lies above air by the bias field, given as natural logarithm; float32, the rest stays as it is."""
     corrected = np.empty(image_xyz.shape, dtype=np.float32)
     level = np.float32(air)
     # Plane by plane everything stays in the processor's cache: half the time of whole arrays.
     for image, log_bias, plane in zip(image_xyz, log_bias_xyz, corrected, strict=True):
         np.subtract(image, level, out=plane, casting="unsafe")
-        plane *= np.exp(-log_bias)
+        np.copyto(plane, plane * np.exp(-log_bias), where=plane > 0)
         plane += level
     return corrected
 

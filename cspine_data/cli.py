@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -71,7 +72,10 @@ def scan(source: Path, pairs: Path | None) -> None:
 @click.option("--store", type=click.Path(path_type=Path), default="data/cspine.zarr", help="Store to make or add to.")
 @click.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4) or leave it (variant raw).")
 @click.option(
-    "--n4-preset", type=click.Choice(["fast", "default", "thorough"]), default="default", help="Accuracy against time."
+    "--n4-preset",
+    type=click.Choice(["fast", "default", "thorough"]),
+    show_default="default",
+    help="Accuracy against time.",
 )
 @click.option(
     "--n4-engine",
@@ -97,7 +101,7 @@ def prepare(
     source: Path,
     store: Path,
     n4: bool,
-    n4_preset: str,
+    n4_preset: str | None,
     n4_engine: str | None,
     n4_resolution_mm: float | None,
     n4_spacing_mm: float | None,
@@ -123,10 +127,10 @@ def prepare(
         "iterations": n4_iterations,
     }
     given = {name: value for name, value in changes.items() if value is not None}
-    if given and not n4:
+    if (given or n4_preset) and not n4:
         raise InputError("--no-n4", "leaves the field in", "leave out the other --n4 options")
     preprocessing = Preprocessing(
-        bias=bias_parameters(n4_preset, **given) if n4 else None,
+        bias=bias_parameters(n4_preset or "default", **given) if n4 else None,
         normalisation=normalisation,
         spacing_mm=parse_spacing(spacing),
     )
@@ -151,6 +155,14 @@ def prepare(
         f"{store}: {len(summary.done)} done, {len(summary.reused)} reused, {len(summary.failed)} failed; "
         f"{summary.seconds:.1f} s, {summary.written_bytes / 1e6:.1f} MB written"
     )
+    if summary.replaced:
+        click.echo(
+            f"{len(summary.replaced)} of them replace what was prepared otherwise; now: {preprocessing.description}"
+        )
+    if summary.standard_cases:
+        click.echo(
+            f"nyul: matched to the histograms of {len(summary.standard_cases)} cases, learnt once for this store"
+        )
     if not summary.done and not summary.failed:
         click.echo("nothing to do: the store holds every case as asked")
     if summary.failed:
@@ -164,24 +176,24 @@ def info(store: Path) -> None:
     from cspine_data.cohort import open_cohort
 
     cohort = open_cohort(store)
-    rows = []
+    rows, ways = [], []
     for variant in cohort.variants:
         split = cohort.split(variant=variant)
         part_of = {case: part for part in ("train", "validation", "test") for case in split.cases(part)}
         for record in cohort.records(variant):
+            ways.append((variant, record.preprocessing.description))
             deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
             rows.append(
                 (
                     record.case, variant, " x ".join(map(str, record.size_xyz)),
                     " x ".join(f"{mm:.3g}" for mm in record.spacing_xyz_mm),
-                    " x ".join(f"{mm:.3g}" for mm in record.sliced_spacing_xyz_mm),
                     "".join(map(str, record.axes)), " ".join(map(str, record.label_voxels)) or "-",
                     part_of.get(record.case, "-"), deviation,
                 )
             )  # fmt: skip
-    print_table(
-        ("case", "variant", "size xyz", "spacing mm", "of slices", "axes", "labels", "split", "log bias sd"), rows
-    )
+    print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
+    for (variant, description), number in Counter(ways).items():
+        click.echo(f"{variant}: {number} cases prepared with {description}")
     for note in cohort.notes:
         click.echo(f"note: {note}")
     click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")

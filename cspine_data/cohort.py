@@ -200,9 +200,10 @@ class Cohort:
         case : str
             Its id.
         variant : str, optional
-            ``raw`` gives the source's own values back; ``n4`` the corrected ones, float32, in the source's units.
+            ``raw`` gives the source's own values back; ``n4`` the corrected ones, float32, in the source's units: what
+            lies above the level of air (`CaseRecord.air_level`) divided by the field, the rest as it was.
         label : bool
-            Its label map instead, values and dtype as in the source.
+            Its label map instead, values and dtype as in the source; all variants have the same.
 
         Raises
         ------
@@ -211,6 +212,8 @@ class Cohort:
         DamagedStoreError
             If its bytes are not what was written.
         """
+        if label and variant is None:
+            variant = next(iter(self._root.cases.get(case, {})), None)
         record = self.record(case, variant)
         array_xyz = self.label_xyz(case, variant) if label else read_volume_xyz(self.path, record)
         array = np.ascontiguousarray(Orientation.of(record.geometry).to_file(array_xyz))

@@ -18,7 +18,7 @@ from cspine_data.geometry import Orientation
 from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, file_digests, is_current, plan_jobs
 from cspine_data.preprocess import CorrectedVolume, PreparedVolume, Preprocessing, correct_volume, normalise_volume
-from cspine_data.schema import CaseRecord, standard_key
+from cspine_data.schema import CaseRecord, Standard, standard_key
 from cspine_data.store import (
     LabelMap,
     create_store,
@@ -48,6 +48,10 @@ class PrepareSummary:
         Cases that the store held already.
     failed : tuple of Problem
         Cases and files that could not be used, and why.
+    replaced : tuple of str
+        Of those that are done, the cases that the store held prepared in another way.
+    standard_cases : tuple of str
+        The cases whose histograms Nyul's method matched the others to.
     seconds : float
         How long it took.
     written_bytes : int
@@ -57,6 +61,8 @@ class PrepareSummary:
     done: tuple[str, ...]
     reused: tuple[str, ...]
     failed: tuple[Problem, ...]
+    replaced: tuple[str, ...]
+    standard_cases: tuple[str, ...]
     seconds: float
     written_bytes: int
 
@@ -142,12 +148,14 @@ def prepare(
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
     create_store(store)
+    standard = None
     if preprocessing.normalisation == "nyul" and preprocessing.standard is None:
         standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
-        preprocessing = preprocessing.model_copy(update={"standard": standard})
+        preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks if standard else None})
     jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
+    before = {job.case.id: stored_record(store, job.case.id, job.current) for job in to_do if job.current}
     done, written = [], 0
     for number, (job, outcome) in enumerate(run_jobs(_work, to_do, store, workers, scheduler), start=1):
         if isinstance(outcome, Problem):
@@ -170,6 +178,10 @@ def prepare(
         done=tuple(sorted(done)),
         reused=tuple(reused),
         failed=tuple(sorted(failed, key=lambda problem: problem.case)),
+        replaced=tuple(
+            case for case in sorted(done) if (old := before.get(case)) and old.preprocessing != preprocessing
+        ),
+        standard_cases=standard.cases if standard else (),
         seconds=time.perf_counter() - started,
         written_bytes=written,
     )
@@ -177,7 +189,7 @@ def prepare(
 
 def _standard(
     cases: Sequence[Case], store: Path, preprocessing: Preprocessing, workers: int | None, scheduler: str | None
-) -> tuple[float, ...] | None:
+) -> Standard | None:
     """Return what Nyul's method matches the store's volumes to: what it holds, else what is learnt from the cohort.
 
     It is learnt from a few cases, spread evenly; None where none of them can be used.
@@ -187,9 +199,13 @@ def _standard(
     if known is not None:
         return known
     jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, ())
-    found = [outcome for _, outcome in run_jobs(_landmarks, jobs, store, workers, scheduler)]
-    of_cases = sorted(landmarks for landmarks in found if isinstance(landmarks, tuple) and landmarks)
-    return keep_standard(store, key, standard_landmarks(of_cases)) if of_cases else None
+    outcomes = run_jobs(_landmarks, jobs, store, workers, scheduler)
+    of_cases = {job.case.id: found for job, found in outcomes if isinstance(found, tuple) and found}
+    if not of_cases:
+        return None
+    cases_used = tuple(sorted(of_cases))
+    landmarks = standard_landmarks([of_cases[case] for case in cases_used])
+    return keep_standard(store, key, Standard(landmarks=landmarks, cases=cases_used))
 
 
 def prepare_case(job: Job, store: Path) -> int:
@@ -198,7 +214,7 @@ def prepare_case(job: Job, store: Path) -> int:
     Returns
     -------
     int
-        Bytes written.
+        Bytes written; 0 where they had been before and were only not published.
 
     Raises
     ------
@@ -207,15 +223,16 @@ def prepare_case(job: Job, store: Path) -> int:
     OSError
         If the store cannot be written.
     """
+    if stored_record(store, job.case.id, job.digest) is not None:
+        return 0
     loaded = load_case(job.case)
     if file_digests(job.case) != (job.image_sha256, job.label_sha256):
         raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
-    if stored_record(store, job.case.id, job.digest) is None:
-        corrected = _stored_volume(job, store) or correct_volume(loaded.image, job.preprocessing.bias)
-        prepared = normalise_volume(corrected, job.preprocessing)
-        label_xyz = _label_xyz(loaded)
-        label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
-        write_case(store, _record(job, loaded, prepared, label), prepared, label)
+    corrected = _stored_volume(job, store) or correct_volume(loaded.image, job.preprocessing.bias)
+    prepared = normalise_volume(corrected, job.preprocessing)
+    label_xyz = _label_xyz(loaded)
+    label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
+    write_case(store, _record(job, loaded, prepared, label), prepared, label)
     folder = store / "cases" / job.case.id / job.digest
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 

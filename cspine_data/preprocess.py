@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from threadpoolctl import threadpool_limits
 
-from cspine_data.bias import BiasParameters, correct, estimate_bias
+from cspine_data.bias import PRESETS, BiasParameters, correct, estimate_bias
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, Triple
 from cspine_data.intensity import NYUL_PERCENTILES, Levels, Method, Normalisation, landmarks, normalisation_of
@@ -25,6 +25,8 @@ from cspine_data.volumes import Volume, check_image
 
 # Some 4 GB a worker at 14 to 20 bytes a voxel: a mistyped spacing should not take the machine down.
 _MOST_VOXELS = 2**28
+# Below that nothing is left to see; who asks for it mistook a unit.
+_FEWEST_ALONG_AXIS = 4
 
 
 class Preprocessing(BaseModel):
@@ -72,6 +74,16 @@ class Preprocessing(BaseModel):
     def variant(self) -> str:
         """The name under which the result is kept: ``n4`` or ``raw``."""
         return "raw" if self.bias is None else "n4"
+
+    @property
+    def description(self) -> str:
+        """What was done, in a few words: ``N4 default, zscore, native voxels``."""
+        names = [f"N4 {name}" for name, preset in PRESETS.items() if preset == self.bias]
+        bias = "no N4" if self.bias is None else names[0] if names else "N4 with parameters of its own"
+        spacing = (
+            "native voxels" if self.spacing_mm is None else f"{' x '.join(f'{mm:g}' for mm in self.spacing_mm)} mm"
+        )
+        return f"{bias}, {self.normalisation}, {spacing}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +252,11 @@ def normalise_volume(corrected: CorrectedVolume, parameters: Preprocessing) -> P
     spacing_mm = corrected.spacing_mm
     if parameters.spacing_mm is not None:
         size = resampled_size(image.shape, spacing_mm, parameters.spacing_mm)
+        of_size = f"would be {' x '.join(map(str, size))} voxels at that spacing"
         if math.prod(size) > _MOST_VOXELS:
-            of_size = " x ".join(map(str, size))
-            raise InputError(corrected.name, f"would be {of_size} voxels at that spacing", "choose a coarser --spacing")
+            raise InputError(corrected.name, of_size, "choose a coarser --spacing")
+        if any(new_n < min(n, _FEWEST_ALONG_AXIS) for n, new_n in zip(image.shape, size, strict=True)):
+            raise InputError(corrected.name, of_size, "choose a finer --spacing; it is in mm")
         image = resample_image(image, spacing_mm, size, parameters.spacing_mm)
         spacing_mm = parameters.spacing_mm
     normalised = normalisation.apply(image)

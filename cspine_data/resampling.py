@@ -19,6 +19,8 @@ Size = tuple[int, int, int]
 _FULL_WIDTH = 2 * math.sqrt(2 * math.log(2))
 # A spacing in a file's header is rounded; a difference below this moves no voxel of any volume by a tenth of itself.
 _SAME_SPACING = 1e-4
+# What decides between label values whose shares differ by no more than single precision does.
+_TIE = np.float32(1e-4)
 
 
 def resampled_size(size: Size, spacing_mm: Triple, new_spacing_mm: Triple) -> Size:
@@ -68,6 +70,9 @@ def resample_image(
 def resample_label(label_xyz: NDArray[Any], spacing_mm: Triple, size: Size, new_spacing_mm: Triple) -> NDArray[Any]:
     """Resample a label map: each new voxel takes the value that fills most of it, so that no value is invented.
 
+    Where two values fill it alike, as along every flat border at half the resolution, it takes that of the voxel
+    nearest to it, always on the same side: what one border of a structure loses, the opposite one gains.
+
     Parameters
     ----------
     label_xyz : ndarray of int
@@ -83,11 +88,16 @@ def resample_label(label_xyz: NDArray[Any], spacing_mm: Triple, size: Size, new_
     matrices = _matrices(label_xyz.shape, spacing_mm, size, new_spacing_mm, 1)
     if not any(matrix is not None for matrix in matrices):
         return label_xyz
-    values = np.unique(label_xyz)
-    result = np.full(size, values[0], dtype=label_xyz.dtype)
-    largest = _through((label_xyz == values[0]).astype(np.float32), matrices)
-    for value in values[1:]:
+    places = [
+        np.clip(np.floor(_places(n, mm, new_n, new_mm) + 0.5).astype(int), 0, n - 1)
+        for n, mm, new_n, new_mm in zip(label_xyz.shape, spacing_mm, size, new_spacing_mm, strict=True)
+    ]
+    nearest = label_xyz[np.ix_(*places)]
+    result = np.empty(size, dtype=label_xyz.dtype)
+    largest = np.full(size, -1, dtype=np.float32)
+    for value in np.unique(label_xyz):
         share = _through((label_xyz == value).astype(np.float32), matrices)
+        share += _TIE * (nearest == value)
         more = share > largest
         result[more] = value
         np.maximum(largest, share, out=largest)
@@ -107,6 +117,11 @@ def _matrices(
     ]
 
 
+def _places(n: int, mm: float, new_n: int, new_mm: float) -> NDArray[np.float64]:
+    """Return where new voxels lie, in voxels of the old grid."""
+    return np.asarray((np.arange(new_n) - (new_n - 1) / 2) * (new_mm / mm) + (n - 1) / 2)
+
+
 def _matrix(n: int, mm: float, new_n: int, new_mm: float, order: int) -> NDArray[np.float32]:
     """Return the (new_n, n) matrix that smooths and resamples along one axis: what the method makes of each voxel."""
     from scipy import ndimage
@@ -115,7 +130,7 @@ def _matrix(n: int, mm: float, new_n: int, new_mm: float, order: int) -> NDArray
     step = new_mm / mm
     if step > 1:
         voxels = ndimage.gaussian_filter1d(voxels, math.sqrt(step**2 - 1) / _FULL_WIDTH, axis=0, mode="nearest")
-    places = (np.arange(new_n) - (new_n - 1) / 2) * step + (n - 1) / 2
+    places = _places(n, mm, new_n, new_mm)
     columns = [ndimage.map_coordinates(voxel, places[None], order=order, mode="nearest") for voxel in voxels.T]
     return np.stack(columns, axis=1).astype(np.float32)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from cspine_data.geometry import Geometry, Triple
+from cspine_data.geometry import Geometry, Orientation, Triple
 from cspine_data.intensity import Levels, Normalisation
 from cspine_data.preprocess import Preprocessing
 
@@ -35,6 +35,15 @@ VOLUME_IMAGE = "volume/0"
 VOLUME_LABEL = "volume/labels/segmentation/0"
 # A cube of 64 voxels: a viewer reads a region without the whole, and a whole volume is a few dozen chunks.
 VOLUME_CHUNK = 64
+
+
+class Standard(BaseModel):
+    """What Nyul's method matches volumes to: landmarks, and the cases that they were learnt from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    landmarks: tuple[float, ...]
+    cases: tuple[str, ...]
 
 
 class RootRecord(BaseModel):
@@ -64,7 +73,7 @@ class RootRecord(BaseModel):
     cases: dict[str, dict[str, str]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     enrolled: tuple[tuple[str, ...], ...] = ()
-    standards: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    standards: dict[str, Standard] = Field(default_factory=dict)
 
 
 class CaseRecord(BaseModel):
@@ -242,6 +251,19 @@ def array_metadata(
         "codecs": [{"name": "sharding_indexed", "configuration": inner}],
         "dimension_names": list(axes),
         "attributes": attributes,
+    }
+
+
+def slice_grid(record: CaseRecord) -> dict[str, Any]:
+    """Return where a case's slices lie, for readers that know no records: x, y, z; mm, LPS."""
+    grid = Orientation.of(record.geometry).geometry_xyz(record.geometry)
+    centre = (np.array(grid.size) - 1) / 2
+    steps = np.array(record.sliced_spacing_xyz_mm) / np.array(grid.spacing_mm)
+    first = centre - (np.array(record.sliced_size_xyz) - 1) / 2 * steps
+    return {
+        "spacing_xyz_mm": list(record.sliced_spacing_xyz_mm),
+        "origin_xyz_mm": grid.positions_mm(first[None])[0].tolist(),
+        "directions_xyz": [list(row) for row in grid.directions],
     }
 
 

@@ -24,7 +24,7 @@ from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
 from cspine_data.geometry import Orientation
 from cspine_data.preprocess import CorrectedVolume, PreparedVolume
-from cspine_data.schema import CaseRecord, RootRecord
+from cspine_data.schema import CaseRecord, RootRecord, Standard
 from cspine_data.writer import METADATA, CaseWriter, sync_folder
 
 
@@ -201,7 +201,7 @@ def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
     _update_root(path, add_batch)
 
 
-def keep_standard(path: Path, key: str, standard: tuple[float, ...]) -> tuple[float, ...]:
+def keep_standard(path: Path, key: str, standard: Standard) -> Standard:
     """Enter what Nyul's method matches a store's volumes to, unless it is known; return what is known then."""
 
     def add_standard(root: RootRecord) -> RootRecord:
@@ -268,8 +268,9 @@ def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolu
         writer.write_group("volume/labels/segmentation", {"ome": label_ome})
         writer.write_array(schema.VOLUME_LABEL, label.volume_xyz, chunks, schema.AXES_XYZ, {})
         sliced["label"] = (label.sliced_xyz, {})
+    grid = schema.slice_grid(record)
     for axis in record.axes:
-        writer.write_group(f"axis{axis}", {})
+        writer.write_group(f"axis{axis}", grid)
         axes = schema.AXES_XYZ[axis] + schema.AXES_XYZ.replace(schema.AXES_XYZ[axis], "")
         for kind, (array_xyz, attributes) in sliced.items():
             slices = np.ascontiguousarray(np.moveaxis(array_xyz, axis, 0))

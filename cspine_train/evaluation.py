@@ -116,6 +116,12 @@ def _score(loaded: LoadedRun, cohort: Cohort, case: str) -> Overlap:
     variant = loaded.record.settings.variant
     stored = cohort.record(case, variant)
     if stored.digest != loaded.record.digests.get(case):
+        now, then = stored.preprocessing, loaded.record.preprocessing
+        if now != then:
+            raise RunError(
+                f"{cohort.path}: holds {case} prepared with {now.description}, and {loaded.path} was trained on "
+                f"{then.description}; prepare it so again, or train anew"
+            )
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
     probabilities = loaded.on_source_grid(cohort.prepared(case, variant))
     return overlap(probabilities > loaded.record.threshold, cohort.label_xyz(case, variant) > 0)

@@ -77,7 +77,8 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     data = CohortSlices(cohort, split, settings, workers)
     if not data.labelled_slices:
-        raise RunError(f"{store}: no slice to train on is labelled along axis {settings.axes}; choose another --axis")
+        axes = ", ".join(map(str, settings.axes))
+        raise RunError(f"{store}: no slice to train on is labelled along axis {axes}; choose another --axis")
     checkpoint = _newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None
     # Whoever goes on from a checkpoint has its weights already.
     first_weights = "none" if checkpoint else settings.weights

@@ -194,6 +194,12 @@ def test_correcting_divides_by_the_field() -> None:
     np.testing.assert_allclose(correct(image, np.full((2, 2, 2), np.log(2), np.float32), air=10), 10, rtol=1e-6)
 
 
+def test_what_lies_below_air_is_left_alone() -> None:
+    image = np.array([[[0.0, 20.0, 35.0, 135.0]]], np.float32)
+    found = correct(image, np.full(image.shape, np.log(0.1), np.float32), air=35.0)
+    np.testing.assert_allclose(found, [[[0.0, 20.0, 35.0, 1035.0]]], rtol=1e-5)
+
+
 def test_a_preset_is_changed_by_name() -> None:
     assert bias_parameters() == BiasParameters()
     changed = bias_parameters("fast", iterations="30,20", resolution_mm=8.0)
@@ -204,6 +210,7 @@ def test_a_preset_is_changed_by_name() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"engine": "itk", "spline_mm": 40}, "N4 parameter spline_mm: is not taken by SimpleITK's filter"),
         ({"preset": "best"}, "N4 preset 'best': is not known; give one of fast, default, thorough"),
         ({"iterations": "20,many"}, "N4 parameter iterations .* is out of range"),
         ({"resolution_mm": 0.0}, "N4 parameter resolution_mm 0.0: is out of range; .* greater than 0"),

@@ -54,7 +54,7 @@ def test_volumes_and_slices_hold_the_same_numbers(phantom_store: Path) -> None:
 
 def test_volumes_keep_their_range_where_slices_are_coarser(tmp_path: Path) -> None:
     write_case(tmp_path / "raw", "A")
-    coarse = Preprocessing(bias=None, spacing_mm=(6.0, 6.0, 6.0))
+    coarse = Preprocessing(bias=None, spacing_mm=(5.0, 5.0, 5.0))
     prepare(tmp_path / "raw", tmp_path / "s.zarr", preprocessing=coarse, axes="0")
     cohort = open_cohort(tmp_path / "s.zarr")
     image, mask = cohort.volumes()[0]

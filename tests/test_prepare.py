@@ -101,6 +101,7 @@ def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data) -> No
             ("prepare", "raw", "--no-n4", "--n4-spacing", "40"),
             "Error: --no-n4: leaves the field in; leave out the other --n4 options",
         ),
+        (("prepare", "raw", "--no-n4", "--n4-preset", "fast"), "Error: --no-n4: leaves the field in"),
         (("prepare", "raw", "--spacing", "fine"), "Error: spacing 'fine': is not known; give native, one size in mm"),
         (("prepare", "raw", "--workers", "0"), "Error: workers 0: are too few; give 1 or more"),
         (
@@ -156,6 +157,7 @@ def test_how_n4_was_told_to_estimate_is_recorded(tmp_path: Path, run_data) -> No
     assert run_data("prepare", tmp_path / "raw", "--store", store, *told, "--axes", "0").exit_code == 0
     of_ours = open_cohort(store).record("A", "n4").preprocessing.bias
     assert of_ours == bias_parameters("fast", resolution_mm=12, spline_mm=70, iterations=(5, 4))
+    told = ("--n4-preset", "fast", "--n4-resolution", "12", "--n4-iterations", "5,4")
     done = run_data("prepare", tmp_path / "raw", "--store", store, *told, "--axes", "0", "--n4-engine", "itk")
     assert "1 done, 0 reused" in done.output
     assert open_cohort(store).record("A", "n4").preprocessing.bias.engine == "itk"
@@ -165,9 +167,22 @@ def test_spacing_and_normalisation_are_recorded_and_correct_nothing_again(store:
     raw = store.parent / "raw"
     before = open_cohort(store).record("A")
     told = ("prepare", raw, "--store", store, "--no-n4", "--spacing", "0.75,1,2", "--normalisation", "percentile")
-    assert run_data(*told).exit_code == 0
+    pairs = raw / "only_a.csv"
+    pairs.write_text("case,volume,label\nA,A.nrrd,AS-label.nrrd\n")
+    done = run_data(*told, "--pairs", pairs)
+    assert "1 done, 0 reused" in done.output
+    assert "1 of them replace what was prepared otherwise; now: no N4, percentile, 0.75 x 1 x 2 mm" in done.output
+    told_of = run_data("info", store).output
+    assert "raw: 1 cases prepared with no N4, percentile, 0.75 x 1 x 2 mm" in told_of
+    assert "raw: 1 cases prepared with no N4, zscore, native voxels" in told_of
     cohort = open_cohort(store)
     after = cohort.record("A")
+    folder = store / "cases" / "A" / after.digest
+    grid = json.loads((folder / "axis1" / "zarr.json").read_text())["attributes"]
+    centre = np.array(grid["origin_xyz_mm"]) + np.array(grid["spacing_xyz_mm"]) * (np.array((32, 20, 12)) - 1) / 2
+    np.testing.assert_allclose(
+        centre, np.array((-10.0, 4.0, 2.5)) + np.array((1.5, 1, 1)) * (np.array((16, 20, 24)) - 1) / 2
+    )
     assert after.preprocessing == Preprocessing(bias=None, normalisation="percentile", spacing_mm=(0.75, 1, 2))
     assert after.volume_digest == before.volume_digest
     assert after.digest != before.digest
@@ -181,9 +196,12 @@ def test_spacing_and_normalisation_are_recorded_and_correct_nothing_again(store:
         whole.corrected.tissue_xyz], (1, 99)), (0, 1), atol=1e-4)  # fmt: skip
     counts = [int((cohort.slices(axis=1, cases=["A"])[n][1]).sum()) for n in range(20)]
     assert list(after.labelled_voxels[1]) == counts
-    assert "1.5 x 1 x 1  0.75 x 1 x 2" in run_data("info", store).output
+    assert "raw: 1 cases prepared with no N4, percentile, 0.75 x 1 x 2 mm" in run_data("info", store).output
     np.testing.assert_array_equal(cohort.export("A").array, ball(seed=0)[0].array)
-    assert "nothing to do" in run_data(*told).output
+    assert "nothing to do" in run_data(*told, "--pairs", pairs).output
+    back = run_data("prepare", raw, "--store", store, "--no-n4")
+    assert "1 done, 1 reused, 0 failed" in back.output
+    assert "0.0 MB written" in back.output
     assert verify(store) == []
 
 
@@ -192,7 +210,9 @@ def test_nyul_learns_from_the_cohort_once_and_keeps_to_it(tmp_path: Path, run_da
     for name in "ABC":
         write_case(raw, name)
     told = ("prepare", raw, "--store", store, "--no-n4", "--axes", "0", "--normalisation", "nyul")
-    assert "3 done" in run_data(*told).output
+    done = run_data(*told).output
+    assert "3 done" in done
+    assert "nyul: matched to the histograms of 3 cases, learnt once for this store" in done
     standards = {record.preprocessing.standard for record in open_cohort(store).records()}
     (standard,) = standards
     assert standard is not None

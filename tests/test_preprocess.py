@@ -191,6 +191,10 @@ def test_thick_slices_are_resampled_and_found_again() -> None:
 
 def test_a_spacing_that_no_machine_holds_is_refused() -> None:
     image, _ = ball()
+    with pytest.raises(
+        InputError, match="would be 1 x 1 x 1 voxels at that spacing; choose a finer --spacing; it is in mm"
+    ):
+        preprocess_volume(image, Preprocessing(bias=None, spacing_mm=(1e9, 1e9, 1e9)))
     with pytest.raises(InputError, match="would be 24000 x 20000 x 24000 voxels at that spacing; choose a coarser"):
         preprocess_volume(image, Preprocessing(bias=None, spacing_mm=(0.001, 0.001, 0.001)))
 

@@ -57,7 +57,7 @@ def test_a_spline_without_smoothing_is_scipys() -> None:
     size = resampled_size(image.shape, spacing, new)
     steps = [b / a for a, b in zip(spacing, new, strict=True)]
     offset = [(n - 1) / 2 - (m - 1) / 2 * step for n, m, step in zip(image.shape, size, steps, strict=True)]
-    expected = ndimage.affine_transform(image.astype(float), steps, offset, size, order=3, mode="nearest")
+    expected = ndimage.affine_transform(image.astype(float), np.diag(steps), offset, size, order=3, mode="nearest")
     found = resample_image(image, spacing, size, new)
     np.testing.assert_allclose(found, np.clip(expected, image.min(), image.max()), atol=1e-4)
 
@@ -105,6 +105,18 @@ def test_a_label_keeps_its_volume_and_place() -> None:
     for value in (19, 20):
         both = ((found == value) & (expected == value)).sum()
         assert 2 * both / ((found == value).sum() + (expected == value).sum()) > 0.95
+
+
+@pytest.mark.parametrize("start", [4, 5, 6, 7])
+@pytest.mark.parametrize("voxels", [8, 9, 10, 12])
+def test_half_the_resolution_makes_nothing_smaller_or_larger(start: int, voxels: int) -> None:
+    """At half the resolution every border runs through the middle of a voxel, or along its side."""
+    label = np.zeros((32, 32, 32), np.uint8)
+    label[(slice(start, start + voxels),) * 3] = 5
+    found = resample_label(label, (1, 1, 1), (16, 16, 16), (2, 2, 2))
+    inside = np.argwhere(found)
+    extents_mm = 2 * (np.ptp(inside, axis=0) + 1)
+    assert (np.abs(extents_mm - voxels) <= 1).all()
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,12 @@ def test_resampled_slices_are_scored_and_predicted_on_the_source_grid(phantom_fo
     (score,) = evaluate(run).scores
     assert score.voxels == expected
     assert 0 < score.dice < 1
+    prepare(phantom_folder, store, preprocessing=Preprocessing(bias=None, normalisation="percentile"), axes="1")
+    told = (
+        "holds CS_04 prepared with no N4, percentile, native voxels, and .* was trained on no N4, zscore, 3 x 3 x 2 mm"
+    )
+    with pytest.raises(RunError, match=told):
+        evaluate(run)
 
 
 def test_patients_prepared_in_different_ways_are_refused(tmp_path: Path) -> None:
