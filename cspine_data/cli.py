@@ -74,8 +74,8 @@ def scan(source: Path, pairs: Path | None) -> None:
 @click.option(
     "--n4-preset",
     type=click.Choice(["fast", "default", "thorough"]),
-    show_default="default",
-    help="Accuracy against time.",
+    show_default=False,
+    help="Accuracy against time; default where nothing is said.",
 )
 @click.option(
     "--n4-engine",
