@@ -5,6 +5,7 @@ The same functions of the same recorded parameters make the store and prepare a 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
-from threadpoolctl import threadpool_limits
 
 from cspine_data.bias import PRESETS, BiasParameters, correct, estimate_bias
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, Triple
 from cspine_data.intensity import NYUL_PERCENTILES, Levels, Method, Normalisation, landmarks, normalisation_of
 from cspine_data.resampling import resample_image, resample_label, resampled_size
+from cspine_data.threads import one_blas_thread
 from cspine_data.tissue import air_level, looks_like_ct, tissue_threshold
 from cspine_data.volumes import Volume, check_image
 
@@ -77,13 +78,21 @@ class Preprocessing(BaseModel):
 
     @property
     def description(self) -> str:
-        """What was done, in a few words: ``N4 default, zscore, native voxels``."""
+        """What was done, in a few words: ``N4 default, zscore, native voxels``; others where anything differs."""
         names = [f"N4 {name}" for name, preset in PRESETS.items() if preset == self.bias]
-        bias = "no N4" if self.bias is None else names[0] if names else "N4 with parameters of its own"
+        bias = "no N4" if self.bias is None else names[0] if names else f"N4 with {_changes(self.bias)}"
+        method: str = self.normalisation
+        if self.standard is not None:
+            method += f" (standard {hashlib.sha256(repr(self.standard).encode()).hexdigest()[:6]})"
         spacing = (
             "native voxels" if self.spacing_mm is None else f"{' x '.join(f'{mm:g}' for mm in self.spacing_mm)} mm"
         )
-        return f"{bias}, {self.normalisation}, {spacing}"
+        return f"{bias}, {method}, {spacing}"
+
+
+def _changes(bias: BiasParameters) -> str:
+    default = PRESETS["default"].model_dump()
+    return ", ".join(f"{name} {value}" for name, value in bias.model_dump().items() if value != default[name])
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,8 +241,7 @@ def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolu
         threshold, deviation = tissue_threshold(image, spacing_mm), 0.0
         air = air_level(image, threshold)
     else:
-        # The last bits of a product depend on the number of threads; workers have one, whoever predicts has many.
-        with threadpool_limits(1):
+        with one_blas_thread():
             found = estimate_bias(image, spacing_mm, bias)
         threshold, air = found.tissue_threshold, found.air_level
         in_tissue = found.log_bias_xyz[found.tissue_xyz]

@@ -102,7 +102,7 @@ class SliceArray:
         return cast("list[tuple[int, int]]", list(map(tuple, index.tolist())))
 
     def _damage(self, problem: str) -> DamagedStoreError:
-        return DamagedStoreError(f"{self._path}: {problem}; run cspine-data verify, then prepare the case anew")
+        return DamagedStoreError(f"{self._path}: {problem}; delete {self._path.parents[1]} and prepare again")
 
 
 class _OpenArrays:

@@ -6,21 +6,25 @@ Voxels stay centred on the volume's centre, so that a grid and its resampled one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from cspine_data.geometry import Triple
+from cspine_data.threads import one_blas_thread
 
 Size = tuple[int, int, int]
 # How wide a Gaussian is at half its height, in standard deviations.
 _FULL_WIDTH = 2 * math.sqrt(2 * math.log(2))
 # A spacing in a file's header is rounded; a difference below this moves no voxel of any volume by a tenth of itself.
 _SAME_SPACING = 1e-4
-# What decides between label values whose shares differ by no more than single precision does.
-_TIE = np.float32(1e-4)
+# Spacings of 0.7 and 1.4 mm are no exact half in a file's single precision: no border's tie may hang on that.
+_ROUNDED_HEADER = 0.02
+# What decides between label values whose shares differ by no more than a header's rounding does.
+_TIE = np.float32(_ROUNDED_HEADER)
 
 
 def resampled_size(size: Size, spacing_mm: Triple, new_spacing_mm: Triple) -> Size:
@@ -61,7 +65,7 @@ def resample_image(
         float32, of the new size.
     """
     image = np.asarray(image_xyz, dtype=np.float32)
-    matrices = _matrices(image.shape, spacing_mm, size, new_spacing_mm, order)
+    matrices = _matrices(image.shape, spacing_mm, size, new_spacing_mm, partial(_spline_matrix, order=order))
     if not any(matrix is not None for matrix in matrices):
         return image
     return np.clip(_through(image, matrices), image.min(), image.max())
@@ -85,11 +89,11 @@ def resample_label(label_xyz: NDArray[Any], spacing_mm: Triple, size: Size, new_
     ndarray
         Of the same dtype, of the new size.
     """
-    matrices = _matrices(label_xyz.shape, spacing_mm, size, new_spacing_mm, 1)
+    matrices = _matrices(label_xyz.shape, spacing_mm, size, new_spacing_mm, _share_matrix)
     if not any(matrix is not None for matrix in matrices):
         return label_xyz
     places = [
-        np.clip(np.floor(_places(n, mm, new_n, new_mm) + 0.5).astype(int), 0, n - 1)
+        np.clip(np.floor(_places(n, mm, new_n, new_mm) + 0.5 + _ROUNDED_HEADER).astype(int), 0, n - 1)
         for n, mm, new_n, new_mm in zip(label_xyz.shape, spacing_mm, size, new_spacing_mm, strict=True)
     ]
     nearest = label_xyz[np.ix_(*places)]
@@ -109,10 +113,14 @@ def _same(mm: float, new_mm: float) -> bool:
 
 
 def _matrices(
-    shape: tuple[int, ...], spacing_mm: Triple, size: Size, new_spacing_mm: Triple, order: int
+    shape: tuple[int, ...],
+    spacing_mm: Triple,
+    size: Size,
+    new_spacing_mm: Triple,
+    matrix: Callable[[int, float, int, float], NDArray[np.float32]],
 ) -> list[NDArray[np.float32] | None]:
     return [
-        None if n == new_n and _same(mm, new_mm) else _matrix(n, mm, new_n, new_mm, order)
+        None if n == new_n and _same(mm, new_mm) else matrix(n, mm, new_n, new_mm)
         for n, mm, new_n, new_mm in zip(shape, spacing_mm, size, new_spacing_mm, strict=True)
     ]
 
@@ -122,7 +130,7 @@ def _places(n: int, mm: float, new_n: int, new_mm: float) -> NDArray[np.float64]
     return np.asarray((np.arange(new_n) - (new_n - 1) / 2) * (new_mm / mm) + (n - 1) / 2)
 
 
-def _matrix(n: int, mm: float, new_n: int, new_mm: float, order: int) -> NDArray[np.float32]:
+def _spline_matrix(n: int, mm: float, new_n: int, new_mm: float, order: int) -> NDArray[np.float32]:
     """Return the (new_n, n) matrix that smooths and resamples along one axis: what the method makes of each voxel."""
     from scipy import ndimage
 
@@ -135,14 +143,26 @@ def _matrix(n: int, mm: float, new_n: int, new_mm: float, order: int) -> NDArray
     return np.stack(columns, axis=1).astype(np.float32)
 
 
+def _share_matrix(n: int, mm: float, new_n: int, new_mm: float) -> NDArray[np.float32]:
+    """Return the (new_n, n) matrix of how much of each new voxel an old one fills; linear where voxels shrink."""
+    if new_mm <= mm:
+        return _spline_matrix(n, mm, new_n, new_mm, order=1)
+    half = new_mm / mm / 2
+    borders = np.arange(n + 1) - 0.5
+    # Beyond the volume its outermost voxels go on.
+    borders[0], borders[-1] = -np.inf, np.inf
+    places = _places(n, mm, new_n, new_mm)[:, None]
+    shares = np.minimum(places + half, borders[None, 1:]) - np.maximum(places - half, borders[None, :-1])
+    return np.asarray(np.maximum(shares, 0) / (2 * half), dtype=np.float32)
+
+
 def _through(image: NDArray[np.float32], matrices: list[NDArray[np.float32] | None]) -> NDArray[np.float32]:
     # Along axes that shrink first: what follows has less to do.
     order = sorted(range(3), key=lambda a: 1.0 if (m := matrices[a]) is None else m.shape[0] / m.shape[1])
     for axis in order:
         matrix = matrices[axis]
         if matrix is not None:
-            # The last bits of a product depend on the number of threads; workers have one, whoever predicts has many.
-            with threadpool_limits(1):
+            with one_blas_thread():
                 moved = np.tensordot(matrix, image, axes=(1, axis))
             image = np.moveaxis(moved, 0, axis)
     return np.ascontiguousarray(image)

@@ -284,11 +284,11 @@ def _read_array(folder: Path, name: str) -> NDArray[Any]:
 
     # zarr reads a shard that is not there as zeros.
     if not (folder / name / "c" / "0" / "0" / "0").is_file():
-        raise DamagedStoreError(f"{folder / name}: is missing from the store; prepare the case anew")
+        raise DamagedStoreError(f"{folder / name}: is missing from the store; delete {folder} and prepare again")
     try:
         return np.asarray(zarr.open_array(str(folder / name), mode="r")[...])
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise DamagedStoreError(f"{folder / name}: is damaged ({error}); prepare the case anew") from None
+        raise DamagedStoreError(f"{folder / name}: is damaged ({error}); delete {folder} and prepare again") from None
 
 
 def _attributes(folder: Path) -> dict[str, Any] | None:

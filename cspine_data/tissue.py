@@ -21,6 +21,7 @@ _FLATTEST_TISSUE = 0.12
 # spread over at most 0.028 of the distance between its two classes on phantoms with fat made 5 to 15 times as bright,
 # what is darkest in crops that hold no air, seven of phantoms and fourteen of real scans, over 0.071 to 0.48.
 _FLATTEST_WITHIN_DARK = 0.045
+_FLATTEST_AIR = 0.01
 _LEAST_TISSUE = 0.1
 # Air is -1000 Hounsfield units; no magnitude of MRI is negative, nor does scaling bring it that low.
 _DARKEST_MRI = -500.0
@@ -80,8 +81,9 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
     dark = averaged[averaged <= threshold]
     if dark.size and (spread > _FLATTEST_TISSUE or dark.size > (1 - _LEAST_TISSUE) * averaged.size):
         within, spread_within = _parted(dark, darkest, threshold)
-        # In a small patient's wide field of view only the zeros of a padded margin are as flat: those are no air.
-        padding = spread <= _FLATTEST_TISSUE and spread_within == 0
+        # In a small patient's padded field of view only the margin is as flat, and what is brighter than it is air.
+        brighter = np.count_nonzero(dark > within) / averaged.size
+        padding = spread <= _FLATTEST_TISSUE and (spread_within < _FLATTEST_AIR or brighter < _LEAST_TISSUE)
         if spread_within < _FLATTEST_WITHIN_DARK and not padding:
             return within
     return threshold if spread <= _FLATTEST_TISSUE else float(image_xyz.min()) - 1.0

@@ -124,7 +124,7 @@ def _score(loaded: LoadedRun, cohort: Cohort, case: str) -> Overlap:
             )
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
     probabilities = loaded.on_source_grid(cohort.prepared(case, variant))
-    return overlap(probabilities > loaded.record.threshold, cohort.label_xyz(case, variant) > 0)
+    return overlap(probabilities > loaded.record.threshold, cohort.label_xyz(case, variant) != 0)
 
 
 def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> Evaluation:

@@ -70,11 +70,13 @@ def test_bright_fat_beside_the_coil_does_not_hide_the_rest(index: int, brighter:
     assert found[case.label_xyz > 0].mean() > 0.85
 
 
+@pytest.mark.parametrize("noise", [0, 1e-3, 0.5])
 @pytest.mark.parametrize("margin", [0, 60, 120])
-def test_a_small_patient_in_a_padded_field_of_view_keeps_its_air(margin: int) -> None:
+def test_a_small_patient_in_a_padded_field_of_view_keeps_its_air(margin: int, noise: float) -> None:
     case = make_case(0, 1)
     alone = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
-    padded = np.pad(case.image_xyz, ((0, 0), (margin, margin), (margin, margin)))
+    padded = np.pad(case.image_xyz.astype(np.float32), ((0, 0), (margin, margin), (margin, margin)))
+    padded[padded == 0] += np.abs(np.random.default_rng(0).normal(0, noise, np.count_nonzero(padded == 0)))
     tissue = padded > tissue_threshold(padded, case.spacing_mm)
     inside = tissue[:, margin : margin + case.image_xyz.shape[1], margin : margin + case.image_xyz.shape[2]]
     assert tissue.sum() == inside.sum()

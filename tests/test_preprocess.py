@@ -3,12 +3,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
 
 from cspine_data import BiasParameters, InputError, Preprocessing, Volume, preprocess_volume
 from cspine_data.geometry import Orientation
@@ -227,6 +229,22 @@ grid = Geometry(size=size, spacing_mm=(3, 1, 1), directions=((1, 0, 0), (0, 1, 0
 done = preprocess_volume(Volume(image, grid), Preprocessing(spacing_mm=(1.0, 1.1, 1.3)))
 print(hashlib.sha256(done.levels_xyz.tobytes()).hexdigest())
 """
+
+
+def test_threads_beside_each_other_change_no_bit_and_leave_the_limit_as_it_was() -> None:
+    image, _ = ball((20, 60, 60))
+    way = Preprocessing(spacing_mm=(1.0, 0.7, 0.6))
+
+    def levels(_: int) -> bytes:
+        return preprocess_volume(image, way).levels_xyz.tobytes()
+
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    before, alone = threads(), levels(0)
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(levels, range(12))) == {alone}
+    assert threads() == before
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

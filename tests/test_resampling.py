@@ -107,16 +107,29 @@ def test_a_label_keeps_its_volume_and_place() -> None:
         assert 2 * both / ((found == value).sum() + (expected == value).sum()) > 0.95
 
 
-@pytest.mark.parametrize("start", [4, 5, 6, 7])
-@pytest.mark.parametrize("voxels", [8, 9, 10, 12])
-def test_half_the_resolution_makes_nothing_smaller_or_larger(start: int, voxels: int) -> None:
+@pytest.mark.parametrize("mm", [1.0, 0.9999, float(np.float32(0.7)), float(np.float32(0.6))])
+@pytest.mark.parametrize("start", [4, 5, 11, 12, 13])
+@pytest.mark.parametrize("voxels", [4, 6, 8, 9, 10])
+def test_half_the_resolution_makes_nothing_smaller_or_larger(mm: float, start: int, voxels: int) -> None:
     """At half the resolution every border runs through the middle of a voxel, or along its side."""
     label = np.zeros((32, 32, 32), np.uint8)
     label[(slice(start, start + voxels),) * 3] = 5
-    found = resample_label(label, (1, 1, 1), (16, 16, 16), (2, 2, 2))
+    found = resample_label(label, (mm,) * 3, (16, 16, 16), (round(2 * mm, 3),) * 3)
     inside = np.argwhere(found)
     extents_mm = 2 * (np.ptp(inside, axis=0) + 1)
     assert (np.abs(extents_mm - voxels) <= 1).all()
+
+
+@pytest.mark.parametrize(("radius", "tolerance"), [(3, 0.15), (4, 0.1), (6, 0.05), (10, 0.02)])
+def test_coarser_voxels_keep_the_size_of_small_structures(radius: float, tolerance: float) -> None:
+    rng = np.random.default_rng(0)
+    kept = []
+    for _ in range(20):
+        x, y, z = positions_mm((32, 32, 32), (1.0, 1.0, 1.0))
+        dx, dy, dz = rng.uniform(-2, 2, 3)
+        label = ((x - dx) ** 2 + (y - dy) ** 2 + (z - dz) ** 2 < radius**2).astype(np.uint8)
+        kept.append(8 * resample_label(label, (1, 1, 1), (16, 16, 16), (2, 2, 2)).sum() / label.sum())
+    assert abs(np.mean(kept) - 1) < tolerance
 
 
 @pytest.mark.parametrize(

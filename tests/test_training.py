@@ -141,18 +141,26 @@ def test_predicting_a_file_gives_what_evaluation_saw(
 
 
 def test_resampled_slices_are_scored_and_predicted_on_the_source_grid(phantom_folder: Path, tmp_path: Path) -> None:
-    """Thick slices made thin for training, and everything else coarse: the figure is of the file's own voxels."""
-    store, run = tmp_path / "s.zarr", tmp_path / "run"
-    prepare(phantom_folder, store, preprocessing=Preprocessing(bias=None, spacing_mm=(3.0, 3.0, 2.0)), axes="1")
+    """Thick slices made thin for training, and everything else coarse: the figure is of the file's own voxels.
+
+    Label values are negative here: whatever is not 0 is labelled.
+    """
+    store, run, raw = tmp_path / "s.zarr", tmp_path / "run", tmp_path / "raw"
+    shutil.copytree(phantom_folder, raw)
+    for path in raw.glob("*-label.nrrd"):
+        label = read_volume(path)
+        write_volume(path, Volume(-label.array.astype(np.int16), label.geometry))
+    prepare(raw, store, preprocessing=Preprocessing(bias=None, spacing_mm=(3.0, 3.0, 2.0)), axes="1")
     train(store, run, RunSettings(**{**SMALL, "axes": (1,), "variant": "raw", "epochs": 1, "pixel_mm": None}))
     source, truth = (read_volume(phantom_folder / name) for name in ("CS_04.nrrd", "CS_04S-label.nrrd"))
     found = load_run(run).predict(source)
     assert found.geometry == source.geometry
     expected = overlap(found.array > 0, truth.array > 0)
+    assert expected.true_positive > 0
     (score,) = evaluate(run).scores
     assert score.voxels == expected
     assert 0 < score.dice < 1
-    prepare(phantom_folder, store, preprocessing=Preprocessing(bias=None, normalisation="percentile"), axes="1")
+    prepare(raw, store, preprocessing=Preprocessing(bias=None, normalisation="percentile"), axes="1")
     told = (
         "holds CS_04 prepared with no N4, percentile, native voxels, and .* was trained on no N4, zscore, 3 x 3 x 2 mm"
     )
