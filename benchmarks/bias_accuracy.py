@@ -44,6 +44,20 @@ def ours(preset: str = "default", **changes: object) -> Way:
     return lambda image, spacing_mm: estimate_bias(image, spacing_mm, parameters).log_bias_xyz
 
 
+def simpleitk_log_bias(image: sitk.Image, shrink: int, *, otsu: bool) -> sitk.Image:
+    """Estimate a log field with four levels of 50 iterations on every few voxels, and evaluate it on all."""
+    factors = [min(shrink, max(1, size // 8)) for size in image.GetSize()]
+    n4 = sitk.N4BiasFieldCorrectionImageFilter()
+    n4.SetMaximumNumberOfIterations([50] * 4)
+    n4.SetConvergenceThreshold(1e-3)
+    small = sitk.Shrink(image, factors)
+    if otsu:
+        n4.Execute(small, sitk.Shrink(sitk.OtsuThreshold(image, 0, 1, 200), factors))
+    else:
+        n4.Execute(small)
+    return n4.GetLogBiasFieldAsImage(image)
+
+
 def simpleitk(*, otsu: bool) -> Way:
     """Return SimpleITK's tutorial, every fourth voxel and four levels of 50, with Otsu's mask or the filter's own.
 
@@ -53,16 +67,8 @@ def simpleitk(*, otsu: bool) -> Way:
     def estimate(image_xyz: Image, spacing_mm: Spacing) -> Image:
         image = sitk.GetImageFromArray(np.ascontiguousarray(image_xyz.transpose()))
         image.SetSpacing(spacing_mm)
-        shrink = [min(4, max(1, size // 8)) for size in image.GetSize()]
-        n4 = sitk.N4BiasFieldCorrectionImageFilter()
-        n4.SetMaximumNumberOfIterations([50] * 4)
-        n4.SetConvergenceThreshold(1e-3)
-        small = sitk.Shrink(image, shrink)
-        if otsu:
-            n4.Execute(small, sitk.Shrink(sitk.OtsuThreshold(image, 0, 1, 200), shrink))
-        else:
-            n4.Execute(small)
-        return np.ascontiguousarray(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image)).transpose())
+        field = simpleitk_log_bias(image, 4, otsu=otsu)
+        return np.ascontiguousarray(sitk.GetArrayFromImage(field).transpose())
 
     return estimate
 

@@ -215,7 +215,7 @@ class Cohort:
         if label and variant is None:
             variant = next(iter(self._root.cases.get(case, {})), None)
         record = self.record(case, variant)
-        array_xyz = self.label_xyz(case, variant) if label else read_volume_xyz(self.path, record)
+        array_xyz = read_label_xyz(self.path, record) if label else read_volume_xyz(self.path, record)
         array = np.ascontiguousarray(Orientation.of(record.geometry).to_file(array_xyz))
         if label:
             array = array.astype(record.label_dtype)

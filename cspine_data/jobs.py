@@ -16,7 +16,7 @@ from cspine_data.volumes import content_digest
 
 @dataclass(frozen=True)
 class Job:
-    """One case to prepare, and by what it will be known: small enough to send to any worker."""
+    """One case to prepare, by what it will be known, and how the store holds it now: small enough for any worker."""
 
     case: Case
     image_sha256: str
@@ -24,6 +24,7 @@ class Job:
     preprocessing: Preprocessing
     axes: tuple[int, ...]
     current: str | None = None
+    held: Preprocessing | None = None
 
     @property
     def volume_digest(self) -> str:
@@ -57,9 +58,9 @@ def plan_jobs(
             continue
         current = published.get(case.id, {}).get(preprocessing.variant)
         record = stored_record(store, case.id, current) if current else None
-        kept = record.axes if record else ()
+        kept, held = (record.axes, record.preprocessing) if record else ((), None)
         all_axes = tuple(sorted({*axes, *kept}))
-        jobs.append(Job(case, image_sha256, label_sha256, preprocessing, all_axes, current))
+        jobs.append(Job(case, image_sha256, label_sha256, preprocessing, all_axes, current, held))
     return jobs, problems
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.cases import Case, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
-from cspine_data.cluster import run_jobs
+from cspine_data.cluster import Result, run_jobs
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.intensity import standard_landmarks
@@ -155,14 +155,15 @@ def prepare(
     jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
-    before = {job.case.id: stored_record(store, job.case.id, job.current) for job in to_do if job.current}
-    done, written = [], 0
+    done, replaced, written = [], [], 0
     for number, (job, outcome) in enumerate(run_jobs(_work, to_do, store, workers, scheduler), start=1):
         if isinstance(outcome, Problem):
             failed.append(outcome)
         else:
             publish(store, job.case.id, preprocessing.variant, job.digest)
             done.append(job.case.id)
+            if job.held not in (None, preprocessing):
+                replaced.append(job.case.id)
             written += outcome
         if progress:
             progress(number, len(to_do), job.case.id)
@@ -178,9 +179,7 @@ def prepare(
         done=tuple(sorted(done)),
         reused=tuple(reused),
         failed=tuple(sorted(failed, key=lambda problem: problem.case)),
-        replaced=tuple(
-            case for case in sorted(done) if (old := before.get(case)) and old.preprocessing != preprocessing
-        ),
+        replaced=tuple(sorted(replaced)),
         standard_cases=standard.cases if standard else (),
         seconds=time.perf_counter() - started,
         written_bytes=written,
@@ -301,27 +300,28 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
 
 
 def _work(job: Job, store: str) -> int | Problem:
-    """Do one job in a worker; whatever goes wrong is told in one line."""
-    _one_thread()
-    try:
-        return prepare_case(job, Path(store))
-    except Exception as error:  # noqa: BLE001 - one case fails, the others go on
-        return describe_problem(job.case.id, error)
+    """Do one job in a worker."""
+    return _in_worker(job, lambda: prepare_case(job, Path(store)))
 
 
 def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
-    """Find one volume's landmarks in a worker."""
-    _one_thread()
-    try:
+    """Find one volume's landmarks in a worker; a case that fails here fails again where it is prepared."""
+
+    def find() -> tuple[float, ...]:
         corrected = _stored_volume(job, Path(store))
         return (corrected or correct_volume(read_volume(job.case.volume), job.preprocessing.bias)).landmarks
-    except Exception as error:  # noqa: BLE001 - the case will fail where it is prepared, and say why
-        return describe_problem(job.case.id, error)
+
+    return _in_worker(job, find)
 
 
-def _one_thread() -> None:
+def _in_worker(job: Job, do: Callable[[], Result]) -> Result | Problem:
+    """Do something on one thread; whatever goes wrong is told in one line."""
     import SimpleITK as sitk  # noqa: N813
     from numcodecs import blosc
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     blosc.use_threads = False
+    try:
+        return do()
+    except Exception as error:  # noqa: BLE001 - one case fails, the others go on
+        return describe_problem(job.case.id, error)

@@ -13,16 +13,14 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, cast
 
-import google_crc32c
 import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
 from cspine_data.errors import DamagedStoreError
-from cspine_data.schema import codecs
+from cspine_data.schema import CHECKSUM_BYTES, chunk_checksum, codecs
 
 _MAX_OPEN = 128
-_CHECKSUM_BYTES = 4
 _ABSENT = 2**64 - 1
 
 
@@ -70,8 +68,8 @@ class SliceArray:
             out.fill(0)
             return
         chunk = os.pread(self._descriptor, int(size), int(offset))
-        content, checksum = chunk[:-_CHECKSUM_BYTES], chunk[-_CHECKSUM_BYTES:]
-        if len(chunk) != size or google_crc32c.value(content).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
+        content, checksum = chunk[:-CHECKSUM_BYTES], chunk[-CHECKSUM_BYTES:]
+        if len(chunk) != size or chunk_checksum(content) != checksum:
             raise self._damage(f"slice {position} is not what was written")
         blosc.decompress(content, out)
 
@@ -93,9 +91,9 @@ class SliceArray:
 
     def _read_index(self) -> list[tuple[int, int]]:
         entries = self.shape[0] * 16
-        start = os.fstat(self._descriptor).st_size - entries - _CHECKSUM_BYTES
-        content = os.pread(self._descriptor, entries + _CHECKSUM_BYTES, max(start, 0))
-        checksum = google_crc32c.value(content[:entries]).to_bytes(_CHECKSUM_BYTES, "little")
+        start = os.fstat(self._descriptor).st_size - entries - CHECKSUM_BYTES
+        content = os.pread(self._descriptor, entries + CHECKSUM_BYTES, max(start, 0))
+        checksum = chunk_checksum(content[:entries])
         if start < 0 or checksum != content[entries:]:
             raise self._damage("its index is not what was written")
         index = np.frombuffer(content, dtype="<u8", count=2 * self.shape[0]).reshape(-1, 2)

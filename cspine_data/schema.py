@@ -18,6 +18,7 @@ import json
 import math
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +37,7 @@ VOLUME_IMAGE = "volume/0"
 VOLUME_LABEL = "volume/labels/segmentation/0"
 # A cube of 64 voxels: a viewer reads a region without the whole, and a whole volume is a few dozen chunks.
 VOLUME_CHUNK = 64
+CHECKSUM_BYTES = 4
 
 
 class Standard(BaseModel):
@@ -214,9 +216,20 @@ def codecs(itemsize: int) -> list[dict[str, Any]]:
     return [{"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]
 
 
+def chunk_checksum(content: bytes) -> bytes:
+    """Return what stands behind an inner chunk, or a shard's index: its CRC32C, little-endian."""
+    checksum: int = google_crc32c.value(content)
+    return checksum.to_bytes(CHECKSUM_BYTES, "little")
+
+
 def chunk_grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
     """Return how many inner chunks there are along each axis of an array's only shard."""
     return tuple(math.ceil(size / chunk) for size, chunk in zip(shape, chunks, strict=True))
+
+
+def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
 def array_metadata(

@@ -331,11 +331,10 @@ def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
     if not attributes and file.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     temporary = folder / f".{METADATA}-{uuid.uuid4().hex}"
     try:
         with temporary.open("w", encoding="utf-8") as handle:
-            json.dump(content, handle, indent=1)
+            json.dump(schema.group_metadata(attributes), handle, indent=1)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(file)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,8 +43,7 @@ class CaseWriter:
 
     def write_group(self, name: str, attributes: dict[str, Any]) -> None:
         """Write a group's metadata."""
-        content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-        self._write(f"{name}/{METADATA}", [json.dumps(content, indent=1).encode()])
+        self._write(f"{name}/{METADATA}", [json.dumps(schema.group_metadata(attributes), indent=1).encode()])
 
     def write_array(
         self, name: str, values: NDArray[Any], chunks: tuple[int, ...], axes: str, attributes: dict[str, Any]
@@ -110,12 +108,13 @@ def _shard(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[bytes]:
     for chunk in _chunks(values.astype(values.dtype.newbyteorder("<"), copy=False), chunks):
         content = blosc.compress(chunk, compressor, level, blosc.BITSHUFFLE, settings["blocksize"])
         yield content
-        yield _checksum(content)
-        index.append((offset, len(content) + 4))
-        offset += len(content) + 4
+        yield schema.chunk_checksum(content)
+        size = len(content) + schema.CHECKSUM_BYTES
+        index.append((offset, size))
+        offset += size
     content = np.array(index, dtype="<u8").tobytes()
     yield content
-    yield _checksum(content)
+    yield schema.chunk_checksum(content)
 
 
 def _chunks(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[NDArray[Any]]:
@@ -126,8 +125,3 @@ def _chunks(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[NDArray[A
         if part.shape != chunks:
             part = np.pad(part, [(0, chunk - n) for chunk, n in zip(chunks, part.shape, strict=True)])
         yield np.ascontiguousarray(part)
-
-
-def _checksum(content: bytes) -> bytes:
-    checksum: int = google_crc32c.value(content)
-    return checksum.to_bytes(4, "little")

@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
-from cspine_data import Cohort, Preprocessing, Split, open_cohort
+from cspine_data import CaseRecord, Cohort, Preprocessing, Split, open_cohort
 from cspine_train.allocator import keep_large_blocks
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
@@ -66,8 +67,9 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     store, run = Path(store), Path(run)
     cohort = open_cohort(store)
     split = _split(cohort, settings)
-    digests = {record.case: record.digest for record in cohort.records(settings.variant)}
-    digests = {case: digests[case] for part in (split.train, split.validation, split.test) for case in part}
+    of_variant = {record.case: record for record in cohort.records(settings.variant)}
+    patients = [of_variant[case] for part in (split.train, split.validation, split.test) for case in part]
+    digests = {patient.case: patient.digest for patient in patients}
     earlier = _earlier(run, settings, digests)
     if earlier is not None and earlier.finished:
         _log.info("nothing to do: %s is finished", run)
@@ -88,7 +90,7 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
         settings=settings,
         weights_used=earlier.weights_used if earlier and checkpoint else weights_used,
         size_hw=data.size_hw,
-        preprocessing=_preprocessing(cohort, split, settings.variant),
+        preprocessing=_preprocessing(store, patients),
         notes=cohort.notes,
         train=split.train,
         validation=split.validation,
@@ -116,19 +118,16 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     return record
 
 
-def _preprocessing(cohort: Cohort, split: Split, variant: str) -> Preprocessing:
+def _preprocessing(store: Path, patients: Sequence[CaseRecord]) -> Preprocessing:
     """Return how the patients were prepared; refuse patients that were prepared in different ways."""
-    cases = (*split.train, *split.validation, *split.test)
-    ways: dict[Preprocessing, str] = {}
-    for case in cases:
-        ways.setdefault(cohort.record(case, variant).preprocessing, case)
-    if len(ways) > 1:
-        first, second = list(ways.values())[:2]
-        raise RunError(
-            f"{cohort.path}: holds {first} and {second} as {variant}, prepared in different ways; "
-            "run cspine-data prepare with the same options over all of them"
-        )
-    return next(iter(ways))
+    first = patients[0]
+    for other in patients:
+        if other.preprocessing != first.preprocessing:
+            raise RunError(
+                f"{store}: holds {first.case} and {other.case} as {first.variant}, prepared in different ways; "
+                "run cspine-data prepare with the same options over all of them"
+            )
+    return first.preprocessing
 
 
 class _Plateau(Callback):
