@@ -23,9 +23,12 @@ if TYPE_CHECKING:
         NotInStoreError,
         StoreError,
     )
+    from cspine_data.garbage import Garbage, collect_garbage
     from cspine_data.geometry import Geometry, Orientation
+    from cspine_data.mending import RepairSummary, repair
     from cspine_data.pipeline import PrepareSummary, parse_axes, prepare
     from cspine_data.preprocess import PreparedVolume, Preprocessing, preprocess_volume
+    from cspine_data.publishing import remove_cases
     from cspine_data.schema import CaseRecord
     from cspine_data.splits import Split
     from cspine_data.verification import Damage, verify
@@ -39,9 +42,12 @@ _HOME = {
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
+    "garbage": ("Garbage", "collect_garbage"),
     "geometry": ("Geometry", "Orientation"),
+    "mending": ("RepairSummary", "repair"),
     "pipeline": ("PrepareSummary", "parse_axes", "prepare"),
     "preprocess": ("PreparedVolume", "Preprocessing", "preprocess_volume"),
+    "publishing": ("remove_cases",),
     "schema": ("CaseRecord",),
     "splits": ("Split",),
     "verification": ("Damage", "verify"),
@@ -57,6 +63,7 @@ __all__ = [
     "CspineDataError",
     "Damage",
     "DamagedStoreError",
+    "Garbage",
     "Geometry",
     "InputError",
     "Listing",
@@ -67,6 +74,7 @@ __all__ = [
     "PreparedVolume",
     "Preprocessing",
     "Problem",
+    "RepairSummary",
     "SliceDataset",
     "SlicePlace",
     "Split",
@@ -75,6 +83,7 @@ __all__ = [
     "VolumeDataset",
     "__version__",
     "bias_parameters",
+    "collect_garbage",
     "describe_problem",
     "find_cases",
     "label_name",
@@ -83,6 +92,8 @@ __all__ = [
     "prepare",
     "preprocess_volume",
     "read_volume",
+    "remove_cases",
+    "repair",
     "verify",
     "volume_suffix",
     "write_volume",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.errors import CspineDataError, InputError
+from cspine_data.errors import CspineDataError, InputError, describe_os_error
 from cspine_data.geometry import Geometry
 from cspine_data.volumes import Volume, check_image, content_digest, read_volume, stem, volume_suffix
 
@@ -22,7 +22,8 @@ _LONGEST_NOTE = 200
 _LABEL_ENDING = "-label"
 _SEGMENTATION = ".seg.nrrd"
 _NNUNET_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
-_FITS_A_FOLDER_NAME = re.compile(r"^(?!\.+$)(?!__)[^/\\\x00-\x1f]{1,200}$")
+_FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\\x00-\x1f\ud800-\udfff]+")
+_LONGEST_ID_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
     if (folder / "imagesTr").is_dir():
         return _listing(*_nnunet_cases(folder), source=folder)
     return _listing(*_cases_beside_labels(folder), source=folder)
+
+
+def is_case_id(name: str) -> bool:
+    """Tell whether something can be the id of a case, and so the name of its folder on any file system."""
+    return bool(_FITS_A_FOLDER_NAME.fullmatch(name)) and len(name.encode()) <= _LONGEST_ID_BYTES
 
 
 def cohort_note(source: str | Path) -> str | None:
@@ -186,7 +192,7 @@ def _listing(found: Iterable[tuple[str, Path, Path | None]], problems: Iterable[
         if len(claims) > 1:
             names = " and ".join(str(claim.volume) for claim in claims)
             wrong.append(Problem(case_id, f"{names}: claim the same case {case_id!r}; keep one of them"))
-        elif not _FITS_A_FOLDER_NAME.match(case_id):
+        elif not is_case_id(case_id):
             wrong.append(Problem(case_id, f"{claims[0].volume}: {case_id!r} is no usable case id; rename the file"))
         else:
             cases.append(claims[0])
@@ -299,9 +305,7 @@ def describe_problem(case_id: str, error: BaseException) -> Problem:
     if isinstance(error, CspineDataError):
         return Problem(case_id, str(error))
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        remedy = "free some space and run it again" if error.errno in (28, 122) else "mend that and run it again"
-        return Problem(case_id, f"{where}{error.strerror or error}; {remedy}")
+        return Problem(case_id, describe_os_error(error))
     if isinstance(error, MemoryError):
         return Problem(case_id, f"{case_id}: memory ran out; use fewer --workers")
     return Problem(case_id, f"{case_id}: failed unexpectedly ({type(error).__name__}: {error}); please report this")

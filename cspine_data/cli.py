@@ -201,17 +201,74 @@ def info(store: Path) -> None:
 
 @main.command()
 @STORE
-def verify(store: Path) -> None:
+@click.option(
+    "--repair", "source", type=click.Path(path_type=Path), help="Make what is damaged anew from the volumes in here."
+)
+@PAIRS
+@click.option("--workers", type=int, help="Worker processes for --repair; one a core by default.")
+def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | None) -> None:
     """Hold every byte of a store against its checksums."""
+    if source is not None or pairs is not None:
+        _repair(store, source or Path("data/raw"), pairs, workers)
+        return
     from cspine_data.verification import verify as verify_store
 
-    damages = verify_store(store)
+    with progress_bar("verifying") as progress:
+        damages = verify_store(store, progress)
     for damage in damages:
         click.echo(f"damaged: {damage}", err=True)
     if damages:
-        click.echo(f"{store}: {len(damages)} damaged; delete the folder cases/CASE and prepare again")
+        click.echo(f"{store}: {len(damages)} damaged; mend it with cspine-data verify {store} --repair SOURCE")
         raise SystemExit(1)
     click.echo(f"{store}: sound")
+
+
+def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) -> None:
+    from cspine_data.mending import repair
+
+    with progress_bar("mending") as progress:
+        summary = repair(store, source, pairs=pairs, workers=workers, progress=progress)
+    for damage in summary.damages:
+        click.echo(f"damaged: {damage}", err=True)
+    for problem in summary.failed:
+        click.echo(f"failed: {problem.message}", err=True)
+    if summary.failed:
+        click.echo(f"{store}: {len(summary.mended)} mended, {len(summary.failed)} still damaged")
+        raise SystemExit(1)
+    click.echo(f"{store}: sound" + (f"; {len(summary.damages)} damaged files were mended" if summary.damages else ""))
+
+
+@main.command()
+@STORE
+@click.option("--delete", is_flag=True, help="Delete it; without this it is only listed.")
+@click.option("--grace-days", type=float, default=7.0, help="Keep what somebody may have used so many days ago.")
+def gc(store: Path, delete: bool, grace_days: float) -> None:
+    """List what no case of a store names: replaced and removed cases, what killed runs left."""
+    from cspine_data.garbage import collect_garbage
+
+    found = collect_garbage(store, grace_s=grace_days * 24 * 3600, delete=delete)
+    for one in found:
+        days = one.unused_s / 24 / 3600
+        click.echo(f"{one.path.relative_to(store)}: {one.size_bytes / 1e6:.1f} MB, unused for {days:.1f} days")
+    size = f"{len(found)} folders and files, {sum(one.size_bytes for one in found) / 1e6:.1f} MB"
+    if not found:
+        click.echo(f"{store}: nothing to delete that has been unused for {grace_days:g} days")
+    elif delete:
+        click.echo(f"{store}: {size} deleted")
+    else:
+        click.echo(f"{store}: {size} can be deleted; do it with --delete")
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("cases", nargs=-1, required=True)
+@click.option("--variant", help="Only this one, n4 or raw; by default all that there are.")
+def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
+    """Take CASES out of STORE; gc deletes their bytes when no reader can be using them any more."""
+    from cspine_data.publishing import remove_cases
+
+    remove_cases(store, cases, variant)
+    click.echo(f"{store}: {len(cases)} cases removed; cspine-data gc deletes their bytes")
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -20,6 +21,7 @@ _ONE_THREAD = dict.fromkeys(
      "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1",
 )  # fmt: skip
 Result = TypeVar("Result")
+_POLL_S, _LOOK_S, _PATIENCE_S = 0.01, 2.0, 60.0
 
 
 def run_jobs(
@@ -28,8 +30,8 @@ def run_jobs(
     store: Path,
     workers: int | None,
     scheduler: str | None,
-) -> Iterator[tuple[Job, Result | Problem]]:
-    """Do the jobs on a Dask cluster, the largest first, and yield each as it ends: its result, or its problem.
+) -> Iterator[list[tuple[Job, Result | Problem]]]:
+    """Do the jobs on a Dask cluster, the largest first, and yield those that ended: their results, or problems.
 
     Parameters
     ----------
@@ -47,32 +49,59 @@ def run_jobs(
     Raises
     ------
     InputError
-        If the scheduler cannot be reached.
+        If the scheduler cannot be reached, or has no workers; if local ones cannot be started.
     """
     if not jobs:
         return
-    from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
     ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
     with _cluster(min(workers or _cores(), len(jobs)), scheduler) as client:
-        futures = {client.submit(work, job, str(store), pure=False): job for job in ordered}
         suspects = []
-        for future in as_completed(futures, loop=client.loop):
-            job = futures[future]
-            outcome = _outcome(future, job)
-            if isinstance(outcome, KilledWorker):
-                suspects.append(job)
-            else:
-                yield job, outcome
-            future.release()
+        for ended in _as_they_end(client, work, ordered, store):
+            suspects += [job for job, outcome in ended if isinstance(outcome, KilledWorker)]
+            yield [(job, outcome) for job, outcome in ended if not isinstance(outcome, KilledWorker)]
         # Dask blames every case that waited on a worker that died. Alone, only the guilty one dies again.
-        for job in suspects:
-            outcome = _outcome(client.submit(work, job, str(store), pure=False), job)
-            if isinstance(outcome, KilledWorker):
-                message = f"{job.case.volume}: its worker process died (out of memory?); use fewer --workers"
-                outcome = Problem(job.case.id, message)
-            yield job, outcome
+        for suspect in suspects:
+            for ended in _as_they_end(client, work, [suspect], store):
+                yield [(job, _died(job) if isinstance(outcome, KilledWorker) else outcome) for job, outcome in ended]
+
+
+def _as_they_end(
+    client: Any, work: Callable[[Job, str], Any], jobs: Sequence[Job], store: Path
+) -> Iterator[list[tuple[Job, Any]]]:
+    """Do jobs and yield those that ended, until there is none, or no worker that could do the rest."""
+    from distributed import as_completed
+
+    futures = {client.submit(work, job, str(store), pure=False): job for job in jobs}
+    ended = as_completed(futures, loop=client.loop)
+    forsaken_since: float | None = None
+    looked = time.monotonic()
+    while futures:
+        batch = ended.next_batch(block=False)
+        if batch:
+            yield [(futures[future], _outcome(future, futures[future])) for future in batch]
+            for future in batch:
+                del futures[future]
+                future.release()
+            continue
+        time.sleep(_POLL_S)
+        if time.monotonic() - looked < _LOOK_S:
+            continue
+        looked = time.monotonic()
+        if client.scheduler_info(n_workers=1)["workers"]:
+            forsaken_since = None
+        elif forsaken_since is None:
+            forsaken_since = looked
+        elif looked - forsaken_since > _PATIENCE_S:
+            problem = "no worker process is left to prepare it; see what ended them, then run it again"
+            yield [(job, Problem(job.case.id, f"{job.case.volume}: {problem}")) for job in futures.values()]
+            return
+
+
+def _died(job: Job) -> Problem:
+    problem = "its worker process died (out of memory?); use fewer --workers, or a machine with more memory"
+    return Problem(job.case.id, f"{job.case.volume}: {problem}")
 
 
 def _outcome(future: Any, job: Job) -> Any:
@@ -99,11 +128,19 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
         except (OSError, ValueError) as error:
             raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", "check its address") from None
         with client:
+            try:
+                client.wait_for_workers(1, timeout=_PATIENCE_S)
+            except TimeoutError:
+                raise InputError(f"scheduler {scheduler}", "has no workers", "start some, then run it again") from None
             yield client
         return
     settings = {
         "distributed.nanny.pre-spawn-environ": _ONE_THREAD,
         "distributed.scheduler.allowed-failures": 0,
+        # A worker holds nothing but its one job: to pause it would be to wait for ever. Past its limit it is ended.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
         "distributed.admin.log-format": "%(message)s",
         "logging": {"distributed": "critical"},
     }

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run it again",
+    errno.EDQUOT: "free some space and run it again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n) and run it again",
+    errno.ENFILE: "close other programs and run it again",
+    errno.EACCES: "make it readable and writable for you, or choose another place",
+    errno.EPERM: "make it readable and writable for you, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+}
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say in one line what the operating system refused, of which file, and what to do about it."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; {_REMEDIES.get(error.errno or 0, 'mend that and run it again')}"
 
 
 class CspineDataError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.cases import Case, Problem, copy_problem, describe_problem
@@ -16,7 +16,25 @@ from cspine_data.volumes import content_digest
 
 @dataclass(frozen=True)
 class Job:
-    """One case to prepare, by what it will be known, and how the store holds it now: small enough for any worker."""
+    """One case to prepare, by what it will be known, and how the store holds it now: small enough for any worker.
+
+    Attributes
+    ----------
+    case : Case
+        Its files.
+    image_sha256, label_sha256 : str
+        What they held when the job was planned.
+    preprocessing : Preprocessing
+        What to do.
+    axes : tuple of int
+        The axes to slice along.
+    current : str or None
+        The digest that is current in the store.
+    held : Preprocessing or None
+        How that one was prepared.
+    anew : bool
+        Make it although the store has it, since that is damaged.
+    """
 
     case: Case
     image_sha256: str
@@ -25,6 +43,7 @@ class Job:
     axes: tuple[int, ...]
     current: str | None = None
     held: Preprocessing | None = None
+    anew: bool = False
 
     @property
     def volume_digest(self) -> str:
@@ -56,12 +75,23 @@ def plan_jobs(
         if first != case.id:
             problems.append(copy_problem(case, first, only_in_store=first not in listed))
             continue
-        current = published.get(case.id, {}).get(preprocessing.variant)
-        record = stored_record(store, case.id, current) if current else None
-        kept, held = (record.axes, record.preprocessing) if record else ((), None)
-        all_axes = tuple(sorted({*axes, *kept}))
-        jobs.append(Job(case, image_sha256, label_sha256, preprocessing, all_axes, current, held))
+        job = Job(case, image_sha256, label_sha256, preprocessing, axes)
+        jobs.append(_with_current(job, store, published))
     return jobs, problems
+
+
+def planned_anew(jobs: Sequence[Job], store: Path) -> list[Job]:
+    """Plan jobs again that another run has overtaken: by what the store holds now, with the axes it has now."""
+    published = read_root(store).cases
+    return [_with_current(job, store, published) for job in jobs]
+
+
+def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -> Job:
+    """Tell a job how the store holds its case; the axes that it has already are kept."""
+    current = published.get(job.case.id, {}).get(job.preprocessing.variant)
+    record = stored_record(store, job.case.id, current) if current else None
+    kept, held = (record.axes, record.preprocessing) if record else ((), None)
+    return replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held)
 
 
 def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:

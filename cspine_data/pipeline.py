@@ -16,20 +16,20 @@ from cspine_data.cluster import Result, run_jobs
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.intensity import standard_landmarks
-from cspine_data.jobs import Job, file_digests, is_current, plan_jobs
+from cspine_data.jobs import Job, file_digests, is_current, plan_jobs, planned_anew
 from cspine_data.preprocess import CorrectedVolume, PreparedVolume, Preprocessing, correct_volume, normalise_volume
-from cspine_data.schema import CaseRecord, Standard, standard_key
-from cspine_data.store import (
+from cspine_data.publishing import (
     LabelMap,
+    Replacement,
     create_store,
     enrol,
     keep_standard,
+    mark_in_use,
     publish,
-    read_corrected,
-    read_root,
-    stored_record,
     write_case,
 )
+from cspine_data.schema import CaseRecord, Standard, standard_key
+from cspine_data.store import read_corrected, read_root, stored_record
 from cspine_data.volumes import read_volume
 
 # Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
@@ -155,35 +155,53 @@ def prepare(
     jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
-    done, replaced, written = [], [], 0
-    for number, (job, outcome) in enumerate(run_jobs(_work, to_do, store, workers, scheduler), start=1):
-        if isinstance(outcome, Problem):
-            failed.append(outcome)
-        else:
-            publish(store, job.case.id, preprocessing.variant, job.digest)
-            done.append(job.case.id)
-            if job.held not in (None, preprocessing):
-                replaced.append(job.case.id)
-            written += outcome
-        if progress:
-            progress(number, len(to_do), job.case.id)
-    computed = {job.case.id for job in to_do}
-    reused = [job.case.id for job in jobs if job.case.id not in computed]
-    good = {*done, *reused}
+    outcomes = do_jobs(to_do, store, workers, scheduler, progress)
+    failed += [outcome for outcome in outcomes.values() if isinstance(outcome, Problem)]
+    written = {case: outcome for case, outcome in outcomes.items() if not isinstance(outcome, Problem)}
+    reused = [job.case.id for job in jobs if job.case.id not in outcomes]
     enrol(
         store,
-        [job.case.id for job in jobs if job.label_sha256 and job.case.id in good],
+        [job.case.id for job in jobs if job.label_sha256 and (job.case.id in written or job.case.id in reused)],
         note or cohort_note(Path(pairs).parent if pairs else source),
     )
     return PrepareSummary(
-        done=tuple(sorted(done)),
+        done=tuple(sorted(written)),
         reused=tuple(reused),
         failed=tuple(sorted(failed, key=lambda problem: problem.case)),
-        replaced=tuple(sorted(replaced)),
+        replaced=tuple(
+            sorted(job.case.id for job in to_do if job.case.id in written and job.held not in (None, preprocessing))
+        ),
         standard_cases=standard.cases if standard else (),
         seconds=time.perf_counter() - started,
-        written_bytes=written,
+        written_bytes=sum(written.values()),
     )
+
+
+def do_jobs(
+    jobs: Sequence[Job], store: Path, workers: int | None, scheduler: str | None, progress: Progress | None
+) -> dict[str, int | Problem]:
+    """Do jobs and publish what they make: the bytes written for each case, or its problem.
+
+    Where another run published the same case meanwhile, with other axes for example, the job is planned and done
+    again, so that neither undoes what the other did.
+    """
+    total = len(jobs)
+    outcomes: dict[str, int | Problem] = {}
+    while jobs:
+        overtaken = []
+        for ended in run_jobs(_work, jobs, store, workers, scheduler):
+            made = [job for job, outcome in ended if not isinstance(outcome, Problem)]
+            replacements = [Replacement(job.case.id, job.digest, job.current) for job in made]
+            left = publish(store, made[0].preprocessing.variant, replacements) if made else set()
+            overtaken += [job for job in made if job.case.id in left]
+            for job, outcome in ended:
+                if job.case.id in left:
+                    continue
+                outcomes[job.case.id] = outcome
+                if progress:
+                    progress(len(outcomes), total, job.case.id)
+        jobs = planned_anew(overtaken, store)
+    return outcomes
 
 
 def _standard(
@@ -199,7 +217,7 @@ def _standard(
         return known
     jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, ())
     outcomes = run_jobs(_landmarks, jobs, store, workers, scheduler)
-    of_cases = {job.case.id: found for job, found in outcomes if isinstance(found, tuple) and found}
+    of_cases = {job.case.id: found for ended in outcomes for job, found in ended if isinstance(found, tuple) and found}
     if not of_cases:
         return None
     cases_used = tuple(sorted(of_cases))
@@ -222,16 +240,19 @@ def prepare_case(job: Job, store: Path) -> int:
     OSError
         If the store cannot be written.
     """
-    if stored_record(store, job.case.id, job.digest) is not None:
+    if not job.anew and stored_record(store, job.case.id, job.digest) is not None:
+        mark_in_use(store, job.case.id, job.digest)
         return 0
     loaded = load_case(job.case)
     if file_digests(job.case) != (job.image_sha256, job.label_sha256):
         raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
-    corrected = _stored_volume(job, store) or correct_volume(loaded.image, job.preprocessing.bias)
+    # What is damaged may have lent its checksums to other voxels, so a case that is made anew takes nothing from it.
+    stored = None if job.anew else _stored_volume(job, store)
+    corrected = stored or correct_volume(loaded.image, job.preprocessing.bias)
     prepared = normalise_volume(corrected, job.preprocessing)
     label_xyz = _label_xyz(loaded)
     label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
-    write_case(store, _record(job, loaded, prepared, label), prepared, label)
+    write_case(store, _record(job, loaded, prepared, label), prepared, label, anew=job.anew)
     folder = store / "cases" / job.case.id / job.digest
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 

@@ -7,6 +7,7 @@ this path knows the one layout that `schema` writes, keeps no thread and no loop
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from cspine_data.errors import DamagedStoreError
-from cspine_data.schema import CHECKSUM_BYTES, chunk_checksum, codecs
+from cspine_data.schema import CHECKSUM_BYTES, LONGEST_RUN, chunk_checksum, codecs
 
 _MAX_OPEN = 128
 _ABSENT = 2**64 - 1
@@ -69,7 +70,7 @@ class SliceArray:
             return
         chunk = os.pread(self._descriptor, int(size), int(offset))
         content, checksum = chunk[:-CHECKSUM_BYTES], chunk[-CHECKSUM_BYTES:]
-        if len(chunk) != size or chunk_checksum(content) != checksum:
+        if len(chunk) != size or chunk_checksum(content) != checksum or _decoded_bytes(content) != out.nbytes:
             raise self._damage(f"slice {position} is not what was written")
         blosc.decompress(content, out)
 
@@ -86,21 +87,33 @@ class SliceArray:
         names = [codec["name"] for codec in inner["codecs"]]
         expected = ["bytes"] + [codec["name"] for codec in codecs(self.dtype.itemsize)]
         layout = (tuple(grid), tuple(inner["chunk_shape"]), names, inner.get("index_location", "end"))
-        if layout != (self.shape, (1, *self.shape[1:]), expected, "end"):
+        sizes = all(isinstance(n, int) and n > 0 for n in self.shape) and len(self.shape) == 3
+        if not sizes or layout != (self.shape, (1, *self.shape[1:]), expected, "end"):
             raise ValueError("its layout is not the store's")
 
     def _read_index(self) -> list[tuple[int, int]]:
         entries = self.shape[0] * 16
-        start = os.fstat(self._descriptor).st_size - entries - CHECKSUM_BYTES
-        content = os.pread(self._descriptor, entries + CHECKSUM_BYTES, max(start, 0))
-        checksum = chunk_checksum(content[:entries])
-        if start < 0 or checksum != content[entries:]:
+        size = os.fstat(self._descriptor).st_size
+        start = size - entries - CHECKSUM_BYTES
+        # A store may come from anybody: nothing is allocated that its file cannot hold.
+        believable = start >= 0 and self.dtype.itemsize * math.prod(self.shape[1:]) <= size * LONGEST_RUN
+        content = os.pread(self._descriptor, entries + CHECKSUM_BYTES, start) if believable else b""
+        if not believable or chunk_checksum(content[:entries]) != content[entries:]:
             raise self._damage("its index is not what was written")
         index = np.frombuffer(content, dtype="<u8", count=2 * self.shape[0]).reshape(-1, 2)
+        here = index[index[:, 0] != _ABSENT]
+        if (here > start).any() or (here.sum(axis=1) > start).any():
+            raise self._damage("its index leads out of it")
         return cast("list[tuple[int, int]]", list(map(tuple, index.tolist())))
 
     def _damage(self, problem: str) -> DamagedStoreError:
-        return DamagedStoreError(f"{self._path}: {problem}; delete {self._path.parents[1]} and prepare again")
+        remedy = "mend it with cspine-data verify --repair SOURCE"
+        return DamagedStoreError(f"{self._path}: {problem}; {remedy}")
+
+
+def _decoded_bytes(content: bytes) -> int:
+    """Return how many bytes a Blosc buffer says that it decodes to."""
+    return int.from_bytes(content[4:8], "little")
 
 
 class _OpenArrays:

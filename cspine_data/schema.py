@@ -16,12 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from typing import Any
 
 import google_crc32c
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from cspine_data.cases import is_case_id
 from cspine_data.geometry import Geometry, Orientation, Triple
 from cspine_data.intensity import Levels, Normalisation
 from cspine_data.preprocess import Preprocessing
@@ -38,6 +40,9 @@ VOLUME_LABEL = "volume/labels/segmentation/0"
 # A cube of 64 voxels: a viewer reads a region without the whole, and a whole volume is a few dozen chunks.
 VOLUME_CHUNK = 64
 CHECKSUM_BYTES = 4
+#: Blosc's LZ4 stores at most some 255 bytes in one: a file that is smaller than that does not hold what it claims.
+LONGEST_RUN = 260
+DIGEST = re.compile("[0-9a-f]{32}")
 
 
 class Standard(BaseModel):
@@ -67,6 +72,8 @@ class RootRecord(BaseModel):
         are added.
     standards : dict
         What Nyul's method matches volumes to, by `standard_key`: learnt once, so that added cases match it too.
+    neutral_ids : bool
+        Whether its cases are called by numbers that only a key outside the store can undo.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -77,6 +84,16 @@ class RootRecord(BaseModel):
     notes: tuple[str, ...] = ()
     enrolled: tuple[tuple[str, ...], ...] = ()
     standards: dict[str, Standard] = Field(default_factory=dict)
+    neutral_ids: bool = False
+
+    @field_validator("cases")
+    @classmethod
+    def _names_fit(cls, cases: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        """Let no store that came from somebody else lead out of its own folder."""
+        for case, variants in cases.items():
+            if not is_case_id(case) or not all(map(DIGEST.fullmatch, variants.values())):
+                raise ValueError(f"{case!r} is no case id with digests")
+        return cases
 
 
 class CaseRecord(BaseModel):
@@ -227,9 +244,9 @@ def chunk_grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ..
     return tuple(math.ceil(size / chunk) for size, chunk in zip(shape, chunks, strict=True))
 
 
-def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a group."""
-    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+def group_bytes(attributes: dict[str, Any]) -> bytes:
+    """Return what the metadata file of a group holds."""
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1).encode()
 
 
 def array_metadata(

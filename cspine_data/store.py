@@ -1,18 +1,14 @@
-"""Writing cases, publishing them at once, opening a store.
+"""Opening a store and reading what it holds; nothing here changes it.
 
-A case is written to a folder of its own that nothing names, moved to its digest's place in one step, and published
-by one atomic replacement of the root's metadata. A run that is killed leaves nothing that a reader can see.
+What is damaged raises: records and arrays' metadata are held against their checksums, voxels chunk by chunk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +18,11 @@ from pydantic import ValidationError
 
 from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
-from cspine_data.geometry import Orientation
-from cspine_data.preprocess import CorrectedVolume, PreparedVolume
-from cspine_data.schema import CaseRecord, RootRecord, Standard
-from cspine_data.writer import METADATA, CaseWriter, sync_folder
+from cspine_data.preprocess import CorrectedVolume
+from cspine_data.schema import CaseRecord, RootRecord
+from cspine_data.writer import METADATA
 
-
-@dataclass(frozen=True, eq=False)
-class LabelMap:
-    """A case's label map: on the volume's own grid, and on the slices', both (x, y, z)."""
-
-    volume_xyz: NDArray[Any]
-    sliced_xyz: NDArray[Any]
-
-
-def create_store(path: Path) -> None:
-    """Make an empty store; one that is there already is left as it is.
-
-    Raises
-    ------
-    StoreError
-        If something else than a store is at that place.
-    """
-    if (path / METADATA).exists():
-        read_root(path)
-        return
-    # A run killed in this function leaves hidden files; they are no reason to refuse the place.
-    if path.exists() and (not path.is_dir() or any(not file.name.startswith(".") for file in path.iterdir())):
-        raise StoreError(f"{path}: is there and is no cspine store; choose another --store")
-    path.mkdir(parents=True, exist_ok=True)
-    with _lock(path):
-        if not (path / METADATA).exists():
-            _write_record(path, RootRecord())
+_REPAIR = "mend it with cspine-data verify --repair SOURCE"
 
 
 def read_root(path: Path) -> RootRecord:
@@ -74,7 +43,7 @@ def read_root(path: Path) -> RootRecord:
     try:
         return RootRecord.model_validate(attributes)
     except ValidationError as error:
-        raise DamagedStoreError(f"{path}: its metadata is damaged ({_first(error)}); prepare it anew") from None
+        raise _damaged_group(path / METADATA, _first(error)) from None
 
 
 def read_record(path: Path, case: str, variant: str) -> CaseRecord:
@@ -108,7 +77,7 @@ def _record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRec
     if record is None and is_older(path, case, variants[variant]):
         raise StoreError(f"{path}: was written by an older cspine; run cspine-data prepare again to renew its cases")
     if record is None or record.variant != variant:
-        raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; prepare it anew")
+        raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; {_REPAIR}")
     return record
 
 
@@ -132,85 +101,6 @@ def is_older(path: Path, case: str, digest: str) -> bool:
     return isinstance(version, int) and version < schema.SCHEMA_VERSION
 
 
-def write_case(path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> CaseRecord:
-    """Write one case into its digest's place, complete or not at all; it is not published yet.
-
-    Parameters
-    ----------
-    path : Path
-        The store.
-    record : CaseRecord
-        What is to be known of the case; its `files` are filled in here.
-    prepared : PreparedVolume
-        The image.
-    label : LabelMap or None
-        Its label map.
-
-    Returns
-    -------
-    CaseRecord
-        With the checksums of its files.
-    """
-    target = path / schema.case_path(record.case, record.digest)
-    for group in (target.parent.parent, target.parent):
-        _write_group(group, {})
-    unfinished = target.parent / f".unfinished-{uuid.uuid4().hex}"
-    try:
-        writer = CaseWriter(unfinished)
-        _write_arrays(writer, record, prepared, label)
-        writer.finish()
-        record = record.model_copy(update={"files": writer.checksums})
-        _write_record(unfinished, record)
-        if target.exists() and stored_record(path, record.case, record.digest) is None:
-            shutil.rmtree(target)
-        try:
-            unfinished.rename(target)
-        except OSError:
-            # Another run wrote the same digest meanwhile: the same bytes, so its copy serves.
-            if stored_record(path, record.case, record.digest) is None:
-                raise
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return record
-
-
-def publish(path: Path, case: str, variant: str, digest: str) -> None:
-    """Make a written digest the current one of a case's variant."""
-
-    def name_digest(root: RootRecord) -> RootRecord:
-        cases = {**root.cases, case: {**root.cases.get(case, {}), variant: digest}}
-        return root.model_copy(update={"cases": {name: cases[name] for name in sorted(cases)}})
-
-    _update_root(path, name_digest)
-
-
-def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
-    """Enter the labelled cases that are new as one batch, so that later additions leave their splits alone.
-
-    A note says what the cohort is, where it stands in for something else.
-    """
-
-    def add_batch(root: RootRecord) -> RootRecord:
-        known = {case for batch in root.enrolled for case in batch}
-        batch = tuple(sorted(set(labelled) - known))
-        notes = tuple(sorted({*root.notes, note})) if note else root.notes
-        enrolled = (*root.enrolled, batch) if batch else root.enrolled
-        return root.model_copy(update={"enrolled": enrolled, "notes": notes})
-
-    _update_root(path, add_batch)
-
-
-def keep_standard(path: Path, key: str, standard: Standard) -> Standard:
-    """Enter what Nyul's method matches a store's volumes to, unless it is known; return what is known then."""
-
-    def add_standard(root: RootRecord) -> RootRecord:
-        return root.model_copy(update={"standards": {key: standard, **root.standards}})
-
-    _update_root(path, add_standard)
-    return read_root(path).standards[key]
-
-
 def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
     """Read a case's whole image, (x, y, z), in the units of its source.
 
@@ -219,7 +109,7 @@ def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
     DamagedStoreError
         If its bytes are not what was written.
     """
-    return _read_array(path / schema.case_path(record.case, record.digest), schema.VOLUME_IMAGE)
+    return _read_array(path, record, schema.VOLUME_IMAGE)
 
 
 def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
@@ -252,43 +142,33 @@ def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
     """
     if not record.labelled:
         raise NotInStoreError(f"{path}: case {record.case!r} has no label map")
-    return _read_array(path / schema.case_path(record.case, record.digest), schema.VOLUME_LABEL)
+    return _read_array(path, record, schema.VOLUME_LABEL)
 
 
-def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> None:
-    origin_mm = Orientation.of(record.geometry).geometry_xyz(record.geometry).origin_mm
-    ome = schema.image_metadata(record.spacing_xyz_mm, origin_mm)
-    writer.write_group("volume", {"ome": ome})
-    chunks = schema.volume_chunks(record.size_xyz)
-    writer.write_array(schema.VOLUME_IMAGE, prepared.corrected.image_xyz, chunks, schema.AXES_XYZ, {})
-    sliced = {"image": (prepared.levels_xyz, schema.level_attributes(prepared.levels))}
-    if label is not None:
-        writer.write_group("volume/labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
-        label_ome = {**ome, "image-label": {"source": {"image": "../../"}}}
-        writer.write_group("volume/labels/segmentation", {"ome": label_ome})
-        writer.write_array(schema.VOLUME_LABEL, label.volume_xyz, chunks, schema.AXES_XYZ, {})
-        sliced["label"] = (label.sliced_xyz, {})
-    grid = schema.slice_grid(record)
-    for axis in record.axes:
-        writer.write_group(f"axis{axis}", grid)
-        axes = schema.AXES_XYZ[axis] + schema.AXES_XYZ.replace(schema.AXES_XYZ[axis], "")
-        for kind, (array_xyz, attributes) in sliced.items():
-            slices = np.ascontiguousarray(np.moveaxis(array_xyz, axis, 0))
-            writer.write_array(
-                schema.slice_array(axis, kind), slices, schema.slice_chunks(slices.shape), axes, attributes
-            )
-
-
-def _read_array(folder: Path, name: str) -> NDArray[Any]:
+def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
     import zarr
 
-    # zarr reads a shard that is not there as zeros.
-    if not (folder / name / "c" / "0" / "0" / "0").is_file():
-        raise DamagedStoreError(f"{folder / name}: is missing from the store; delete {folder} and prepare again")
+    folder = path / schema.case_path(record.case, record.digest) / name
+    metadata, shard = folder / METADATA, folder / "c" / "0" / "0" / "0"
+    # zarr reads a shard that is not there as zeros, and believes any shape.
+    if not (metadata.is_file() and shard.is_file()):
+        raise DamagedStoreError(f"{folder}: is missing from the store; {_REPAIR}")
+    if hashlib.sha256(metadata.read_bytes()).hexdigest() != record.files.get(f"{name}/{METADATA}"):
+        raise DamagedStoreError(f"{metadata}: is not what was written; {_REPAIR}")
     try:
-        return np.asarray(zarr.open_array(str(folder / name), mode="r")[...])
+        array = zarr.open_array(str(folder), mode="r")
+        claimed = math.prod(array.shape) * array.dtype.itemsize
+        if array.shape != record.size_xyz or claimed > shard.stat().st_size * schema.LONGEST_RUN:
+            raise ValueError("its shape is not the volume's")
+        return np.asarray(array[...])
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise DamagedStoreError(f"{folder / name}: is damaged ({error}); delete {folder} and prepare again") from None
+        raise DamagedStoreError(f"{folder}: is damaged ({error}); {_REPAIR}") from None
+
+
+def metadata_is_intact(folder: Path) -> bool:
+    """Tell whether a group's metadata file, which could be read, is as it was written to the last byte."""
+    content = (folder / METADATA).read_bytes()
+    return content == schema.group_bytes(json.loads(content)["attributes"])
 
 
 def _attributes(folder: Path) -> dict[str, Any] | None:
@@ -298,60 +178,23 @@ def _attributes(folder: Path) -> dict[str, Any] | None:
         record, checksum = content.get(schema.ATTRIBUTE), content.get(schema.CHECKSUM_ATTRIBUTE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedStoreError(f"{folder / METADATA}: cannot be understood; prepare the store anew") from None
-    if not isinstance(record, dict):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _damaged_group(folder / METADATA, "cannot be understood") from None
+    if record is None and checksum is None:
         return None
+    if not isinstance(record, dict) or checksum != schema.record_checksum(record):
+        raise _damaged_group(folder / METADATA, "does not fit its checksum")
     version = record.get("schema_version")
     if isinstance(version, int) and version > schema.SCHEMA_VERSION:
         raise NewerSchemaError(
             f"{folder}: has schema version {version}, this cspine knows {schema.SCHEMA_VERSION}; install a newer cspine"
         )
-    if checksum != schema.record_checksum(record):
-        raise DamagedStoreError(f"{folder / METADATA}: is not what was written; prepare the store anew")
     return record
 
 
-def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None:
-    with _lock(path):
-        before = read_root(path)
-        after = change(before).model_copy(update={"schema_version": schema.SCHEMA_VERSION})
-        if after != before:
-            _write_record(path, after)
-
-
-def _write_record(folder: Path, record: RootRecord | CaseRecord) -> None:
-    content = record.model_dump(mode="json")
-    _write_group(folder, {schema.ATTRIBUTE: content, schema.CHECKSUM_ATTRIBUTE: schema.record_checksum(content)})
-
-
-def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
-    """Write a group's metadata in one step; an empty group that is there already is left alone."""
-    file = folder / METADATA
-    if not attributes and file.exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{METADATA}-{uuid.uuid4().hex}"
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            json.dump(schema.group_metadata(attributes), handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(folder)
-
-
-@cache
-def _lock(path: Path) -> Any:
-    """Lock a store against other writers of its root; the kernel frees it when its holder dies.
-
-    Kept, since dropping it runs its destructor, and Python loses a Ctrl-C that arrives within a destructor.
-    """
-    from filelock import FileLock
-
-    return FileLock(path.parent / f".{path.name}.lock", timeout=60)
+def _damaged_group(file: Path, problem: str) -> DamagedStoreError:
+    remedy = "delete that file and prepare again: whole cases are used again, splits are made anew"
+    return DamagedStoreError(f"{file}: is not what was written ({problem}); {remedy}")
 
 
 def _first(error: ValidationError) -> str:

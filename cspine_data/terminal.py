@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cspine_data.errors import CspineDataError
+from cspine_data.errors import CspineDataError, describe_os_error
 
 Progress = Callable[[int, int, str], None]
 
@@ -32,7 +32,7 @@ class CommandGroup(click.Group):
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, CspineDataError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return describe_os_error(error)
     return " ".join(str(error).split())
 
 

@@ -43,7 +43,7 @@ class CaseWriter:
 
     def write_group(self, name: str, attributes: dict[str, Any]) -> None:
         """Write a group's metadata."""
-        self._write(f"{name}/{METADATA}", [json.dumps(schema.group_metadata(attributes), indent=1).encode()])
+        self._write(f"{name}/{METADATA}", [schema.group_bytes(attributes)])
 
     def write_array(
         self, name: str, values: NDArray[Any], chunks: tuple[int, ...], axes: str, attributes: dict[str, Any]
@@ -85,6 +85,15 @@ class CaseWriter:
             handle.flush()
             os.fsync(handle.fileno())
         self.checksums[name] = digest.hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, so that they survive a power failure."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

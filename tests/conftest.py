@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,19 @@ from cspine_data.phantom import make_phantom_cohort
 # As `cspine-train` sets it: before PyTorch is imported, so that threads do not spin against the worker processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="The long versions of the reliability tests.")
+
+
+@pytest.fixture(scope="session")
+def long_run(request: pytest.FixtureRequest) -> bool:
+    """Whether the long versions of the reliability tests were asked for."""
+    return bool(request.config.getoption("--long"))
+
+
+#: What a killed run leaves, and the lock.
+HIDDEN = re.compile(r"(^|/)\.(unfinished-|zarr\.json-|removed-|lock$)")
 QUICK_N4 = Preprocessing(bias=BiasParameters(resolution_mm=12, iterations=(5, 5)))
 
 
@@ -50,6 +64,12 @@ def write_case(folder: Path, name: str, seed: int | None = None, *, label: bool 
     if label:
         write_volume(folder / f"{name}S-label.nrrd", truth)
     return folder / f"{name}.nrrd"
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Return what every file of a store holds, but for those that no reader looks at."""
+    files = {str(file.relative_to(store)): file for file in sorted(store.rglob("*")) if file.is_file()}
+    return {name: file.read_bytes() for name, file in files.items() if not HIDDEN.search(name)}
 
 
 @pytest.fixture

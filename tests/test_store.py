@@ -21,8 +21,9 @@ from cspine_data import (
     read_volume,
     verify,
 )
+from cspine_data.publishing import Replacement, create_store, publish
 from cspine_data.schema import SCHEMA_VERSION, record_checksum
-from cspine_data.store import create_store, publish, read_root
+from cspine_data.store import read_root
 from tests.conftest import QUICK_N4, write_case
 
 
@@ -122,7 +123,7 @@ def test_a_damaged_or_missing_volume_raises(store: Path, array: str) -> None:
     with pytest.raises(DamagedStoreError, match="is damaged"):
         open_cohort(store).volumes(cases=["A"])[0]
     shard.unlink()
-    with pytest.raises(DamagedStoreError, match="is missing from the store"):
+    with pytest.raises(DamagedStoreError, match="is missing from the store; mend it with"):
         open_cohort(store).volumes(cases=["A"])[0]
 
 
@@ -137,7 +138,7 @@ def shift(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("change", "checksum"), [(spoil, True), (shift, False)])
 def test_a_damaged_record_is_not_read(change, checksum: bool, store: Path) -> None:
     rewrite(folder_of(store), change, checksum=checksum)
-    with pytest.raises(DamagedStoreError, match=r"the record of A \(raw\) is missing or damaged; prepare it anew"):
+    with pytest.raises(DamagedStoreError, match=r"the record of A \(raw\) is missing or damaged; mend it with"):
         open_cohort(store).slices()
     assert [str(damage) for damage in verify(store)] == ["A (raw): record: missing or damaged"]
     assert prepare(store.parent / "raw", store, n4=False).done == ("A",)
@@ -232,6 +233,6 @@ def test_variants_live_side_by_side(store: Path, tmp_path: Path) -> None:
 def test_what_the_store_does_not_hold_is_told(store: Path) -> None:
     with pytest.raises(NotInStoreError, match="holds no case 'Z'; cspine-data info lists what it holds"):
         open_cohort(store).record("Z")
-    publish(store, "A", "n4", "0" * 32)
+    publish(store, "n4", [Replacement("A", read_root(store).cases["A"]["raw"], None)])
     with pytest.raises(NotInStoreError, match="holds case 'B' as raw, not as n4; prepare it so"):
         open_cohort(store).record("B", "n4")

@@ -1,0 +1,144 @@
+"""Finding and deleting what a store's root no longer names: replaced and removed cases, what killed runs left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cspine_data.errors import InputError
+from cspine_data.publishing import REMOVED, TEMPORARY, UNFINISHED, locked
+from cspine_data.schema import DIGEST, RootRecord
+from cspine_data.store import read_root
+from cspine_data.writer import METADATA
+
+#: A week: longer than a training run reads the digests that it began with.
+GRACE_S = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A folder or file of a store that nothing names.
+
+    Attributes
+    ----------
+    path : Path
+        Where it lies.
+    size_bytes : int
+        What it takes on disk.
+    unused_s : float
+        Seconds since it was written, replaced, removed, or last used by a run of `prepare`.
+    """
+
+    path: Path
+    size_bytes: int
+    unused_s: float
+
+
+def collect_garbage(path: str | Path, *, grace_s: float = GRACE_S, delete: bool = False) -> list[Garbage]:
+    """Find what no case of a store names, and delete it if told so.
+
+    Nothing is touched that was named, written or used within the time of grace: a reader that opened the store before
+    may still read it, a run of `prepare` that goes on may be about to publish it.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store.
+    grace_s : float
+        The time of grace, seconds.
+    delete : bool
+        Delete it; else it is only listed.
+
+    Returns
+    -------
+    list of Garbage
+        What was deleted, or would be.
+
+    Raises
+    ------
+    InputError
+        If the time of grace is negative or no number.
+    StoreError
+        If there is no store, it is damaged, or cannot be written to.
+    """
+    if not grace_s >= 0:
+        raise InputError(f"grace {grace_s:g} s", "is no time", "give 0 or more")
+    path = Path(path)
+    found = _garbage(path, read_root(path), grace_s)
+    if not delete or not found:
+        return found
+    doomed = []
+    with locked(path):
+        # Again, now that no run can publish any of it; what is set aside here can no more be found and used again.
+        found = _garbage(path, read_root(path), grace_s)
+        for one in found:
+            aside = one.path.with_name(f"{REMOVED}{uuid.uuid4().hex}")
+            one.path.rename(aside)
+            doomed.append(aside)
+    for aside in doomed:
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    return found
+
+
+def _garbage(path: Path, root: RootRecord, grace_s: float) -> list[Garbage]:
+    now = time.time()
+    found = []
+    for place in sorted(_unnamed(path, root)):
+        unused_s = now - _last_used(place)
+        if unused_s >= grace_s:
+            found.append(Garbage(place, sum(state.st_blocks * 512 for state in _states(place)), unused_s))
+    return found
+
+
+def _unnamed(path: Path, root: RootRecord) -> Iterator[Path]:
+    """Find what lies where cspine writes, looks like what it writes, and is not named; no links."""
+    cases = path / "cases"
+    folders = [folder for folder in cases.iterdir() if _is_folder(folder)] if _is_folder(cases) else []
+    for folder in (path, cases) if folders else (path,):
+        yield from (file for file in folder.iterdir() if _is_hidden(file))
+    for folder in folders:
+        if folder.name.startswith("."):
+            continue
+        named = set(root.cases.get(folder.name, {}).values())
+        inside = list(folder.iterdir())
+        unnamed = [file for file in inside if _is_hidden(file) or (_is_digest(file) and file.name not in named)]
+        if not named and len(unnamed) == sum(file.name != METADATA for file in inside):
+            yield folder
+        else:
+            yield from unnamed
+
+
+def _last_used(place: Path) -> float:
+    """Return when something was last used: a digest as its own mark says, else as its youngest file does."""
+    if _is_digest(place):
+        return place.stat().st_mtime
+    if _is_folder(place) and not _is_hidden(place):
+        return max([place.stat().st_mtime, *map(_last_used, place.iterdir())])
+    return max((state.st_mtime for state in _states(place)), default=0.0)
+
+
+def _states(place: Path) -> list[os.stat_result]:
+    """Return the states of a file, or of a folder and all that is in it; what vanishes meanwhile is left out."""
+    states = []
+    for file in (place, *(place.rglob("*") if _is_folder(place) else ())):
+        with suppress(FileNotFoundError):
+            states.append(file.lstat())
+    return states
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_digest(path: Path) -> bool:
+    return bool(DIGEST.fullmatch(path.name)) and _is_folder(path)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith((UNFINISHED, TEMPORARY, REMOVED)) and not path.is_symlink()

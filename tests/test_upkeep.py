@@ -1,0 +1,297 @@
+"""What months do to a store: flipped bytes, lost files, replaced and removed cases, and how each is mended."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cspine_data import (
+    DamagedStoreError,
+    NotInStoreError,
+    Preprocessing,
+    StoreError,
+    collect_garbage,
+    open_cohort,
+    prepare,
+    remove_cases,
+    repair,
+    verify,
+)
+from cspine_data.publishing import Replacement, publish
+from cspine_data.store import read_root
+from tests.conftest import QUICK_N4, contents, write_case
+
+
+def everything(store: Path) -> list[Any]:
+    """Return every number that a user can read from a store."""
+    cohort = open_cohort(store)
+    found: list[Any] = [cohort.cases, cohort.split(), cohort.notes]
+    for variant in cohort.variants:
+        for axis in range(3):
+            slices = cohort.slices(axis=axis, variant=variant, labels="stored")
+            found += [part for item in range(len(slices)) for part in slices[item]]
+        volumes = cohort.volumes(variant=variant, labels="stored")
+        found += [part for item in range(len(volumes)) for part in volumes[item]]
+        for case in cohort.cases:
+            found += [cohort.export(case, variant).array, cohort.export(case, variant, label=True).array]
+            found += [cohort.export(case, variant).geometry]
+    return found
+
+
+def same(first: list[Any], second: list[Any]) -> bool:
+    return len(first) == len(second) and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def told_by_verify(store: Path) -> list[str]:
+    try:
+        return [str(damage) for damage in verify(store)]
+    except StoreError as error:
+        return [str(error)]
+
+
+def flip(file: Path, rng: random.Random) -> bytes:
+    """Change one byte of a file; return what it held."""
+    before = file.read_bytes()
+    spot = rng.randrange(len(before))
+    file.write_bytes(before[:spot] + bytes([before[spot] ^ rng.randrange(1, 256)]) + before[spot + 1 :])
+    return before
+
+
+def test_a_flipped_byte_anywhere_is_found_and_never_read(store: Path, long_run: bool) -> None:
+    rng = random.Random(7)
+    expected, flips = everything(store), 0
+    for file in sorted(file for file in store.rglob("*") if file.is_file() and file.name != ".lock"):
+        parts = file.relative_to(store).parts
+        for _ in range(100 if long_run else 3):
+            before = flip(file, rng)
+            flips += 1
+            (told,) = told_by_verify(store)
+            if len(parts) > 4:
+                assert told == f"{parts[1]} (raw): {'/'.join(parts[3:])}: is not what was written"
+            elif len(parts) == 4:
+                assert told.startswith(f"{parts[1]} (raw): record: ")
+            else:
+                assert "/".join(parts) in told or "no cspine store" in told
+            try:
+                found = everything(store)
+            except StoreError:
+                continue
+            finally:
+                file.write_bytes(before)
+            assert same(found, expected), (file, before)
+    assert flips >= 3 * 50
+    assert verify(store) == []
+
+
+def one(store: Path, pattern: str) -> Path:
+    (found,) = (store / "cases").glob(pattern)
+    return found
+
+
+def lose_a_shard(store: Path) -> None:
+    one(store, "A/*/axis2/label/c/0/0/0").unlink()
+
+
+def lose_a_record(store: Path) -> None:
+    one(store, "A/*/zarr.json").write_text("{}")
+
+
+def lose_a_case(store: Path) -> None:
+    shutil.rmtree(store / "cases" / "A")
+
+
+def exchange_volumes(store: Path) -> None:
+    """Give one case the other's voxels, with sound checksums in every chunk."""
+    shutil.copy(one(store, "B/*/volume/0/c/0/0/0"), one(store, "A/*/volume/0/c/0/0/0"))
+
+
+def link_elsewhere(store: Path) -> None:
+    shard = one(store, "A/*/axis0/image/c/0/0/0")
+    shutil.move(shard, store.parent / "elsewhere")
+    shard.symlink_to(store.parent / "elsewhere")
+
+
+def spoil_groups(store: Path) -> None:
+    (store / "cases" / "zarr.json").unlink()
+    (store / "cases" / "A" / "zarr.json").write_text("[]")
+    (store / "zarr.json").write_bytes((store / "zarr.json").read_bytes() + b" ")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lose_a_shard,
+        lose_a_record,
+        lose_a_case,
+        exchange_volumes,
+        link_elsewhere,
+        spoil_groups,
+    ],
+)
+def test_repair_brings_back_the_very_bytes_and_touches_nothing_else(damage: Any, store: Path) -> None:
+    before = contents(store)
+    other = one(store, "B/*/volume/0/c/0/0/0").stat().st_mtime_ns
+    damage(store)
+    assert verify(store)
+    summary = repair(store, store.parent / "raw", workers=1)
+    assert summary.failed == ()
+    assert contents(store) == before
+    assert verify(store) == []
+    assert one(store, "B/*/volume/0/c/0/0/0").stat().st_mtime_ns == other
+    assert repair(store, store.parent / "raw").damages == ()
+
+
+def test_repair_deletes_no_file_that_somebody_put_there(store: Path, run_data) -> None:
+    notes = one(store, "A/*/axis0") / "notes.txt"
+    notes.write_text("mine")
+    told = "failed: A (raw): axis0/notes.txt: does not belong there; move it away, then mend the case"
+    assert told in run_data("verify", store, "--repair", store.parent / "raw").stderr
+    assert notes.read_text() == "mine"
+
+
+def test_a_lost_record_is_made_again_as_the_other_cases_were(tmp_path: Path) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    for name in "AB":
+        write_case(raw, name)
+    prepare(raw, store, preprocessing=QUICK_N4, axes="02", workers=1)
+    before = contents(store)
+    one(store, "B/*/zarr.json").write_text("")
+    assert repair(store, raw, workers=1).mended == (("B", "n4"),)
+    assert contents(store) == before
+
+
+def test_repair_takes_only_what_the_case_was_made_of(store: Path, run_data) -> None:
+    raw = store.parent / "raw"
+    lose_a_shard(store)
+    write_case(raw, "A", seed=99)
+    done = run_data("verify", store, "--repair", raw)
+    assert done.exit_code == 1
+    assert "A.nrrd: is not what the damaged case was made of, or was prepared in a way that is lost" in done.stderr
+    assert done.stdout == f"{store}: 0 mended, 1 still damaged\n"
+    (raw / "A.nrrd").unlink()
+    (raw / "AS-label.nrrd").unlink()
+    told = "failed: case 'A': is damaged, and not in the source; give the folder that holds its files"
+    assert told in run_data("verify", store, "--repair", raw).stderr
+
+
+def test_a_lost_root_costs_no_case(store: Path) -> None:
+    """What is left of the store is found by its digests; only the order of enrolment is lost."""
+    before = contents(store)
+    shards = {file: file.stat().st_mtime_ns for file in store.rglob("c/0/0/0")}
+    (store / "zarr.json").write_bytes(b"\0" * 100)
+    with pytest.raises(DamagedStoreError, match="zarr.json: is not what was written .*; delete that file and prepare"):
+        prepare(store.parent / "raw", store, n4=False)
+    (store / "zarr.json").unlink()
+    assert prepare(store.parent / "raw", store, n4=False).written_bytes == 0
+    assert contents(store) == before
+    assert {file: file.stat().st_mtime_ns for file in shards} == shards
+
+
+def test_a_store_cannot_lead_out_of_its_folder(store: Path) -> None:
+    from tests.test_store import rewrite
+
+    for case, digest in (("../../etc", "0" * 32), ("A", "../../../etc"), (".hidden", "0" * 32)):
+        rewrite(store, lambda record, case=case, digest=digest: record.update(cases={case: {"raw": digest}}))
+        with pytest.raises(DamagedStoreError, match="is no case id with digests"):
+            open_cohort(store)
+
+
+def replaced(store: Path) -> Path:
+    """Prepare A and B in another way; return the folder of the digest that A had."""
+    before = store / "cases" / "A" / read_root(store).cases["A"]["raw"]
+    other = Preprocessing(bias=None, normalisation="percentile")
+    prepare(store.parent / "raw", store, preprocessing=other, workers=1)
+    return before
+
+
+def age(path: Path, days: float) -> None:
+    for file in (path, *path.rglob("*")):
+        os.utime(file, (time.time() - days * 86400,) * 2)
+
+
+def test_what_was_replaced_can_be_read_until_its_grace_has_ended(store: Path) -> None:
+    slices = open_cohort(store).slices()
+    expected = slices[3]
+    age(store / "cases", 100)
+    old = replaced(store)
+    assert collect_garbage(store, delete=True) == []
+    assert same(slices[3], expected)
+    age(old, 8)
+    (found,) = collect_garbage(store)
+    assert found.path == old
+    assert found.size_bytes >= sum(file.stat().st_size for file in old.rglob("*") if file.is_file())
+    assert old.exists()
+    assert collect_garbage(store, delete=True)[0].path == old
+    assert not old.exists()
+    assert verify(store) == []
+    assert len(collect_garbage(store, grace_s=0)) == 1
+
+
+def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, run_data) -> None:
+    before = contents(store)
+    for leftover in ("cases/A/.unfinished-1/volume/0", "cases/.removed-2/x", "cases/C/.unfinished-3", "cases/D"):
+        (store / leftover).mkdir(parents=True)
+    for file in (".zarr.json-4", "cases/A/.zarr.json-5", "cases/D/zarr.json"):
+        (store / file).write_text("{}")
+    shutil.copytree(
+        next((store / "cases" / "A").glob("????????????????????????????????")), store / "cases/A" / ("0" * 32)
+    )
+    kept = ("mine.txt", "cases/A/thesis.docx", "cases/notes")
+    for file in kept:
+        (store / file).write_text("mine")
+    (store / "cases" / "E").symlink_to(store.parent / "raw")
+    assert run_data("gc", store).output == f"{store}: nothing to delete that has been unused for 7 days\n"
+    listed = run_data("gc", store, "--grace-days", "0")
+    assert "7 folders and files" in listed.output
+    assert "can be deleted; do it with --delete" in listed.output
+    assert run_data("gc", store, "--grace-days", "0").output.count("unused for") == 7
+    assert "deleted" in run_data("gc", store, "--grace-days", "0", "--delete").output
+    for file in kept:
+        assert (store / file).read_text() == "mine"
+        (store / file).unlink()
+    assert (store.parent / "raw" / "A.nrrd").exists()
+    (store / "cases" / "E").unlink()
+    assert {file.name for file in store.rglob(".*")} == {".lock"}
+    assert contents(store) == before
+    assert run_data("gc", store, "--grace-days", "-1").output.startswith("Error: grace -86400 s: is no time; give 0")
+
+
+def test_a_digest_that_a_run_is_about_to_publish_is_made_anew_where_gc_took_it(store: Path) -> None:
+    digest = read_root(store).cases["A"]["raw"]
+    remove_cases(store, ["A"])
+    collect_garbage(store, grace_s=0, delete=True)
+    assert publish(store, "raw", [Replacement("A", digest, None)]) == {"A"}
+    assert open_cohort(store).cases == ("B",)
+    assert prepare(store.parent / "raw", store, n4=False).done == ("A",)
+
+
+def test_a_removed_case_is_gone_and_comes_back_to_its_place(store: Path, run_data) -> None:
+    prepare(store.parent / "raw", store, preprocessing=QUICK_N4)
+    before, enrolled = contents(store), read_root(store).enrolled
+    assert run_data("remove", store, "A", "Z").output == (
+        f"Error: {store}: holds no case 'Z'; cspine-data info lists what it holds\n"
+    )
+    assert open_cohort(store).cases == ("A", "B")
+    assert (
+        "1 cases removed; cspine-data gc deletes their bytes"
+        in run_data("remove", store, "A", "--variant", "raw").output
+    )
+    with pytest.raises(NotInStoreError, match="holds case 'A' as n4, not as raw"):
+        open_cohort(store).record("A", "raw")
+    run_data("remove", store, "A")
+    assert open_cohort(store).cases == ("B",)
+    assert verify(store) == []
+    run_data("gc", store, "--grace-days", "0", "--delete")
+    assert not (store / "cases" / "A").exists()
+    assert b"A.nrrd" not in b"".join(contents(store).values())
+    for preprocessing in (Preprocessing(bias=None), QUICK_N4):
+        assert prepare(store.parent / "raw", store, preprocessing=preprocessing).done == ("A",)
+    assert contents(store) == before
+    assert read_root(store).enrolled == enrolled
