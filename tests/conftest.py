@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from cspine_data import BiasParameters, Geometry, Preprocessing, Volume, prepare, write_volume
 from cspine_data.cli import main as data_main
+from cspine_data.jobs import Job
 from cspine_data.phantom import make_phantom_cohort
 
 # As `cspine-train` sets it: before PyTorch is imported, so that threads do not spin against the worker processes.
@@ -80,6 +81,17 @@ def run_data() -> Callable[..., Result]:
         return CliRunner().invoke(data_main, [str(argument) for argument in arguments])
 
     return call
+
+
+@pytest.fixture
+def serially(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `prepare` do its jobs one after the other in this process: hundreds of runs, without Dask's start."""
+
+    def run_jobs(work: Callable[..., object], jobs: Sequence[Job], store: Path, *_: object) -> Iterator[list[object]]:
+        for job in jobs:
+            yield [(job, work(job, str(store)))]
+
+    monkeypatch.setattr("cspine_data.pipeline.run_jobs", run_jobs)
 
 
 @pytest.fixture(scope="session")
