@@ -145,8 +145,8 @@ def publish(path: Path, variant: str, made: Iterable[Replacement]) -> set[str]:
                 continue
             if current not in (digest, None):
                 mark_in_use(path, case, current)
-            cases[case] = {**cases.get(case, {}), variant: digest}
-        return root.model_copy(update={"cases": {name: cases[name] for name in sorted(cases)}})
+            cases[case] = dict(sorted({**cases.get(case, {}), variant: digest}.items()))
+        return root.model_copy(update={"cases": dict(sorted(cases.items()))})
 
     _update_root(path, name_digests)
     return left

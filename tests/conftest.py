@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,6 +74,18 @@ def contents(store: Path) -> dict[str, bytes]:
     """Return what every file of a store holds, but for those that no reader looks at."""
     files = {str(file.relative_to(store)): file for file in sorted(store.rglob("*")) if file.is_file()}
     return {name: file.read_bytes() for name, file in files.items() if not HIDDEN.search(name)}
+
+
+def started(
+    raw: Path, store: Path, *options: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.STDOUT
+) -> subprocess.Popen[str]:
+    """Start `cspine-data prepare` as a process that leads a session of its own."""
+    command = [sys.executable, "-m", "cspine_data", "prepare", str(raw), "--store", str(store), *options]
+    return subprocess.Popen(
+        command, start_new_session=True, text=True, stdout=stdout, stderr=stderr,
+        # Whoever runs the tests in a shell's background has Ctrl-C ignored, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from cspine_data.cases import Case
 from cspine_data.jobs import Job
 from cspine_data.pipeline import prepare_case
 from cspine_data.store import read_root
-from tests.conftest import QUICK_N4, ball, contents, write_case
+from tests.conftest import QUICK_N4, ball, contents, started, write_case
 
 
 def test_the_second_run_does_nothing_and_says_so(store: Path, run_data) -> None:
@@ -327,55 +326,12 @@ def slow_cohort(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
-def started(raw: Path, store: Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "cspine_data",
-        "prepare",
-        str(raw),
-        "--store",
-        str(store),
-        "--no-n4",
-        "--workers",
-        "1",
-    ]
-    return subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=stderr,
-        # Whoever runs the tests in a shell's background has Ctrl-C ignored, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
 def test_two_runs_side_by_side_say_nothing_of_each_other(slow_cohort: Path, tmp_path: Path) -> None:
     stores = [tmp_path / "one.zarr", tmp_path / "two.zarr"]
-    runs = [started(slow_cohort, store, stderr=subprocess.PIPE) for store in stores]
-    assert [run.communicate()[1] for run in runs] == [b"", b""]
+    runs = [started(slow_cohort, store, "--no-n4", stderr=subprocess.PIPE) for store in stores]
+    assert [run.communicate()[1] for run in runs] == ["", ""]
     assert [run.returncode for run in runs] == [0, 0]
     assert contents(stores[0]) == contents(stores[1])
-
-
-@pytest.mark.parametrize("published", [0, 1, 3])
-@pytest.mark.parametrize("whole_group", [True, False])
-def test_a_killed_run_started_again_ends_with_the_same_bytes(
-    published: int, whole_group: bool, slow_cohort: Path, tmp_path: Path
-) -> None:
-    undisturbed, killed = tmp_path / "undisturbed.zarr", tmp_path / "killed.zarr"
-    prepare(slow_cohort, undisturbed, n4=False)
-    process = started(slow_cohort, killed)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if (killed / "zarr.json").exists() and len(read_root(killed).cases) >= published:
-            break
-        time.sleep(0.002)
-    with contextlib.suppress(ProcessLookupError):  # it may have ended first
-        os.killpg(process.pid, signal.SIGKILL) if whole_group else process.kill()
-    process.wait()
-    if (killed / "zarr.json").exists():
-        assert verify(killed) == []
-    summary = prepare(slow_cohort, killed, n4=False)
-    assert len(summary.done) + len(summary.reused) == 4
-    assert contents(killed) == contents(undisturbed)
 
 
 def test_an_interrupted_run_says_that_it_can_go_on(tmp_path: Path) -> None:
@@ -383,13 +339,13 @@ def test_an_interrupted_run_says_that_it_can_go_on(tmp_path: Path) -> None:
     raw, store = tmp_path / "raw", tmp_path / "s.zarr"
     for number in range(16):
         write_case(raw, f"case{number:02d}")
-    process = started(raw, store, stderr=subprocess.PIPE)
+    process = started(raw, store, "--no-n4", "--workers", "1", stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not ((store / "zarr.json").exists() and read_root(store).cases):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert told.decode() == f"Error: {store}: interrupted; run the same command again to go on\n"
+    assert told == f"Error: {store}: interrupted; run the same command again to go on\n"
     assert process.returncode == 1
     done = open_cohort(store).cases
     assert 0 < len(done) < 16
