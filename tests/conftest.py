@@ -98,15 +98,19 @@ def run_data() -> Callable[..., Result]:
     return call
 
 
-@pytest.fixture
-def serially(monkeypatch: pytest.MonkeyPatch) -> None:
+def do_serially(patches: pytest.MonkeyPatch) -> None:
     """Let `prepare` do its jobs one after the other in this process: hundreds of runs, without Dask's start."""
 
     def run_jobs(work: Callable[..., object], jobs: Sequence[Job], store: Path, *_: object) -> Iterator[list[object]]:
         for job in jobs:
             yield [(job, work(job, str(store)))]
 
-    monkeypatch.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+    patches.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+
+
+@pytest.fixture
+def serially(monkeypatch: pytest.MonkeyPatch) -> None:
+    do_serially(monkeypatch)
 
 
 @pytest.fixture(scope="session")
