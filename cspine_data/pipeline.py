@@ -282,7 +282,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         geometry=corrected.geometry,
         assumed_orientation=loaded.image.assumed_orientation,
         image_dtype=loaded.image.array.dtype.name,
-        label_dtype=loaded.label.array.dtype.name if loaded.label else None,
+        label_dtype=loaded.label_dtype,
         size_xyz=geometry_xyz.size,
         spacing_xyz_mm=geometry_xyz.spacing_mm,
         sliced_size_xyz=(sliced_x, sliced_y, sliced_z),
