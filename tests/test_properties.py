@@ -46,6 +46,9 @@ from tests.conftest import ball, write_case
 from tests.test_geometry import grids, itk_image
 from tests.test_volumes import NRRD_TYPES, VOXELS, header
 
+# Numbers that overflow on the way are noise in the slices, whatever the export says.
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 RAW = Preprocessing(bias=None)
 #: What an image is refused for that holds nothing to look at.
 NOTHING_TO_SEE = ("is constant", "has no contrast within its tissue", "a range that no scanner has")
