@@ -16,6 +16,11 @@ from cspine_data.geometry import Geometry, as_rows
 # Deflate stores at most about 1032 bytes in one.
 _LONGEST_RUN = 1100
 _CHUNK = 1 << 22
+# The header and the four bytes that say whether extensions follow; extensions may hold anything.
+_EARLIEST_VOXEL = 352
+_BYTES_OF_DATATYPE = {
+    "2": 1, "256": 1, "4": 2, "512": 2, "8": 4, "768": 4, "16": 4, "1024": 8, "1280": 8, "64": 8,
+}  # fmt: skip
 
 
 def read_header(path: Path) -> tuple[Geometry, np.dtype[Any]]:
@@ -39,6 +44,8 @@ def read_header(path: Path) -> tuple[Geometry, np.dtype[Any]]:
         origin_mm=reader.GetOrigin(),
     )
     dtype = _dtype(path, reader.GetPixelID())
+    if 0 < _offset(reader) < _EARLIEST_VOXEL:
+        raise InputError(path, "claims that its voxels start within its header", "the header is wrong: export it anew")
     claimed = _claimed_bytes(reader, dtype)
     there = path.stat().st_size * (_LONGEST_RUN if _is_compressed(path) else 1)
     if claimed > there:
@@ -159,9 +166,12 @@ def _offset(reader: Any) -> int:
 
 
 def _stored_bytes(reader: Any, dtype: np.dtype[Any]) -> int:
-    """Return the bytes a voxel takes in the file: a scaled integer is read as a wider float."""
-    bits = reader.GetMetaData("bitpix") if reader.HasMetaDataKey("bitpix") else ""
-    return int(bits) // 8 if bits.isdigit() else dtype.itemsize
+    """Return the bytes a voxel takes in the file: a scaled integer is read as a wider float.
+
+    By its type, as ITK reads it; the header's `bitpix` says it once more, and may say anything.
+    """
+    code = reader.GetMetaData("datatype") if reader.HasMetaDataKey("datatype") else ""
+    return _BYTES_OF_DATATYPE.get(code, dtype.itemsize)
 
 
 def _last_line(error: Exception) -> str:

@@ -2,6 +2,9 @@
 
 pynrrd's own payload reader follows a detached header to any path and inflates whatever it finds; here the data
 file must lie in the header's folder, and no more is read than the header's sizes account for.
+
+Any field may hold a patient's name, and messages are passed on; so none repeats what a header says but numbers and
+the format's own words.
 """
 
 from __future__ import annotations
@@ -45,6 +48,17 @@ _C_TYPES = {
 }
 _DTYPES = {name: np.dtype(code) for code, names in _C_TYPES.items() for name in names}
 
+# Words of the format that are not understood here.
+_OTHER_ENCODINGS = ("hex", "zrl")
+_OTHER_TYPES = ("block",)
+_OTHER_KINDS = (
+    "time", "list", "point", "vector", "covariant-vector", "normal", "stub", "scalar", "complex", "2-vector", "3-color",
+    "rgb-color", "hsv-color", "xyz-color", "4-color", "rgba-color", "3-vector", "3-gradient", "3-normal", "4-vector",
+    "quaternion", "2d-symmetric-matrix", "2d-masked-symmetric-matrix", "2d-matrix", "2d-masked-matrix",
+    "3d-symmetric-matrix", "3d-masked-symmetric-matrix", "3d-matrix", "3d-masked-matrix",
+)  # fmt: skip
+_KINDS = ("domain", "space", "none", "???")
+
 # Signs that turn a named NRRD space into LPS.
 _TO_LPS = {
     "left-posterior-superior": (1, 1, 1), "lps": (1, 1, 1),
@@ -80,8 +94,9 @@ def read_header(path: Path) -> NrrdHeader:
     if dimension != 3:
         raise InputError(path, f"is {dimension}-D", "give one 3-D volume a file")
     kinds = fields.get("kinds", [])
-    if any(kind not in ("domain", "space", "none", "???") for kind in kinds):
-        raise InputError(path, f"has axes of kind {', '.join(kinds)}", "give one 3-D volume of scalar voxels")
+    if any(kind not in _KINDS for kind in kinds):
+        told = ", ".join(_word(kind, (*_KINDS, *_OTHER_KINDS)) for kind in kinds)
+        raise InputError(path, f"has axes of kind {told}", "give one 3-D volume of scalar voxels")
     detached = str(fields.get("data file", fields.get("datafile", "")))
     geometry, assumed = _geometry(path, fields)
     return NrrdHeader(
@@ -132,23 +147,42 @@ def _parse(path: Path) -> tuple[dict[str, Any], int]:
     import nrrd
 
     with path.open("rb") as file:
+        lines = _HeaderLines(path, file)
         try:
-            fields = nrrd.read_header(_header_lines(file))
+            fields = nrrd.read_header(lines)
         except StopIteration:
             raise InputError(path, "is empty", "fetch it again") from None
-        # pynrrd raises whatever the broken value provokes; each means the same to the user.
-        except Exception as error:  # noqa: BLE001
-            raise InputError(path, f"is no readable NRRD file ({error})", "fetch it again or export it anew") from None
+        except InputError:
+            raise
+        # pynrrd raises whatever the broken value provokes, which it repeats; each means the same to the user.
+        except Exception:  # noqa: BLE001
+            problem = f"is no readable NRRD file (line {lines.number} of its header)"
+            raise InputError(path, problem, "fetch it again or export it anew") from None
         return dict(fields), file.tell()
 
 
-def _header_lines(file: BinaryIO) -> Iterator[bytes]:
-    read = 0
-    while line := file.readline(_MAX_HEADER_BYTES):
-        read += len(line)
-        if read > _MAX_HEADER_BYTES:
-            raise ValueError("the header is longer than a megabyte")
-        yield line
+class _HeaderLines:
+    """Iterates over the lines of a header within bounds, and knows how many there were."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.number = 0
+        self._path = path
+        self._file = file
+
+    def __iter__(self) -> Iterator[bytes]:
+        read = 0
+        while line := self._file.readline(_MAX_HEADER_BYTES):
+            self.number += 1
+            read += len(line)
+            if read > _MAX_HEADER_BYTES:
+                problem = "is no readable NRRD file (the header is longer than a megabyte)"
+                raise InputError(self._path, problem, "fetch it again or export it anew")
+            yield line
+
+
+def _word(text: str, known: tuple[str, ...]) -> str:
+    """Return a word of a header where it is one of the format's own."""
+    return text if text.lower() in known else "unknown"
 
 
 def _geometry(path: Path, fields: dict[str, Any]) -> tuple[Geometry, bool]:
@@ -185,7 +219,8 @@ def _geometry(path: Path, fields: dict[str, Any]) -> tuple[Geometry, bool]:
 def _dtype(path: Path, fields: dict[str, Any]) -> np.dtype[Any]:
     name = str(fields.get("type", "")).lower()
     if name not in _DTYPES:
-        raise InputError(path, f"has voxels of type {name!r}", "export it with integer or float voxels")
+        told = _word(name, _OTHER_TYPES)
+        raise InputError(path, f"has voxels of type {told!r}", "export it with integer or float voxels")
     dtype = _DTYPES[name]
     return dtype.newbyteorder(">") if fields.get("endian") == "big" else dtype.newbyteorder("<")
 
@@ -193,7 +228,7 @@ def _dtype(path: Path, fields: dict[str, Any]) -> np.dtype[Any]:
 def _encoding(path: Path, fields: dict[str, Any]) -> str:
     name = str(fields.get("encoding", "")).lower()
     if name not in _ENCODINGS:
-        raise InputError(path, f"has the encoding {name!r}", "export it as raw or gzip")
+        raise InputError(path, f"has the encoding {_word(name, _OTHER_ENCODINGS)!r}", "export it as raw or gzip")
     return _ENCODINGS[name]
 
 
@@ -212,9 +247,9 @@ def _beside(path: Path, name: str) -> Path:
     folder = path.resolve().parent
     data_file = (folder / name).resolve()
     if data_file.parent != folder:
-        raise InputError(path, f"points to {name!r}, outside its own folder", "put the data file beside its header")
+        raise InputError(path, "points to a data file outside its own folder", "put the data file beside its header")
     if not data_file.is_file():
-        raise InputError(path, f"points to {name!r}, which is not there", "put the data file beside its header")
+        raise InputError(path, "points to a data file that is not there", "put it beside its header")
     return data_file
 
 

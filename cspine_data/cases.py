@@ -63,11 +63,12 @@ class Listing:
 
 @dataclass(frozen=True, eq=False)
 class LoadedCase:
-    """A case's voxels, checked: the label map holds whole numbers on the image's grid."""
+    """A case's voxels, checked: the label map holds whole numbers on the image's grid; its file's dtype beside it."""
 
     case: Case
     image: Volume
     label: Volume | None
+    label_dtype: str | None = None
 
 
 def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
@@ -135,7 +136,7 @@ def load_case(case: Case) -> LoadedCase:
         values = _pasted(label, values, image.geometry)
     elif not label.geometry.same_grid(image.geometry):
         raise InputError(case.label, _grid_difference(label.geometry, image.geometry), "resample it to the volume")
-    return LoadedCase(case, image, Volume(values, image.geometry, case.label))
+    return LoadedCase(case, image, Volume(values, image.geometry, case.label), label.array.dtype.name)
 
 
 def _whole_numbers(label: Volume) -> NDArray[Any]:

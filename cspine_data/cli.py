@@ -97,6 +97,7 @@ def scan(source: Path, pairs: Path | None) -> None:
 @click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
 @PAIRS
 @click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
+@click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
 def prepare(
     source: Path,
     store: Path,
@@ -113,10 +114,12 @@ def prepare(
     scheduler: str | None,
     pairs: Path | None,
     note: str | None,
+    anonymise: bool,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
     from cspine_data.bias import bias_parameters
     from cspine_data.errors import InputError
+    from cspine_data.pipeline import key_file
     from cspine_data.pipeline import prepare as prepare_cohort
     from cspine_data.preprocess import Preprocessing, parse_spacing
 
@@ -145,6 +148,7 @@ def prepare(
                 workers=workers,
                 scheduler=scheduler,
                 note=note,
+                anonymise=anonymise,
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -159,6 +163,8 @@ def prepare(
         click.echo(
             f"{len(summary.replaced)} of them replace what was prepared otherwise; now: {preprocessing.description}"
         )
+    if anonymise:
+        click.echo(f"which case is which stands in {key_file(store)}; keep it safe and apart from the store")
     if summary.standard_cases:
         click.echo(
             f"nyul: matched to the histograms of {len(summary.standard_cases)} cases, learnt once for this store"

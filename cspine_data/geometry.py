@@ -148,8 +148,9 @@ def _nearest_axes(
     cosines = np.abs(directions)
     axes, flips = [0, 0, 0], [False, False, False]
     for _ in range(3):
-        anatomical, index_axis = np.unravel_index(int(np.argmax(cosines)), (3, 3))
-        axes[anatomical] = int(index_axis)
+        # Of equal cosines the last one, as ITK has it.
+        anatomical, index_axis = divmod(8 - int(np.argmax(cosines.ravel()[::-1])), 3)
+        axes[anatomical] = index_axis
         flips[anatomical] = bool(directions[anatomical, index_axis] < 0)
         cosines[anatomical, :] = -1
         cosines[:, index_axis] = -1

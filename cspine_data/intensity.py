@@ -120,7 +120,8 @@ def normalisation_of(
     elif found.size:
         mean = float(found.mean(dtype=np.float64))
         intensities = (mean, mean + float(found.std(dtype=np.float64)))
-    if not intensities[-1] > intensities[0]:
+    # The lines are single precision, and less than its smallest step makes them steeper than it can say.
+    if not intensities[-1] - intensities[0] > float(np.finfo(np.float32).tiny):
         raise InputError(name, "has no contrast within its tissue", "is it a mask or a label map? leave it out")
     if method == "nyul":
         if standard is None:

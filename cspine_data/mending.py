@@ -9,7 +9,7 @@ from pathlib import Path
 from cspine_data.cases import Case, Problem, describe_problem, find_cases
 from cspine_data.errors import InputError
 from cspine_data.jobs import Job, file_digests
-from cspine_data.pipeline import Progress, do_jobs
+from cspine_data.pipeline import Progress, do_jobs, listed_neutrally
 from cspine_data.preprocess import Preprocessing
 from cspine_data.schema import RootRecord
 from cspine_data.store import read_root, stored_record
@@ -66,9 +66,11 @@ def repair(
     damages = tuple(verify(store))
     if not damages:
         return RepairSummary((), (), ())
-    listing = find_cases(source, pairs)
-    mend_groups(store)
     root = read_root(store)
+    listing = find_cases(source, pairs)
+    if root.neutral_ids:
+        listing = listed_neutrally(listing, store)
+    mend_groups(store)
     files = {case.id: case for case in listing.cases}
     jobs, failed = [], []
     strays = {(damage.case, damage.variant): damage for damage in damages if damage.problem == STRAY}

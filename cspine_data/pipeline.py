@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.cases import Case, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
+from cspine_data.cases import Case, Listing, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
 from cspine_data.cluster import Result, run_jobs
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, file_digests, is_current, plan_jobs, planned_anew
 from cspine_data.preprocess import CorrectedVolume, PreparedVolume, Preprocessing, correct_volume, normalise_volume
+from cspine_data.pseudonyms import with_neutral_ids
 from cspine_data.publishing import (
     LabelMap,
     Replacement,
@@ -96,6 +97,7 @@ def prepare(
     scheduler: str | None = None,
     preprocessing: Preprocessing | None = None,
     note: str | None = None,
+    anonymise: bool = False,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
@@ -124,6 +126,9 @@ def prepare(
     note : str, optional
         What the data are, where they stand in for something else ("synthetic", "lumbar stand-in"): kept in the store
         and said beside every figure. By default the first line of `COHORT.txt` in the source, if there is one.
+    anonymise : bool
+        Call the cases ``case0001`` and so on instead of by their files' names. Which is which stands in `key_file`,
+        beside the store.
     progress : callable, optional
         Called with (cases finished, cases to compute, case id) each time a case is finished.
 
@@ -147,7 +152,9 @@ def prepare(
         preprocessing = Preprocessing() if n4 else Preprocessing(bias=None)
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
-    create_store(store)
+    create_store(store, neutral_ids=anonymise)
+    if anonymise:
+        listing = listed_neutrally(listing, store)
     standard = None
     if preprocessing.normalisation == "nyul" and preprocessing.standard is None:
         standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
@@ -175,6 +182,26 @@ def prepare(
         seconds=time.perf_counter() - started,
         written_bytes=sum(written.values()),
     )
+
+
+def key_file(store: str | Path) -> Path:
+    """Return the file beside a store that says which neutral id is which case: `prepare` with `anonymise` makes it."""
+    store = Path(store).resolve()
+    return store.with_name(f"{store.name}.key.csv")
+
+
+def listed_neutrally(listing: Listing, store: Path) -> Listing:
+    """Give the cases of a listing the ids by which an anonymised store knows them.
+
+    Raises
+    ------
+    InputError
+        If the store holds cases and their key is missing or damaged: others would be given their ids.
+    """
+    key = key_file(store)
+    if read_root(store).cases and not key.exists():
+        raise InputError(key, "is missing, and only it says which case is which", "bring it back to that place")
+    return with_neutral_ids(listing, key)
 
 
 def do_jobs(
@@ -303,7 +330,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         geometry=corrected.geometry,
         assumed_orientation=loaded.image.assumed_orientation,
         image_dtype=loaded.image.array.dtype.name,
-        label_dtype=loaded.label.array.dtype.name if loaded.label else None,
+        label_dtype=loaded.label_dtype,
         size_xyz=geometry_xyz.size,
         spacing_xyz_mm=geometry_xyz.spacing_mm,
         sliced_size_xyz=(sliced_x, sliced_y, sliced_z),

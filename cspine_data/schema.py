@@ -29,7 +29,7 @@ from cspine_data.intensity import Levels, Normalisation
 from cspine_data.preprocess import Preprocessing
 
 #: Part of every digest: raise it whenever other bytes are written for the same source and parameters.
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ATTRIBUTE = "cspine"
 #: Beside the record in a group's attributes: what `record_checksum` gives for it.
 CHECKSUM_ATTRIBUTE = "cspine_sha256"

@@ -116,7 +116,11 @@ def looks_like_ct(image_xyz: NDArray[Any]) -> bool:
 
 
 def _otsu(values: NDArray[Any], bins: int = 256) -> float:
-    counts, edges = np.histogram(values, bins)
+    try:
+        counts, edges = np.histogram(values, bins)
+    except ValueError:
+        # Beside one far brighter voxel all others agree to within a few steps of single precision.
+        counts, edges = np.histogram(values.astype(np.float64), bins)
     centres = (edges[1:] + edges[:-1]) / 2
     below = np.cumsum(counts)[:-1]
     above = below[-1] + counts[-1] - below

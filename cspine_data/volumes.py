@@ -18,6 +18,8 @@ from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nhdr", ".nii")
+# Statistics are single precision: within these, neither they nor their reciprocals overflow.
+_LARGEST, _LEAST_SPAN = 1e30, 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +109,22 @@ def check_image(image: Volume) -> None:
     Raises
     ------
     InputError
-        If it holds NaN or infinity, or is constant.
+        If it holds NaN or infinity, is constant, or its floats are so large or small that statistics overflow.
     """
     if image.array.dtype.kind == "f":
         bad = int(image.array.size - np.isfinite(image.array).sum())
         if bad:
             raise InputError(image.name, f"holds {bad} voxels that are NaN or infinite", "repair or leave out the file")
-    if image.array.min() == image.array.max():
+    lowest, highest = image.array.min(), image.array.max()
+    if lowest == highest:
         raise InputError(image.name, "is constant", "fetch it again or leave it out")
+    if image.array.dtype.kind == "f" and not (
+        max(-lowest, highest) < _LARGEST and float(highest) - float(lowest) > _LEAST_SPAN
+    ):
+        raise InputError(
+            image.name, f"holds intensities from {lowest:.3g} to {highest:.3g}, a range that no scanner has",
+            "was it read in the wrong byte order? export it anew",
+        )  # fmt: skip
 
 
 def write_volume(path: str | Path, volume: Volume) -> None:

@@ -212,6 +212,20 @@ def test_a_header_that_claims_terabytes_allocates_nothing(tmp_path: Path) -> Non
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
+def test_what_a_nifti_header_says_twice_or_cannot_mean_is_not_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "x.nii"
+    write_volume(path, ball()[0])
+    whole = path.read_bytes()
+    # Bits of a voxel: none; so many voxels would fit any file.
+    path.write_bytes(whole[:42] + np.array([3000, 3000, 3000], "<i2").tobytes() + whole[48:72] + bytes(2) + whole[74:])
+    with pytest.raises(InputError, match="too small for the 54000000352 bytes"):
+        read_volume(path)
+    for offset in (0, 348, -5, 1e38, np.nan):
+        path.write_bytes(whole[:108] + np.float32(offset).tobytes() + whole[112:])
+        with pytest.raises(InputError, match="voxels start within its header"):
+            read_volume(path)
+
+
 def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no file; check the path"):
         read_volume(tmp_path / "x.nrrd")
