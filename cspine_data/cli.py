@@ -9,10 +9,14 @@ import click
 
 from cspine_data.terminal import CommandGroup, print_table, progress_bar
 
-SOURCE = click.argument("source", type=click.Path(path_type=Path), default="data/raw")
-STORE = click.argument("store", type=click.Path(path_type=Path), default="data/cspine.zarr")
+# Whether a path can be used is told by what uses it, with a remedy.
+PATH = click.Path(readable=False, path_type=Path)
+SOURCE = click.argument("source", type=PATH, default="data/raw")
+STORE = click.argument("store", type=PATH, default="data/cspine.zarr")
 PAIRS = click.option(
-    "--pairs", type=click.Path(path_type=Path), help="CSV file with the columns case,volume,label; replaces SOURCE."
+    "--pairs",
+    type=PATH,
+    help="CSV file with the columns case,volume,label; replaces SOURCE.",
 )
 VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
 
@@ -24,7 +28,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.option("--cases", type=int, default=14, help="How many volumes to make.")
 @click.option("--seed", type=int, default=0, help="Another seed makes another cohort.")
 def phantom(folder: Path, cases: int, seed: int) -> None:
@@ -69,7 +73,12 @@ def scan(source: Path, pairs: Path | None) -> None:
 
 @main.command()
 @SOURCE
-@click.option("--store", type=click.Path(path_type=Path), default="data/cspine.zarr", help="Store to make or add to.")
+@click.option(
+    "--store",
+    type=PATH,
+    default="data/cspine.zarr",
+    help="Store to make or add to.",
+)
 @click.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4) or leave it (variant raw).")
 @click.option(
     "--n4-preset",
@@ -208,7 +217,10 @@ def info(store: Path) -> None:
 @main.command()
 @STORE
 @click.option(
-    "--repair", "source", type=click.Path(path_type=Path), help="Make what is damaged anew from the volumes in here."
+    "--repair",
+    "source",
+    type=PATH,
+    help="Make what is damaged anew from the volumes in here.",
 )
 @PAIRS
 @click.option("--workers", type=int, help="Worker processes for --repair; one a core by default.")
@@ -266,7 +278,7 @@ def gc(store: Path, delete: bool, grace_days: float) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
 @click.argument("cases", nargs=-1, required=True)
 @click.option("--variant", help="Only this one, n4 or raw; by default all that there are.")
 def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
@@ -278,11 +290,17 @@ def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
 @click.argument("case")
 @VARIANT
 @click.option("--label", is_flag=True, help="Export the label map instead of the image.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=".nrrd, .nii or .nii.gz file.")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    help=".nrrd, .nii or .nii.gz file.",
+)
 def export(store: Path, case: str, variant: str | None, label: bool, output: Path) -> None:
     """Write CASE of STORE back on its source file's own grid."""
     from cspine_data.cohort import open_cohort

@@ -21,6 +21,8 @@ _ONE_THREAD = dict.fromkeys(
      "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1",
 )  # fmt: skip
 Result = TypeVar("Result")
+# With 2 workers Dask opens some 45 files in this process.
+_FILES, _FILES_A_WORKER = 64, 16
 _POLL_S, _LOOK_S, _PATIENCE_S = 0.01, 2.0, 60.0
 
 
@@ -134,6 +136,7 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
                 raise InputError(f"scheduler {scheduler}", "has no workers", "start some, then run it again") from None
             yield client
         return
+    _raise_open_files(workers)
     settings = {
         "distributed.nanny.pre-spawn-environ": _ONE_THREAD,
         "distributed.scheduler.allowed-failures": 0,
@@ -146,11 +149,17 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
     }
     with dask.config.set(settings):
         with _held_interrupts():
-            cluster = LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
-                # Dask's HTTP server has a port of its own all the same, and warns where another run has it.
-                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, silence_logs=50,
-            )  # fmt: skip
+            try:
+                cluster = LocalCluster(
+                    n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
+                    # Dask's HTTP server has a port of its own all the same, and warns where another run has it.
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, silence_logs=50,
+                )  # fmt: skip
+            except (OSError, RuntimeError) as error:
+                reason = error.__cause__ or error
+                raise InputError(
+                    f"workers {workers}", f"cannot be started ({reason})", "use fewer, or free memory and processes"
+                ) from None
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
 
@@ -172,6 +181,21 @@ def _held_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _raise_open_files(workers: int) -> None:
+    """Let this process, and its workers, open as many files as they will; with too few, Dask waits for ever."""
+    try:
+        import resource
+    except ImportError:
+        return
+    needed = _FILES + _FILES_A_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            remedy = f"raise their limit to {needed} (ulimit -n), or use fewer --workers"
+            raise InputError(f"workers {workers}", f"need more than the {hard} open files that they may have", remedy)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _cores() -> int:

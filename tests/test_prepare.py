@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -351,63 +350,6 @@ def test_an_interrupted_run_says_that_it_can_go_on(tmp_path: Path) -> None:
     assert 0 < len(done) < 16
     assert set(done) <= set(prepare(raw, store, n4=False).reused)
     assert len(open_cohort(store).cases) == 16
-
-
-def test_a_worker_that_dies_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_case(tmp_path / "raw", "fine")
-    write_case(tmp_path / "raw", "deadly")
-    # The only stand-in here: a module that the worker imports first and that kills it, as the kernel would.
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "import os, signal\n"
-        "import cspine_data.pipeline as p\n"
-        "real = p.prepare_case\n"
-        "def prepare_case(job, store):\n"
-        "    if job.case.id == 'deadly':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(job, store)\n"
-        "p.prepare_case = prepare_case\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(hook))
-    summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, workers=1)
-    assert summary.done == ("fine",)
-    (problem,) = summary.failed
-    assert problem.case == "deadly"
-    assert "its worker process died (out of memory?); use fewer --workers" in problem.message
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if (
-        os.geteuid() != 0
-        or mount is None
-        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], check=False).returncode
-    ):
-        pytest.skip("A FULL DISK IS NOT TESTED: only root can mount a small one")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk(small_disk: Path, tmp_path: Path, run_data) -> None:
-    rng = np.random.default_rng(0)
-    write_case(tmp_path / "raw", "small")
-    image, _ = ball((40, 60, 60))
-    noise = rng.integers(0, 30000, image.array.shape).astype(np.int16)
-    write_volume(
-        tmp_path / "raw" / "large.nrrd", Volume(np.where(image.array > 100, noise, 0).astype(np.int16), image.geometry)
-    )
-    store = small_disk / "s.zarr"
-    done = run_data("prepare", tmp_path / "raw", "--store", store, "--no-n4", "--workers", "1")
-    assert done.exit_code == 1
-    assert "No space left on device; free some space and run it again" in done.output
-    assert "1 done, 0 reused, 1 failed" in done.output
-    assert open_cohort(store).cases == ("small",)
-    assert verify(store) == []
-    assert not list(store.rglob(".unfinished-*"))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
