@@ -23,6 +23,7 @@ _ONE_THREAD = dict.fromkeys(
 Result = TypeVar("Result")
 # With 2 workers Dask opens some 45 files in this process.
 _FILES, _FILES_A_WORKER = 64, 16
+_STARTS = 3
 _POLL_S, _LOOK_S, _PATIENCE_S = 0.01, 2.0, 60.0
 
 
@@ -122,7 +123,7 @@ def _outcome(future: Any, job: Job) -> Any:
 def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
     """Open a client of a running scheduler, or of local worker processes that listen on loopback only."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     if scheduler is not None:
         try:
@@ -149,19 +150,27 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
     }
     with dask.config.set(settings):
         with _held_interrupts():
-            try:
-                cluster = LocalCluster(
-                    n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
-                    # Dask's HTTP server has a port of its own all the same, and warns where another run has it.
-                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, silence_logs=50,
-                )  # fmt: skip
-            except (OSError, RuntimeError) as error:
-                reason = error.__cause__ or error
-                raise InputError(
-                    f"workers {workers}", f"cannot be started ({reason})", "use fewer, or free memory and processes"
-                ) from None
+            cluster = _local_cluster(workers)
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
+
+
+def _local_cluster(workers: int) -> Any:
+    from distributed import LocalCluster
+
+    reason: BaseException | None = None
+    # Dask renews a worker that dies at work, but not one that dies before it got there.
+    for _ in range(_STARTS):
+        try:
+            return LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
+                # Dask's HTTP server has a port of its own all the same, and warns where another run has it.
+                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, silence_logs=50,
+            )  # fmt: skip
+        except (OSError, RuntimeError) as error:
+            reason = error.__cause__ or error
+    remedy = "use fewer, or free memory and processes"
+    raise InputError(f"workers {workers}", f"cannot be started ({reason})", remedy)
 
 
 @contextmanager
