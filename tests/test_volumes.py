@@ -282,7 +282,7 @@ def nifti_header(**fields: object) -> np.ndarray:
 @given(
     grid=grids(),
     codes=st.tuples(st.sampled_from([0, 1, 2, 4]), st.sampled_from([0, 1, 2, 4])),
-    quaternion=st.tuples(*[st.floats(-0.57, 0.57)] * 3),
+    quaternion=st.tuples(*[st.integers(-57, 57).map(lambda n: n / 100)] * 3),
     turned=st.booleans(),
     units=st.sampled_from([0, 1, 2, 3, 10]),
 )
@@ -295,7 +295,8 @@ def test_a_nifti_header_means_what_itk_makes_of_it(grid, codes, quaternion, turn
     spacing, origin = np.array(grid.spacing_mm) / unit, np.array(grid.origin_mm) / unit
     fields = {
         "qform_code": codes[0], "sform_code": codes[1], "quatern": quaternion, "qoffset": origin,
-        "srow": np.column_stack([grid.direction_matrix * spacing, origin]),
+        # Rounded: of subnormal numbers ITK makes NaN, and takes the sform where it would take the qform.
+        "srow": np.round(np.column_stack([grid.direction_matrix * spacing, origin]), 9),
         "pixdim": (-1 if turned else 1, *spacing, 0, 0, 0, 0), "xyzt_units": units,
     }  # fmt: skip
     path.write_bytes(nifti_header(**fields).tobytes() + VOXELS.tobytes())
