@@ -18,8 +18,8 @@ from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, as_rows
 
 _RAW_PIECE = 1 << 20
-# Deflate makes at most 1032 bytes of one: a piece of this many gives no more than 17 MB at once.
-_GZIP_PIECE = 1 << 14
+# Deflate makes at most 1032 bytes of one: a piece of this many gives no more than 4 MB at once.
+_PACKED_PIECE = 1 << 12
 # An empty label map is almost nothing when compressed, so much is let pass; above that, a scan is denser.
 _MOST_FROM_LITTLE = 1 << 30
 _DENSEST = 100
@@ -92,7 +92,7 @@ def _raw(file: BinaryIO) -> Iterator[bytes]:
 def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
     # Not by gzip.GzipFile: it reads a member's name byte by byte, however long a hostile one is.
     member, begun = zlib.decompressobj(31), False
-    while held := file.read(_GZIP_PIECE):
+    while held := file.read(_PACKED_PIECE):
         while held:
             if not begun:
                 # gzip lets zeros stand between members, and after the last.
@@ -110,7 +110,7 @@ def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
 
 def _bunzipped(file: BinaryIO) -> Iterator[bytes]:
     member, begun = bz2.BZ2Decompressor(), False
-    while held := file.read(_GZIP_PIECE):
+    while held := file.read(_PACKED_PIECE):
         while held or not member.needs_input:
             begun = True
             if piece := member.decompress(held, _RAW_PIECE):

@@ -22,6 +22,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 QUICK_N4 = Preprocessing(bias=BiasParameters(resolution_mm=12, iterations=(5, 5)))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="The long versions of the reliability tests.")
+
+
+@pytest.fixture(scope="session")
+def long_run(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--long"))
+
+
 def geometry(
     size: tuple[int, int, int],
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
