@@ -23,6 +23,7 @@ _PACKED_PIECE = 1 << 12
 # An empty label map is almost nothing when compressed, so much is let pass; above that, a scan is denser.
 _MOST_FROM_LITTLE = 1 << 30
 _DENSEST = 100
+# The longest file that is read at all.
 _MOST = 1 << 34
 
 # No scanner leaves these: what lies outside is a broken header, and would overflow or fill memory further on.
@@ -95,7 +96,7 @@ def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
     while held := file.read(_PACKED_PIECE):
         while held:
             if not begun:
-                # gzip lets zeros stand between members, and after the last.
+                # gzip lets zeros stand between members, and after the last; here before the first too.
                 held = held.lstrip(b"\0")
             if held:
                 begun = True
@@ -126,21 +127,33 @@ def _bunzipped(file: BinaryIO) -> Iterator[bytes]:
 _PIECES: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {"raw": _raw, "gzip": _gunzipped, "bzip2": _bunzipped}
 
 
-def check_claim(path: Path, claimed: int, there: int, *, compressed: bool) -> None:
-    """Refuse a header that claims more bytes than a file of this size can be expected to hold.
+def stored_bytes(path: Path, part: Path) -> int:
+    """Return the length of a file, or of its data file; one with a hole in it may be longer than any disk.
 
     Raises
     ------
     InputError
-        If it does, or claims more than is ever read.
+        If it is longer than what is ever read.
+    """
+    length = part.stat().st_size
+    if length > _MOST:
+        raise InputError(path, f"is {length} bytes long", f"at most {_MOST >> 30} GiB are read: crop it")
+    return length
+
+
+def check_claim(path: Path, claimed: int, there: int, *, compressed: bool) -> None:
+    """Refuse a header that claims more bytes than a file of this length can be expected to hold.
+
+    Raises
+    ------
+    InputError
+        If it does.
     """
     if claimed > (max(_MOST_FROM_LITTLE, _DENSEST * there) if compressed else there):
         raise InputError(
             path, f"holds {there} bytes, too few for the {claimed} its header claims",
             "the file is truncated or its header is wrong: fetch it again",
         )  # fmt: skip
-    if claimed > _MOST:
-        raise InputError(path, f"claims {claimed} bytes of voxels", f"at most {_MOST >> 30} GiB are read: crop it")
 
 
 def grid(

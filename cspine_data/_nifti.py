@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data._bounded import Source, check_claim, grid
+from cspine_data._bounded import Source, check_claim, grid, stored_bytes
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry
 
@@ -44,6 +44,7 @@ _MOST_OFFSET = 1 << 26
 _DTYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
 }  # fmt: skip
+_SCALED_AT_ONCE = 1 << 20
 _MM = {1: 1e3, 2: 1.0, 3: 1e-3}
 _SCANNER = 1
 _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
@@ -77,12 +78,13 @@ def read(path: Path) -> tuple[NDArray[Any], NiftiHeader]:
         If it is no NIfTI file, not a 3-D scalar volume, truncated or damaged.
     """
     compressed = path.suffix.lower() == ".gz"
+    there = stored_bytes(path, path)
     with path.open("rb") as file:
         source = Source(path, file, "gzip" if compressed else "raw")
         header = _header(path, bytes(source.read(_HEADER_BYTES)))
         size = header.geometry.size
         wanted = size[0] * size[1] * size[2] * header.dtype.itemsize
-        check_claim(path, header.offset + wanted, path.stat().st_size, compressed=compressed)
+        check_claim(path, header.offset + wanted, there, compressed=compressed)
         source.skip(header.offset - _HEADER_BYTES)
         payload = source.read(wanted)
         source.ended()
@@ -147,7 +149,8 @@ def _fields(path: Path, content: bytes) -> Any:
         if fields["magic"] == b"ni1":
             raise InputError(path, "keeps its voxels in another file (.hdr and .img)", "save it as one .nii file")
         if fields["magic"] != b"n+1":
-            raise InputError(path, "is Analyze, which does not say how it lies", "save it as NIfTI-1")
+            problem = "does not bear NIfTI's mark (Analyze does not say how it lies in the patient)"
+            raise InputError(path, problem, "save it as NIfTI-1")
         return fields
     raise InputError(path, "is no readable NIfTI file (it does not start as one)", _FETCH)
 
@@ -259,9 +262,12 @@ def _scaled(stored: NDArray[Any], header: NiftiHeader) -> NDArray[Any]:
         return stored
     # As ITK does it: integers become single precision, the product is formed in double.
     scaled = stored.astype(np.float32 if stored.dtype.kind in "iu" else stored.dtype, order="F")
+    flat = scaled.reshape(-1, order="F")
     with np.errstate(over="ignore", invalid="ignore"):
-        for k in range(scaled.shape[2]):
-            scaled[:, :, k] = scaled[:, :, k].astype(np.float64) * header.slope + header.intercept
+        # In pieces, since a plane may be the whole volume.
+        for start in range(0, flat.size, _SCALED_AT_ONCE):
+            piece = flat[start : start + _SCALED_AT_ONCE]
+            piece[...] = piece.astype(np.float64) * header.slope + header.intercept
     return scaled
 
 

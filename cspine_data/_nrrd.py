@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data._bounded import Source, check_claim, grid
+from cspine_data._bounded import Source, check_claim, grid, stored_bytes
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry
 
@@ -134,7 +134,7 @@ def read_array(path: Path, header: NrrdHeader) -> NDArray[Any]:
     voxels = size[0] * size[1] * size[2]
     # As text a voxel takes a digit and what parts it from the next.
     wanted = voxels * header.dtype.itemsize if header.encoding != "text" else 2 * voxels - 1
-    there = max(0, header.data_file.stat().st_size - header.data_offset)
+    there = max(0, stored_bytes(path, header.data_file) - header.data_offset)
     check_claim(path, wanted, there, compressed=header.encoding in ("gzip", "bzip2"))
     with header.data_file.open("rb") as file:
         file.seek(header.data_offset)

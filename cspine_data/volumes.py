@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import _nifti, _nrrd
+from cspine_data._bounded import stored_bytes
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry
 
@@ -152,6 +153,7 @@ def content_digest(path: Path) -> str:
     """Return the SHA-256, in hex, of everything a volume is read from: its file, and a detached header's data."""
     digest = hashlib.sha256()
     for part in _parts(_existing(path)):
+        stored_bytes(path, part)
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
