@@ -96,7 +96,7 @@ def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
     while held := file.read(_PACKED_PIECE):
         while held:
             if not begun:
-                # gzip lets zeros stand between members, and after the last; here before the first too.
+                # As gzip has it, zeros may stand between members and after the last.
                 held = held.lstrip(b"\0")
             if held:
                 begun = True

@@ -453,6 +453,7 @@ def fuzz(folder: Path, seconds: float) -> None:
     print(json.dumps({"tried": outcomes.total(), "grown_mebibytes": grown, "outcomes": outcomes.most_common()}))
 
 
+@pytest.mark.timeout(0)
 def test_no_mutant_of_a_valid_file_breaks_a_reader(long_run: bool, tmp_path: Path) -> None:
     seconds = float(os.environ.get("CSPINE_FUZZ_SECONDS", "3600")) if long_run else 5.0
     done = child(f"fuzz(Path({str(tmp_path)!r}), {seconds})", timeout=seconds + 300)
