@@ -44,6 +44,7 @@ _MOST_OFFSET = 1 << 26
 _DTYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
 }  # fmt: skip
+_MOST_PADDING = 1 << 20
 _SCALED_AT_ONCE = 1 << 20
 _MM = {1: 1e3, 2: 1.0, 3: 1e-3}
 _SCANNER = 1
@@ -87,7 +88,12 @@ def read(path: Path) -> tuple[NDArray[Any], NiftiHeader]:
         check_claim(path, header.offset + wanted, there, compressed=compressed)
         source.skip(header.offset - _HEADER_BYTES)
         payload = source.read(wanted)
-        source.ended()
+        if compressed:
+            # Some programs pad. Beyond that the file is not read to its end, and its checksum is not known.
+            source.skip(_MOST_PADDING)
+            if not source.ended():
+                problem = f"holds far more than the {wanted} bytes of voxels its header claims"
+                raise InputError(path, problem, _EXPORT)
     if len(payload) < wanted:
         raise InputError(
             path, f"holds {len(payload)} bytes of voxels where its header claims {wanted}",

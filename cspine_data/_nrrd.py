@@ -300,10 +300,12 @@ def _payload(path: Path, header: NrrdHeader, file: BinaryIO, wanted: int) -> mem
         file.seek(-wanted, 2)
     source.skip(max(0, header.byte_skip))
     data = source.read(wanted + (_MAX_SKIPPED_BYTES if from_end else 0))
-    ended = source.ended()
-    if from_end and not ended:
-        problem = f"holds more than {_MAX_SKIPPED_BYTES} bytes before its voxels"
-        raise InputError(path, problem, "its byte skip or its sizes are wrong: export it anew")
+    if not source.ended():
+        # Sizes that are wrong, or a skip that is missing: the voxels would be read shifted, or their checksum not.
+        problem = f"holds more than the {wanted} bytes its header claims"
+        if from_end:
+            problem = f"holds more than {_MAX_SKIPPED_BYTES} bytes before its voxels"
+        raise InputError(path, problem, "its header is wrong: export it anew")
     if len(data) < wanted:
         raise InputError(
             path, f"holds {len(data)} bytes of voxels where its header claims {wanted}",

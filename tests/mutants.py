@@ -22,7 +22,7 @@ DATA_FILES = [
 # What is written in place of a field's value; half of it is valid where it belongs.
 VALUES = [
     b"", b"0", b"-1", b"1", b"3", b"120", b"65536", b"99999999999", b"9" * 400, b"1e400", b"1.5", b"nan", b"inf",
-    b"4 5 6", b"1 1 1", b"4 5", b"4 5 -6", b"512 512 16", b"4294967296 4294967296 4", b"1 1 1 1", b"nan nan nan",
+    b"4 5 6", b"1 1 1", b"4 5", b"4 5 -6", b"512 512 8", b"4294967296 4294967296 4", b"1 1 1 1", b"nan nan nan",
     b"(1,0,0) (0,1,0) (0,0,1)", b"(nan,0,0) (0,1,0) (0,0,1)", b"(1,0,0) (1,0,0) (0,0,1)", b"(0,0,0)", b"(1e308,0,0)",
     b"none (0,1,0) (0,0,1)", b"()", b"(", b"raw", b"gzip", b"bzip2", b"text", b"hex", b"little", b"big", b"uchar",
     b"double", b"float", b"block", b"RAS", b"scanner-xyz", b"domain domain vector", b"x.raw", b"x.nhdr", b"1_0",
