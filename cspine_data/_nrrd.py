@@ -35,6 +35,8 @@ _FIELDS = (
 )  # fmt: skip
 _OTHER_SPELLINGS = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+# "LIST", "LIST 2", and a pattern of printf with its range.
+_SEVERAL = re.compile(r"LIST(\s|$)|.*%[0-9]*[du]")
 
 _ENCODINGS = {
     "raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2",
@@ -268,7 +270,7 @@ def _skip(path: Path, fields: dict[str, str], field: str, lowest: int) -> int:
 
 def _beside(path: Path, name: str) -> Path:
     """Find a detached data file; only in the header's own folder, also after links are followed."""
-    if name.upper().startswith("LIST") or "%" in name:
+    if _SEVERAL.match(name):
         raise InputError(path, "spreads its voxels over several files", "export it as one .nrrd file")
     remedy = "put the data file beside its header"
     folder = path.resolve().parent
