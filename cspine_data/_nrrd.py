@@ -1,38 +1,53 @@
-"""Reading NRRD files that nobody vouches for: the header by pynrrd, the payload within bounds.
+"""Reading NRRD files that nobody vouches for: the header field by field, the payload within bounds.
 
-pynrrd's own payload reader follows a detached header to any path and inflates whatever it finds; here the data
-file must lie in the header's folder, and no more is read than the header's sizes account for.
-
-Any field may hold a patient's name, and messages are passed on; so none repeats what a header says but numbers and
-the format's own words.
+pynrrd's own reader follows a detached header to any path, inflates whatever it finds, and quotes a header's text in
+its errors; here it only parses vectors. The data file must lie in the header's folder, no more is read than the
+header's sizes account for, and fields that are not needed (comments, names, dates) are passed over unread.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import zlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cspine_data._bounded import Source, check_claim, grid, stored_bytes
 from cspine_data.errors import InputError
-from cspine_data.geometry import Geometry, as_rows
+from cspine_data.geometry import Geometry
 
-_CHUNK = 1 << 22
 _MAX_HEADER_BYTES = 1 << 20
+_LONGEST_VALUE = 2000
 # A payload may start with another format's header ("byte skip: -1"); more than this before it is no header.
 _MAX_SKIPPED_BYTES = 1 << 16
-_LONGEST_RUN = {"raw": 1, "gzip": 1100, "bzip2": 50_000, "text": 1}
+_TEXT_PIECE = 1 << 16
+_LONGEST_NUMBER = 1000
+
+_FETCH = "fetch it again or export it anew"
+_MAGIC = tuple(f"NRRD000{version}".encode() for version in range(1, 6))
+_FIELDS = (
+    "type", "dimension", "sizes", "encoding", "endian", "data file", "line skip", "byte skip", "kinds",
+    "space", "space directions", "space origin", "spacings",
+)  # fmt: skip
+_OTHER_SPELLINGS = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+# "LIST", "LIST 2", and a pattern of printf with its range.
+_SEVERAL = re.compile(r"LIST(\s|$)|.*%[0-9]*[du]")
 
 _ENCODINGS = {
     "raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2",
     "ascii": "text", "text": "text", "txt": "text",
 }  # fmt: skip
+_SPATIAL = ("domain", "space", "none", "???")
+# Words of the format that are not understood. A message quotes these, and never what else may stand in their place.
+_WORDS = (
+    "block", "hex", "zrl", "time", "list", "point", "vector", "covariant-vector", "normal", "complex", "3-vector",
+    "rgb-color", "rgba-color", "3-color", "4-color", "quaternion", "3d-symmetric-matrix", "3d-matrix",
+)  # fmt: skip
 
 _C_TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -47,17 +62,6 @@ _C_TYPES = {
     "f8": ("double",),
 }
 _DTYPES = {name: np.dtype(code) for code, names in _C_TYPES.items() for name in names}
-
-# Words of the format that are not understood here.
-_OTHER_ENCODINGS = ("hex", "zrl")
-_OTHER_TYPES = ("block",)
-_OTHER_KINDS = (
-    "time", "list", "point", "vector", "covariant-vector", "normal", "stub", "scalar", "complex", "2-vector", "3-color",
-    "rgb-color", "hsv-color", "xyz-color", "4-color", "rgba-color", "3-vector", "3-gradient", "3-normal", "4-vector",
-    "quaternion", "2d-symmetric-matrix", "2d-masked-symmetric-matrix", "2d-matrix", "2d-masked-matrix",
-    "3d-symmetric-matrix", "3d-masked-symmetric-matrix", "3d-matrix", "3d-masked-matrix",
-)  # fmt: skip
-_KINDS = ("domain", "space", "none", "???")
 
 # Signs that turn a named NRRD space into LPS.
 _TO_LPS = {
@@ -89,24 +93,28 @@ def read_header(path: Path) -> NrrdHeader:
     InputError
         If it is no NRRD header, is not a 3-D scalar volume, or points out of its folder.
     """
-    fields, offset = _parse(path)
-    dimension = fields.get("dimension")
+    with path.open("rb") as file:
+        fields = _fields(path, file)
+        offset = file.tell()
+    dimension = _whole(path, fields, "dimension")
     if dimension != 3:
         raise InputError(path, f"is {dimension}-D", "give one 3-D volume a file")
-    kinds = fields.get("kinds", [])
-    if any(kind not in _KINDS for kind in kinds):
-        told = ", ".join(_word(kind, (*_KINDS, *_OTHER_KINDS)) for kind in kinds)
-        raise InputError(path, f"has axes of kind {told}", "give one 3-D volume of scalar voxels")
-    detached = str(fields.get("data file", fields.get("datafile", "")))
+    kinds = fields.get("kinds", "").lower().split()
+    if any(kind not in _SPATIAL for kind in kinds):
+        named = ", ".join(kind if kind in (*_SPATIAL, *_WORDS) else "unknown" for kind in kinds[:3])
+        raise InputError(path, f"has axes of kind {named}", "give one 3-D volume of scalar voxels")
     geometry, assumed = _geometry(path, fields)
+    encoding = _encoding(path, fields)
+    detached = fields.get("data file")
     return NrrdHeader(
         geometry=geometry,
-        dtype=_dtype(path, fields),
-        encoding=_encoding(path, fields),
-        data_file=_beside(path, detached) if detached else path,
-        data_offset=0 if detached else offset,
-        line_skip=_skip(path, fields, "line", lowest=0),
-        byte_skip=_skip(path, fields, "byte", lowest=-1),
+        dtype=_dtype(path, fields, encoding),
+        encoding=encoding,
+        data_file=path if detached is None else _beside(path, detached),
+        data_offset=offset if detached is None else 0,
+        line_skip=_skip(path, fields, "line skip", lowest=0),
+        # Counting back from the end means nothing where voxels have no fixed length.
+        byte_skip=_skip(path, fields, "byte skip", lowest=0 if encoding == "text" else -1),
         assumed_orientation=assumed,
     )
 
@@ -124,172 +132,227 @@ def read_array(path: Path, header: NrrdHeader) -> NDArray[Any]:
     InputError
         If the payload is missing, shorter than the header claims, or cannot be decoded.
     """
-    voxels = int(np.prod(header.geometry.size, dtype=object))
-    wanted = voxels * (header.dtype.itemsize if header.encoding != "text" else 1)
-    there = header.data_file.stat().st_size - header.data_offset
-    if wanted > there * _LONGEST_RUN[header.encoding]:
-        raise InputError(
-            path, f"holds {there} bytes, too few for the {wanted} its header claims",
-            "the file is truncated or its header is wrong: fetch it again",
-        )  # fmt: skip
+    size = header.geometry.size
+    voxels = size[0] * size[1] * size[2]
+    # As text a voxel takes a digit and what parts it from the next.
+    wanted = voxels * header.dtype.itemsize if header.encoding != "text" else 2 * voxels - 1
+    there = max(0, stored_bytes(path, header.data_file) - header.data_offset)
+    check_claim(path, wanted, there, compressed=header.encoding in ("gzip", "bzip2"))
     with header.data_file.open("rb") as file:
         file.seek(header.data_offset)
-        for _ in range(header.line_skip):
-            file.readline(_MAX_HEADER_BYTES)
+        _skip_lines(path, file, header.line_skip)
         if header.encoding == "text":
-            return _from_text(path, header, file.read(), voxels)
+            return _from_text(path, header, Source(path, file, "raw"), voxels)
         payload = _payload(path, header, file, wanted)
     flat = np.frombuffer(payload, dtype=header.dtype)
-    return flat.reshape(header.geometry.size, order="F").astype(header.dtype.newbyteorder("="), copy=False)
+    return flat.reshape(size, order="F").astype(header.dtype.newbyteorder("="), copy=False)
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], int]:
+def _fields(path: Path, file: BinaryIO) -> dict[str, str]:
+    """Return the fields that are needed, as text, and leave the file where its header ends."""
+    magic = file.readline(_LONGEST_VALUE)
+    if not magic:
+        raise InputError(path, "is empty", "fetch it again")
+    if magic.rstrip() not in _MAGIC:
+        raise InputError(path, "is no readable NRRD file (it does not start as one)", _FETCH)
+    fields: dict[str, str] = {}
+    # A header ends with an empty line, or, detached, with its file.
+    while (line := file.readline(_MAX_HEADER_BYTES)).strip():
+        if file.tell() > _MAX_HEADER_BYTES:
+            raise InputError(path, "is no readable NRRD file (the header is longer than a megabyte)", _FETCH)
+        name, colon, value = line.partition(b":")
+        if line.startswith(b"#") or value.startswith(b"="):
+            continue
+        if not colon:
+            raise InputError(path, "is no readable NRRD file (a line of its header is no field)", _FETCH)
+        field = name.strip().lower().decode("ascii", "replace")
+        field = _OTHER_SPELLINGS.get(field, field)
+        if field not in _FIELDS:
+            continue
+        if field in fields:
+            raise InputError(path, f"gives the field {field!r} twice", "leave one of them or export it anew")
+        fields[field] = _text(path, field, value)
+    for field in ("type", "dimension", "sizes", "encoding"):
+        if field not in fields:
+            raise InputError(path, f"is no readable NRRD file (it lacks the field {field!r})", _FETCH)
+    return fields
+
+
+def _text(path: Path, field: str, value: bytes) -> str:
+    try:
+        text = value.strip().decode()
+    except UnicodeDecodeError:
+        raise _unreadable(path, field) from None
+    if len(text) > _LONGEST_VALUE:
+        raise _unreadable(path, field)
+    return text
+
+
+def _unreadable(path: Path, field: str) -> InputError:
+    # What stands there is not quoted: it may be anything, a name too.
+    return InputError(path, f"is no readable NRRD file (its field {field!r} cannot be understood)", _FETCH)
+
+
+def _whole(path: Path, fields: dict[str, str], field: str, default: str = "") -> int:
+    text = fields.get(field, default)
+    if not _WHOLE.fullmatch(text):
+        raise _unreadable(path, field)
+    return int(text)
+
+
+def _numbers(path: Path, fields: dict[str, str], field: str) -> NDArray[Any]:
+    """Return a field of vectors, or of numbers."""
     import nrrd
 
-    with path.open("rb") as file:
-        lines = _HeaderLines(path, file)
-        try:
-            fields = nrrd.read_header(lines)
-        except StopIteration:
-            raise InputError(path, "is empty", "fetch it again") from None
-        except InputError:
-            raise
-        # pynrrd raises whatever the broken value provokes, which it repeats; each means the same to the user.
-        except Exception:  # noqa: BLE001
-            problem = f"is no readable NRRD file (line {lines.number} of its header)"
-            raise InputError(path, problem, "fetch it again or export it anew") from None
-        return dict(fields), file.tell()
+    parsers = {
+        "space directions": nrrd.parse_optional_matrix,
+        "space origin": lambda text: nrrd.parse_vector(text, float),
+        "spacings": lambda text: nrrd.parse_number_list(text, float),
+    }
+    try:
+        return np.asarray(parsers[field](fields[field]), dtype=float)
+    # pynrrd raises whatever the broken value provokes; each means the same to the user.
+    except Exception:  # noqa: BLE001
+        raise _unreadable(path, field) from None
 
 
-class _HeaderLines:
-    """Iterates over the lines of a header within bounds, and knows how many there were."""
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.number = 0
-        self._path = path
-        self._file = file
-
-    def __iter__(self) -> Iterator[bytes]:
-        read = 0
-        while line := self._file.readline(_MAX_HEADER_BYTES):
-            self.number += 1
-            read += len(line)
-            if read > _MAX_HEADER_BYTES:
-                problem = "is no readable NRRD file (the header is longer than a megabyte)"
-                raise InputError(self._path, problem, "fetch it again or export it anew")
-            yield line
-
-
-def _word(text: str, known: tuple[str, ...]) -> str:
-    """Return a word of a header where it is one of the format's own."""
-    return text if text.lower() in known else "unknown"
-
-
-def _geometry(path: Path, fields: dict[str, Any]) -> tuple[Geometry, bool]:
-    size = tuple(int(n) for n in fields.get("sizes", ()))
-    if len(size) != 3 or min(size) < 1:
+def _geometry(path: Path, fields: dict[str, str]) -> tuple[Geometry, bool]:
+    words = fields["sizes"].split()
+    if len(words) != 3:
+        raise InputError(path, f"claims {len(words)} sizes", "the header is wrong: export the volume anew")
+    if not all(_WHOLE.fullmatch(word) for word in words):
+        raise _unreadable(path, "sizes")
+    size = (int(words[0]), int(words[1]), int(words[2]))
+    if min(size) < 1:
         raise InputError(path, f"claims sizes {size}", "the header is wrong: export the volume anew")
-    space = str(fields.get("space", "")).lower()
-    vectors = fields.get("space directions")
-    assumed = vectors is None or space not in _TO_LPS
-    if vectors is None:
-        spacings = np.asarray(fields.get("spacings", (1.0, 1.0, 1.0)), dtype=float)
-        steps = np.diag(np.where(np.isfinite(spacings), spacings, 1.0))
-        origin = np.zeros(3)
-    else:
-        signs = np.array(_TO_LPS.get(space, (1, 1, 1)), dtype=float)
-        steps = np.asarray(vectors, dtype=float) * signs
-        origin = np.asarray(fields.get("space origin", np.zeros(3)), dtype=float) * signs
-    if steps.shape != (3, 3) or not np.isfinite(steps).all() or not np.isfinite(origin).all():
+    signs = _TO_LPS.get(fields.get("space", "").lower())
+    if "space directions" not in fields:
+        spacings = _numbers(path, fields, "spacings") if "spacings" in fields else np.ones(3)
+        # NaN is how the format says that a spacing is not known.
+        return grid(path, size, np.diag(np.where(np.isnan(spacings), 1.0, spacings)), np.zeros(3)), True
+    turn = np.array(signs or (1, 1, 1), dtype=float)
+    vectors = _numbers(path, fields, "space directions")
+    origin = _numbers(path, fields, "space origin") if "space origin" in fields else np.zeros(3)
+    if vectors.shape != (3, 3) or origin.shape != (3,):
         raise InputError(path, "has no usable space directions", "export the volume anew with its geometry")
-    spacing = np.linalg.norm(steps, axis=1)
-    if spacing.min() <= 0 or abs(np.linalg.det(steps / spacing[:, None])) < 1e-3:
-        raise InputError(path, "has space directions that span no volume", "export it anew with its geometry")
-    return (
-        Geometry(
-            size=size,
-            spacing_mm=tuple(spacing.tolist()),
-            directions=as_rows((steps / spacing[:, None]).T),
-            origin_mm=tuple(origin.tolist()),
-        ),
-        assumed,
-    )
+    return grid(path, size, vectors.T * turn[:, None], origin * turn), signs is None
 
 
-def _dtype(path: Path, fields: dict[str, Any]) -> np.dtype[Any]:
-    name = str(fields.get("type", "")).lower()
+def _dtype(path: Path, fields: dict[str, str], encoding: str) -> np.dtype[Any]:
+    name = fields["type"].lower()
     if name not in _DTYPES:
-        told = _word(name, _OTHER_TYPES)
-        raise InputError(path, f"has voxels of type {told!r}", "export it with integer or float voxels")
+        named = f"type {name!r}" if name in _WORDS else "an unknown type"
+        raise InputError(path, f"has voxels of {named}", "export it with integer or float voxels")
     dtype = _DTYPES[name]
-    return dtype.newbyteorder(">") if fields.get("endian") == "big" else dtype.newbyteorder("<")
+    if dtype.itemsize == 1 or encoding == "text":
+        return dtype
+    endian = fields.get("endian", "").lower()
+    if endian not in ("little", "big"):
+        raise InputError(path, "does not say in which order its bytes stand (endian: little or big)", _FETCH)
+    return dtype.newbyteorder(">" if endian == "big" else "<")
 
 
-def _encoding(path: Path, fields: dict[str, Any]) -> str:
-    name = str(fields.get("encoding", "")).lower()
+def _encoding(path: Path, fields: dict[str, str]) -> str:
+    name = fields["encoding"].lower()
     if name not in _ENCODINGS:
-        raise InputError(path, f"has the encoding {_word(name, _OTHER_ENCODINGS)!r}", "export it as raw or gzip")
+        named = f"the encoding {name!r}" if name in _WORDS else "an unknown encoding"
+        raise InputError(path, f"has {named}", "export it as raw or gzip")
     return _ENCODINGS[name]
 
 
-def _skip(path: Path, fields: dict[str, Any], unit: str, lowest: int) -> int:
-    skip = int(fields.get(f"{unit} skip", fields.get(f"{unit}skip", 0)))
+def _skip(path: Path, fields: dict[str, str], field: str, lowest: int) -> int:
+    skip = _whole(path, fields, field, "0")
     if not lowest <= skip <= _MAX_SKIPPED_BYTES:
         remedy = f"only {lowest} to {_MAX_SKIPPED_BYTES} is understood: export it anew"
-        raise InputError(path, f"has a {unit} skip of {skip}", remedy)
+        raise InputError(path, f"has a {field} of {skip}", remedy)
     return skip
 
 
 def _beside(path: Path, name: str) -> Path:
     """Find a detached data file; only in the header's own folder, also after links are followed."""
-    if name.upper().startswith("LIST") or "%" in name:
+    if _SEVERAL.match(name):
         raise InputError(path, "spreads its voxels over several files", "export it as one .nrrd file")
+    remedy = "put the data file beside its header"
     folder = path.resolve().parent
-    data_file = (folder / name).resolve()
-    if data_file.parent != folder:
-        raise InputError(path, "points to a data file outside its own folder", "put the data file beside its header")
-    if not data_file.is_file():
-        raise InputError(path, "points to a data file that is not there", "put it beside its header")
+    try:
+        data_file = (folder / name).resolve()
+        inside, there = data_file.parent == folder, data_file.is_file()
+    # A name too long for a file, with a zero in it, or a link that leads to itself.
+    except (OSError, RuntimeError, ValueError):
+        inside, there = True, False
+    if not inside:
+        raise InputError(path, "points to a data file outside its own folder", remedy)
+    if not there:
+        raise InputError(path, "points to a data file that is not there, or is no file", remedy)
     return data_file
 
 
-def _payload(path: Path, header: NrrdHeader, file: BinaryIO, wanted: int) -> bytearray:
+def _skip_lines(path: Path, file: BinaryIO, lines: int) -> None:
+    left = _MAX_HEADER_BYTES
+    for _ in range(lines):
+        left -= len(file.readline(left + 1))
+        if left < 0:
+            raise InputError(path, "has a line skip over more than a megabyte", "export it anew as raw or gzip")
+
+
+def _payload(path: Path, header: NrrdHeader, file: BinaryIO, wanted: int) -> memoryview:
+    source = Source(path, file, header.encoding)
     from_end = header.byte_skip == -1
-    to_skip = _MAX_SKIPPED_BYTES if from_end else header.byte_skip
-    stream: Any = file
-    if header.encoding == "raw":
+    if from_end and header.encoding == "raw":
+        file.seek(-wanted, 2)
+    source.skip(max(0, header.byte_skip))
+    data = source.read(wanted + (_MAX_SKIPPED_BYTES if from_end else 0))
+    if not source.ended():
+        # Sizes that are wrong, or a skip that is missing: the voxels would be read shifted, or their checksum not.
+        problem = f"holds more than the {wanted} bytes its header claims"
         if from_end:
-            file.seek(-wanted, 2)
-            to_skip = 0
-    else:
-        stream = gzip.GzipFile(fileobj=file) if header.encoding == "gzip" else bz2.BZ2File(file)
-    limit = wanted + to_skip
-    data = bytearray()
-    try:
-        while len(data) < limit and (chunk := stream.read(min(_CHUNK, limit - len(data)))):
-            data += chunk
-        # Reading on past the last byte checks a compressed stream's checksum.
-        more = header.encoding != "raw" and bool(stream.read(1))
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(path, f"cannot be decompressed ({error})", "the file is damaged: fetch it again") from None
-    start = max(0, len(data) - wanted) if from_end else header.byte_skip
-    if (more and from_end) or len(data) - start < wanted:
+            problem = f"holds more than {_MAX_SKIPPED_BYTES} bytes before its voxels"
+        raise InputError(path, problem, "its header is wrong: export it anew")
+    if len(data) < wanted:
         raise InputError(
-            path, f"holds {len(data) - start} bytes of voxels where its header claims {wanted}",
+            path, f"holds {len(data)} bytes of voxels where its header claims {wanted}",
             "the file is truncated or its header is wrong: fetch it again",
         )  # fmt: skip
-    del data[:start]
-    del data[wanted:]
-    return data
+    return memoryview(data)[len(data) - wanted :]
 
 
-def _from_text(path: Path, header: NrrdHeader, text: bytes, voxels: int) -> NDArray[Any]:
+def _from_text(path: Path, header: NrrdHeader, source: Source, voxels: int) -> NDArray[Any]:
+    source.skip(header.byte_skip)
+    dtype = header.dtype.newbyteorder("=")
+    values = np.empty(voxels, dtype)
+    count = 0
     try:
-        values = np.array(text.split(), dtype=header.dtype.newbyteorder("="))
+        for words in _words(source):
+            part = _parsed(words, dtype)
+            values[count : count + len(part)] = part[: max(0, voxels - count)]
+            count += len(part)
     except (ValueError, OverflowError):
-        raise InputError(path, "has voxels that are no numbers", "fetch it again or export it anew") from None
-    if values.size != voxels:
-        raise InputError(
-            path, f"holds {values.size} voxels where its header claims {voxels}", "fetch it again or export it anew"
-        )
-    return cast("NDArray[Any]", values.reshape(header.geometry.size, order="F"))
+        problem = f"has voxels that are no numbers of type {dtype}"
+        raise InputError(path, problem, _FETCH) from None
+    if count != voxels:
+        raise InputError(path, f"holds {count} voxels where its header claims {voxels}", _FETCH)
+    return values.reshape(header.geometry.size, order="F")
+
+
+def _words(source: Source) -> Iterator[list[bytes]]:
+    """Yield what stands between white space, some at a time: a list of all would hold thirty times the file."""
+    cut = b""
+    while piece := bytes(source.read(_TEXT_PIECE)):
+        words = (cut + piece).split()
+        cut = words.pop() if words and not piece[-1:].isspace() else b""
+        if len(cut) > _LONGEST_NUMBER or b"_" in piece:
+            raise ValueError
+        yield words
+    if cut:
+        yield [cut]
+
+
+def _parsed(words: list[bytes], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return np.array([float(word) for word in words], dtype=np.float64).astype(dtype)
+    numbers = [int(word) for word in words]
+    limits = np.iinfo(dtype)
+    if numbers and not (limits.min <= min(numbers) and max(numbers) <= limits.max):
+        raise OverflowError
+    return np.array(numbers, dtype=dtype)

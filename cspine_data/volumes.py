@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import _nifti, _nrrd
+from cspine_data._bounded import stored_bytes
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry
 
@@ -92,15 +93,14 @@ def read_volume(path: str | Path) -> Volume:
     ((50, 118, 128), 'LPS')
     """
     path = _existing(path)
-    if _is_nifti(path):
-        geometry, _ = _nifti.read_header(path)
-        array = _nifti.read_array(path)
-        assumed = False
-    else:
-        header = _nrrd.read_header(path)
-        geometry, assumed = header.geometry, header.assumed_orientation
-        array = _nrrd.read_array(path, header)
-    return Volume(array=array, geometry=geometry, path=path, assumed_orientation=assumed)
+    try:
+        if _is_nifti(path):
+            array, nifti = _nifti.read(path)
+            return Volume(array, nifti.geometry, path, nifti.assumed_orientation)
+        nrrd = _nrrd.read_header(path)
+        return Volume(_nrrd.read_array(path, nrrd), nrrd.geometry, path, nrrd.assumed_orientation)
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "mend that and run it again") from None
 
 
 def check_image(image: Volume) -> None:
@@ -162,7 +162,8 @@ def write_volume(path: str | Path, volume: Volume) -> None:
 def content_digest(path: Path) -> str:
     """Return the SHA-256, in hex, of everything a volume is read from: its file, and a detached header's data."""
     digest = hashlib.sha256()
-    for part in _parts(path):
+    for part in _parts(_existing(path)):
+        stored_bytes(path, part)
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
