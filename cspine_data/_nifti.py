@@ -128,7 +128,9 @@ def write(path: Path, array_ijk: NDArray[Any], geometry: Geometry) -> None:
 
 def _header(path: Path, content: bytes) -> NiftiHeader:
     fields = _fields(path, content)
-    geometry, assumed = _geometry(path, fields, _size(path, fields["dim"].tolist()))
+    # What is no number is refused below; NumPy would warn of a signalling NaN before.
+    with np.errstate(all="ignore"):
+        geometry, assumed = _geometry(path, fields, _size(path, fields["dim"].tolist()))
     slope, intercept = _scaling(path, float(fields["scl_slope"]), float(fields["scl_inter"]))
     return NiftiHeader(
         geometry=geometry,
@@ -231,9 +233,8 @@ def _lps_grid(
 
 def _sheared(steps: NDArray[Any]) -> bool:
     """Whether axes do not stand at right angles, or are no axes at all."""
-    with np.errstate(all="ignore"):
-        unit = steps / np.linalg.norm(steps, axis=0)
-        return not bool((np.abs(unit @ unit.T - np.eye(3)) <= 1e-4).all())
+    unit = steps / np.linalg.norm(steps, axis=0)
+    return not bool((np.abs(unit @ unit.T - np.eye(3)) <= 1e-4).all())
 
 
 def _check_sform(path: Path, steps: NDArray[Any], spacing: NDArray[Any]) -> None:
@@ -247,8 +248,7 @@ def _check_sform(path: Path, steps: NDArray[Any], spacing: NDArray[Any]) -> None
 
 def _rotation(path: Path, quaternion: NDArray[Any]) -> NDArray[Any]:
     """Return the rotation of a unit quaternion of which the file keeps the last three parts."""
-    with np.errstate(over="ignore"):
-        squares = float(quaternion @ quaternion)
+    squares = float(quaternion @ quaternion)
     if not squares <= 1.01:
         raise InputError(path, "has a qform that is no rotation", "export it anew with its geometry")
     # Rounding may leave a little more than one.
