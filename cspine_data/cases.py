@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.errors import CspineDataError, InputError, describe_os_error
+from cspine_data.errors import CspineDataError, InputError, describe_os_error, printable
 from cspine_data.geometry import Geometry
 from cspine_data.volumes import Volume, check_image, content_digest, read_volume, stem, volume_suffix
 
@@ -22,7 +22,7 @@ _LONGEST_NOTE = 200
 _LABEL_ENDING = "-label"
 _SEGMENTATION = ".seg.nrrd"
 _NNUNET_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
-_FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\\x00-\x1f\ud800-\udfff]+")
+_FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\]+")
 _LONGEST_ID_BYTES = 200
 
 
@@ -51,6 +51,9 @@ class Problem:
 
     case: str
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", printable(self.message))
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
 
 def is_case_id(name: str) -> bool:
     """Tell whether something can be the id of a case, and so the name of its folder on any file system."""
-    return bool(_FITS_A_FOLDER_NAME.fullmatch(name)) and len(name.encode()) <= _LONGEST_ID_BYTES
+    fits = _FITS_A_FOLDER_NAME.fullmatch(name) and printable(name) == name
+    return bool(fits) and len(name.encode()) <= _LONGEST_ID_BYTES
 
 
 def cohort_note(source: str | Path) -> str | None:

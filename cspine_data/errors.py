@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import unicodedata
 from pathlib import Path
 
+# Control, direction and half characters, unassigned ones, and those that end a line.
+_NOT_PRINTED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _REMEDIES = {
     errno.ENOSPC: "free some space and run it again",
     errno.EDQUOT: "free some space and run it again",
@@ -19,7 +22,14 @@ _REMEDIES = {
 def describe_os_error(error: OSError) -> str:
     """Say in one line what the operating system refused, of which file, and what to do about it."""
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}; {_REMEDIES.get(error.errno or 0, 'mend that and run it again')}"
+    return printable(
+        f"{where}{error.strerror or error}; {_REMEDIES.get(error.errno or 0, 'mend that and run it again')}"
+    )
+
+
+def printable(text: str) -> str:
+    """Return a text that is one line and does nothing to a terminal: a file's name may hold any character."""
+    return "".join("?" if unicodedata.category(letter) in _NOT_PRINTED else letter for letter in text)
 
 
 class CspineDataError(Exception):
@@ -43,7 +53,7 @@ class InputError(CspineDataError, ValueError):
     """
 
     def __init__(self, subject: Path | str, problem: str, remedy: str) -> None:
-        super().__init__(f"{subject}: {problem}; {remedy}")
+        super().__init__(printable(f"{subject}: {problem}; {remedy}"))
         self.subject = subject
         self.problem = problem
         self.remedy = remedy

@@ -193,3 +193,15 @@ def test_problems_are_one_line_with_a_remedy() -> None:
     assert "failed unexpectedly (KeyError: 'a'); please report" in describe_problem("x", KeyError("a")).message
     assert describe_problem("x", InputError("f", "is odd", "mend it")).message == "f: is odd; mend it"
     assert geometry((2, 2, 2)).size == (2, 2, 2)
+
+
+def test_a_name_that_would_write_on_the_terminal_is_told_and_not_done(tmp_path: Path, run_data) -> None:
+    for name in ("two\nlines", "red\x1b[31m", "half\udcff", "turned\u202e", ".." + "x" * 240, "\u9838\u690e" * 40):
+        (tmp_path / f"{name}.nrrd").write_bytes(b"not a volume")
+    (tmp_path / "\u9838\u3000\u690e.nrrd").write_bytes(b"nor this")
+    done = run_data("scan", tmp_path)
+    assert done.exit_code == 1
+    told = done.stderr.splitlines()
+    assert [line.startswith(f"problem: {tmp_path}") for line in told] == [True] * 6
+    assert sum("is no usable case id; rename the file" in line for line in told) == 5
+    assert "\x1b" not in done.output
