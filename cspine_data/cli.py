@@ -189,6 +189,7 @@ def prepare(
 def info(store: Path) -> None:
     """Show what a store holds."""
     from cspine_data.cohort import open_cohort
+    from cspine_data.errors import printable
 
     cohort = open_cohort(store)
     rows, ways = [], []
@@ -210,7 +211,7 @@ def info(store: Path) -> None:
     for (variant, description), number in Counter(ways).items():
         click.echo(f"{variant}: {number} cases prepared with {description}")
     for note in cohort.notes:
-        click.echo(f"note: {note}")
+        click.echo(printable(f"note: {note}"))
     click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
 
 
@@ -226,17 +227,25 @@ def info(store: Path) -> None:
 @click.option("--workers", type=int, help="Worker processes for --repair; one a core by default.")
 def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | None) -> None:
     """Hold every byte of a store against its checksums."""
-    if source is not None or pairs is not None:
-        _repair(store, source or Path("data/raw"), pairs, workers)
-        return
+    from cspine_data.errors import InputError
+    from cspine_data.verification import OLDER
     from cspine_data.verification import verify as verify_store
+
+    if source is not None:
+        _repair(store, source, pairs, workers)
+        return
+    if pairs is not None or workers is not None:
+        raise InputError("--pairs and --workers", "are for --repair", "give --repair SOURCE too, or leave them out")
 
     with progress_bar("verifying") as progress:
         damages = verify_store(store, progress)
     for damage in damages:
         click.echo(f"damaged: {damage}", err=True)
     if damages:
-        click.echo(f"{store}: {len(damages)} damaged; mend it with cspine-data verify {store} --repair SOURCE")
+        remedy = f"mend it with cspine-data verify {store} --repair SOURCE"
+        if all(damage.problem == OLDER for damage in damages):
+            remedy = "prepare it again"
+        click.echo(f"{store}: {len(damages)} damaged; {remedy}")
         raise SystemExit(1)
     click.echo(f"{store}: sound")
 
@@ -244,12 +253,19 @@ def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | 
 def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) -> None:
     from cspine_data.mending import repair
 
-    with progress_bar("mending") as progress:
-        summary = repair(store, source, pairs=pairs, workers=workers, progress=progress)
+    try:
+        with progress_bar("mending") as progress:
+            summary = repair(store, source, pairs=pairs, workers=workers, progress=progress)
+    except KeyboardInterrupt:
+        raise click.ClickException(f"{store}: interrupted; run the same command again to go on") from None
     for damage in summary.damages:
         click.echo(f"damaged: {damage}", err=True)
     for problem in summary.failed:
         click.echo(f"failed: {problem.message}", err=True)
+    for case, variant in summary.differing:
+        click.echo(
+            f"note: {case} ({variant}) is sound, in other bytes than before: another version made them", err=True
+        )
     if summary.failed:
         click.echo(f"{store}: {len(summary.mended)} mended, {len(summary.failed)} still damaged")
         raise SystemExit(1)

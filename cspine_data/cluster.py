@@ -107,14 +107,30 @@ def _died(job: Job) -> Problem:
     return Problem(job.case.id, f"{job.case.volume}: {problem}")
 
 
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of workers that cannot be.
+
+    Raises
+    ------
+    InputError
+        If it is below one.
+    """
+    if workers is not None and workers < 1:
+        raise InputError(f"workers {workers}", "are too few", "give 1 or more")
+
+
 def _outcome(future: Any, job: Job) -> Any:
     """Return a job's result, its problem, or Dask's word that its worker died."""
+    from distributed import CancelledError
     from distributed.scheduler import KilledWorker
 
     try:
         return future.result()
     except KilledWorker as error:
         return error
+    except CancelledError:
+        problem = "the scheduler went away meanwhile; run it again when it is back"
+        return Problem(job.case.id, f"{job.case.volume}: {problem}")
     except Exception as error:  # noqa: BLE001 - a worker of another version, for example
         return describe_problem(job.case.id, error)
 

@@ -16,7 +16,7 @@ from cspine_data.geometry import Orientation
 from cspine_data.preprocess import PreparedVolume, normalise_volume
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.splits import TEST, TRAIN, VALIDATION, Split, fold_split, leave_one_out, reference_split
-from cspine_data.store import read_corrected, read_label_xyz, read_record, read_root, read_volume_xyz, records
+from cspine_data.store import read_corrected, read_label_xyz, read_root, read_volume_xyz, record_of, records
 from cspine_data.volumes import Volume
 
 _SPLIT_NAMES = {TRAIN: TRAIN, VALIDATION: VALIDATION, "valid": VALIDATION, "val": VALIDATION, TEST: TEST}
@@ -69,7 +69,7 @@ class Cohort:
         NotInStoreError
             If the store does not hold it.
         """
-        return read_record(self.path, case, self._variant(variant))
+        return record_of(self.path, self._root, case, self._variant(variant))
 
     def records(self, variant: str | None = None) -> tuple[CaseRecord, ...]:
         """Return the records of every case of a variant, in order."""
@@ -229,7 +229,7 @@ class Cohort:
         return (*self._root.enrolled, late) if late else self._root.enrolled
 
     def _is_labelled(self, case: str) -> bool:
-        return read_record(self.path, case, next(iter(self._root.cases[case]))).labelled
+        return record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labelled
 
     def _variant(self, variant: str | None) -> str:
         known = ", ".join(self.variants) or "none: prepare some"

@@ -16,6 +16,7 @@ from cspine_data.intensity import Levels
 from cspine_data.reader import SliceArray, slice_array
 from cspine_data.schema import CaseRecord
 from cspine_data.store import read_label_xyz, read_volume_xyz
+from cspine_data.writer import METADATA
 
 Labels = Literal["binary", "stored"] | None
 
@@ -109,7 +110,8 @@ class SliceDataset:
         return self.records[number].levels.decode(levels)
 
     def _array(self, number: int, axis: int, kind: str) -> SliceArray:
-        return slice_array(self._folders[number] / schema.slice_array(axis, kind))
+        name = schema.slice_array(axis, kind)
+        return slice_array(self._folders[number] / name, self.records[number].files[f"{name}/{METADATA}"])
 
 
 class VolumeDataset:

@@ -15,10 +15,12 @@ from cspine_data.errors import InputError
 from cspine_data.publishing import REMOVED, TEMPORARY, UNFINISHED, locked
 from cspine_data.schema import DIGEST, RootRecord
 from cspine_data.store import read_root
-from cspine_data.writer import METADATA
+from cspine_data.writer import METADATA, sync_folder
 
 #: A week: longer than a training run reads the digests that it began with.
 GRACE_S = 7 * 24 * 3600.0
+# No case takes so long to write: what is younger may be a running one's, however short the time of grace.
+_WRITING_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -70,43 +72,50 @@ def collect_garbage(path: str | Path, *, grace_s: float = GRACE_S, delete: bool 
     if not grace_s >= 0:
         raise InputError(f"grace {grace_s:g} s", "is no time", "give 0 or more")
     path = Path(path)
-    found = _garbage(path, read_root(path), grace_s)
+    unused = _unused(path, read_root(path), grace_s)
+    found = [Garbage(place, _size(place), unused_s) for place, unused_s in unused.items()]
     if not delete or not found:
         return found
-    doomed = []
+    doomed: dict[Path, Garbage] = {}
     with locked(path):
         # Again, now that no run can publish any of it; what is set aside here can no more be found and used again.
-        found = _garbage(path, read_root(path), grace_s)
+        unused = _unused(path, read_root(path), grace_s)
         for one in found:
             aside = one.path.with_name(f"{REMOVED}{uuid.uuid4().hex}")
-            one.path.rename(aside)
-            doomed.append(aside)
+            if one.path in unused:
+                with suppress(FileNotFoundError):
+                    one.path.rename(aside)
+                    doomed[aside] = one
+    # Else a power failure could bring back a part of a folder, under its old name and with its record whole.
+    for folder in {aside.parent for aside in doomed}:
+        sync_folder(folder)
     for aside in doomed:
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-    return found
+    return list(doomed.values())
 
 
-def _garbage(path: Path, root: RootRecord, grace_s: float) -> list[Garbage]:
+def _unused(path: Path, root: RootRecord, grace_s: float) -> dict[Path, float]:
+    """Return what nothing names and nobody has used for the time of grace, and for how many seconds."""
     now = time.time()
-    found = []
-    for place in sorted(_unnamed(path, root)):
-        unused_s = now - _last_used(place)
-        if unused_s >= grace_s:
-            found.append(Garbage(place, sum(state.st_blocks * 512 for state in _states(place)), unused_s))
-    return found
+    ages = {place: now - _last_used(place) for place in sorted(_unnamed(path, root))}
+    return {
+        place: unused_s
+        for place, unused_s in ages.items()
+        if unused_s >= (max(grace_s, _WRITING_S) if _is_being_written(place) else grace_s)
+    }
 
 
 def _unnamed(path: Path, root: RootRecord) -> Iterator[Path]:
     """Find what lies where cspine writes, looks like what it writes, and is not named; no links."""
     cases = path / "cases"
-    folders = [folder for folder in cases.iterdir() if _is_folder(folder)] if _is_folder(cases) else []
+    folders = [folder for folder in _inside(cases) if _is_folder(folder)] if _is_folder(cases) else []
     for folder in (path, cases) if folders else (path,):
-        yield from (file for file in folder.iterdir() if _is_hidden(file))
+        yield from (file for file in _inside(folder) if _is_hidden(file))
     for folder in folders:
         if folder.name.startswith("."):
             continue
         named = set(root.cases.get(folder.name, {}).values())
-        inside = list(folder.iterdir())
+        inside = _inside(folder)
         unnamed = [file for file in inside if _is_hidden(file) or (_is_digest(file) and file.name not in named)]
         if not named and len(unnamed) == sum(file.name != METADATA for file in inside):
             yield folder
@@ -116,17 +125,33 @@ def _unnamed(path: Path, root: RootRecord) -> Iterator[Path]:
 
 def _last_used(place: Path) -> float:
     """Return when something was last used: a digest as its own mark says, else as its youngest file does."""
-    if _is_digest(place):
-        return place.stat().st_mtime
-    if _is_folder(place) and not _is_hidden(place):
-        return max([place.stat().st_mtime, *map(_last_used, place.iterdir())])
-    return max((state.st_mtime for state in _states(place)), default=0.0)
+    own = [state.st_mtime for state in _states(place, deep=not _is_digest(place))]
+    # What vanishes while it is looked at is in use.
+    return max(own, default=time.time())
 
 
-def _states(place: Path) -> list[os.stat_result]:
+def _size(place: Path) -> int:
+    return sum(state.st_blocks * 512 for state in _states(place))
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _is_being_written(place: Path) -> bool:
+    """Tell whether something may be; of a case's folder, whether anything in it may be."""
+    if not place.name.startswith("."):
+        return any(map(_is_being_written, _inside(place))) if _is_folder(place) and not _is_digest(place) else False
+    return place.name.startswith((UNFINISHED, TEMPORARY))
+
+
+def _states(place: Path, *, deep: bool = True) -> list[os.stat_result]:
     """Return the states of a file, or of a folder and all that is in it; what vanishes meanwhile is left out."""
     states = []
-    for file in (place, *(place.rglob("*") if _is_folder(place) else ())):
+    for file in (place, *(place.rglob("*") if deep and _is_folder(place) else ())):
         with suppress(FileNotFoundError):
             states.append(file.lstat())
     return states

@@ -9,7 +9,7 @@ from pathlib import Path
 from cspine_data.cases import Case, Problem, copy_problem, describe_problem
 from cspine_data.errors import InputError
 from cspine_data.preprocess import Preprocessing
-from cspine_data.schema import case_digest, volume_digest
+from cspine_data.schema import case_digest, case_path, volume_digest
 from cspine_data.store import read_root, stored_record
 from cspine_data.volumes import content_digest
 
@@ -91,6 +91,9 @@ def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -
     current = published.get(job.case.id, {}).get(job.preprocessing.variant)
     record = stored_record(store, job.case.id, current) if current else None
     kept, held = (record.axes, record.preprocessing) if record else ((), None)
+    if current and record is None:
+        # Its record is damaged or of an older cspine; its folders tell.
+        kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
     return replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.cases import Case, Problem, describe_problem, find_cases
+from cspine_data.cluster import check_workers
 from cspine_data.errors import InputError
 from cspine_data.jobs import Job, file_digests
-from cspine_data.pipeline import Progress, do_jobs, listed_neutrally
+from cspine_data.pipeline import Progress, do_jobs, existing_key
 from cspine_data.preprocess import Preprocessing
+from cspine_data.pseudonyms import read_key
 from cspine_data.schema import RootRecord
 from cspine_data.store import read_root, stored_record
-from cspine_data.verification import STRAY, Damage, mend_groups, verify
+from cspine_data.verification import STRAY, Damage, mend_groups, verify, verify_case
+
+Way = tuple[Preprocessing, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,16 @@ class RepairSummary:
     damages : tuple of Damage
         What was not what had been written.
     mended : tuple of tuple of str
-        Each case and variant that was made anew, to the bytes that it had.
+        Each case and variant that was made anew, and verified.
+    differing : tuple of tuple of str
+        Of these, those whose bytes are not those of before, which another version of a library may bring with it.
     failed : tuple of Problem
         Cases that could not be made anew, and why.
     """
 
     damages: tuple[Damage, ...]
     mended: tuple[tuple[str, str], ...]
+    differing: tuple[tuple[str, str], ...]
     failed: tuple[Problem, ...]
 
 
@@ -62,16 +69,15 @@ def repair(
     StoreError
         If there is no store, its root is damaged, or it cannot be written to.
     """
+    check_workers(workers)
     store = Path(store).resolve()
     damages = tuple(verify(store))
     if not damages:
-        return RepairSummary((), (), ())
+        return RepairSummary((), (), (), ())
     root = read_root(store)
-    listing = find_cases(source, pairs)
-    if root.neutral_ids:
-        listing = listed_neutrally(listing, store)
+    files = _files(store, root, find_cases(source, pairs).cases)
     mend_groups(store)
-    files = {case.id: case for case in listing.cases}
+    ways = {variant: _ways(store, root, variant) for variant in {damage.variant for damage in damages}}
     jobs, failed = [], []
     strays = {(damage.case, damage.variant): damage for damage in damages if damage.problem == STRAY}
     for case, variant in sorted({(damage.case, damage.variant) for damage in damages if damage.variant}):
@@ -79,25 +85,42 @@ def repair(
             failed.append(Problem(case, f"{strays[case, variant]}; move it away, then mend the case"))
             continue
         try:
-            jobs.append(_job(store, root, files, case, variant))
+            jobs.append(_job(store, root, files, case, variant, ways[variant]))
         except (InputError, OSError) as error:
             failed.append(describe_problem(case, error))
-    mended = []
+    before = {job.digest: stored_record(store, job.case.id, job.digest) for job in jobs}
+    mended, differing = [], []
     for variant in sorted({job.preprocessing.variant for job in jobs}):
         of_variant = [job for job in jobs if job.preprocessing.variant == variant]
         outcomes = do_jobs(of_variant, store, workers, scheduler, progress)
-        failed += [outcome for outcome in outcomes.values() if isinstance(outcome, Problem)]
-        mended += [(case, variant) for case, outcome in outcomes.items() if not isinstance(outcome, Problem)]
-    return RepairSummary(damages, tuple(sorted(mended)), tuple(failed))
+        for job in of_variant:
+            outcome, still = outcomes[job.case.id], verify_case(store, job.case.id, variant, job.digest)
+            if isinstance(outcome, Problem) or still:
+                failed.append(outcome if isinstance(outcome, Problem) else Problem(job.case.id, str(still[0])))
+                continue
+            mended.append((job.case.id, variant))
+            old, new = before[job.digest], stored_record(store, job.case.id, job.digest)
+            if old and new and old.files != new.files:
+                differing.append((job.case.id, variant))
+    return RepairSummary(damages, tuple(sorted(mended)), tuple(sorted(differing)), tuple(failed))
 
 
-def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, variant: str) -> Job:
+def _files(store: Path, root: RootRecord, cases: Iterable[Case]) -> dict[str, Case]:
+    """Return a source's cases by the ids that the store knows them by."""
+    if not root.neutral_ids:
+        return {case.id: case for case in cases}
+    ids = read_key(existing_key(store, root))
+    return {ids[case.id]: replace(case, id=ids[case.id]) for case in cases if case.id in ids}
+
+
+def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, variant: str, ways: Sequence[Way]) -> Job:
     """Return the job whose digest is the damaged one: made of the same files in the same way."""
     if case not in files:
         raise InputError(f"case {case!r}", "is damaged, and not in the source", "give the folder that holds its files")
     digest = root.cases[case][variant]
     image_sha256, label_sha256 = file_digests(files[case])
-    for preprocessing, axes in _ways(store, root, case, variant):
+    record = stored_record(store, case, digest)
+    for preprocessing, axes in [(record.preprocessing, record.axes)] if record else ways:
         job = Job(files[case], image_sha256, label_sha256, preprocessing, axes, digest, preprocessing, anew=True)
         if job.digest == digest:
             return job
@@ -107,11 +130,11 @@ def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, varia
     )  # fmt: skip
 
 
-def _ways(store: Path, root: RootRecord, case: str, variant: str) -> Iterator[tuple[Preprocessing, tuple[int, ...]]]:
-    """Iterate over how a case may have been prepared: as its record says, else as other cases were."""
-    others = sorted(root.cases, key=lambda other: other != case)
-    for other in others:
-        record = stored_record(store, other, root.cases[other][variant]) if variant in root.cases[other] else None
-        if record is not None:
-            yield record.preprocessing, record.axes
-    yield Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2)
+def _ways(store: Path, root: RootRecord, variant: str) -> list[Way]:
+    """Return in which ways a store's cases were prepared: those that records tell, and the default."""
+    found: list[Way] = [(Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2))]
+    for case, variants in root.cases.items():
+        record = stored_record(store, case, variants[variant]) if variant in variants else None
+        if record and (record.preprocessing, record.axes) not in found:
+            found.append((record.preprocessing, record.axes))
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.cases import Case, Listing, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
-from cspine_data.cluster import Result, run_jobs
+from cspine_data.cluster import Result, check_workers, run_jobs
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.intensity import standard_landmarks
@@ -27,9 +27,10 @@ from cspine_data.publishing import (
     keep_standard,
     mark_in_use,
     publish,
+    sync_above,
     write_case,
 )
-from cspine_data.schema import CaseRecord, Standard, standard_key
+from cspine_data.schema import CaseRecord, RootRecord, Standard, case_path, standard_key
 from cspine_data.store import read_corrected, read_root, stored_record
 from cspine_data.volumes import read_volume
 
@@ -146,12 +147,13 @@ def prepare(
     """
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
-    if workers is not None and workers < 1:
-        raise InputError(f"workers {workers}", "are too few", "give 1 or more")
+    check_workers(workers)
     if preprocessing is None:
         preprocessing = Preprocessing() if n4 else Preprocessing(bias=None)
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
+    if key_file(store).exists() and not anonymise:
+        raise InputError(key_file(store), "lies beside the store: its cases have neutral ids", "give --anonymise")
     create_store(store, neutral_ids=anonymise)
     if anonymise:
         listing = listed_neutrally(listing, store)
@@ -198,10 +200,15 @@ def listed_neutrally(listing: Listing, store: Path) -> Listing:
     InputError
         If the store holds cases and their key is missing or damaged: others would be given their ids.
     """
+    return with_neutral_ids(listing, existing_key(store, read_root(store)))
+
+
+def existing_key(store: Path, root: RootRecord) -> Path:
+    """Return the key of an anonymised store; where its ids were given to cases, it must be there."""
     key = key_file(store)
-    if read_root(store).cases and not key.exists():
+    if (root.cases or root.enrolled or root.standards) and not key.exists():
         raise InputError(key, "is missing, and only it says which case is which", "bring it back to that place")
-    return with_neutral_ids(listing, key)
+    return key
 
 
 def do_jobs(
@@ -220,10 +227,13 @@ def do_jobs(
             made = [job for job, outcome in ended if not isinstance(outcome, Problem)]
             replacements = [Replacement(job.case.id, job.digest, job.current) for job in made]
             left = publish(store, made[0].preprocessing.variant, replacements) if made else set()
-            overtaken += [job for job in made if job.case.id in left]
+            overtaken += [job for job in made if job.case.id in left and not job.anew]
             for job, outcome in ended:
                 if job.case.id in left:
-                    continue
+                    if not job.anew:
+                        continue
+                    # What was to be mended is not what is wanted any more.
+                    outcome = Problem(job.case.id, f"{store}: {job.case.id} was prepared anew or removed meanwhile")
                 outcomes[job.case.id] = outcome
                 if progress:
                     progress(len(outcomes), total, job.case.id)
@@ -269,6 +279,8 @@ def prepare_case(job: Job, store: Path) -> int:
     """
     if not job.anew and stored_record(store, job.case.id, job.digest) is not None:
         mark_in_use(store, job.case.id, job.digest)
+        # The run that wrote it may have been killed before its folders were durable.
+        sync_above(store, job.case.id)
         return 0
     loaded = load_case(job.case)
     if file_digests(job.case) != (job.image_sha256, job.label_sha256):
@@ -280,7 +292,7 @@ def prepare_case(job: Job, store: Path) -> int:
     label_xyz = _label_xyz(loaded)
     label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
     write_case(store, _record(job, loaded, prepared, label), prepared, label, anew=job.anew)
-    folder = store / "cases" / job.case.id / job.digest
+    folder = store / case_path(job.case.id, job.digest)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

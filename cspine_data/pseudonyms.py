@@ -72,13 +72,13 @@ def with_neutral_ids(listing: Listing, key: Path) -> Listing:
 def _enter(key: Path, cases: Iterable[Case]) -> dict[str, str]:
     """Enter the cases that a key does not know yet; return the id of every case that it knows then."""
     # What takes long comes before the lock: a key that is replaced at once can be read without it.
-    before = _read(key)
+    before = read_key(key)
     in_order = _in_order(case for case in cases if case.id not in before)
     if not in_order:
         return before
     key.parent.mkdir(parents=True, exist_ok=True)
     with _lock(key):
-        ids = _read(key)
+        ids = read_key(key)
         last = max(map(_number, ids.values()), default=0)
         new = [case for case in in_order if case not in ids]
         ids |= {case: f"case{number:04d}" for number, case in enumerate(new, start=last + 1)}
@@ -99,7 +99,7 @@ def _in_order(cases: Iterable[Case]) -> list[str]:
     return [case for *_, case in sorted(map(place, cases))]
 
 
-def _read(key: Path) -> dict[str, str]:
+def read_key(key: Path) -> dict[str, str]:
     """Read the neutral id of every case of a key; none where there is no key yet.
 
     What is wrong is told by its line, without the names that stand there.

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import schema
-from cspine_data.errors import NotInStoreError, StoreError
+from cspine_data.errors import NotInStoreError, StoreError, describe_os_error
 from cspine_data.geometry import Orientation
 from cspine_data.preprocess import PreparedVolume
 from cspine_data.schema import CaseRecord, RootRecord, Standard
 from cspine_data.store import read_root, stored_record
-from cspine_data.writer import METADATA, CaseWriter, make_folder, sync_folder
+from cspine_data.writer import METADATA, CaseWriter, make_folder, sync_folder, write_file
 
 #: How the folders and files begin that no reader looks at: being written, and set aside to be deleted.
 UNFINISHED, TEMPORARY, REMOVED = ".unfinished-", f".{METADATA}-", ".removed-"
@@ -59,21 +59,25 @@ def create_store(path: Path, *, neutral_ids: bool = False) -> None:
         If something else than a store is at that place, or it holds cases under ids of the other kind.
     """
     if not (path / METADATA).exists():
-        # What is left of a store whose damaged root was deleted can be used again, and what a killed run hid ignored.
-        known = path.is_dir() and all(file.name.startswith(".") or file.name == "cases" for file in path.iterdir())
-        if path.exists() and not known:
+        if path.exists() and not _could_become_a_store(path):
             raise StoreError(f"{path}: is there and is no cspine store; choose another --store")
         make_folder(path)
         with locked(path):
             if not (path / METADATA).exists():
                 write_record(path, RootRecord(neutral_ids=neutral_ids))
-    root = read_root(path)
-    if root.neutral_ids == neutral_ids:
-        return
-    if root.cases:
-        told = "neutral ids; give --anonymise" if root.neutral_ids else "their files' names; choose another --store"
+                sync_folder(path.parent)
+    # For good: names that a store once held stay in the order of its splits, also when the cases are gone.
+    if read_root(path).neutral_ids != neutral_ids:
+        told = "their files' names; choose another --store" if neutral_ids else "neutral ids; give --anonymise"
         raise StoreError(f"{path}: its cases have {told}")
-    _update_root(path, lambda root: root.model_copy(update={"neutral_ids": neutral_ids}))
+
+
+def _could_become_a_store(path: Path) -> bool:
+    """Whether a folder is empty but for what a killed run hid, or what is left of a store whose root was deleted."""
+    if not path.is_dir():
+        return False
+    visible = {file.name for file in path.iterdir() if not file.name.startswith(".")}
+    return not visible or (visible == {"cases"} and (path / "cases" / METADATA).is_file())
 
 
 def write_case(
@@ -101,6 +105,7 @@ def write_case(
     """
     target = path / schema.case_path(record.case, record.digest)
     case_folder, cases_folder = target.parent, target.parent.parent
+    refuse_links(cases_folder, case_folder)
     make_folder(case_folder)
     unfinished, aside = (case_folder / f"{begin}{uuid.uuid4().hex}" for begin in (UNFINISHED, REMOVED))
     try:
@@ -117,12 +122,30 @@ def write_case(
             # Else another run wrote the same digest meanwhile: the same bytes, so its copy serves.
             if not target.exists():
                 unfinished.rename(target)
-        for folder in (case_folder, cases_folder, path):
-            sync_folder(folder)
+        sync_above(path, record.case)
     finally:
         for folder in (unfinished, aside):
             shutil.rmtree(folder, ignore_errors=True)
     return record
+
+
+def refuse_links(*folders: Path) -> None:
+    """Refuse to write through a link: what lies behind it is not this store's.
+
+    Raises
+    ------
+    StoreError
+        If one of them is a link.
+    """
+    for folder in folders:
+        if folder.is_symlink():
+            raise StoreError(f"{folder}: is a link to elsewhere; put the folder itself there")
+
+
+def sync_above(path: Path, case: str) -> None:
+    """Make the way from a store down to what its case's folder holds durable."""
+    for folder in (path / "cases" / case, path / "cases", path):
+        sync_folder(folder)
 
 
 def publish(path: Path, variant: str, made: Iterable[Replacement]) -> set[str]:
@@ -155,7 +178,8 @@ def publish(path: Path, variant: str, made: Iterable[Replacement]) -> set[str]:
 def mark_in_use(path: Path, case: str, digest: str) -> None:
     """Note on a digest that nothing names, or soon, that somebody uses it: its time of grace starts now."""
     folder = path / schema.case_path(case, digest)
-    if folder.is_dir():
+    # Where it is gone, whoever wanted to use it finds out when publishing it.
+    with suppress(FileNotFoundError):
         os.utime(folder)
         sync_folder(folder)
 
@@ -170,7 +194,7 @@ def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -
     NotInStoreError
         If the store does not hold one of them; then none is removed.
     """
-    wanted = list(cases)
+    wanted = list(dict.fromkeys(cases))
 
     def without(root: RootRecord) -> RootRecord:
         kept = {case: dict(variants) for case, variants in root.cases.items()}
@@ -249,7 +273,8 @@ def locked(path: Path) -> Iterator[None]:
             f"{path}: another run has been writing to it for {_PATIENCE_S} s; run it again when that has ended"
         ) from None
     except OSError as error:
-        raise StoreError(f"{path}: cannot be written to ({error.strerror}); choose a store that is yours") from None
+        error.filename = error.filename or str(path / _LOCK)
+        raise StoreError(describe_os_error(error)) from None
     try:
         yield
     finally:
@@ -265,6 +290,12 @@ def _lock(path: Path) -> Any:
     from filelock import FileLock
 
     return FileLock(path / _LOCK, timeout=_PATIENCE_S)
+
+
+def write_root_again(path: Path) -> None:
+    """Write the root's metadata as it is to be, to the last byte; what it says stays."""
+    with locked(path):
+        write_record(path, read_root(path))
 
 
 def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None:
@@ -302,10 +333,7 @@ def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolu
 def _write_metadata(folder: Path, content: bytes) -> None:
     temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
-        with temporary.open("xb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        write_file(temporary, [content])
         temporary.replace(folder / METADATA)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,9 +6,13 @@ this path knows the one layout that `schema` writes, keeps no thread and no loop
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
+import stat
+import struct
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -20,9 +24,19 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import DamagedStoreError
 from cspine_data.schema import CHECKSUM_BYTES, LONGEST_RUN, chunk_checksum, codecs
+from cspine_data.store import REPAIR, read_metadata
 
 _MAX_OPEN = 128
 _ABSENT = 2**64 - 1
+_DTYPES = {
+    name: np.dtype(name)
+    for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
+}
+# What opening tells of a store that is not whole; too many open files, or a disk that fails, are not its fault.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+# A Blosc buffer: version, format, flags, type size, decoded bytes, block size, its own bytes.
+_BLOSC_HEADER = struct.Struct("<BBBBIII")
+_BLOSC_COPIED = 2
 
 
 class SliceArray:
@@ -32,23 +46,37 @@ class SliceArray:
     ----------
     path : Path
         The array's folder.
+    metadata_sha256 : str, optional
+        What the case's record says of the array's metadata.
 
     Raises
     ------
     DamagedStoreError
         If its metadata or its shard index is missing, damaged, or not of the layout that `schema` writes.
+    OSError
+        If it cannot be opened for a reason that is not the store's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, metadata_sha256: str | None = None) -> None:
         self._path = path
         self._descriptor = -1
         try:
-            metadata = json.loads((path / "zarr.json").read_bytes())
+            content = read_metadata(path)
+            if metadata_sha256 not in (None, hashlib.sha256(content).hexdigest()):
+                raise ValueError("its metadata is not what was written")
+            metadata = json.loads(content)
             self.shape: tuple[int, int, int] = tuple(metadata["shape"])
-            self.dtype = np.dtype(metadata["data_type"])
+            self.dtype = _DTYPES[metadata["data_type"]]
             self._check_layout(metadata)
-            self._descriptor = os.open(path / "c" / "0" / "0" / "0", os.O_RDONLY | os.O_CLOEXEC)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            shard = path / "c" / "0" / "0" / "0"
+            self._descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise ValueError("its shard is no file")
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+            raise self._damage(f"cannot be opened ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise self._damage(f"cannot be opened ({error})") from None
         self._index = self._read_index()
 
@@ -63,16 +91,21 @@ class SliceArray:
         ------
         DamagedStoreError
             If the slice's bytes are not what was written; `out` is then undefined.
+        OSError
+            If the disk does not give them.
         """
         offset, size = self._index[position]
         if offset == _ABSENT:  # a slice of zeros
             out.fill(0)
             return
-        chunk = os.pread(self._descriptor, int(size), int(offset))
+        chunk = self._bytes(size, offset)
         content, checksum = chunk[:-CHECKSUM_BYTES], chunk[-CHECKSUM_BYTES:]
-        if len(chunk) != size or chunk_checksum(content) != checksum or _decoded_bytes(content) != out.nbytes:
+        if len(chunk) != size or chunk_checksum(content) != checksum or not _decodes_to(content, out):
             raise self._damage(f"slice {position} is not what was written")
-        blosc.decompress(content, out)
+        try:
+            blosc.decompress(content, out)
+        except RuntimeError:
+            raise self._damage(f"slice {position} cannot be decompressed") from None
 
     def read(self, position: int) -> NDArray[Any]:
         """Return one slice, (H, W), as a new array."""
@@ -97,7 +130,7 @@ class SliceArray:
         start = size - entries - CHECKSUM_BYTES
         # A store may come from anybody: nothing is allocated that its file cannot hold.
         believable = start >= 0 and self.dtype.itemsize * math.prod(self.shape[1:]) <= size * LONGEST_RUN
-        content = os.pread(self._descriptor, entries + CHECKSUM_BYTES, start) if believable else b""
+        content = self._bytes(entries + CHECKSUM_BYTES, start) if believable else b""
         if not believable or chunk_checksum(content[:entries]) != content[entries:]:
             raise self._damage("its index is not what was written")
         index = np.frombuffer(content, dtype="<u8", count=2 * self.shape[0]).reshape(-1, 2)
@@ -106,14 +139,28 @@ class SliceArray:
             raise self._damage("its index leads out of it")
         return cast("list[tuple[int, int]]", list(map(tuple, index.tolist())))
 
+    def _bytes(self, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
     def _damage(self, problem: str) -> DamagedStoreError:
-        remedy = "mend it with cspine-data verify --repair SOURCE"
-        return DamagedStoreError(f"{self._path}: {problem}; {remedy}")
+        # When it has been mended, it is to be opened again.
+        _open_arrays.drop(self._path)
+        if not self._path.parents[1].is_dir():
+            remedy = "it was replaced or removed: open the cohort again"
+            return DamagedStoreError(f"{self._path}: is not there any more; {remedy}")
+        return DamagedStoreError(f"{self._path}: {problem}; {REPAIR}")
 
 
-def _decoded_bytes(content: bytes) -> int:
-    """Return how many bytes a Blosc buffer says that it decodes to."""
-    return int.from_bytes(content[4:8], "little")
+def _decodes_to(content: bytes, out: NDArray[Any]) -> bool:
+    """Tell whether a Blosc buffer says of itself what it is: its library believes it, and reads on past its end."""
+    if len(content) < _BLOSC_HEADER.size:
+        return False
+    _, _, flags, item, decoded, _, own = _BLOSC_HEADER.unpack_from(content)
+    copied = flags & _BLOSC_COPIED and own != decoded + _BLOSC_HEADER.size
+    return bool((item, decoded, own) == (out.itemsize, out.nbytes, len(content)) and not copied)
 
 
 class _OpenArrays:
@@ -131,13 +178,17 @@ class _OpenArrays:
     def _renew_lock(self) -> None:
         self._lock = threading.Lock()
 
-    def get(self, path: Path) -> SliceArray:
+    def drop(self, path: Path) -> None:
+        with self._lock:
+            self._arrays.pop(path, None)
+
+    def get(self, path: Path, metadata_sha256: str | None) -> SliceArray:
         with self._lock:
             array = self._arrays.get(path)
             if array is not None:
                 self._arrays.move_to_end(path)
                 return array
-        array = SliceArray(path)
+        array = SliceArray(path, metadata_sha256)
         with self._lock:
             self._arrays[path] = array
             if len(self._arrays) > _MAX_OPEN:
@@ -148,6 +199,6 @@ class _OpenArrays:
 _open_arrays = _OpenArrays()
 
 
-def slice_array(path: Path) -> SliceArray:
-    """Return an array of slices, opened at most once in a process while it is in use."""
-    return _open_arrays.get(path)
+def slice_array(path: Path, metadata_sha256: str | None = None) -> SliceArray:
+    """Return an array of slices, opened at most once in a process while it is in use; see `SliceArray`."""
+    return _open_arrays.get(path, metadata_sha256)

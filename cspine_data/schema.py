@@ -21,7 +21,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cspine_data.cases import is_case_id
 from cspine_data.geometry import Geometry, Orientation, Triple
@@ -42,6 +42,7 @@ VOLUME_CHUNK = 64
 CHECKSUM_BYTES = 4
 #: Blosc's LZ4 stores at most some 255 bytes in one: a file that is smaller than that does not hold what it claims.
 LONGEST_RUN = 260
+_LONGEST_AXIS = 1 << 20
 DIGEST = re.compile("[0-9a-f]{32}")
 
 
@@ -165,6 +166,17 @@ class CaseRecord(BaseModel):
     label_voxels: dict[int, int]
     labelled_voxels: dict[int, tuple[int, ...]]
     files: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> CaseRecord:
+        """Let no record that came from somebody else have arrays made, or read, that are not there."""
+        sizes = (*self.size_xyz, *self.sliced_size_xyz)
+        if not all(0 < size <= _LONGEST_AXIS for size in sizes) or not set(self.axes) <= {0, 1, 2}:
+            raise ValueError("its sizes or axes cannot be")
+        counted = {axis: len(counts) for axis, counts in self.labelled_voxels.items()}
+        if counted != (dict(enumerate(self.sliced_size_xyz)) if self.labelled else {}):
+            raise ValueError("its labelled voxels are of other slices")
+        return self
 
     @property
     def labelled(self) -> bool:

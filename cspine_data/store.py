@@ -5,9 +5,12 @@ What is damaged raises: records and arrays' metadata are held against their chec
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from cspine_data.preprocess import CorrectedVolume
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.writer import METADATA
 
-_REPAIR = "mend it with cspine-data verify --repair SOURCE"
+REPAIR = "mend it with cspine-data verify --repair SOURCE"
+# Some hundred times the root of ten thousand cases.
+_MOST_METADATA_BYTES = 1 << 28
 
 
 def read_root(path: Path) -> RootRecord:
@@ -46,27 +51,25 @@ def read_root(path: Path) -> RootRecord:
         raise _damaged_group(path / METADATA, _first(error)) from None
 
 
-def read_record(path: Path, case: str, variant: str) -> CaseRecord:
-    """Read the record of the current digest of one variant of a case.
-
-    Raises
-    ------
-    NotInStoreError
-        If the store does not hold it.
-    DamagedStoreError
-        If its record is missing or damaged.
-    """
-    return _record_of(path, read_root(path), case, variant)
-
-
 def records(path: Path, root: RootRecord, variant: str) -> Iterable[CaseRecord]:
     """Iterate over the records of a variant, by case id."""
     for case in sorted(root.cases):
         if variant in root.cases[case]:
-            yield _record_of(path, root, case, variant)
+            yield record_of(path, root, case, variant)
 
 
-def _record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRecord:
+def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRecord:
+    """Read the record of the digest of one variant of a case that a root names.
+
+    Raises
+    ------
+    NotInStoreError
+        If the root does not name it.
+    StoreError
+        If an older cspine wrote it, or it was replaced since and collected.
+    DamagedStoreError
+        If its record is missing or damaged.
+    """
     variants = root.cases.get(case)
     if variants is None:
         raise NotInStoreError(f"{path}: holds no case {case!r}; cspine-data info lists what it holds")
@@ -76,8 +79,10 @@ def _record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRec
     record = stored_record(path, case, variants[variant])
     if record is None and is_older(path, case, variants[variant]):
         raise StoreError(f"{path}: was written by an older cspine; run cspine-data prepare again to renew its cases")
+    if record is None and read_root(path).cases.get(case, {}).get(variant) != variants[variant]:
+        raise StoreError(f"{path}: {case} ({variant}) was replaced or removed: open the cohort again")
     if record is None or record.variant != variant:
-        raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; {_REPAIR}")
+        raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; {REPAIR}")
     return record
 
 
@@ -151,34 +156,61 @@ def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
     folder = path / schema.case_path(record.case, record.digest) / name
     metadata, shard = folder / METADATA, folder / "c" / "0" / "0" / "0"
     # zarr reads a shard that is not there as zeros, and believes any shape.
+    if not folder.parents[name.count("/")].is_dir():
+        raise StoreError(f"{path}: {record.case} ({record.variant}) was replaced or removed: open the cohort again")
     if not (metadata.is_file() and shard.is_file()):
-        raise DamagedStoreError(f"{folder}: is missing from the store; {_REPAIR}")
-    if hashlib.sha256(metadata.read_bytes()).hexdigest() != record.files.get(f"{name}/{METADATA}"):
-        raise DamagedStoreError(f"{metadata}: is not what was written; {_REPAIR}")
+        raise DamagedStoreError(f"{folder}: is missing from the store; {REPAIR}")
+    if hashlib.sha256(read_metadata(folder)).hexdigest() != record.files.get(f"{name}/{METADATA}"):
+        raise DamagedStoreError(f"{metadata}: is not what was written; {REPAIR}")
     try:
         array = zarr.open_array(str(folder), mode="r")
         claimed = math.prod(array.shape) * array.dtype.itemsize
         if array.shape != record.size_xyz or claimed > shard.stat().st_size * schema.LONGEST_RUN:
             raise ValueError("its shape is not the volume's")
         return np.asarray(array[...])
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise DamagedStoreError(f"{folder}: is damaged ({error}); {_REPAIR}") from None
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise DamagedStoreError(f"{folder}: is damaged ({error}); {REPAIR}") from None
+
+
+def read_metadata(folder: Path) -> bytes:
+    """Read a metadata file of a store that anybody may have made: no link, no pipe, nothing without an end.
+
+    Raises
+    ------
+    ValueError
+        If it is no file, or far longer than metadata are.
+    OSError
+        If it is not there, or cannot be read.
+    """
+    try:
+        descriptor = os.open(folder / METADATA, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("is a link") from None
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if stat.S_ISDIR(state.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / METADATA))
+        if not stat.S_ISREG(state.st_mode) or state.st_size > _MOST_METADATA_BYTES:
+            raise ValueError("is no file of metadata")
+        return file.read()
 
 
 def metadata_is_intact(folder: Path) -> bool:
     """Tell whether a group's metadata file, which could be read, is as it was written to the last byte."""
-    content = (folder / METADATA).read_bytes()
+    content = read_metadata(folder)
     return content == schema.group_bytes(json.loads(content)["attributes"])
 
 
 def _attributes(folder: Path) -> dict[str, Any] | None:
     """Return the record in a group's attributes, once it was held against its checksum; None where there is none."""
     try:
-        content = json.loads((folder / METADATA).read_bytes())["attributes"]
+        content = json.loads(read_metadata(folder))["attributes"]
         record, checksum = content.get(schema.ATTRIBUTE), content.get(schema.CHECKSUM_ATTRIBUTE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _damaged_group(folder / METADATA, "cannot be understood") from None
     if record is None and checksum is None:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cspine_data.errors import CspineDataError, describe_os_error
+from cspine_data.errors import CspineDataError, describe_os_error, printable
 
 Progress = Callable[[int, int, str], None]
 
@@ -18,7 +18,7 @@ class CommandGroup(click.Group):
     """A group of commands whose expected errors end in one line and a non-zero status, never in a traceback."""
 
     #: Errors that a user can meet and mend.
-    expected: tuple[type[BaseException], ...] = (CspineDataError, OSError)
+    expected: tuple[type[BaseException], ...] = (CspineDataError, OSError, MemoryError)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command and turn an expected error into one line."""
@@ -31,6 +31,8 @@ class CommandGroup(click.Group):
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "memory ran out; free some, or use a machine with more"
     if isinstance(error, OSError) and not isinstance(error, CspineDataError) and error.strerror:
         return describe_os_error(error)
     return " ".join(str(error).split())
@@ -40,7 +42,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with aligned columns, whole lines wherever the output goes."""
     widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(columns)]
     for row in (columns, *rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        click.echo(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
 
 
 @contextmanager

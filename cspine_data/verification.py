@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cspine_data import schema
-from cspine_data.publishing import write_empty_group, write_record
+from cspine_data.publishing import refuse_links, write_empty_group, write_root_again
 from cspine_data.schema import CaseRecord, RootRecord
-from cspine_data.store import is_older, metadata_is_intact, read_root, stored_record
+from cspine_data.store import is_older, metadata_is_intact, read_metadata, read_root, stored_record
 from cspine_data.writer import METADATA
 
-#: What is said of a file that a case does not name.
-STRAY = "does not belong there"
+#: What is said of a file that a case does not name, and of a case whose record is of another time.
+STRAY, OLDER = "does not belong there", "was written by an older cspine; prepare it again"
 Progress = Callable[[int, int, str], None]
 
 
@@ -70,22 +70,31 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[Damage]:
     published = [(case, variant, digest) for case, named in root.cases.items() for variant, digest in named.items()]
     # Hashing lets other threads run, and a disk serves several readers faster than one.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda one: _verify_case(path, *one), published)
-        for number, ((case, _, _), of_case) in enumerate(zip(published, found, strict=True), start=1):
-            damages += of_case
-            if progress:
-                progress(number, len(published), case)
+        found = pool.map(lambda one: verify_case(path, *one), published)
+        try:
+            for number, ((case, _, _), of_case) in enumerate(zip(published, found, strict=True), start=1):
+                damages += of_case
+                if progress:
+                    progress(number, len(published), case)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return damages
 
 
 def mend_groups(path: Path) -> None:
-    """Write the metadata of the groups that hold no case's voxels again, where it is damaged."""
-    root = read_root(path)
-    for damage in _damaged_groups(path, root):
+    """Write the metadata of the groups that hold no case's voxels again, where it is damaged.
+
+    Raises
+    ------
+    StoreError
+        If one of their folders is a link to elsewhere.
+    """
+    for damage in _damaged_groups(path, read_root(path)):
         folder = (path / damage.where).parent
         if folder == path:
-            write_record(path, root)
+            write_root_again(path)
         else:
+            refuse_links(path / "cases", folder)
             write_empty_group(folder, anew=True)
 
 
@@ -96,19 +105,29 @@ def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:
     groups = [("", path / "cases"), *((case, path / "cases" / case) for case in root.cases)]
     for case, group in groups if root.cases else ():
         where = str((group / METADATA).relative_to(path))
-        if not (group / METADATA).is_file():
+        try:
+            if group.is_symlink():
+                yield Damage(case, "", where, "lies behind a link to elsewhere")
+            elif read_metadata(group) != schema.group_bytes({}):
+                yield Damage(case, "", where, "is not what was written")
+        except FileNotFoundError:
             yield Damage(case, "", where, "is missing")
-        elif (group / METADATA).read_bytes() != schema.group_bytes({}):
-            yield Damage(case, "", where, "is not what was written")
+        except (OSError, ValueError):
+            yield Damage(case, "", where, "cannot be read")
 
 
-def _verify_case(path: Path, case: str, variant: str, digest: str) -> list[Damage]:
-    record = stored_record(path, case, digest)
-    if record is None:
-        older = is_older(path, case, digest)
-        problem = "was written by an older cspine; prepare it again" if older else "missing or damaged"
-        return [Damage(case, variant, "record", problem)]
-    return [Damage(case, variant, where, problem) for where, problem in _problems(path, record)]
+def verify_case(path: Path, case: str, variant: str, digest: str) -> list[Damage]:
+    """Hold every file of one variant of a case against its checksum; see `verify`."""
+    if (path / schema.case_path(case, digest)).is_symlink():
+        return [Damage(case, variant, "record", "lies behind a link to elsewhere")]
+    try:
+        record = stored_record(path, case, digest)
+        if record is None:
+            problem = OLDER if is_older(path, case, digest) else "missing or damaged"
+            return [Damage(case, variant, "record", problem)]
+        return [Damage(case, variant, where, problem) for where, problem in _problems(path, record)]
+    except OSError as error:
+        return [Damage(case, variant, "record", f"cannot be read ({error.strerror})")]
 
 
 def _problems(path: Path, record: CaseRecord) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,29 @@ class CaseWriter:
     def _write(self, name: str, parts: Iterable[bytes]) -> None:
         file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
-        with file.open("xb") as handle:
-            for part in parts:
-                digest.update(part)
-                handle.write(part)
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.checksums[name] = digest.hexdigest()
+        self.checksums[name] = write_file(file, parts)
+
+
+def write_file(file: Path, parts: Iterable[bytes]) -> str:
+    """Write a new file, durably; return the SHA-256, in hex, of what was to be written."""
+    digest = hashlib.sha256()
+    with _naming(file), file.open("xb") as handle:
+        for part in parts:
+            digest.update(part)
+            handle.write(part)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an error of the system say of which file it is: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def make_folder(folder: Path) -> None:
@@ -98,11 +114,12 @@ def make_folder(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a folder's entries durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with _naming(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _shard(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[bytes]:

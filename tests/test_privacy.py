@@ -345,9 +345,15 @@ def test_names_and_neutral_ids_do_not_mix(store: Path, tmp_path: Path, run_data)
     told = f"Error: {store}: its cases have their files' names; choose another --store\n"
     assert run_data("prepare", raw, "--store", store, "--no-n4", "--anonymise").output == told
     assert "2 done" in run_data("prepare", raw, "--store", neutral, "--no-n4", "--anonymise").output
+    key = tmp_path / "neutral.zarr.key.csv"
+    told = f"Error: {key}: lies beside the store: its cases have neutral ids; give --anonymise\n"
+    assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
+    (neutral / "zarr.json").rename(tmp_path / "root")
+    assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
+    (tmp_path / "root").rename(neutral / "zarr.json")
+    key.rename(tmp_path / "safe")
     told = f"Error: {neutral}: its cases have neutral ids; give --anonymise\n"
     assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
-    key = tmp_path / "neutral.zarr.key.csv"
-    key.rename(tmp_path / "safe")
+    assert run_data("remove", neutral, "case0001", "case0002").exit_code == 0
     told = f"Error: {key}: is missing, and only it says which case is which; bring it back to that place\n"
     assert run_data("prepare", raw, "--store", neutral, "--no-n4", "--anonymise").output == told

@@ -56,9 +56,11 @@ def watched(store: Path, raw: Path) -> Iterator[list[int]]:
 
     reader = threading.Thread(target=look)
     reader.start()
-    yield looks
-    ended.set()
-    reader.join()
+    try:
+        yield looks
+    finally:
+        ended.set()
+        reader.join()
     assert wrong == []
     assert looks == sorted(looks)
 

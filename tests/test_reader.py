@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 from cspine_data import DamagedStoreError, open_cohort
 from cspine_data.reader import SliceArray, slice_array
-from cspine_data.schema import slice_chunks
+from cspine_data.schema import chunk_checksum, slice_chunks
 from cspine_data.writer import CaseWriter
 
 DTYPES = ("float32", "uint8", "int16", "uint16", "int32")
@@ -97,6 +97,30 @@ def test_every_flipped_byte_raises_or_changes_nothing(tmp_path: Path) -> None:
         else:
             np.testing.assert_array_equal(found, array)
     assert raised == len(content)
+
+
+@pytest.mark.parametrize("change", ["copied", "longer", "shorter", "other items", "more than it holds", "nonsense"])
+def test_a_chunk_that_lies_about_itself_is_refused_though_its_checksum_fits(change: str, tmp_path: Path) -> None:
+    """Blosc's library believes a buffer's header, and would read on past the buffer's end."""
+    path = written(tmp_path, np.random.default_rng(0).normal(size=(1, 40, 50)).astype(np.float32))
+    shard = path / "c/0/0/0"
+    content = shard.read_bytes()
+    chunk = bytearray(content[: -(16 + 4 + 4)])
+    if change == "copied":
+        chunk[2] |= 2
+        del chunk[200:]
+        chunk[12:16] = len(chunk).to_bytes(4, "little")
+    elif change == "nonsense":
+        chunk[20:] = bytes(len(chunk) - 20)
+    else:
+        place, value = {
+            "longer": (4, 8004), "shorter": (4, 7996), "other items": (3, 2), "more than it holds": (12, 1 << 20),
+        }[change]  # fmt: skip
+        chunk[place : place + (1 if place == 3 else 4)] = value.to_bytes(1 if place == 3 else 4, "little")
+    index = np.array([0, len(chunk) + 4], "<u8").tobytes()
+    shard.write_bytes(bytes(chunk) + chunk_checksum(bytes(chunk)) + index + chunk_checksum(index))
+    with pytest.raises(DamagedStoreError, match="is not what was written|cannot be decompressed"):
+        SliceArray(path).read(0)
 
 
 @pytest.mark.parametrize("length", [0, 10, 200])
