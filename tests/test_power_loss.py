@@ -178,7 +178,9 @@ def test_whatever_was_promised_is_there_after_a_power_failure(
 ) -> None:
     recorder = life_of_a_store()
     assert len(recorder.steps) > 150
-    assert list(faults(recorder, tmp_path, often=20 if long_run else 1)) == []
+    often = 20 if long_run else 1
+    assert list(faults(recorder, tmp_path, often)) == []
+    print(f"{len(recorder.steps)} steps, {len(recorder.steps) * (1 + often)} failures")
 
 
 def test_the_next_run_ends_with_the_same_bytes_after_a_power_failure(

@@ -92,6 +92,7 @@ def test_a_flipped_byte_anywhere_is_found_and_never_read(store: Path, long_run: 
                 file.write_bytes(before)
             assert same(found, expected), (file, before)
     assert flips >= 3 * 50
+    print(f"{flips} flips")
     assert verify(store) == []
 
 
