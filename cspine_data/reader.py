@@ -11,32 +11,22 @@ import hashlib
 import json
 import math
 import os
-import stat
-import struct
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from numcodecs import blosc
 from numpy.typing import NDArray
 
 from cspine_data.errors import DamagedStoreError
-from cspine_data.schema import CHECKSUM_BYTES, LONGEST_RUN, chunk_checksum, codecs
-from cspine_data.store import REPAIR, read_metadata
+from cspine_data.schema import DTYPES, codecs
+from cspine_data.shards import ABSENT, ShardError, decode, open_shard, read_index
+from cspine_data.store import read_metadata, repair_hint
 
 _MAX_OPEN = 128
-_ABSENT = 2**64 - 1
-_DTYPES = {
-    name: np.dtype(name)
-    for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
-}
 # What opening tells of a store that is not whole; too many open files, or a disk that fails, are not its fault.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-# A Blosc buffer: version, format, flags, type size, decoded bytes, block size, its own bytes.
-_BLOSC_HEADER = struct.Struct("<BBBBIII")
-_BLOSC_COPIED = 2
 
 
 class SliceArray:
@@ -66,19 +56,19 @@ class SliceArray:
                 raise ValueError("its metadata is not what was written")
             metadata = json.loads(content)
             self.shape: tuple[int, int, int] = tuple(metadata["shape"])
-            self.dtype = _DTYPES[metadata["data_type"]]
+            self.dtype = DTYPES[metadata["data_type"]]
             self._check_layout(metadata)
-            shard = path / "c" / "0" / "0" / "0"
-            self._descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-                raise ValueError("its shard is no file")
+            self._descriptor = open_shard(path / "c" / "0" / "0" / "0")
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise
             raise self._damage(f"cannot be opened ({error.strerror})") from None
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise self._damage(f"cannot be opened ({error})") from None
-        self._index = self._read_index()
+        try:
+            self._index = read_index(self._descriptor, self.shape[0], math.prod(self.shape[1:]) * self.dtype.itemsize)
+        except ShardError as error:
+            raise self._damage(str(error)) from None
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -95,17 +85,15 @@ class SliceArray:
             If the disk does not give them.
         """
         offset, size = self._index[position]
-        if offset == _ABSENT:  # a slice of zeros
+        if offset == ABSENT:
             out.fill(0)
             return
-        chunk = self._bytes(size, offset)
-        content, checksum = chunk[:-CHECKSUM_BYTES], chunk[-CHECKSUM_BYTES:]
-        if len(chunk) != size or chunk_checksum(content) != checksum or not _decodes_to(content, out):
-            raise self._damage(f"slice {position} is not what was written")
         try:
-            blosc.decompress(content, out)
-        except RuntimeError:
-            raise self._damage(f"slice {position} cannot be decompressed") from None
+            decode(os.pread(self._descriptor, size, offset), size, out)
+        except ShardError as error:
+            raise self._damage(f"slice {position} {error}") from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def read(self, position: int) -> NDArray[Any]:
         """Return one slice, (H, W), as a new array."""
@@ -124,43 +112,13 @@ class SliceArray:
         if not sizes or layout != (self.shape, (1, *self.shape[1:]), expected, "end"):
             raise ValueError("its layout is not the store's")
 
-    def _read_index(self) -> list[tuple[int, int]]:
-        entries = self.shape[0] * 16
-        size = os.fstat(self._descriptor).st_size
-        start = size - entries - CHECKSUM_BYTES
-        # A store may come from anybody: nothing is allocated that its file cannot hold.
-        believable = start >= 0 and self.dtype.itemsize * math.prod(self.shape[1:]) <= size * LONGEST_RUN
-        content = self._bytes(entries + CHECKSUM_BYTES, start) if believable else b""
-        if not believable or chunk_checksum(content[:entries]) != content[entries:]:
-            raise self._damage("its index is not what was written")
-        index = np.frombuffer(content, dtype="<u8", count=2 * self.shape[0]).reshape(-1, 2)
-        here = index[index[:, 0] != _ABSENT]
-        if (here > start).any() or (here.sum(axis=1) > start).any():
-            raise self._damage("its index leads out of it")
-        return cast("list[tuple[int, int]]", list(map(tuple, index.tolist())))
-
-    def _bytes(self, size: int, offset: int) -> bytes:
-        try:
-            return os.pread(self._descriptor, size, offset)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
-
     def _damage(self, problem: str) -> DamagedStoreError:
         # When it has been mended, it is to be opened again.
         _open_arrays.drop(self._path)
         if not self._path.parents[1].is_dir():
             remedy = "it was replaced or removed: open the cohort again"
             return DamagedStoreError(f"{self._path}: is not there any more; {remedy}")
-        return DamagedStoreError(f"{self._path}: {problem}; {REPAIR}")
-
-
-def _decodes_to(content: bytes, out: NDArray[Any]) -> bool:
-    """Tell whether a Blosc buffer says of itself what it is: its library believes it, and reads on past its end."""
-    if len(content) < _BLOSC_HEADER.size:
-        return False
-    _, _, flags, item, decoded, _, own = _BLOSC_HEADER.unpack_from(content)
-    copied = flags & _BLOSC_COPIED and own != decoded + _BLOSC_HEADER.size
-    return bool((item, decoded, own) == (out.itemsize, out.nbytes, len(content)) and not copied)
+        return DamagedStoreError(f"{self._path}: {problem}; {repair_hint(self._path.parents[4])}")
 
 
 class _OpenArrays:

@@ -191,6 +191,13 @@ class CaseRecord(BaseModel):
         return (labelled[-1] - labelled[0] + 1) * self.sliced_spacing_xyz_mm[axis] if labelled else 0.0
 
 
+#: What arrays hold; anything else in their metadata is not this layout.
+DTYPES = {
+    name: np.dtype(name)
+    for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
+}
+
+
 def slice_array(axis: int, kind: str) -> str:
     """Return the path, within a case, of the slices of an axis; `kind` is ``image`` or ``label``."""
     return f"axis{axis}/{kind}"

@@ -8,14 +8,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -23,11 +21,16 @@ from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
 from cspine_data.preprocess import CorrectedVolume
 from cspine_data.schema import CaseRecord, RootRecord
+from cspine_data.shards import read_whole
 from cspine_data.writer import METADATA
 
-REPAIR = "mend it with cspine-data verify --repair SOURCE"
 # Some hundred times the root of ten thousand cases.
 _MOST_METADATA_BYTES = 1 << 28
+
+
+def repair_hint(path: Path) -> str:
+    """Say how a damaged store is mended."""
+    return f"mend it with cspine-data verify {path} --repair SOURCE"
 
 
 def read_root(path: Path) -> RootRecord:
@@ -82,7 +85,7 @@ def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseReco
     if record is None and read_root(path).cases.get(case, {}).get(variant) != variants[variant]:
         raise StoreError(f"{path}: {case} ({variant}) was replaced or removed: open the cohort again")
     if record is None or record.variant != variant:
-        raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; {REPAIR}")
+        raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; {repair_hint(path)}")
     return record
 
 
@@ -151,25 +154,25 @@ def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
 
 
 def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
-    import zarr
-
-    folder = path / schema.case_path(record.case, record.digest) / name
-    metadata, shard = folder / METADATA, folder / "c" / "0" / "0" / "0"
-    # zarr reads a shard that is not there as zeros, and believes any shape.
-    if not folder.parents[name.count("/")].is_dir():
-        raise StoreError(f"{path}: {record.case} ({record.variant}) was replaced or removed: open the cohort again")
-    if not (metadata.is_file() and shard.is_file()):
-        raise DamagedStoreError(f"{folder}: is missing from the store; {REPAIR}")
-    if hashlib.sha256(read_metadata(folder)).hexdigest() != record.files.get(f"{name}/{METADATA}"):
-        raise DamagedStoreError(f"{metadata}: is not what was written; {REPAIR}")
+    case_folder = path / schema.case_path(record.case, record.digest)
+    folder = case_folder / name
     try:
-        array = zarr.open_array(str(folder), mode="r")
-        claimed = math.prod(array.shape) * array.dtype.itemsize
-        if array.shape != record.size_xyz or claimed > shard.stat().st_size * schema.LONGEST_RUN:
+        content = read_metadata(folder)
+        if hashlib.sha256(content).hexdigest() != record.files.get(f"{name}/{METADATA}"):
+            raise ValueError("its metadata is not what was written")
+        metadata = json.loads(content)
+        if tuple(metadata["shape"]) != record.size_xyz:
             raise ValueError("its shape is not the volume's")
-        return np.asarray(array[...])
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise DamagedStoreError(f"{folder}: is damaged ({error}); {REPAIR}") from None
+        dtype = schema.DTYPES[metadata["data_type"]]
+        chunks = schema.volume_chunks(record.size_xyz)
+        return read_whole(folder / "c" / "0" / "0" / "0", record.size_xyz, dtype, chunks)
+    except (FileNotFoundError, NotADirectoryError):
+        if not case_folder.is_dir():
+            told = "was replaced or removed: open the cohort again"
+            raise StoreError(f"{path}: {record.case} ({record.variant}) {told}") from None
+        raise DamagedStoreError(f"{folder}: is missing from the store; {repair_hint(path)}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStoreError(f"{folder}: is damaged ({error}); {repair_hint(path)}") from None
 
 
 def read_metadata(folder: Path) -> bytes:

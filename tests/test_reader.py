@@ -128,7 +128,7 @@ def test_a_truncated_shard_raises(length: int, tmp_path: Path) -> None:
     shard = written(tmp_path, np.ones((3, 9, 11), np.float32)) / "c/0/0/0"
     shard.write_bytes(shard.read_bytes()[:length])
     with pytest.raises(
-        DamagedStoreError, match=r"its index is not what was written; mend it with cspine-data verify --repair"
+        DamagedStoreError, match=r"its index is not what was written; mend it with cspine-data verify .* --repair"
     ):
         SliceArray(tmp_path / "axis0/image")
 

@@ -257,7 +257,7 @@ def test_what_was_mended_can_be_read_by_who_had_it_open(store: Path) -> None:
     expected = slices[8]
     reader._open_arrays._arrays.clear()
     one(store, "A/*/axis0/image/c/0/0/0").write_bytes(b"\0" * 9000)
-    with pytest.raises(DamagedStoreError, match="mend it with cspine-data verify --repair SOURCE"):
+    with pytest.raises(DamagedStoreError, match="mend it with cspine-data verify .* --repair SOURCE"):
         slices[8]
     repair(store, store.parent / "raw")
     assert same(slices[8], expected)
