@@ -202,16 +202,21 @@ def _listing(found: Iterable[tuple[str, Path, Path | None]], problems: Iterable[
         else:
             cases.append(claims[0])
     if not cases and not wrong:
-        raise InputError(source, "holds no volume", "put .nrrd or .nii.gz files there, or give --pairs")
+        remedy = "put .nrrd or .nii.gz files there (folders in it are not searched), or give --pairs"
+        raise InputError(source, "holds no volume", remedy)
     return Listing(tuple(cases), tuple(wrong))
 
 
 Found = tuple[list[tuple[str, Path, Path | None]], list[Problem]]
 
 
-def _volume_files(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.iterdir() if volume_suffix(path) and not path.name.startswith(".") and path.is_file()
+def _volume_files(folder: Path) -> tuple[list[Path], list[Problem]]:
+    """Return the files of a folder that are volumes by their names, and what only looks like one."""
+    named = sorted(path for path in folder.iterdir() if volume_suffix(path) and not path.name.startswith("."))
+    problem = "is called like a volume and is no file; fetch the file behind it, or remove it"
+    return (
+        [path for path in named if path.is_file()],
+        [Problem(stem(path), f"{path}: {problem}") for path in named if not path.is_file()],
     )
 
 
@@ -220,11 +225,10 @@ def _is_label(path: Path) -> bool:
 
 
 def _cases_beside_labels(folder: Path) -> Found:
-    files = _volume_files(folder)
+    files, problems = _volume_files(folder)
     volumes = [path for path in files if not _is_label(path)]
     names = {stem(path) for path in volumes}
     labels: dict[str, list[Path]] = {}
-    problems = []
     for path in files:
         if not _is_label(path):
             continue
@@ -250,15 +254,19 @@ def _cases_beside_labels(folder: Path) -> Found:
 
 def _nnunet_cases(folder: Path) -> Found:
     found: list[tuple[str, Path, Path | None]] = []
-    problems = []
+    problems: list[Problem] = []
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
         label_files: dict[str, list[Path]] = {}
         if (folder / labels).is_dir():
-            for path in _volume_files(folder / labels):
+            files, odd = _volume_files(folder / labels)
+            problems += odd
+            for path in files:
                 label_files.setdefault(stem(path), []).append(path)
         if not (folder / images).is_dir():
             continue
-        for path in _volume_files(folder / images):
+        files, odd = _volume_files(folder / images)
+        problems += odd
+        for path in files:
             match = _NNUNET_CHANNEL.match(stem(path))
             if match is None:
                 problems.append(Problem(stem(path), f"{path}: has no channel number; name it {stem(path)}_0000"))
@@ -321,7 +329,7 @@ def copy_problem(case: Case, other: str, *, only_in_store: bool = False) -> Prob
     if only_in_store:
         told = f"is what the store holds as case {other!r}; give it that name again, or make a new store"
     else:
-        told = f"is the same file as case {other!r}, and one patient must not be two cases; keep one of them"
+        told = f"holds the same volume as case {other!r}, and one patient must not be two cases; keep one of them"
     return Problem(case.id, f"{case.volume}: {told}")
 
 

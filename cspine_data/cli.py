@@ -173,7 +173,9 @@ def prepare(
             f"{len(summary.replaced)} of them replace what was prepared otherwise; now: {preprocessing.description}"
         )
     if anonymise:
-        click.echo(f"which case is which stands in {key_file(store)}; keep it safe and apart from the store")
+        click.echo(
+            f"which case is which stands in {key_file(store)}; keep it safe, and back when the store is passed on"
+        )
     if summary.standard_cases:
         click.echo(
             f"nyul: matched to the histograms of {len(summary.standard_cases)} cases, learnt once for this store"
@@ -275,16 +277,26 @@ def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) 
 @main.command()
 @STORE
 @click.option("--delete", is_flag=True, help="Delete it; without this it is only listed.")
-@click.option("--grace-days", type=float, default=7.0, help="Keep what somebody may have used so many days ago.")
+@click.option(
+    "--grace-days",
+    type=click.FloatRange(min=0),
+    default=7.0,
+    help="Keep what somebody used so many days ago; a training run reads on what it began with, so 0 may end one.",
+)
 def gc(store: Path, delete: bool, grace_days: float) -> None:
     """List what no case of a store names: replaced and removed cases, what killed runs left."""
     from cspine_data.garbage import collect_garbage
 
+    everything = collect_garbage(store, grace_s=0)
     found = collect_garbage(store, grace_s=grace_days * 24 * 3600, delete=delete)
     for one in found:
         days = one.unused_s / 24 / 3600
         click.echo(f"{one.path.relative_to(store)}: {one.size_bytes / 1e6:.1f} MB, unused for {days:.1f} days")
     size = f"{len(found)} folders and files, {sum(one.size_bytes for one in found) / 1e6:.1f} MB"
+    younger = [one for one in everything if one.path not in {one.path for one in found}]
+    if younger:
+        waiting = sum(one.size_bytes for one in younger) / 1e6
+        click.echo(f"{waiting:.1f} MB more may still be in use: not unused for {grace_days:g} days yet")
     if not found:
         click.echo(f"{store}: nothing to delete that has been unused for {grace_days:g} days")
     elif delete:
@@ -302,7 +314,10 @@ def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
     from cspine_data.publishing import remove_cases
 
     remove_cases(store, cases, variant)
-    click.echo(f"{store}: {len(cases)} cases removed; cspine-data gc deletes their bytes")
+    click.echo(
+        f"{store}: removed {', '.join(cases)}{f' ({variant})' if variant else ''}; cspine-data gc --delete deletes the "
+        "bytes in a week, with --grace-days 0 now; prepare brings back what its source still holds"
+    )
 
 
 @main.command()

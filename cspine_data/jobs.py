@@ -9,6 +9,7 @@ from pathlib import Path
 from cspine_data.cases import Case, Problem, copy_problem, describe_problem
 from cspine_data.errors import InputError
 from cspine_data.preprocess import Preprocessing
+from cspine_data.publishing import Replacement
 from cspine_data.schema import case_digest, case_path, volume_digest
 from cspine_data.store import read_root, stored_record
 from cspine_data.volumes import content_digest
@@ -54,6 +55,11 @@ class Job:
     def digest(self) -> str:
         """Digest of the stored case that this job makes."""
         return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes)
+
+    @property
+    def replacement(self) -> Replacement:
+        """What is to be published once it is done."""
+        return Replacement(self.case.id, self.preprocessing.variant, self.digest, self.current)
 
 
 def plan_jobs(

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from cspine_data.cases import Case, Problem, describe_problem, find_cases
 from cspine_data.cluster import check_workers
-from cspine_data.errors import InputError
+from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.jobs import Job, file_digests
 from cspine_data.pipeline import Progress, do_jobs, existing_key
 from cspine_data.preprocess import Preprocessing
 from cspine_data.pseudonyms import read_key
+from cspine_data.publishing import mend_root
 from cspine_data.schema import RootRecord
 from cspine_data.store import read_root, stored_record
 from cspine_data.verification import STRAY, Damage, mend_groups, verify, verify_case
+from cspine_data.writer import METADATA
 
 Way = tuple[Preprocessing, tuple[int, ...]]
 
@@ -71,7 +73,8 @@ def repair(
     """
     check_workers(workers)
     store = Path(store).resolve()
-    damages = tuple(verify(store))
+    lost = _lost_root(store)
+    damages = (*lost, *verify(store))
     if not damages:
         return RepairSummary((), (), (), ())
     root = read_root(store)
@@ -103,6 +106,16 @@ def repair(
             if old and new and old.files != new.files:
                 differing.append((job.case.id, variant))
     return RepairSummary(damages, tuple(sorted(mended)), tuple(sorted(differing)), tuple(failed))
+
+
+def _lost_root(store: Path) -> tuple[Damage, ...]:
+    """Bring back a root that is lost or damaged from its copy, where there is one."""
+    try:
+        read_root(store)
+    except DamagedStoreError as error:
+        mend_root(store)
+        return (Damage("", "", METADATA, str(error).split("; ")[0].removeprefix(f"{store / METADATA}: ")),)
+    return ()
 
 
 def _files(store: Path, root: RootRecord, cases: Iterable[Case]) -> dict[str, Case]:

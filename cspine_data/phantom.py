@@ -9,13 +9,14 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from cspine_data._anatomy import PhantomCase, make_case
-from cspine_data.cases import NOTE_FILE
+from cspine_data.cases import NOTE_FILE, cohort_note
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, as_rows
 from cspine_data.volumes import Volume, stem, volume_suffix, write_volume
 
 #: Folder, beside the volumes, of the natural logarithms of the fields that the volumes were multiplied by.
 TRUTH_FOLDER = "truth"
+_NOTE = "synthetic cervical phantom, not patients"
 
 # How scanners store necks: index axes of the file for x, y, z, and which run backwards.
 _STORED_AS = (
@@ -68,10 +69,12 @@ def make_phantom_cohort(
         others = [file for file in folder.iterdir() if volume_suffix(file) and stem(file) not in known]
         if others:
             raise InputError(folder, f"holds other volumes ({sorted(others)[0].name})", "choose an empty folder")
+        if any(map(volume_suffix, folder.iterdir())) and not (cohort_note(folder) or "").startswith(_NOTE):
+            raise InputError(folder, "holds volumes that are no phantoms of cspine", "choose an empty folder")
     elif folder.exists():
         raise InputError(folder, "is a file", "choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / NOTE_FILE).write_text(f"synthetic cervical phantom, not patients (seed {seed})\n", encoding="utf-8")
+    (folder / NOTE_FILE).write_text(f"{_NOTE} (seed {seed})\n", encoding="utf-8")
     paths = []
     for number, name in enumerate(names):
         case = make_case(seed, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.cases import Case, Listing, LoadedCase, Problem, cohort_note, describe_problem, find_cases, load_case
+from cspine_data.cases import (
+    Case,
+    Listing,
+    LoadedCase,
+    Problem,
+    cohort_note,
+    copy_problem,
+    describe_problem,
+    find_cases,
+    load_case,
+)
 from cspine_data.cluster import Result, check_workers, run_jobs
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
@@ -21,7 +32,7 @@ from cspine_data.preprocess import CorrectedVolume, PreparedVolume, Preprocessin
 from cspine_data.pseudonyms import with_neutral_ids
 from cspine_data.publishing import (
     LabelMap,
-    Replacement,
+    Refused,
     create_store,
     enrol,
     keep_standard,
@@ -32,7 +43,7 @@ from cspine_data.publishing import (
 )
 from cspine_data.schema import CaseRecord, RootRecord, Standard, case_path, standard_key
 from cspine_data.store import read_corrected, read_root, stored_record
-from cspine_data.volumes import read_volume
+from cspine_data.volumes import Volume, read_volume
 
 # Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
 _CASES_OF_A_STANDARD = 32
@@ -222,21 +233,30 @@ def do_jobs(
     total = len(jobs)
     outcomes: dict[str, int | Problem] = {}
     while jobs:
-        overtaken = []
+        overtaken: list[Job] = []
+        waiting: dict[str, tuple[Job, int]] = {}
+        refused = Refused(set(), {})
         for ended in run_jobs(_work, jobs, store, workers, scheduler):
-            made = [job for job, outcome in ended if not isinstance(outcome, Problem)]
-            replacements = [Replacement(job.case.id, job.digest, job.current) for job in made]
-            left = publish(store, made[0].preprocessing.variant, replacements) if made else set()
-            overtaken += [job for job in made if job.case.id in left and not job.anew]
-            for job, outcome in ended:
-                if job.case.id in left:
-                    if not job.anew:
-                        continue
+            made = {job.case.id: (job, size) for job, size in ended if not isinstance(size, Problem)} | waiting
+            refused = publish(store, [job.replacement for job, _ in made.values()])
+            # Two cases that have exchanged their volumes can only be published together.
+            waiting = {case: made[case] for case in refused.twice}
+            finished: dict[str, int | Problem] = {
+                job.case.id: outcome for job, outcome in ended if isinstance(outcome, Problem)
+            }
+            for case, (job, size) in made.items():
+                if case in refused.overtaken and not job.anew:
+                    overtaken.append(job)
+                elif case in refused.overtaken:
                     # What was to be mended is not what is wanted any more.
-                    outcome = Problem(job.case.id, f"{store}: {job.case.id} was prepared anew or removed meanwhile")
-                outcomes[job.case.id] = outcome
+                    finished[case] = Problem(case, f"{store}: {case} was prepared anew or removed meanwhile")
+                elif case not in waiting:
+                    finished[case] = size
+            for case, outcome in finished.items():
+                outcomes[case] = outcome
                 if progress:
-                    progress(len(outcomes), total, job.case.id)
+                    progress(len(outcomes), total, case)
+        outcomes |= {case: copy_problem(job.case, refused.twice[case]) for case, (job, _) in waiting.items()}
         jobs = planned_anew(overtaken, store)
     return outcomes
 
@@ -307,6 +327,14 @@ def _stored_volume(job: Job, store: Path) -> CorrectedVolume | None:
         return None
 
 
+def _voxels_sha256(image: Volume) -> str:
+    """Digest a volume's voxels in anatomical order, whatever file they come from."""
+    array_xyz = np.ascontiguousarray(Orientation.of(image.geometry).to_anatomical(image.array))
+    digest = hashlib.sha256(f"{array_xyz.dtype.name} {array_xyz.shape}".encode())
+    digest.update(array_xyz.data)
+    return digest.hexdigest()
+
+
 def _label_xyz(loaded: LoadedCase) -> NDArray[Any] | None:
     """Return the label map in anatomical order, in the smallest dtype that holds its values."""
     if loaded.label is None:
@@ -338,6 +366,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         volume_digest=job.volume_digest,
         image_sha256=job.image_sha256,
         label_sha256=job.label_sha256,
+        voxels_sha256=_voxels_sha256(loaded.image),
         preprocessing=job.preprocessing,
         geometry=corrected.geometry,
         assumed_orientation=loaded.image.assumed_orientation,

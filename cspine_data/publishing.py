@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import schema
-from cspine_data.errors import NotInStoreError, StoreError, describe_os_error
+from cspine_data.errors import NewerSchemaError, NotInStoreError, StoreError, describe_os_error
 from cspine_data.geometry import Orientation
 from cspine_data.preprocess import PreparedVolume
 from cspine_data.schema import CaseRecord, RootRecord, Standard
-from cspine_data.store import read_root, stored_record
+from cspine_data.store import ROOT_COPY, read_root, stored_record
 from cspine_data.writer import METADATA, CaseWriter, make_folder, sync_folder, write_file
 
 #: How the folders and files begin that no reader looks at: being written, and set aside to be deleted.
@@ -46,8 +46,25 @@ class Replacement(NamedTuple):
     """A written digest that is to be the current one of a case, in the place of another or, for None, of none."""
 
     case: str
+    variant: str
     digest: str
     instead_of: str | None
+
+
+class Refused(NamedTuple):
+    """What `publish` left as it was.
+
+    Attributes
+    ----------
+    overtaken : set of str
+        Cases that must be planned anew: another run published another digest in place of the one that was planned
+        with, or what was written was collected as garbage meanwhile.
+    twice : dict
+        Cases whose volume is that of another case, and which.
+    """
+
+    overtaken: set[str]
+    twice: dict[str, str]
 
 
 def create_store(path: Path, *, neutral_ids: bool = False) -> None:
@@ -58,13 +75,13 @@ def create_store(path: Path, *, neutral_ids: bool = False) -> None:
     StoreError
         If something else than a store is at that place, or it holds cases under ids of the other kind.
     """
-    if not (path / METADATA).exists():
+    if not any((path / name).exists() for name in (METADATA, ROOT_COPY)):
         if path.exists() and not _could_become_a_store(path):
             raise StoreError(f"{path}: is there and is no cspine store; choose another --store")
         make_folder(path)
         with locked(path):
             if not (path / METADATA).exists():
-                write_record(path, RootRecord(neutral_ids=neutral_ids))
+                _write_root(path, RootRecord(neutral_ids=neutral_ids))
                 sync_folder(path.parent)
     # For good: names that a store once held stay in the order of its splits, also when the cases are gone.
     if read_root(path).neutral_ids != neutral_ids:
@@ -148,31 +165,69 @@ def sync_above(path: Path, case: str) -> None:
         sync_folder(folder)
 
 
-def publish(path: Path, variant: str, made: Iterable[Replacement]) -> set[str]:
+def publish(path: Path, made: Iterable[Replacement]) -> Refused:
     """Make written digests the current ones of their cases, all at once.
 
     Returns
     -------
-    set of str
-        The cases that were left as they are, and must be planned anew: another run published another digest in
-        place of the one that was planned with, or what was written was collected as garbage meanwhile.
+    Refused
+        The cases that were left as they are.
     """
-    left: set[str] = set()
+    wanted = list(made)
+    overtaken: set[str] = set()
+    twice: dict[str, str] = {}
 
     def name_digests(root: RootRecord) -> RootRecord:
-        cases = dict(root.cases)
-        for case, digest, instead_of in made:
-            current = cases.get(case, {}).get(variant)
-            if current not in (digest, instead_of) or not (path / schema.case_path(case, digest) / METADATA).is_file():
-                left.add(case)
-                continue
-            if current not in (digest, None):
-                mark_in_use(path, case, current)
-            cases[case] = dict(sorted({**cases.get(case, {}), variant: digest}.items()))
-        return root.model_copy(update={"cases": dict(sorted(cases.items()))})
+        named = [one for one in wanted if _is_still_wanted(path, root, one)]
+        overtaken.update({one.case for one in wanted} - {one.case for one in named})
+        records = {one.digest: stored_record(path, one.case, one.digest) for one in named}
+        voxels = {**root.voxels, **{digest: record.voxels_sha256 for digest, record in records.items() if record}}
+        while True:
+            cases = _with_named(root.cases, named)
+            twice_now = _held_twice(cases, voxels, named)
+            if twice_now is None:
+                break
+            one, other = twice_now
+            twice[one.case] = other
+            named.remove(one)
+        for one in named:
+            if one.instead_of not in (one.digest, None):
+                mark_in_use(path, one.case, one.instead_of)
+        current = {digest for variants in cases.values() for digest in variants.values()}
+        kept = {digest: voxels[digest] for digest in sorted(current & set(voxels))}
+        return root.model_copy(update={"cases": cases, "voxels": kept})
 
     _update_root(path, name_digests)
-    return left
+    return Refused(overtaken, twice)
+
+
+def _is_still_wanted(path: Path, root: RootRecord, one: Replacement) -> bool:
+    """Whether the store holds what a replacement was planned with, and what it is to name."""
+    current = root.cases.get(one.case, {}).get(one.variant)
+    written = (path / schema.case_path(one.case, one.digest) / METADATA).is_file()
+    return written and current in (one.digest, one.instead_of)
+
+
+def _with_named(cases: dict[str, dict[str, str]], named: Iterable[Replacement]) -> dict[str, dict[str, str]]:
+    after = dict(cases)
+    for one in named:
+        after[one.case] = dict(sorted({**after.get(one.case, {}), one.variant: one.digest}.items()))
+    return dict(sorted(after.items()))
+
+
+def _held_twice(
+    cases: dict[str, dict[str, str]], voxels: dict[str, str], named: Iterable[Replacement]
+) -> tuple[Replacement, str] | None:
+    """Find a replacement whose volume is another case's too, and that case."""
+    owners: dict[str, list[str]] = {}
+    for case, variants in cases.items():
+        for digest in variants.values():
+            owners.setdefault(voxels.get(digest, digest), []).append(case)
+    for one in named:
+        others = [case for case in owners[voxels.get(one.digest, one.digest)] if case != one.case]
+        if others:
+            return one, others[0]
+    return None
 
 
 def mark_in_use(path: Path, case: str, digest: str) -> None:
@@ -205,7 +260,10 @@ def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -
                 raise NotInStoreError(f"{path}: holds no {what}; cspine-data info lists what it holds")
             for name in named:
                 mark_in_use(path, case, kept[case].pop(name))
-        return root.model_copy(update={"cases": {case: variants for case, variants in kept.items() if variants}})
+        cases = {case: variants for case, variants in kept.items() if variants}
+        current = {digest for variants in cases.values() for digest in variants.values()}
+        voxels = {digest: of_it for digest, of_it in root.voxels.items() if digest in current}
+        return root.model_copy(update={"cases": cases, "voxels": voxels})
 
     _update_root(path, without)
 
@@ -240,11 +298,11 @@ def keep_standard(path: Path, key: str, standard: Standard) -> Standard:
     return read_root(path).standards[key]
 
 
-def write_record(folder: Path, record: RootRecord | CaseRecord) -> None:
+def write_record(folder: Path, record: RootRecord | CaseRecord, name: str = METADATA) -> None:
     """Write a record into its group's attributes, with its checksum, in one step."""
     content = record.model_dump(mode="json")
     attributes = {schema.ATTRIBUTE: content, schema.CHECKSUM_ATTRIBUTE: schema.record_checksum(content)}
-    _write_metadata(folder, schema.group_bytes(attributes))
+    _write_metadata(folder, schema.group_bytes(attributes), name)
 
 
 def write_empty_group(folder: Path, *, anew: bool = False) -> None:
@@ -292,10 +350,24 @@ def _lock(path: Path) -> Any:
     return FileLock(path / _LOCK, timeout=_PATIENCE_S)
 
 
-def write_root_again(path: Path) -> None:
-    """Write the root's metadata as it is to be, to the last byte; what it says stays."""
+def mend_root(path: Path) -> None:
+    """Write the root's metadata as it is to be, to the last byte; where it is lost, from its copy.
+
+    The copy may be one publication older; what it does not name is found again by its digest.
+
+    Raises
+    ------
+    StoreError
+        If the copy cannot be read either.
+    """
     with locked(path):
-        write_record(path, read_root(path))
+        try:
+            root = read_root(path)
+        except NewerSchemaError:
+            raise
+        except StoreError:
+            root = read_root(path, ROOT_COPY)
+        _write_root(path, root)
 
 
 def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None:
@@ -303,7 +375,13 @@ def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None
         before = read_root(path)
         after = change(before).model_copy(update={"schema_version": schema.SCHEMA_VERSION})
         if after != before:
-            write_record(path, after)
+            _write_root(path, after)
+
+
+def _write_root(path: Path, root: RootRecord) -> None:
+    write_record(path, root)
+    # The one file of a store that nothing else could bring back.
+    write_record(path, root, ROOT_COPY)
 
 
 def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> None:
@@ -330,11 +408,11 @@ def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolu
             )
 
 
-def _write_metadata(folder: Path, content: bytes) -> None:
+def _write_metadata(folder: Path, content: bytes, name: str = METADATA) -> None:
     temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         write_file(temporary, [content])
-        temporary.replace(folder / METADATA)
+        temporary.replace(folder / name)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(folder)

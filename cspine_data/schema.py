@@ -73,6 +73,8 @@ class RootRecord(BaseModel):
         are added.
     standards : dict
         What Nyul's method matches volumes to, by `standard_key`: learnt once, so that added cases match it too.
+    voxels : dict
+        For each digest that `cases` names, the `voxels_sha256` of its record: one patient is one case.
     neutral_ids : bool
         Whether its cases are called by numbers that only a key outside the store can undo.
     """
@@ -85,6 +87,7 @@ class RootRecord(BaseModel):
     notes: tuple[str, ...] = ()
     enrolled: tuple[tuple[str, ...], ...] = ()
     standards: dict[str, Standard] = Field(default_factory=dict)
+    voxels: dict[str, str] = Field(default_factory=dict)
     neutral_ids: bool = False
 
     @field_validator("cases")
@@ -108,6 +111,8 @@ class CaseRecord(BaseModel):
         Of the image's bytes and the way its field was corrected: equal where the corrected volume can be used again.
     image_sha256, label_sha256 : str
         Of the source files; the label's is None where there is none.
+    voxels_sha256 : str
+        Of the volume itself, in anatomical order: equal where another file holds the same voxels.
     preprocessing : Preprocessing
         What was done.
     geometry : Geometry
@@ -147,6 +152,7 @@ class CaseRecord(BaseModel):
     volume_digest: str
     image_sha256: str
     label_sha256: str | None
+    voxels_sha256: str
     preprocessing: Preprocessing
     geometry: Geometry
     assumed_orientation: bool

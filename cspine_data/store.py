@@ -24,8 +24,11 @@ from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.shards import read_whole
 from cspine_data.writer import METADATA
 
+#: Beside the root's metadata, what it held last.
+ROOT_COPY = f".{METADATA}.copy"
 # Some hundred times the root of ten thousand cases.
 _MOST_METADATA_BYTES = 1 << 28
+_LAST_REMEDY = "delete it and prepare again: whole cases are used again; splits, notes and standards are made anew"
 
 
 def repair_hint(path: Path) -> str:
@@ -33,8 +36,15 @@ def repair_hint(path: Path) -> str:
     return f"mend it with cspine-data verify {path} --repair SOURCE"
 
 
-def read_root(path: Path) -> RootRecord:
+def read_root(path: Path, name: str = METADATA) -> RootRecord:
     """Read what a store holds; one small file, whatever the store's size.
+
+    Parameters
+    ----------
+    path : Path
+        The store.
+    name : str
+        Of the file: the root's metadata, or its copy.
 
     Raises
     ------
@@ -45,13 +55,20 @@ def read_root(path: Path) -> RootRecord:
     DamagedStoreError
         If its metadata cannot be understood.
     """
-    attributes = _attributes(path)
+    has_copy = (path / ROOT_COPY).is_file()
+    remedy = repair_hint(path) if has_copy and name == METADATA else _LAST_REMEDY
+    try:
+        attributes = _attributes(path, name)
+    except DamagedStoreError as error:
+        raise DamagedStoreError(f"{error}; {remedy}") from None
+    if attributes is None and has_copy:
+        raise DamagedStoreError(f"{path / name}: is missing; {remedy}")
     if attributes is None:
         raise StoreError(f"{path}: is no cspine store; make one with cspine-data prepare")
     try:
         return RootRecord.model_validate(attributes)
     except ValidationError as error:
-        raise _damaged_group(path / METADATA, _first(error)) from None
+        raise DamagedStoreError(f"{path / name}: is not what was written ({_first(error)}); {remedy}") from None
 
 
 def records(path: Path, root: RootRecord, variant: str) -> Iterable[CaseRecord]:
@@ -175,7 +192,7 @@ def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
         raise DamagedStoreError(f"{folder}: is damaged ({error}); {repair_hint(path)}") from None
 
 
-def read_metadata(folder: Path) -> bytes:
+def read_metadata(folder: Path, name: str = METADATA) -> bytes:
     """Read a metadata file of a store that anybody may have made: no link, no pipe, nothing without an end.
 
     Raises
@@ -186,7 +203,7 @@ def read_metadata(folder: Path) -> bytes:
         If it is not there, or cannot be read.
     """
     try:
-        descriptor = os.open(folder / METADATA, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ValueError("is a link") from None
@@ -194,42 +211,37 @@ def read_metadata(folder: Path) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         state = os.fstat(descriptor)
         if stat.S_ISDIR(state.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / METADATA))
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
         if not stat.S_ISREG(state.st_mode) or state.st_size > _MOST_METADATA_BYTES:
             raise ValueError("is no file of metadata")
         return file.read()
 
 
-def metadata_is_intact(folder: Path) -> bool:
+def metadata_is_intact(folder: Path, name: str = METADATA) -> bool:
     """Tell whether a group's metadata file, which could be read, is as it was written to the last byte."""
-    content = read_metadata(folder)
+    content = read_metadata(folder, name)
     return content == schema.group_bytes(json.loads(content)["attributes"])
 
 
-def _attributes(folder: Path) -> dict[str, Any] | None:
+def _attributes(folder: Path, name: str = METADATA) -> dict[str, Any] | None:
     """Return the record in a group's attributes, once it was held against its checksum; None where there is none."""
     try:
-        content = json.loads(read_metadata(folder))["attributes"]
+        content = json.loads(read_metadata(folder, name))["attributes"]
         record, checksum = content.get(schema.ATTRIBUTE), content.get(schema.CHECKSUM_ATTRIBUTE)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _damaged_group(folder / METADATA, "cannot be understood") from None
+        raise DamagedStoreError(f"{folder / name}: is not what was written (cannot be understood)") from None
     if record is None and checksum is None:
         return None
     if not isinstance(record, dict) or checksum != schema.record_checksum(record):
-        raise _damaged_group(folder / METADATA, "does not fit its checksum")
+        raise DamagedStoreError(f"{folder / name}: is not what was written (does not fit its checksum)")
     version = record.get("schema_version")
     if isinstance(version, int) and version > schema.SCHEMA_VERSION:
         raise NewerSchemaError(
             f"{folder}: has schema version {version}, this cspine knows {schema.SCHEMA_VERSION}; install a newer cspine"
         )
     return record
-
-
-def _damaged_group(file: Path, problem: str) -> DamagedStoreError:
-    remedy = "delete that file and prepare again: whole cases are used again, splits are made anew"
-    return DamagedStoreError(f"{file}: is not what was written ({problem}); {remedy}")
 
 
 def _first(error: ValidationError) -> str:

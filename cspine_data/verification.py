@@ -6,13 +6,15 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cspine_data import schema
-from cspine_data.publishing import refuse_links, write_empty_group, write_root_again
+from cspine_data.errors import StoreError
+from cspine_data.publishing import mend_root, refuse_links, write_empty_group
 from cspine_data.schema import CaseRecord, RootRecord
-from cspine_data.store import is_older, metadata_is_intact, read_metadata, read_root, stored_record
+from cspine_data.store import ROOT_COPY, is_older, metadata_is_intact, read_metadata, read_root, stored_record
 from cspine_data.writer import METADATA
 
 #: What is said of a file that a case does not name, and of a case whose record is of another time.
@@ -92,7 +94,7 @@ def mend_groups(path: Path) -> None:
     for damage in _damaged_groups(path, read_root(path)):
         folder = (path / damage.where).parent
         if folder == path:
-            write_root_again(path)
+            mend_root(path)
         else:
             refuse_links(path / "cases", folder)
             write_empty_group(folder, anew=True)
@@ -102,6 +104,14 @@ def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:
     """Find damage around the records: in the root's file, and in the groups that hold the cases."""
     if not metadata_is_intact(path):
         yield Damage("", "", METADATA, "is not what was written")
+    # A run that was killed may have left none, or an older one.
+    with suppress(FileNotFoundError):
+        try:
+            sound = metadata_is_intact(path, ROOT_COPY) and bool(read_root(path, ROOT_COPY))
+        except (ValueError, KeyError, StoreError):
+            sound = False
+        if not sound:
+            yield Damage("", "", ROOT_COPY, "is not what was written")
     groups = [("", path / "cases"), *((case, path / "cases" / case) for case in root.cases)]
     for case, group in groups if root.cases else ():
         where = str((group / METADATA).relative_to(path))

@@ -36,7 +36,7 @@ def long_run(request: pytest.FixtureRequest) -> bool:
 
 
 #: What a killed run leaves, and the lock.
-HIDDEN = re.compile(r"(^|/)\.(unfinished-|zarr\.json-|removed-|lock$)")
+HIDDEN = re.compile(r"(^|/)\.(unfinished-|zarr\.json-|removed-|lock$|zarr\.json\.copy$)")
 QUICK_N4 = Preprocessing(bias=BiasParameters(resolution_mm=12, iterations=(5, 5)))
 
 

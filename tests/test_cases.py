@@ -205,3 +205,21 @@ def test_a_name_that_would_write_on_the_terminal_is_told_and_not_done(tmp_path: 
     assert [line.startswith(f"problem: {tmp_path}") for line in told] == [True] * 6
     assert sum("is no usable case id; rename the file" in line for line in told) == 5
     assert "\x1b" not in done.output
+
+
+def test_volumes_of_somebody_else_are_not_written_over(tmp_path: Path, run_data) -> None:
+    own = write_case(tmp_path, "CS_01")
+    before = own.read_bytes()
+    told = f"Error: {tmp_path}: holds volumes that are no phantoms of cspine; choose an empty folder\n"
+    assert run_data("phantom", tmp_path, "--cases", "1").output == told
+    assert own.read_bytes() == before
+
+
+def test_what_is_called_like_a_volume_and_is_none_is_told(tmp_path: Path, run_data) -> None:
+    write_case(tmp_path, "A")
+    (tmp_path / "dangling.nrrd").symlink_to(tmp_path / "annexed")
+    (tmp_path / "folder.nii.gz").mkdir()
+    done = run_data("scan", tmp_path)
+    assert done.exit_code == 1
+    for name in ("dangling.nrrd", "folder.nii.gz"):
+        assert f"problem: {tmp_path / name}: is called like a volume and is no file; fetch the file" in done.stderr

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from cspine_data import StoreError, Volume, collect_garbage, prepare, remove_cases, verify, write_volume
-from cspine_data.publishing import publish
+from cspine_data.publishing import Refused, publish
 from cspine_data.store import read_root
 from tests.conftest import ball, contents, write_case
 
@@ -150,10 +150,10 @@ def life_of_a_store(tmp_path: Path, serially: None, monkeypatch: pytest.MonkeyPa
         for name in "AB":
             write_case(raw, name)
 
-        def publish_and_promise(*arguments: Any) -> set[str]:
-            left = publish(*arguments)
+        def publish_and_promise(*arguments: Any) -> Refused:
+            refused = publish(*arguments)
             recorder.promise(store)
-            return left
+            return refused
 
         with recorded(recorder, monkeypatch), monkeypatch.context() as patch:
             patch.setattr("cspine_data.pipeline.publish", publish_and_promise)

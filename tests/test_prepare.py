@@ -24,6 +24,7 @@ from cspine_data import (
     open_cohort,
     parse_axes,
     prepare,
+    read_volume,
     verify,
     write_volume,
 )
@@ -267,13 +268,48 @@ def test_one_patient_under_two_names_is_refused(tmp_path: Path, run_data) -> Non
     shutil.copy(raw / "C.nrrd", raw / "A.nrrd")
     scanned = run_data("scan", raw)
     assert scanned.exit_code == 1
-    assert "C.nrrd: is the same file as case 'A'" in scanned.stderr
+    assert "C.nrrd: holds the same volume as case 'A'" in scanned.stderr
     done = run_data("prepare", raw, "--store", store, "--no-n4")
     assert done.exit_code == 1
     assert (
-        "C.nrrd: is the same file as case 'A', and one patient must not be two cases; keep one of them" in done.stderr
+        "C.nrrd: holds the same volume as case 'A', and one patient must not be two cases; keep one of them"
+        in done.stderr
     )
     assert open_cohort(store).cases == ("A", "B", "D")
+
+
+def test_one_patient_in_two_formats_is_refused(store: Path) -> None:
+    raw = store.parent / "raw"
+    write_volume(raw / "Z.nii.gz", read_volume(raw / "A.nrrd"))
+    (problem,) = prepare(raw, store, n4=False).failed
+    told = "Z.nii.gz: holds the same volume as case 'A', and one patient must not be two cases; keep one of them"
+    assert problem.message.endswith(told)
+    assert open_cohort(store).cases == ("A", "B")
+    assert verify(store) == []
+
+
+def test_one_patient_under_two_names_in_two_runs_at_once_is_refused_once(tmp_path: Path) -> None:
+    runs = []
+    for name in "AB":
+        write_case(tmp_path / name, name, seed=3)
+        runs.append(started(tmp_path / name, tmp_path / "s.zarr", "--no-n4", "--workers", "1"))
+    told = [run.communicate(timeout=60)[0] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1]
+    assert (
+        sum("and one patient must not be two cases" in text or "is what the store holds" in text for text in told) == 1
+    )
+    assert len(open_cohort(tmp_path / "s.zarr").cases) == 1
+
+
+def test_a_chain_of_renamed_files_puts_no_patient_into_two_cases(store: Path) -> None:
+    raw = store.parent / "raw"
+    for old, new in (("B", "C"), ("A", "B")):
+        for name in ("{}.nrrd", "{}S-label.nrrd"):
+            (raw / name.format(old)).rename(raw / name.format(new))
+    summary = prepare(raw, store, n4=False)
+    assert summary.done == ()
+    assert {problem.case for problem in summary.failed} == {"B", "C"}
+    assert open_cohort(store).cases == ("A", "B")
 
 
 def test_a_stored_case_under_a_new_name_is_refused_until_it_has_its_own_again(store: Path) -> None:

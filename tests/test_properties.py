@@ -40,7 +40,7 @@ from cspine_data.geometry import as_rows
 from cspine_data.intensity import NYUL_PERCENTILES
 from cspine_data.jobs import Job, plan_jobs
 from cspine_data.pipeline import prepare_case
-from cspine_data.publishing import Replacement, create_store, publish
+from cspine_data.publishing import create_store, publish
 from cspine_data.schema import case_digest, slice_grid, volume_digest
 from cspine_data.tissue import tissue_threshold
 from tests.conftest import ball, geometry, write_case
@@ -66,7 +66,7 @@ def stored(source: Path, store: Path) -> Cohort:
     """Do in this process what `prepare` does in workers: the one place here that knows its inner calls."""
     for job in planned(source, store):
         prepare_case(job, store)
-        assert not publish(store, job.preprocessing.variant, [Replacement(job.case.id, job.digest, job.current)])
+        assert publish(store, [job.replacement]) == (set(), {})
     return open_cohort(store)
 
 

@@ -233,6 +233,6 @@ def test_variants_live_side_by_side(store: Path, tmp_path: Path) -> None:
 def test_what_the_store_does_not_hold_is_told(store: Path) -> None:
     with pytest.raises(NotInStoreError, match="holds no case 'Z'; cspine-data info lists what it holds"):
         open_cohort(store).record("Z")
-    publish(store, "n4", [Replacement("A", read_root(store).cases["A"]["raw"], None)])
+    publish(store, [Replacement("A", "n4", read_root(store).cases["A"]["raw"], None)])
     with pytest.raises(NotInStoreError, match="holds case 'B' as raw, not as n4; prepare it so"):
         open_cohort(store).record("B", "n4")

@@ -316,12 +316,38 @@ def test_repair_takes_only_what_the_case_was_made_of(store: Path, run_data) -> N
     assert told in run_data("verify", store, "--repair", raw).stderr
 
 
-def test_a_lost_root_costs_no_case(store: Path) -> None:
-    """What is left of the store is found by its digests; only the order of enrolment is lost."""
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\0" * 100])
+def test_a_lost_root_is_brought_back_from_its_copy(content: bytes | None, store: Path, run_data) -> None:
+    before = contents(store)
+    (store / "zarr.json").unlink()
+    if content is not None:
+        (store / "zarr.json").write_bytes(content)
+    remedy = f"mend it with cspine-data verify {store} --repair SOURCE"
+    for command in (
+        ("info", store),
+        ("verify", store),
+        ("prepare", store.parent / "raw", "--store", store),
+        ("gc", store),
+    ):
+        done = run_data(*command)
+        assert done.exit_code == 1
+        assert done.stderr.startswith(f"Error: {store / 'zarr.json'}: ")
+        assert remedy in done.stderr
+    assert run_data("verify", store, "--repair", store.parent / "raw").exit_code == 0
+    assert contents(store) == before
+    (store / ".zarr.json.copy").write_bytes(b"{")
+    assert told_by_verify(store) == ["store: .zarr.json.copy: is not what was written"]
+    assert run_data("verify", store, "--repair", store.parent / "raw").exit_code == 0
+    assert contents(store) == before
+
+
+def test_a_root_lost_with_its_copy_costs_no_case(store: Path) -> None:
+    """What is left of the store is found by its digests; only the order of enrolment, notes and standards are lost."""
+    (store / ".zarr.json.copy").unlink()
     before = contents(store)
     shards = {file: file.stat().st_mtime_ns for file in store.rglob("c/0/0/0")}
     (store / "zarr.json").write_bytes(b"\0" * 100)
-    with pytest.raises(DamagedStoreError, match="zarr.json: is not what was written .*; delete that file and prepare"):
+    with pytest.raises(DamagedStoreError, match="zarr.json: is not what was written .*; delete it and prepare again"):
         prepare(store.parent / "raw", store, n4=False)
     (store / "zarr.json").unlink()
     assert prepare(store.parent / "raw", store, n4=False).written_bytes == 0
@@ -382,7 +408,9 @@ def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, 
     for file in kept:
         (store / file).write_text("mine")
     (store / "cases" / "E").symlink_to(store.parent / "raw")
-    assert run_data("gc", store).output == f"{store}: nothing to delete that has been unused for 7 days\n"
+    told = run_data("gc", store).output
+    assert told.endswith(f"{store}: nothing to delete that has been unused for 7 days\n")
+    assert "MB more may still be in use: not unused for 7 days yet" in told
     # What may be being written is let alone for an hour, however short the time of grace.
     assert run_data("gc", store, "--grace-days", "0").output.count("unused for") == 3
     age(store, 0.1)
@@ -396,16 +424,17 @@ def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, 
         (store / file).unlink()
     assert (store.parent / "raw" / "A.nrrd").exists()
     (store / "cases" / "E").unlink()
-    assert {file.name for file in store.rglob(".*")} == {".lock"}
+    assert {file.name for file in store.rglob(".*")} == {".lock", ".zarr.json.copy"}
     assert contents(store) == before
-    assert run_data("gc", store, "--grace-days", "-1").output.startswith("Error: grace -86400 s: is no time; give 0")
+    assert "Invalid value for '--grace-days'" in run_data("gc", store, "--grace-days", "-1").output
+    assert run_data("gc", store, "--grace-days", "nan").output.startswith("Error: grace nan s: is no time; give 0")
 
 
 def test_a_digest_that_a_run_is_about_to_publish_is_made_anew_where_gc_took_it(store: Path) -> None:
     digest = read_root(store).cases["A"]["raw"]
     remove_cases(store, ["A"])
     collect_garbage(store, grace_s=0, delete=True)
-    assert publish(store, "raw", [Replacement("A", digest, None)]) == {"A"}
+    assert publish(store, [Replacement("A", "raw", digest, None)]) == ({"A"}, {})
     assert open_cohort(store).cases == ("B",)
     assert prepare(store.parent / "raw", store, n4=False).done == ("A",)
 
@@ -418,7 +447,7 @@ def test_a_removed_case_is_gone_and_comes_back_to_its_place(store: Path, run_dat
     )
     assert open_cohort(store).cases == ("A", "B")
     assert (
-        "1 cases removed; cspine-data gc deletes their bytes"
+        "removed A (raw); cspine-data gc --delete deletes the bytes in a week"
         in run_data("remove", store, "A", "--variant", "raw").output
     )
     with pytest.raises(NotInStoreError, match="holds case 'A' as n4, not as raw"):
