@@ -173,9 +173,7 @@ def prepare(
             f"{len(summary.replaced)} of them replace what was prepared otherwise; now: {preprocessing.description}"
         )
     if anonymise:
-        click.echo(
-            f"which case is which stands in {key_file(store)}; keep it safe, and back when the store is passed on"
-        )
+        click.echo(f"which case is which stands in {key_file(store)}; keep it safe, and to yourself")
     if summary.standard_cases:
         click.echo(
             f"nyul: matched to the histograms of {len(summary.standard_cases)} cases, learnt once for this store"
