@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cspine_data.cases import (
     Case,
     Listing,
-    LoadedCase,
     Problem,
     cohort_note,
     copy_problem,
     describe_problem,
     find_cases,
-    load_case,
 )
 from cspine_data.cluster import Result, check_workers, run_jobs
-from cspine_data.errors import DamagedStoreError, InputError
-from cspine_data.geometry import Orientation
+from cspine_data.errors import InputError
 from cspine_data.intensity import standard_landmarks
-from cspine_data.jobs import Job, file_digests, is_current, plan_jobs, planned_anew
-from cspine_data.preprocess import CorrectedVolume, PreparedVolume, Preprocessing, correct_volume, normalise_volume
+from cspine_data.jobs import Job, is_current, plan_jobs, planned_anew
+from cspine_data.making import prepare_case, stored_volume
+from cspine_data.preprocess import Preprocessing, correct_volume
 from cspine_data.pseudonyms import with_neutral_ids
 from cspine_data.publishing import (
-    LabelMap,
     Refused,
     create_store,
     enrol,
     keep_standard,
-    mark_in_use,
     publish,
-    sync_above,
-    write_case,
 )
-from cspine_data.schema import CaseRecord, RootRecord, Standard, case_path, standard_key
-from cspine_data.store import read_corrected, read_root, stored_record
-from cspine_data.volumes import Volume, read_volume
+from cspine_data.schema import RootRecord, Standard, standard_key
+from cspine_data.store import read_root
+from cspine_data.volumes import read_volume
 
 # Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
 _CASES_OF_A_STANDARD = 32
@@ -282,112 +271,6 @@ def _standard(
     return keep_standard(store, key, Standard(landmarks=landmarks, cases=cases_used))
 
 
-def prepare_case(job: Job, store: Path) -> int:
-    """Do one job: load, correct, slice, write. The case is complete in the store then, but not yet published.
-
-    Returns
-    -------
-    int
-        Bytes written; 0 where they had been before and were only not published.
-
-    Raises
-    ------
-    InputError
-        If the case's files cannot be used, or changed since the job was planned.
-    OSError
-        If the store cannot be written.
-    """
-    if not job.anew and stored_record(store, job.case.id, job.digest) is not None:
-        mark_in_use(store, job.case.id, job.digest)
-        # The run that wrote it may have been killed before its folders were durable.
-        sync_above(store, job.case.id)
-        return 0
-    loaded = load_case(job.case)
-    if file_digests(job.case) != (job.image_sha256, job.label_sha256):
-        raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
-    # What is damaged may have lent its checksums to other voxels, so a case that is made anew takes nothing from it.
-    stored = None if job.anew else _stored_volume(job, store)
-    corrected = stored or correct_volume(loaded.image, job.preprocessing.bias)
-    prepared = normalise_volume(corrected, job.preprocessing)
-    label_xyz = _label_xyz(loaded)
-    label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
-    write_case(store, _record(job, loaded, prepared, label), prepared, label, anew=job.anew)
-    folder = store / case_path(job.case.id, job.digest)
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _stored_volume(job: Job, store: Path) -> CorrectedVolume | None:
-    """Return the corrected volume that the store holds, where only what comes after it has changed since."""
-    record = stored_record(store, job.case.id, job.current) if job.current else None
-    if record is None or record.volume_digest != job.volume_digest:
-        return None
-    try:
-        return read_corrected(store, record)
-    except DamagedStoreError:
-        return None
-
-
-def _voxels_sha256(image: Volume) -> str:
-    """Digest a volume's voxels in anatomical order, whatever file they come from."""
-    array_xyz = np.ascontiguousarray(Orientation.of(image.geometry).to_anatomical(image.array))
-    digest = hashlib.sha256(f"{array_xyz.dtype.name} {array_xyz.shape}".encode())
-    digest.update(array_xyz.data)
-    return digest.hexdigest()
-
-
-def _label_xyz(loaded: LoadedCase) -> NDArray[Any] | None:
-    """Return the label map in anatomical order, in the smallest dtype that holds its values."""
-    if loaded.label is None:
-        return None
-    values = loaded.label.array
-    smallest, largest = int(values.min()), int(values.max())
-    dtype = np.promote_types(np.min_scalar_type(smallest), np.min_scalar_type(largest))
-    if dtype.kind == "f":
-        dtype = values.dtype
-    return np.ascontiguousarray(Orientation.of(loaded.image.geometry).to_anatomical(values).astype(dtype))
-
-
-def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: LabelMap | None) -> CaseRecord:
-    corrected = prepared.corrected
-    geometry_xyz = Orientation.of(corrected.geometry).geometry_xyz(corrected.geometry)
-    label_voxels: dict[int, int] = {}
-    labelled_voxels: dict[int, tuple[int, ...]] = {}
-    if label is not None:
-        values, counts = np.unique(label.volume_xyz[label.volume_xyz != 0], return_counts=True)
-        label_voxels = {int(value): int(n) for value, n in zip(values, counts, strict=True)}
-        for axis in range(3):
-            others = tuple(a for a in range(3) if a != axis)
-            labelled_voxels[axis] = tuple(np.count_nonzero(label.sliced_xyz, axis=others).tolist())
-    sliced_x, sliced_y, sliced_z = prepared.levels_xyz.shape
-    return CaseRecord(
-        case=job.case.id,
-        variant=job.preprocessing.variant,
-        digest=job.digest,
-        volume_digest=job.volume_digest,
-        image_sha256=job.image_sha256,
-        label_sha256=job.label_sha256,
-        voxels_sha256=_voxels_sha256(loaded.image),
-        preprocessing=job.preprocessing,
-        geometry=corrected.geometry,
-        assumed_orientation=loaded.image.assumed_orientation,
-        image_dtype=loaded.image.array.dtype.name,
-        label_dtype=loaded.label_dtype,
-        size_xyz=geometry_xyz.size,
-        spacing_xyz_mm=geometry_xyz.spacing_mm,
-        sliced_size_xyz=(sliced_x, sliced_y, sliced_z),
-        sliced_spacing_xyz_mm=prepared.spacing_mm,
-        normalisation=prepared.normalisation,
-        levels=prepared.levels,
-        air_level=corrected.air_level,
-        tissue_threshold=corrected.tissue_threshold,
-        tissue_fraction=prepared.tissue_fraction,
-        log_bias_deviation=corrected.log_bias_deviation,
-        axes=job.axes,
-        label_voxels=label_voxels,
-        labelled_voxels=labelled_voxels,
-    )
-
-
 def _work(job: Job, store: str) -> int | Problem:
     """Do one job in a worker."""
     return _in_worker(job, lambda: prepare_case(job, Path(store)))
@@ -397,7 +280,7 @@ def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
     """Find one volume's landmarks in a worker; a case that fails here fails again where it is prepared."""
 
     def find() -> tuple[float, ...]:
-        corrected = _stored_volume(job, Path(store))
+        corrected = stored_volume(job, Path(store))
         return (corrected or correct_volume(read_volume(job.case.volume), job.preprocessing.bias)).landmarks
 
     return _in_worker(job, find)

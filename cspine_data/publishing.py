@@ -1,45 +1,30 @@
-"""Changing a store: writing cases, publishing them at once, replacing and removing them.
+"""Changing what a store names: cases published at once, replaced, removed.
 
-A case is written to a folder of its own that nothing names, moved to its digest's place in one step, and published
-by one atomic replacement of the root's metadata. A run that is killed leaves nothing that a reader can see, and what
-is published survives a power failure: every file and every folder on the way to it was made durable before.
+All of it is one atomic replacement of the root's metadata under the store's lock. A run that is killed leaves nothing
+that a reader can see, and what is published survives a power failure: every file and every folder on the way to it
+was made durable before.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cspine_data import schema
 from cspine_data.errors import NewerSchemaError, NotInStoreError, StoreError, describe_os_error
-from cspine_data.geometry import Orientation
-from cspine_data.preprocess import PreparedVolume
 from cspine_data.schema import CaseRecord, RootRecord, Standard
 from cspine_data.store import ROOT_COPY, read_root, stored_record
-from cspine_data.writer import METADATA, CaseWriter, make_folder, sync_folder, write_file
+from cspine_data.writer import METADATA, make_folder, sync_folder, write_file
 
 #: How the folders and files begin that no reader looks at: being written, and set aside to be deleted.
 UNFINISHED, TEMPORARY, REMOVED = ".unfinished-", f".{METADATA}-", ".removed-"
 _LOCK = ".lock"
 _PATIENCE_S = 60
-
-
-@dataclass(frozen=True, eq=False)
-class LabelMap:
-    """A case's label map: on the volume's own grid, and on the slices', both (x, y, z)."""
-
-    volume_xyz: NDArray[Any]
-    sliced_xyz: NDArray[Any]
 
 
 class Replacement(NamedTuple):
@@ -95,55 +80,6 @@ def _could_become_a_store(path: Path) -> bool:
         return False
     visible = {file.name for file in path.iterdir() if not file.name.startswith(".")}
     return not visible or (visible == {"cases"} and (path / "cases" / METADATA).is_file())
-
-
-def write_case(
-    path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None, *, anew: bool = False
-) -> CaseRecord:
-    """Write one case into its digest's place, complete or not at all; it is not published yet.
-
-    Parameters
-    ----------
-    path : Path
-        The store.
-    record : CaseRecord
-        What is to be known of the case; its `files` are filled in here.
-    prepared : PreparedVolume
-        The image.
-    label : LabelMap or None
-        Its label map.
-    anew : bool
-        Replace what is in that place, since it is damaged, even where its record is not.
-
-    Returns
-    -------
-    CaseRecord
-        With the checksums of its files.
-    """
-    target = path / schema.case_path(record.case, record.digest)
-    case_folder, cases_folder = target.parent, target.parent.parent
-    refuse_links(cases_folder, case_folder)
-    make_folder(case_folder)
-    unfinished, aside = (case_folder / f"{begin}{uuid.uuid4().hex}" for begin in (UNFINISHED, REMOVED))
-    try:
-        writer = CaseWriter(unfinished)
-        _write_arrays(writer, record, prepared, label)
-        writer.finish()
-        record = record.model_copy(update={"files": writer.checksums})
-        write_record(unfinished, record)
-        for group in (cases_folder, case_folder):
-            write_empty_group(group)
-        with locked(path):
-            if target.exists() and (anew or stored_record(path, record.case, record.digest) is None):
-                target.rename(aside)
-            # Else another run wrote the same digest meanwhile: the same bytes, so its copy serves.
-            if not target.exists():
-                unfinished.rename(target)
-        sync_above(path, record.case)
-    finally:
-        for folder in (unfinished, aside):
-            shutil.rmtree(folder, ignore_errors=True)
-    return record
 
 
 def refuse_links(*folders: Path) -> None:
@@ -382,30 +318,6 @@ def _write_root(path: Path, root: RootRecord) -> None:
     write_record(path, root)
     # The one file of a store that nothing else could bring back.
     write_record(path, root, ROOT_COPY)
-
-
-def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> None:
-    origin_mm = Orientation.of(record.geometry).geometry_xyz(record.geometry).origin_mm
-    ome = schema.image_metadata(record.spacing_xyz_mm, origin_mm)
-    writer.write_group("volume", {"ome": ome})
-    chunks = schema.volume_chunks(record.size_xyz)
-    writer.write_array(schema.VOLUME_IMAGE, prepared.corrected.image_xyz, chunks, schema.AXES_XYZ, {})
-    sliced = {"image": (prepared.levels_xyz, schema.level_attributes(prepared.levels))}
-    if label is not None:
-        writer.write_group("volume/labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
-        label_ome = {**ome, "image-label": {"source": {"image": "../../"}}}
-        writer.write_group("volume/labels/segmentation", {"ome": label_ome})
-        writer.write_array(schema.VOLUME_LABEL, label.volume_xyz, chunks, schema.AXES_XYZ, {})
-        sliced["label"] = (label.sliced_xyz, {})
-    grid = schema.slice_grid(record)
-    for axis in record.axes:
-        writer.write_group(f"axis{axis}", grid)
-        axes = schema.AXES_XYZ[axis] + schema.AXES_XYZ.replace(schema.AXES_XYZ[axis], "")
-        for kind, (array_xyz, attributes) in sliced.items():
-            slices = np.ascontiguousarray(np.moveaxis(array_xyz, axis, 0))
-            writer.write_array(
-                schema.slice_array(axis, kind), slices, schema.slice_chunks(slices.shape), axes, attributes
-            )
 
 
 def _write_metadata(folder: Path, content: bytes, name: str = METADATA) -> None:

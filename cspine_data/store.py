@@ -55,20 +55,20 @@ def read_root(path: Path, name: str = METADATA) -> RootRecord:
     DamagedStoreError
         If its metadata cannot be understood.
     """
-    has_copy = (path / ROOT_COPY).is_file()
-    remedy = repair_hint(path) if has_copy and name == METADATA else _LAST_REMEDY
     try:
         attributes = _attributes(path, name)
-    except DamagedStoreError as error:
-        raise DamagedStoreError(f"{error}; {remedy}") from None
-    if attributes is None and has_copy:
-        raise DamagedStoreError(f"{path / name}: is missing; {remedy}")
-    if attributes is None:
-        raise StoreError(f"{path}: is no cspine store; make one with cspine-data prepare")
-    try:
-        return RootRecord.model_validate(attributes)
-    except ValidationError as error:
-        raise DamagedStoreError(f"{path / name}: is not what was written ({_first(error)}); {remedy}") from None
+        if attributes is not None:
+            return RootRecord.model_validate(attributes)
+    except (DamagedStoreError, ValidationError) as error:
+        told = str(error) if isinstance(error, DamagedStoreError) else f"{path / name}: is damaged ({_first(error)})"
+        raise DamagedStoreError(f"{told}; {_remedy(path, name)}") from None
+    if name == METADATA and (path / ROOT_COPY).is_file():
+        raise DamagedStoreError(f"{path / name}: is missing; {_remedy(path, name)}")
+    raise StoreError(f"{path}: is no cspine store; make one with cspine-data prepare")
+
+
+def _remedy(path: Path, name: str) -> str:
+    return repair_hint(path) if name == METADATA and (path / ROOT_COPY).is_file() else _LAST_REMEDY
 
 
 def records(path: Path, root: RootRecord, variant: str) -> Iterable[CaseRecord]:

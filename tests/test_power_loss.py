@@ -159,7 +159,7 @@ def life_of_a_store(tmp_path: Path, serially: None, monkeypatch: pytest.MonkeyPa
             patch.setattr("cspine_data.pipeline.publish", publish_and_promise)
             # A run killed before its folders were durable, and its digest found by the next.
             with monkeypatch.context() as killed, suppress(KeyboardInterrupt):
-                killed.setattr("cspine_data.publishing.sync_above", interrupt)
+                killed.setattr("cspine_data.making.sync_above", interrupt)
                 prepare(raw, store, n4=False, axes="0")
             prepare(raw, store, n4=False, axes="0")
             write_volume(raw / "AS-label.nrrd", Volume(np.roll(ball()[1].array, 1, 0), ball()[1].geometry))
