@@ -180,7 +180,7 @@ def test_a_store_of_an_older_cspine_is_renewed_by_preparing_again(store: Path, r
 @pytest.mark.parametrize("content", ["", "{", '{"attributes": 3}', '{"attributes": {"cspine": {"cases": 3}}}'])
 def test_a_damaged_root_is_told(store: Path, content: str) -> None:
     (store / "zarr.json").write_text(content)
-    with pytest.raises(DamagedStoreError, match="prepare"):
+    with pytest.raises(DamagedStoreError, match="mend it with cspine-data verify"):
         open_cohort(store)
 
 
