@@ -465,7 +465,7 @@ def fuzz(folder: Path, seconds: float) -> None:
     """Read mutants of valid files until the time is up; stop at the first that breaks the promise, which stays."""
     inner = hazards(folder)
     warm_up(inner)
-    before, outcomes, end = peak_mebibytes(), Counter[str](), time.monotonic() + seconds
+    outcomes, end, most = Counter[str](), time.monotonic() + seconds, 0
 
     @given(files=mutants)
     @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -475,19 +475,23 @@ def fuzz(folder: Path, seconds: float) -> None:
             path.unlink()
         for name, content in files.items():
             (inner / name).write_bytes(content)
+        # The peak is begun anew for each file: what is drawn and counted here grows from hour to hour.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak_mebibytes()
         # A reader that hangs is killed by the alarm, and the file found where it is.
         signal.alarm(20)
         with opened_files() as opened:
             told = outcome(inner / list(files)[-1])
         signal.alarm(0)
         assert opened <= {str(inner / name) for name in files}
-        assert peak_mebibytes() - before < MOST_MEBIBYTES
+        nonlocal most
+        most = max(most, peak_mebibytes() - before)
+        assert most < MOST_MEBIBYTES
         outcomes["read" if isinstance(told, Volume) else re.sub(r"-?[0-9][0-9.e+]*", "N", told).partition(";")[0]] += 1
 
     while time.monotonic() < end:
         one()
-    grown = peak_mebibytes() - before
-    print(json.dumps({"tried": outcomes.total(), "grown_mebibytes": grown, "outcomes": outcomes.most_common()}))
+    print(json.dumps({"tried": outcomes.total(), "grown_mebibytes": most, "outcomes": outcomes.most_common()}))
 
 
 @pytest.mark.timeout(0)
