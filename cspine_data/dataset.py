@@ -111,7 +111,10 @@ class SliceDataset:
 
     def _array(self, number: int, axis: int, kind: str) -> SliceArray:
         name = schema.slice_array(axis, kind)
-        return slice_array(self._folders[number] / name, self.records[number].files[f"{name}/{METADATA}"])
+        files = self.records[number].files
+        return slice_array(
+            self._folders[number] / name, files.get(f"{name}/{METADATA}", ""), files.get(f"{name}/c/0/0/0", "")
+        )
 
 
 class VolumeDataset:

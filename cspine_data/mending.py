@@ -74,6 +74,7 @@ def repair(
     check_workers(workers)
     store = Path(store).resolve()
     lost = _lost_root(store)
+    verified = read_root(store)
     damages = (*lost, *verify(store))
     if not damages:
         return RepairSummary((), (), (), ())
@@ -86,6 +87,9 @@ def repair(
     for case, variant in sorted({(damage.case, damage.variant) for damage in damages if damage.variant}):
         if (case, variant) in strays:
             failed.append(Problem(case, f"{strays[case, variant]}; move it away, then mend the case"))
+            continue
+        if root.cases.get(case, {}).get(variant) != verified.cases.get(case, {}).get(variant):
+            failed.append(Problem(case, f"{store}: {case} was prepared anew or removed meanwhile; verify again"))
             continue
         try:
             jobs.append(_job(store, root, files, case, variant, ways[variant]))

@@ -24,7 +24,6 @@ from cspine_data.making import prepare_case, stored_volume
 from cspine_data.preprocess import Preprocessing, correct_volume
 from cspine_data.pseudonyms import with_neutral_ids
 from cspine_data.publishing import (
-    Refused,
     create_store,
     enrol,
     keep_standard,
@@ -36,6 +35,8 @@ from cspine_data.volumes import read_volume
 
 # Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
 _CASES_OF_A_STANDARD = 32
+# Each but the first needs another run that was quicker.
+_MOST_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -221,33 +222,49 @@ def do_jobs(
     """
     total = len(jobs)
     outcomes: dict[str, int | Problem] = {}
+    waiting: dict[str, tuple[Job, int]] = {}
+    twice: dict[str, str] = {}
+    rounds = 0
     while jobs:
+        rounds += 1
         overtaken: list[Job] = []
-        waiting: dict[str, tuple[Job, int]] = {}
-        refused = Refused(set(), {})
         for ended in run_jobs(_work, jobs, store, workers, scheduler):
             made = {job.case.id: (job, size) for job, size in ended if not isinstance(size, Problem)} | waiting
             refused = publish(store, [job.replacement for job, _ in made.values()])
             # Two cases that have exchanged their volumes can only be published together.
-            waiting = {case: made[case] for case in refused.twice}
+            waiting, twice = {case: made[case] for case in refused.twice}, refused.twice
             finished: dict[str, int | Problem] = {
                 job.case.id: outcome for job, outcome in ended if isinstance(outcome, Problem)
             }
             for case, (job, size) in made.items():
-                if case in refused.overtaken and not job.anew:
-                    overtaken.append(job)
-                elif case in refused.overtaken:
-                    # What was to be mended is not what is wanted any more.
-                    finished[case] = Problem(case, f"{store}: {case} was prepared anew or removed meanwhile")
+                if case in refused.overtaken:
+                    given_up = _given_up(job, store, rounds)
+                    overtaken += [] if given_up else [job]
+                    finished |= {case: given_up} if given_up else {}
                 elif case not in waiting:
                     finished[case] = size
             for case, outcome in finished.items():
                 outcomes[case] = outcome
                 if progress:
                     progress(len(outcomes), total, case)
-        outcomes |= {case: copy_problem(job.case, refused.twice[case]) for case, (job, _) in waiting.items()}
         jobs = planned_anew(overtaken, store)
+    for case, (job, _) in waiting.items():
+        outcomes[case] = copy_problem(job.case, twice[case])
+        if progress:
+            progress(len(outcomes), total, case)
     return outcomes
+
+
+def _given_up(job: Job, store: Path, rounds: int) -> Problem | None:
+    """Tell why a job that was overtaken is not planned again; None where it is."""
+    case = job.case.id
+    if job.anew:
+        # What was to be mended is not what is wanted any more.
+        return Problem(case, f"{store}: {case} was prepared anew or removed meanwhile")
+    if rounds >= _MOST_ROUNDS:
+        told = "what its worker wrote is not there, or others keep replacing it; do all workers see this store?"
+        return Problem(case, f"{store}: {case}: {told}")
+    return None
 
 
 def _standard(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -19,11 +18,11 @@ from typing import Any
 
 from cspine_data.cases import Case, Listing, Problem
 from cspine_data.errors import InputError
+from cspine_data.schema import NEUTRAL_ID
 from cspine_data.volumes import content_digest
 from cspine_data.writer import sync_folder
 
 COLUMNS = ("id", "case")
-_ID = re.compile(r"case(\d{4}|[1-9]\d{4,})")
 _BY_HAND = "mend it by hand or bring back a copy; another key would give other ids"
 
 
@@ -133,7 +132,7 @@ def _wrong(row: list[str], ids: Mapping[str, str], given: set[str]) -> str | Non
     if len(row) != len(COLUMNS) or not row[1]:
         return "has not an id and a case"
     neutral, case = row
-    if not _ID.fullmatch(neutral):
+    if not NEUTRAL_ID.fullmatch(neutral):
         return "has an id unlike case0001"
     if neutral in given:
         return f"gives {neutral} a second time,"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from cspine_data import schema
 from cspine_data.errors import NewerSchemaError, NotInStoreError, StoreError, describe_os_error
 from cspine_data.schema import CaseRecord, RootRecord, Standard
-from cspine_data.store import ROOT_COPY, read_root, stored_record
+from cspine_data.store import ROOT_COPY, read_metadata, read_root, stored_record
 from cspine_data.writer import METADATA, make_folder, sync_folder, write_file
 
 #: How the folders and files begin that no reader looks at: being written, and set aside to be deleted.
@@ -61,7 +61,7 @@ def create_store(path: Path, *, neutral_ids: bool = False) -> None:
         If something else than a store is at that place, or it holds cases under ids of the other kind.
     """
     if not any((path / name).exists() for name in (METADATA, ROOT_COPY)):
-        if path.exists() and not _could_become_a_store(path):
+        if path.exists() and not _could_become_a_store(path, neutral_ids=neutral_ids):
             raise StoreError(f"{path}: is there and is no cspine store; choose another --store")
         make_folder(path)
         with locked(path):
@@ -74,12 +74,17 @@ def create_store(path: Path, *, neutral_ids: bool = False) -> None:
         raise StoreError(f"{path}: its cases have {told}")
 
 
-def _could_become_a_store(path: Path) -> bool:
+def _could_become_a_store(path: Path, *, neutral_ids: bool) -> bool:
     """Whether a folder is empty but for what a killed run hid, or what is left of a store whose root was deleted."""
     if not path.is_dir():
         return False
     visible = {file.name for file in path.iterdir() if not file.name.startswith(".")}
-    return not visible or (visible == {"cases"} and (path / "cases" / METADATA).is_file())
+    if not visible:
+        return True
+    if visible != {"cases"} or not (path / "cases" / METADATA).is_file():
+        return False
+    left = (folder.name for folder in (path / "cases").iterdir() if folder.is_dir() and folder.name[0] != ".")
+    return not neutral_ids or all(map(schema.NEUTRAL_ID.fullmatch, left))
 
 
 def refuse_links(*folders: Path) -> None:
@@ -155,12 +160,13 @@ def _held_twice(
     cases: dict[str, dict[str, str]], voxels: dict[str, str], named: Iterable[Replacement]
 ) -> tuple[Replacement, str] | None:
     """Find a replacement whose volume is another case's too, and that case."""
-    owners: dict[str, list[str]] = {}
+    # Within a variant, since a run changes one: what has exchanged its volumes does so in the other when that is run.
+    owners: dict[tuple[str, str], list[str]] = {}
     for case, variants in cases.items():
-        for digest in variants.values():
-            owners.setdefault(voxels.get(digest, digest), []).append(case)
+        for variant, digest in variants.items():
+            owners.setdefault((variant, voxels.get(digest, digest)), []).append(case)
     for one in named:
-        others = [case for case in owners[voxels.get(one.digest, one.digest)] if case != one.case]
+        others = [case for case in owners[one.variant, voxels.get(one.digest, one.digest)] if case != one.case]
         if others:
             return one, others[0]
     return None
@@ -220,7 +226,7 @@ def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
 
     root = read_root(path)
     # Nothing new needs no lock, and so no place that can be written to.
-    if add_batch(root) != root:
+    if add_batch(root) != root or not _copy_is_current(path):
         _update_root(path, add_batch)
 
 
@@ -310,20 +316,30 @@ def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None
     with locked(path):
         before = read_root(path)
         after = change(before).model_copy(update={"schema_version": schema.SCHEMA_VERSION})
-        if after != before:
+        if after != before or not _copy_is_current(path):
             _write_root(path, after)
 
 
 def _write_root(path: Path, root: RootRecord) -> None:
     write_record(path, root)
-    # The one file of a store that nothing else could bring back.
-    write_record(path, root, ROOT_COPY)
+    # The one file of a store that nothing else could bring back. Where it cannot be written, the next change does it.
+    with suppress(OSError):
+        write_record(path, root, ROOT_COPY)
+
+
+def _copy_is_current(path: Path) -> bool:
+    try:
+        return read_metadata(path, ROOT_COPY) == read_metadata(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _write_metadata(folder: Path, content: bytes, name: str = METADATA) -> None:
     temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         write_file(temporary, [content])
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            (folder / name).rename(folder / f"{REMOVED}{uuid.uuid4().hex}")
         temporary.replace(folder / name)
     finally:
         temporary.unlink(missing_ok=True)

@@ -121,6 +121,9 @@ class SliceArray:
         return DamagedStoreError(f"{self._path}: {problem}; {repair_hint(self._path.parents[4])}")
 
 
+_Opened = tuple[Path, str | None, str | None]
+
+
 class _OpenArrays:
     """The arrays a process holds open, the least recently used closed first.
 
@@ -128,7 +131,7 @@ class _OpenArrays:
     """
 
     def __init__(self) -> None:
-        self._arrays: OrderedDict[Path, SliceArray] = OrderedDict()
+        self._arrays: OrderedDict[_Opened, SliceArray] = OrderedDict()
         self._lock = threading.Lock()
         # A fork may happen while another thread holds the lock.
         os.register_at_fork(after_in_child=self._renew_lock)
@@ -138,17 +141,20 @@ class _OpenArrays:
 
     def drop(self, path: Path) -> None:
         with self._lock:
-            self._arrays.pop(path, None)
+            for opened in [opened for opened in self._arrays if opened[0] == path]:
+                del self._arrays[opened]
 
-    def get(self, path: Path, metadata_sha256: str | None) -> SliceArray:
+    def get(self, path: Path, metadata_sha256: str | None, shard_sha256: str | None) -> SliceArray:
+        # A case that was mended may have other bytes in the same place.
+        opened = (path, metadata_sha256, shard_sha256)
         with self._lock:
-            array = self._arrays.get(path)
+            array = self._arrays.get(opened)
             if array is not None:
-                self._arrays.move_to_end(path)
+                self._arrays.move_to_end(opened)
                 return array
         array = SliceArray(path, metadata_sha256)
         with self._lock:
-            self._arrays[path] = array
+            self._arrays[opened] = array
             if len(self._arrays) > _MAX_OPEN:
                 self._arrays.popitem(last=False)
         return array
@@ -157,6 +163,6 @@ class _OpenArrays:
 _open_arrays = _OpenArrays()
 
 
-def slice_array(path: Path, metadata_sha256: str | None = None) -> SliceArray:
+def slice_array(path: Path, metadata_sha256: str | None = None, shard_sha256: str | None = None) -> SliceArray:
     """Return an array of slices, opened at most once in a process while it is in use; see `SliceArray`."""
-    return _open_arrays.get(path, metadata_sha256)
+    return _open_arrays.get(path, metadata_sha256, shard_sha256)

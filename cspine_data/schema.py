@@ -29,7 +29,7 @@ from cspine_data.intensity import Levels, Normalisation
 from cspine_data.preprocess import Preprocessing
 
 #: Part of every digest: raise it whenever other bytes are written for the same source and parameters.
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 ATTRIBUTE = "cspine"
 #: Beside the record in a group's attributes: what `record_checksum` gives for it.
 CHECKSUM_ATTRIBUTE = "cspine_sha256"
@@ -44,6 +44,7 @@ CHECKSUM_BYTES = 4
 LONGEST_RUN = 260
 _LONGEST_AXIS = 1 << 20
 DIGEST = re.compile("[0-9a-f]{32}")
+NEUTRAL_ID = re.compile(r"case(\d{4}|[1-9]\d{4,})")
 
 
 class Standard(BaseModel):

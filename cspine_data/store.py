@@ -208,13 +208,14 @@ def read_metadata(folder: Path, name: str = METADATA) -> bytes:
         if error.errno == errno.ELOOP:
             raise ValueError("is a link") from None
         raise
-    with os.fdopen(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        if stat.S_ISDIR(state.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
-        if not stat.S_ISREG(state.st_mode) or state.st_size > _MOST_METADATA_BYTES:
-            raise ValueError("is no file of metadata")
-        return file.read()
+    state = os.fstat(descriptor)
+    if stat.S_ISREG(state.st_mode) and state.st_size <= _MOST_METADATA_BYTES:
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read()
+    os.close(descriptor)
+    if stat.S_ISDIR(state.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
+    raise ValueError("is no file of metadata")
 
 
 def metadata_is_intact(folder: Path, name: str = METADATA) -> bool:

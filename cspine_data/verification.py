@@ -108,7 +108,9 @@ def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:
     with suppress(FileNotFoundError):
         try:
             sound = metadata_is_intact(path, ROOT_COPY) and bool(read_root(path, ROOT_COPY))
-        except (ValueError, KeyError, StoreError):
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, StoreError):
             sound = False
         if not sound:
             yield Damage("", "", ROOT_COPY, "is not what was written")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from cspine_data import (
 from cspine_data.cases import Case
 from cspine_data.jobs import Job
 from cspine_data.pipeline import prepare_case
+from cspine_data.publishing import Refused, Replacement, create_store, publish
 from cspine_data.store import read_root
 from tests.conftest import QUICK_N4, ball, contents, started, write_case
 
@@ -299,6 +301,57 @@ def test_one_patient_under_two_names_in_two_runs_at_once_is_refused_once(tmp_pat
         sum("and one patient must not be two cases" in text or "is what the store holds" in text for text in told) == 1
     )
     assert len(open_cohort(tmp_path / "s.zarr").cases) == 1
+
+
+def test_cases_that_exchange_their_files_do_so_in_both_variants(store: Path, serially: None) -> None:
+    raw = store.parent / "raw"
+    prepare(raw, store, preprocessing=QUICK_N4)
+    before = {case: open_cohort(store).export(case, "raw").array for case in "AB"}
+    (raw / "A.nrrd").rename(raw / "between")
+    (raw / "B.nrrd").rename(raw / "A.nrrd")
+    (raw / "between").rename(raw / "B.nrrd")
+    for preprocessing in (Preprocessing(bias=None), QUICK_N4):
+        summary = prepare(raw, store, preprocessing=preprocessing)
+        assert (summary.done, summary.failed) == (("A", "B"), ())
+    for case, other in ("AB", "BA"):
+        np.testing.assert_array_equal(open_cohort(store).export(case, "raw").array, before[other])
+
+
+def test_an_exchange_waits_for_the_half_that_was_overtaken(
+    store: Path, serially: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = store.parent / "raw"
+    for name in ("{}.nrrd", "{}S-label.nrrd"):
+        (raw / name.format("A")).rename(raw / "between")
+        (raw / name.format("B")).rename(raw / name.format("A"))
+        (raw / "between").rename(raw / name.format("B"))
+    rounds = iter(range(9))
+
+    def publish_late(path: Path, made: list[Replacement]) -> Refused:
+        made = list(made)
+        if next(rounds) == 1:
+            return Refused({"B"}, publish(path, [one for one in made if one.case == "A"]).twice)
+        return publish(path, made)
+
+    monkeypatch.setattr("cspine_data.pipeline.publish", publish_late)
+    assert prepare(raw, store, n4=False).done == ("A", "B")
+    assert verify(store) == []
+
+
+def test_workers_that_write_elsewhere_are_told_of(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a cluster whose nodes have disks of their own under the same path."""
+    elsewhere = tmp_path / "elsewhere.zarr"
+    create_store(elsewhere)
+
+    def run_jobs(work: Any, jobs: Any, *_: Any) -> Any:
+        for job in jobs:
+            yield [(job, work(job, str(elsewhere)))]
+
+    monkeypatch.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+    write_case(store.parent / "raw", "C")
+    (problem,) = prepare(store.parent / "raw", store, n4=False).failed
+    assert "what its worker wrote is not there, or others keep replacing it; do all workers see" in problem.message
+    assert open_cohort(store).cases == ("A", "B")
 
 
 def test_a_chain_of_renamed_files_puts_no_patient_into_two_cases(store: Path) -> None:

@@ -341,6 +341,46 @@ def test_a_lost_root_is_brought_back_from_its_copy(content: bytes | None, store:
     assert contents(store) == before
 
 
+def test_a_copy_that_a_killed_run_left_behind_is_brought_up_to_date(store: Path) -> None:
+    copy = store / ".zarr.json.copy"
+    before = copy.read_bytes()
+    for spoil in (lambda: copy.unlink(), lambda: copy.write_bytes(before[:-1]), lambda: (copy.unlink(), copy.mkdir())):
+        spoil()
+        assert prepare(store.parent / "raw", store, n4=False).done == ()
+        assert copy.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"x"', b"null", b"[" * 100_000])
+def test_a_copy_that_is_nonsense_is_told_and_mended(content: bytes, store: Path) -> None:
+    copy = store / ".zarr.json.copy"
+    before = copy.read_bytes()
+    copy.write_bytes(content)
+    assert told_by_verify(store) == ["store: .zarr.json.copy: is not what was written"]
+    repair(store, store.parent / "raw")
+    assert copy.read_bytes() == before
+
+
+def test_a_case_removed_while_repair_verifies_is_not_brought_back(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose_a_shard(store)
+
+    def verify_and_remove(path: Path) -> Any:
+        damages = verify(path)
+        remove_cases(path, ["A"])
+        return damages
+
+    monkeypatch.setattr("cspine_data.mending.verify", verify_and_remove)
+    (problem,) = repair(store, store.parent / "raw").failed
+    assert problem.message.endswith("A was prepared anew or removed meanwhile; verify again")
+    assert open_cohort(store).cases == ("B",)
+
+
+def test_names_that_a_lost_root_leaves_are_not_taken_into_an_anonymised_store(store: Path, run_data) -> None:
+    for name in ("zarr.json", ".zarr.json.copy"):
+        (store / name).unlink()
+    done = run_data("prepare", store.parent / "raw", "--store", store, "--no-n4", "--anonymise")
+    assert done.output == f"Error: {store}: is there and is no cspine store; choose another --store\n"
+
+
 def test_a_root_lost_with_its_copy_costs_no_case(store: Path) -> None:
     """What is left of the store is found by its digests; only the order of enrolment, notes and standards are lost."""
     (store / ".zarr.json.copy").unlink()
