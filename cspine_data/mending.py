@@ -95,21 +95,29 @@ def repair(
             jobs.append(_job(store, root, files, case, variant, ways[variant]))
         except (InputError, OSError) as error:
             failed.append(describe_problem(case, error))
-    before = {job.digest: stored_record(store, job.case.id, job.digest) for job in jobs}
     mended, differing = [], []
     for variant in sorted({job.preprocessing.variant for job in jobs}):
         of_variant = [job for job in jobs if job.preprocessing.variant == variant]
+        before = {job.digest: stored_record(store, job.case.id, job.digest) for job in of_variant}
         outcomes = do_jobs(of_variant, store, workers, scheduler, progress)
         for job in of_variant:
-            outcome, still = outcomes[job.case.id], verify_case(store, job.case.id, variant, job.digest)
-            if isinstance(outcome, Problem) or still:
-                failed.append(outcome if isinstance(outcome, Problem) else Problem(job.case.id, str(still[0])))
+            problem = _problem_after(store, job, outcomes[job.case.id])
+            if problem:
+                failed.append(problem)
                 continue
             mended.append((job.case.id, variant))
             old, new = before[job.digest], stored_record(store, job.case.id, job.digest)
             if old and new and old.files != new.files:
                 differing.append((job.case.id, variant))
     return RepairSummary(damages, tuple(sorted(mended)), tuple(sorted(differing)), tuple(failed))
+
+
+def _problem_after(store: Path, job: Job, outcome: int | Problem) -> Problem | None:
+    """Tell why a case that was to be made anew is not sound; None where it is."""
+    if isinstance(outcome, Problem):
+        return outcome
+    still = verify_case(store, job.case.id, job.preprocessing.variant, job.digest)
+    return Problem(job.case.id, str(still[0])) if still else None
 
 
 def _lost_root(store: Path) -> tuple[Damage, ...]:

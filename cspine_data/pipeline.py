@@ -24,6 +24,7 @@ from cspine_data.making import prepare_case, stored_volume
 from cspine_data.preprocess import Preprocessing, correct_volume
 from cspine_data.pseudonyms import with_neutral_ids
 from cspine_data.publishing import (
+    Refused,
     create_store,
     enrol,
     keep_standard,
@@ -230,7 +231,7 @@ def do_jobs(
         overtaken: list[Job] = []
         for ended in run_jobs(_work, jobs, store, workers, scheduler):
             made = {job.case.id: (job, size) for job, size in ended if not isinstance(size, Problem)} | waiting
-            refused = publish(store, [job.replacement for job, _ in made.values()])
+            refused = publish(store, [job.replacement for job, _ in made.values()]) if made else Refused(set(), {})
             # Two cases that have exchanged their volumes can only be published together.
             waiting, twice = {case: made[case] for case in refused.twice}, refused.twice
             finished: dict[str, int | Problem] = {
