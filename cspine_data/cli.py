@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -19,6 +21,15 @@ PAIRS = click.option(
     help="CSV file with the columns case,volume,label; replaces SOURCE.",
 )
 VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
+
+
+@contextmanager
+def _can_go_on(store: Path) -> Iterator[None]:
+    """Say of what Ctrl-C ends that the same command goes on with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.ClickException(f"{store}: interrupted; run the same command again to go on") from None
 
 
 @click.group(cls=CommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -146,22 +157,19 @@ def prepare(
         normalisation=normalisation,
         spacing_mm=parse_spacing(spacing),
     )
-    try:
-        with progress_bar("preparing") as progress:
-            summary = prepare_cohort(
-                source,
-                store,
-                preprocessing=preprocessing,
-                axes=axes,
-                pairs=pairs,
-                workers=workers,
-                scheduler=scheduler,
-                note=note,
-                anonymise=anonymise,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        raise click.ClickException(f"{store}: interrupted; run the same command again to go on") from None
+    with _can_go_on(store), progress_bar("preparing") as progress:
+        summary = prepare_cohort(
+            source,
+            store,
+            preprocessing=preprocessing,
+            axes=axes,
+            pairs=pairs,
+            workers=workers,
+            scheduler=scheduler,
+            note=note,
+            anonymise=anonymise,
+            progress=progress,
+        )
     for problem in summary.failed:
         click.echo(f"failed: {problem.message}", err=True)
     click.echo(
@@ -228,6 +236,7 @@ def info(store: Path) -> None:
 def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | None) -> None:
     """Hold every byte of a store against its checksums."""
     from cspine_data.errors import InputError
+    from cspine_data.store import repair_hint
     from cspine_data.verification import OLDER
     from cspine_data.verification import verify as verify_store
 
@@ -242,9 +251,8 @@ def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | 
     for damage in damages:
         click.echo(f"damaged: {damage}", err=True)
     if damages:
-        remedy = f"mend it with cspine-data verify {store} --repair SOURCE"
-        if all(damage.problem == OLDER for damage in damages):
-            remedy = "prepare it again"
+        only_older = all(damage.problem == OLDER for damage in damages)
+        remedy = "prepare it again" if only_older else repair_hint(store)
         click.echo(f"{store}: {len(damages)} damaged; {remedy}")
         raise SystemExit(1)
     click.echo(f"{store}: sound")
@@ -253,11 +261,8 @@ def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | 
 def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) -> None:
     from cspine_data.mending import repair
 
-    try:
-        with progress_bar("mending") as progress:
-            summary = repair(store, source, pairs=pairs, workers=workers, progress=progress)
-    except KeyboardInterrupt:
-        raise click.ClickException(f"{store}: interrupted; run the same command again to go on") from None
+    with _can_go_on(store), progress_bar("mending") as progress:
+        summary = repair(store, source, pairs=pairs, workers=workers, progress=progress)
     for damage in summary.damages:
         click.echo(f"damaged: {damage}", err=True)
     for problem in summary.failed:
@@ -283,15 +288,17 @@ def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) 
 )
 def gc(store: Path, delete: bool, grace_days: float) -> None:
     """List what no case of a store names: replaced and removed cases, what killed runs left."""
-    from cspine_data.garbage import collect_garbage
+    from cspine_data.garbage import collect_garbage, find_garbage, unused_for
 
-    everything = collect_garbage(store, grace_s=0)
-    found = collect_garbage(store, grace_s=grace_days * 24 * 3600, delete=delete)
+    grace_s = grace_days * 24 * 3600
+    everything = find_garbage(store)
+    found = collect_garbage(store, grace_s=grace_s, delete=True) if delete else unused_for(everything, grace_s)
     for one in found:
         days = one.unused_s / 24 / 3600
         click.echo(f"{one.path.relative_to(store)}: {one.size_bytes / 1e6:.1f} MB, unused for {days:.1f} days")
     size = f"{len(found)} folders and files, {sum(one.size_bytes for one in found) / 1e6:.1f} MB"
-    younger = [one for one in everything if one.path not in {one.path for one in found}]
+    ripe = {one.path for one in found}
+    younger = [one for one in everything if one.path not in ripe]
     if younger:
         waiting = sum(one.size_bytes for one in younger) / 1e6
         click.echo(f"{waiting:.1f} MB more may still be in use: not unused for {grace_days:g} days yet")

@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 # With 2 workers Dask opens some 45 files in this process.
 _FILES, _FILES_A_WORKER = 64, 16
 _STARTS = 3
+_DIED = "its worker process died (out of memory?); use fewer --workers, or a machine with more memory"
 _POLL_S, _LOOK_S, _PATIENCE_S = 0.01, 2.0, 60.0
 
 
@@ -67,7 +68,10 @@ def run_jobs(
         # Dask blames every case that waited on a worker that died. Alone, only the guilty one dies again.
         for suspect in suspects:
             for ended in _as_they_end(client, work, [suspect], store):
-                yield [(job, _died(job) if isinstance(outcome, KilledWorker) else outcome) for job, outcome in ended]
+                yield [
+                    (job, _problem(job, _DIED) if isinstance(outcome, KilledWorker) else outcome)
+                    for job, outcome in ended
+                ]
 
 
 def _as_they_end(
@@ -98,12 +102,11 @@ def _as_they_end(
             forsaken_since = looked
         elif looked - forsaken_since > _PATIENCE_S:
             problem = "no worker process is left to prepare it; see what ended them, then run it again"
-            yield [(job, Problem(job.case.id, f"{job.case.volume}: {problem}")) for job in futures.values()]
+            yield [(job, _problem(job, problem)) for job in futures.values()]
             return
 
 
-def _died(job: Job) -> Problem:
-    problem = "its worker process died (out of memory?); use fewer --workers, or a machine with more memory"
+def _problem(job: Job, problem: str) -> Problem:
     return Problem(job.case.id, f"{job.case.volume}: {problem}")
 
 
@@ -129,8 +132,7 @@ def _outcome(future: Any, job: Job) -> Any:
     except KilledWorker as error:
         return error
     except CancelledError:
-        problem = "the scheduler went away meanwhile; run it again when it is back"
-        return Problem(job.case.id, f"{job.case.volume}: {problem}")
+        return _problem(job, "the scheduler went away meanwhile; run it again when it is back")
     except Exception as error:  # noqa: BLE001 - a worker of another version, for example
         return describe_problem(job.case.id, error)
 

@@ -6,14 +6,14 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cspine_data.errors import InputError
 from cspine_data.publishing import REMOVED, TEMPORARY, UNFINISHED, locked
-from cspine_data.schema import DIGEST, RootRecord
+from cspine_data.schema import CASES, DIGEST, RootRecord
 from cspine_data.store import read_root
 from cspine_data.writer import METADATA, sync_folder
 
@@ -40,6 +40,31 @@ class Garbage:
     path: Path
     size_bytes: int
     unused_s: float
+
+
+def find_garbage(path: str | Path) -> list[Garbage]:
+    """Find what no case of a store names, but for what may be being written.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or it is damaged.
+    """
+    path = Path(path)
+    return [Garbage(place, _size(place), unused_s) for place, unused_s in _unused(path, read_root(path)).items()]
+
+
+def unused_for(found: Iterable[Garbage], grace_s: float) -> list[Garbage]:
+    """Return what has been unused for a time of grace, seconds.
+
+    Raises
+    ------
+    InputError
+        If that is negative or no number.
+    """
+    if not grace_s >= 0:
+        raise InputError(f"grace {grace_s:g} s", "is no time", "give 0 or more")
+    return [one for one in found if one.unused_s >= grace_s]
 
 
 def collect_garbage(path: str | Path, *, grace_s: float = GRACE_S, delete: bool = False) -> list[Garbage]:
@@ -69,20 +94,17 @@ def collect_garbage(path: str | Path, *, grace_s: float = GRACE_S, delete: bool 
     StoreError
         If there is no store, it is damaged, or cannot be written to.
     """
-    if not grace_s >= 0:
-        raise InputError(f"grace {grace_s:g} s", "is no time", "give 0 or more")
     path = Path(path)
-    unused = _unused(path, read_root(path), grace_s)
-    found = [Garbage(place, _size(place), unused_s) for place, unused_s in unused.items()]
+    found = unused_for(find_garbage(path), grace_s)
     if not delete or not found:
         return found
     doomed: dict[Path, Garbage] = {}
     with locked(path):
         # Again, now that no run can publish any of it; what is set aside here can no more be found and used again.
-        unused = _unused(path, read_root(path), grace_s)
+        unused = _unused(path, read_root(path))
         for one in found:
             aside = one.path.with_name(f"{REMOVED}{uuid.uuid4().hex}")
-            if one.path in unused:
+            if unused.get(one.path, -1.0) >= grace_s:
                 with suppress(FileNotFoundError):
                     one.path.rename(aside)
                     doomed[aside] = one
@@ -94,20 +116,20 @@ def collect_garbage(path: str | Path, *, grace_s: float = GRACE_S, delete: bool 
     return list(doomed.values())
 
 
-def _unused(path: Path, root: RootRecord, grace_s: float) -> dict[Path, float]:
-    """Return what nothing names and nobody has used for the time of grace, and for how many seconds."""
+def _unused(path: Path, root: RootRecord) -> dict[Path, float]:
+    """Return what nothing names, and for how many seconds nobody has used it; not what may be being written."""
     now = time.time()
     ages = {place: now - _last_used(place) for place in sorted(_unnamed(path, root))}
     return {
         place: unused_s
         for place, unused_s in ages.items()
-        if unused_s >= (max(grace_s, _WRITING_S) if _is_being_written(place) else grace_s)
+        if unused_s >= (_WRITING_S if _is_being_written(place) else 0.0)
     }
 
 
 def _unnamed(path: Path, root: RootRecord) -> Iterator[Path]:
     """Find what lies where cspine writes, looks like what it writes, and is not named; no links."""
-    cases = path / "cases"
+    cases = path / CASES
     folders = [folder for folder in _inside(cases) if _is_folder(folder)] if _is_folder(cases) else []
     for folder in (path, cases) if folders else (path,):
         yield from (file for file in _inside(folder) if _is_hidden(file))

@@ -92,7 +92,7 @@ def stored_volume(job: Job, store: Path) -> CorrectedVolume | None:
 
 def write_case(
     path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None, *, anew: bool = False
-) -> CaseRecord:
+) -> None:
     """Write one case into its digest's place, complete or not at all; it is not published yet.
 
     Parameters
@@ -107,11 +107,6 @@ def write_case(
         Its label map.
     anew : bool
         Replace what is in that place, since it is damaged, even where its record is not.
-
-    Returns
-    -------
-    CaseRecord
-        With the checksums of its files.
     """
     target = path / schema.case_path(record.case, record.digest)
     case_folder, cases_folder = target.parent, target.parent.parent
@@ -136,7 +131,6 @@ def write_case(
     finally:
         for folder in (unfinished, aside):
             shutil.rmtree(folder, ignore_errors=True)
-    return record
 
 
 def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> None:

@@ -10,8 +10,9 @@ from cspine_data.cases import Case, Problem, describe_problem, find_cases
 from cspine_data.cluster import check_workers
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.jobs import Job, file_digests
-from cspine_data.pipeline import Progress, do_jobs, existing_key
+from cspine_data.pipeline import do_jobs, existing_key
 from cspine_data.preprocess import Preprocessing
+from cspine_data.progress import Progress
 from cspine_data.pseudonyms import read_key
 from cspine_data.publishing import mend_root
 from cspine_data.schema import RootRecord
@@ -124,9 +125,10 @@ def _lost_root(store: Path) -> tuple[Damage, ...]:
     """Bring back a root that is lost or damaged from its copy, where there is one."""
     try:
         read_root(store)
-    except DamagedStoreError as error:
+    except DamagedStoreError:
+        problem = "is not what was written" if (store / METADATA).exists() else "is missing"
         mend_root(store)
-        return (Damage("", "", METADATA, str(error).split("; ")[0].removeprefix(f"{store / METADATA}: ")),)
+        return (Damage("", "", METADATA, problem),)
     return ()
 
 

@@ -22,6 +22,7 @@ from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, is_current, plan_jobs, planned_anew
 from cspine_data.making import prepare_case, stored_volume
 from cspine_data.preprocess import Preprocessing, correct_volume
+from cspine_data.progress import Progress
 from cspine_data.pseudonyms import with_neutral_ids
 from cspine_data.publishing import (
     Refused,
@@ -69,9 +70,6 @@ class PrepareSummary:
     standard_cases: tuple[str, ...]
     seconds: float
     written_bytes: int
-
-
-Progress = Callable[[int, int, str], None]
 
 
 def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
@@ -226,6 +224,12 @@ def do_jobs(
     waiting: dict[str, tuple[Job, int]] = {}
     twice: dict[str, str] = {}
     rounds = 0
+
+    def finish(case: str, outcome: int | Problem) -> None:
+        outcomes[case] = outcome
+        if progress:
+            progress(len(outcomes), total, case)
+
     while jobs:
         rounds += 1
         overtaken: list[Job] = []
@@ -234,25 +238,20 @@ def do_jobs(
             refused = publish(store, [job.replacement for job, _ in made.values()]) if made else Refused(set(), {})
             # Two cases that have exchanged their volumes can only be published together.
             waiting, twice = {case: made[case] for case in refused.twice}, refused.twice
-            finished: dict[str, int | Problem] = {
-                job.case.id: outcome for job, outcome in ended if isinstance(outcome, Problem)
-            }
+            for job, outcome in ended:
+                if isinstance(outcome, Problem):
+                    finish(job.case.id, outcome)
             for case, (job, size) in made.items():
-                if case in refused.overtaken:
-                    given_up = _given_up(job, store, rounds)
-                    overtaken += [] if given_up else [job]
-                    finished |= {case: given_up} if given_up else {}
-                elif case not in waiting:
-                    finished[case] = size
-            for case, outcome in finished.items():
-                outcomes[case] = outcome
-                if progress:
-                    progress(len(outcomes), total, case)
+                if case in waiting:
+                    continue
+                problem = _given_up(job, store, rounds) if case in refused.overtaken else None
+                if case in refused.overtaken and problem is None:
+                    overtaken.append(job)
+                else:
+                    finish(case, problem or size)
         jobs = planned_anew(overtaken, store)
     for case, (job, _) in waiting.items():
-        outcomes[case] = copy_problem(job.case, twice[case])
-        if progress:
-            progress(len(outcomes), total, case)
+        finish(case, copy_problem(job.case, twice[case]))
     return outcomes
 
 

@@ -12,15 +12,14 @@ import io
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from cspine_data.cases import Case, Listing, Problem
 from cspine_data.errors import InputError
+from cspine_data.publishing import kept_lock
 from cspine_data.schema import NEUTRAL_ID
 from cspine_data.volumes import content_digest
-from cspine_data.writer import sync_folder
+from cspine_data.writer import replace_file
 
 COLUMNS = ("id", "case")
 _BY_HAND = "mend it by hand or bring back a copy; another key would give other ids"
@@ -76,7 +75,7 @@ def _enter(key: Path, cases: Iterable[Case]) -> dict[str, str]:
     if not in_order:
         return before
     key.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(key):
+    with kept_lock(key.with_name(f".{key.name}.lock")):
         ids = read_key(key)
         last = max(map(_number, ids.values()), default=0)
         new = [case for case in in_order if case not in ids]
@@ -148,15 +147,7 @@ def _write(key: Path, ids: Mapping[str, str]) -> None:
     temporary = key.with_name(f".{key.name}.new")
     # A process that was killed may have left one.
     temporary.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(text.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(key)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(key.parent)
+    replace_file(key, text.getvalue().encode(), temporary, mode=0o600)
 
 
 def _number(neutral: str) -> int:
@@ -174,11 +165,3 @@ def _fits_the_key(case: Case) -> bool:
 def _unfit(case: Case) -> Problem:
     name = os.fsencode(case.volume).decode(errors="replace")
     return Problem("", f"{name}: its name is not UTF-8, and the key could not hold it; rename the file")
-
-
-@cache
-def _lock(key: Path) -> Any:
-    """Lock a key against other writers; the kernel frees it when its holder dies. Kept, as a store's lock is."""
-    from filelock import FileLock
-
-    return FileLock(key.with_name(f".{key.name}.lock"), timeout=60)

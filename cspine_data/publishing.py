@@ -19,7 +19,7 @@ from cspine_data import schema
 from cspine_data.errors import NewerSchemaError, NotInStoreError, StoreError, describe_os_error
 from cspine_data.schema import CaseRecord, RootRecord, Standard
 from cspine_data.store import ROOT_COPY, read_metadata, read_root, stored_record
-from cspine_data.writer import METADATA, make_folder, sync_folder, write_file
+from cspine_data.writer import METADATA, make_folder, replace_file, sync_folder
 
 #: How the folders and files begin that no reader looks at: being written, and set aside to be deleted.
 UNFINISHED, TEMPORARY, REMOVED = ".unfinished-", f".{METADATA}-", ".removed-"
@@ -81,9 +81,9 @@ def _could_become_a_store(path: Path, *, neutral_ids: bool) -> bool:
     visible = {file.name for file in path.iterdir() if not file.name.startswith(".")}
     if not visible:
         return True
-    if visible != {"cases"} or not (path / "cases" / METADATA).is_file():
+    if visible != {schema.CASES} or not (path / schema.CASES / METADATA).is_file():
         return False
-    left = (folder.name for folder in (path / "cases").iterdir() if folder.is_dir() and folder.name[0] != ".")
+    left = (folder.name for folder in (path / schema.CASES).iterdir() if folder.is_dir() and folder.name[0] != ".")
     return not neutral_ids or all(map(schema.NEUTRAL_ID.fullmatch, left))
 
 
@@ -102,7 +102,7 @@ def refuse_links(*folders: Path) -> None:
 
 def sync_above(path: Path, case: str) -> None:
     """Make the way from a store down to what its case's folder holds durable."""
-    for folder in (path / "cases" / case, path / "cases", path):
+    for folder in (path / schema.CASES / case, path / schema.CASES, path):
         sync_folder(folder)
 
 
@@ -134,12 +134,17 @@ def publish(path: Path, made: Iterable[Replacement]) -> Refused:
         for one in named:
             if one.instead_of not in (one.digest, None):
                 mark_in_use(path, one.case, one.instead_of)
-        current = {digest for variants in cases.values() for digest in variants.values()}
-        kept = {digest: voxels[digest] for digest in sorted(current & set(voxels))}
-        return root.model_copy(update={"cases": cases, "voxels": kept})
+        return _with_cases(root, cases, voxels)
 
     _update_root(path, name_digests)
     return Refused(overtaken, twice)
+
+
+def _with_cases(root: RootRecord, cases: dict[str, dict[str, str]], voxels: dict[str, str]) -> RootRecord:
+    """Return a root that names other cases, with what is known of the voxels of these and of no others."""
+    named = {digest for variants in cases.values() for digest in variants.values()}
+    known = {digest: voxels[digest] for digest in sorted(named & set(voxels))}
+    return root.model_copy(update={"cases": cases, "voxels": known})
 
 
 def _is_still_wanted(path: Path, root: RootRecord, one: Replacement) -> bool:
@@ -202,10 +207,7 @@ def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -
                 raise NotInStoreError(f"{path}: holds no {what}; cspine-data info lists what it holds")
             for name in named:
                 mark_in_use(path, case, kept[case].pop(name))
-        cases = {case: variants for case, variants in kept.items() if variants}
-        current = {digest for variants in cases.values() for digest in variants.values()}
-        voxels = {digest: of_it for digest, of_it in root.voxels.items() if digest in current}
-        return root.model_copy(update={"cases": cases, "voxels": voxels})
+        return _with_cases(root, {case: variants for case, variants in kept.items() if variants}, root.voxels)
 
     _update_root(path, without)
 
@@ -265,7 +267,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     from filelock import Timeout
 
-    lock = _lock(path)
+    lock = kept_lock(path / _LOCK)
     try:
         lock.acquire()
     except Timeout:
@@ -282,14 +284,14 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @cache
-def _lock(path: Path) -> Any:
-    """Return a store's lock, always the same one.
+def kept_lock(file: Path) -> Any:
+    """Return the lock that a file stands for, always the same one; the kernel frees it when its holder dies.
 
     Kept, since dropping it runs its destructor, and Python loses a Ctrl-C that arrives within a destructor.
     """
     from filelock import FileLock
 
-    return FileLock(path / _LOCK, timeout=_PATIENCE_S)
+    return FileLock(file, timeout=_PATIENCE_S)
 
 
 def mend_root(path: Path) -> None:
@@ -335,12 +337,7 @@ def _copy_is_current(path: Path) -> bool:
 
 
 def _write_metadata(folder: Path, content: bytes, name: str = METADATA) -> None:
-    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        write_file(temporary, [content])
-        if (folder / name).is_dir() and not (folder / name).is_symlink():
-            (folder / name).rename(folder / f"{REMOVED}{uuid.uuid4().hex}")
-        temporary.replace(folder / name)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(folder)
+    file = folder / name
+    if file.is_dir() and not file.is_symlink():
+        file.rename(folder / f"{REMOVED}{uuid.uuid4().hex}")
+    replace_file(file, content, folder / f"{TEMPORARY}{uuid.uuid4().hex}")

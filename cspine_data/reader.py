@@ -6,9 +6,6 @@ this path knows the one layout that `schema` writes, keeps no thread and no loop
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import math
 import os
 import threading
@@ -21,12 +18,10 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import DamagedStoreError
 from cspine_data.schema import DTYPES, codecs
-from cspine_data.shards import ABSENT, ShardError, decode, open_shard, read_index
-from cspine_data.store import read_metadata, repair_hint
+from cspine_data.shards import ABSENT, ShardError, decode, open_file, read_index
+from cspine_data.store import REPLACED, read_array_metadata, repair_hint
 
 _MAX_OPEN = 128
-# What opening tells of a store that is not whole; too many open files, or a disk that fails, are not its fault.
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 class SliceArray:
@@ -51,17 +46,13 @@ class SliceArray:
         self._path = path
         self._descriptor = -1
         try:
-            content = read_metadata(path)
-            if metadata_sha256 not in (None, hashlib.sha256(content).hexdigest()):
-                raise ValueError("its metadata is not what was written")
-            metadata = json.loads(content)
+            metadata = read_array_metadata(path, metadata_sha256)
             self.shape: tuple[int, int, int] = tuple(metadata["shape"])
             self.dtype = DTYPES[metadata["data_type"]]
             self._check_layout(metadata)
-            self._descriptor = open_shard(path / "c" / "0" / "0" / "0")
-        except OSError as error:
-            if error.errno not in _NOT_THERE:
-                raise
+            self._descriptor = open_file(path / "c" / "0" / "0" / "0")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            # Too many open files, or a disk that fails, are not the store's fault.
             raise self._damage(f"cannot be opened ({error.strerror})") from None
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise self._damage(f"cannot be opened ({error})") from None
@@ -116,8 +107,7 @@ class SliceArray:
         # When it has been mended, it is to be opened again.
         _open_arrays.drop(self._path)
         if not self._path.parents[1].is_dir():
-            remedy = "it was replaced or removed: open the cohort again"
-            return DamagedStoreError(f"{self._path}: is not there any more; {remedy}")
+            return DamagedStoreError(f"{self._path}: is not there any more; it {REPLACED}")
         return DamagedStoreError(f"{self._path}: {problem}; {repair_hint(self._path.parents[4])}")
 
 

@@ -40,6 +40,8 @@ VOLUME_LABEL = "volume/labels/segmentation/0"
 # A cube of 64 voxels: a viewer reads a region without the whole, and a whole volume is a few dozen chunks.
 VOLUME_CHUNK = 64
 CHECKSUM_BYTES = 4
+#: Where in a store its cases lie, each in a folder that bears its id.
+CASES = "cases"
 #: Blosc's LZ4 stores at most some 255 bytes in one: a file that is smaller than that does not hold what it claims.
 LONGEST_RUN = 260
 _LONGEST_AXIS = 1 << 20
@@ -212,7 +214,7 @@ def slice_array(axis: int, kind: str) -> str:
 
 def case_path(case: str, digest: str) -> str:
     """Return the path of one digest of a case within the store."""
-    return f"cases/{case}/{digest}"
+    return f"{CASES}/{case}/{digest}"
 
 
 def volume_digest(image_sha256: str, preprocessing: Preprocessing) -> str:

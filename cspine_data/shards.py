@@ -32,13 +32,13 @@ class ShardError(ValueError):
     """A shard's bytes are not what was written; says what is wrong, not where."""
 
 
-def open_shard(path: Path) -> int:
-    """Open a shard's file: no link, no pipe.
+def open_file(path: Path) -> int:
+    """Open a file of a store: no link, no pipe, no folder.
 
     Raises
     ------
     ShardError
-        If it is no file.
+        If it is one of these.
     OSError
         If it is not there, or cannot be opened.
     """
@@ -46,11 +46,11 @@ def open_shard(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise ShardError("its shard is a link") from None
+            raise ShardError("is a link") from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ShardError("its shard is no file")
+        raise ShardError("is no file")
     return descriptor
 
 
@@ -117,7 +117,7 @@ def read_whole(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], chunks:
     OSError
         If it is not there, or the disk does not give it.
     """
-    descriptor = open_shard(path)
+    descriptor = open_file(path)
     try:
         grid = chunk_grid(shape, chunks)
         index = read_index(descriptor, math.prod(grid), math.prod(chunks) * dtype.itemsize)

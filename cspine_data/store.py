@@ -5,11 +5,9 @@ What is damaged raises: records and arrays' metadata are held against their chec
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,13 @@ from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
 from cspine_data.preprocess import CorrectedVolume
 from cspine_data.schema import CaseRecord, RootRecord
-from cspine_data.shards import read_whole
+from cspine_data.shards import open_file, read_whole
 from cspine_data.writer import METADATA
 
 #: Beside the root's metadata, what it held last.
 ROOT_COPY = f".{METADATA}.copy"
+#: What is said of a digest that is gone, since nothing names it any more.
+REPLACED = "was replaced or removed: open the cohort again"
 # Some hundred times the root of ten thousand cases.
 _MOST_METADATA_BYTES = 1 << 28
 _LAST_REMEDY = "delete it and prepare again: whole cases are used again; splits, notes and standards are made anew"
@@ -100,7 +100,7 @@ def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseReco
     if record is None and is_older(path, case, variants[variant]):
         raise StoreError(f"{path}: was written by an older cspine; run cspine-data prepare again to renew its cases")
     if record is None and read_root(path).cases.get(case, {}).get(variant) != variants[variant]:
-        raise StoreError(f"{path}: {case} ({variant}) was replaced or removed: open the cohort again")
+        raise StoreError(f"{path}: {case} ({variant}) {REPLACED}")
     if record is None or record.variant != variant:
         raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; {repair_hint(path)}")
     return record
@@ -174,10 +174,7 @@ def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
     case_folder = path / schema.case_path(record.case, record.digest)
     folder = case_folder / name
     try:
-        content = read_metadata(folder)
-        if hashlib.sha256(content).hexdigest() != record.files.get(f"{name}/{METADATA}"):
-            raise ValueError("its metadata is not what was written")
-        metadata = json.loads(content)
+        metadata = read_array_metadata(folder, record.files.get(f"{name}/{METADATA}", ""))
         if tuple(metadata["shape"]) != record.size_xyz:
             raise ValueError("its shape is not the volume's")
         dtype = schema.DTYPES[metadata["data_type"]]
@@ -185,8 +182,7 @@ def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
         return read_whole(folder / "c" / "0" / "0" / "0", record.size_xyz, dtype, chunks)
     except (FileNotFoundError, NotADirectoryError):
         if not case_folder.is_dir():
-            told = "was replaced or removed: open the cohort again"
-            raise StoreError(f"{path}: {record.case} ({record.variant}) {told}") from None
+            raise StoreError(f"{path}: {record.case} ({record.variant}) {REPLACED}") from None
         raise DamagedStoreError(f"{folder}: is missing from the store; {repair_hint(path)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStoreError(f"{folder}: is damaged ({error}); {repair_hint(path)}") from None
@@ -202,20 +198,26 @@ def read_metadata(folder: Path, name: str = METADATA) -> bytes:
     OSError
         If it is not there, or cannot be read.
     """
-    try:
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise ValueError("is a link") from None
-        raise
-    state = os.fstat(descriptor)
-    if stat.S_ISREG(state.st_mode) and state.st_size <= _MOST_METADATA_BYTES:
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read()
-    os.close(descriptor)
-    if stat.S_ISDIR(state.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
-    raise ValueError("is no file of metadata")
+    with os.fdopen(open_file(folder / name), "rb") as file:
+        if os.fstat(file.fileno()).st_size > _MOST_METADATA_BYTES:
+            raise ValueError("is far too long for metadata")
+        return file.read()
+
+
+def read_array_metadata(folder: Path, sha256: str | None) -> Any:
+    """Read an array's metadata, held against what the case's record says of their file, where that is known.
+
+    Raises
+    ------
+    ValueError
+        If they are not what was written.
+    OSError
+        If they are not there, or cannot be read.
+    """
+    content = read_metadata(folder)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("its metadata is not what was written")
+    return json.loads(content)
 
 
 def metadata_is_intact(folder: Path, name: str = METADATA) -> bool:
@@ -231,7 +233,7 @@ def _attributes(folder: Path, name: str = METADATA) -> dict[str, Any] | None:
         record, checksum = content.get(schema.ATTRIBUTE), content.get(schema.CHECKSUM_ATTRIBUTE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedStoreError(f"{folder / name}: is not what was written (cannot be understood)") from None
     if record is None and checksum is None:
         return None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from cspine_data.errors import CspineDataError, describe_os_error, printable
-
-Progress = Callable[[int, int, str], None]
+from cspine_data.progress import Progress
 
 
 class CommandGroup(click.Group):

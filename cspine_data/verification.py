@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cspine_data import schema
 from cspine_data.errors import StoreError
+from cspine_data.progress import Progress
 from cspine_data.publishing import mend_root, refuse_links, write_empty_group
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.store import ROOT_COPY, is_older, metadata_is_intact, read_metadata, read_root, stored_record
@@ -19,7 +19,6 @@ from cspine_data.writer import METADATA
 
 #: What is said of a file that a case does not name, and of a case whose record is of another time.
 STRAY, OLDER = "does not belong there", "was written by an older cspine; prepare it again"
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def mend_groups(path: Path) -> None:
         if folder == path:
             mend_root(path)
         else:
-            refuse_links(path / "cases", folder)
+            refuse_links(path / schema.CASES, folder)
             write_empty_group(folder, anew=True)
 
 
@@ -104,17 +103,17 @@ def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:
     """Find damage around the records: in the root's file, and in the groups that hold the cases."""
     if not metadata_is_intact(path):
         yield Damage("", "", METADATA, "is not what was written")
-    # A run that was killed may have left none, or an older one.
-    with suppress(FileNotFoundError):
-        try:
-            sound = metadata_is_intact(path, ROOT_COPY) and bool(read_root(path, ROOT_COPY))
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, StoreError):
-            sound = False
-        if not sound:
-            yield Damage("", "", ROOT_COPY, "is not what was written")
-    groups = [("", path / "cases"), *((case, path / "cases" / case) for case in root.cases)]
+    try:
+        sound = metadata_is_intact(path, ROOT_COPY) and bool(read_root(path, ROOT_COPY))
+    except FileNotFoundError:
+        # A run that was killed may have left none, or an older one.
+        sound = True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StoreError):
+        sound = False
+    if not sound:
+        yield Damage("", "", ROOT_COPY, "is not what was written")
+    cases = path / schema.CASES
+    groups = [("", cases), *((case, cases / case) for case in root.cases)]
     for case, group in groups if root.cases else ():
         where = str((group / METADATA).relative_to(path))
         try:

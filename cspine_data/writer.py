@@ -81,16 +81,26 @@ class CaseWriter:
         self.checksums[name] = write_file(file, parts)
 
 
-def write_file(file: Path, parts: Iterable[bytes]) -> str:
+def write_file(file: Path, parts: Iterable[bytes], mode: int = 0o666) -> str:
     """Write a new file, durably; return the SHA-256, in hex, of what was to be written."""
     digest = hashlib.sha256()
-    with _naming(file), file.open("xb") as handle:
+    with _naming(file), os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as handle:
         for part in parts:
             digest.update(part)
             handle.write(part)
         handle.flush()
         os.fsync(handle.fileno())
     return digest.hexdigest()
+
+
+def replace_file(file: Path, content: bytes, temporary: Path, mode: int = 0o666) -> None:
+    """Write a file, or replace it, in one step and durably; a temporary one lies beside it meanwhile."""
+    try:
+        write_file(temporary, [content], mode)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)
 
 
 @contextmanager

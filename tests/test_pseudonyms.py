@@ -245,8 +245,9 @@ def test_a_process_that_dies_with_the_lock_does_not_hold_up_the_next(tmp_path: P
     listing = listing_of(tmp_path / "raw", ["a"])
     key = tmp_path / "key.csv"
     holder = (
-        "import os, signal, sys; from pathlib import Path; import cspine_data.pseudonyms as p\n"
-        "p.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "import cspine_data.pseudonyms as p, cspine_data.writer as w\n"
+        "w.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from cspine_data import Case, Listing\n"
         "p.with_neutral_ids(Listing((Case('x', Path('x.nii')),)), Path(sys.argv[1]))\n"
     )

@@ -122,7 +122,7 @@ def test_no_lock_outlives_its_holder(store: Path, monkeypatch: pytest.MonkeyPatc
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
     monkeypatch.setattr(publishing, "_PATIENCE_S", 0.2)
-    publishing._lock.cache_clear()
+    publishing.kept_lock.cache_clear()
     told = "another run has been writing to it for 0.2 s; run it again when that has ended"
     with pytest.raises(StoreError, match=told):
         remove_cases(store, ["A"])
@@ -132,4 +132,4 @@ def test_no_lock_outlives_its_holder(store: Path, monkeypatch: pytest.MonkeyPatc
     begun = time.monotonic()
     with publishing.locked(store):
         assert time.monotonic() - begun < 1
-    publishing._lock.cache_clear()
+    publishing.kept_lock.cache_clear()
