@@ -60,8 +60,10 @@ def create_store(path: Path, *, neutral_ids: bool = False) -> None:
     StoreError
         If something else than a store is at that place, or it holds cases under ids of the other kind.
     """
-    if not any((path / name).exists() for name in (METADATA, ROOT_COPY)):
-        if path.exists() and not _could_become_a_store(path, neutral_ids=neutral_ids):
+    if not _is_a_store(path):
+        could = not path.exists() or _could_become_a_store(path, neutral_ids=neutral_ids)
+        # Looked for again: another run may have made it since, and that is what stood in the way.
+        if not could and not _is_a_store(path):
             raise StoreError(f"{path}: is there and is no cspine store; choose another --store")
         make_folder(path)
         with locked(path):
@@ -72,6 +74,10 @@ def create_store(path: Path, *, neutral_ids: bool = False) -> None:
     if read_root(path).neutral_ids != neutral_ids:
         told = "their files' names; choose another --store" if neutral_ids else "neutral ids; give --anonymise"
         raise StoreError(f"{path}: its cases have {told}")
+
+
+def _is_a_store(path: Path) -> bool:
+    return any((path / name).exists() for name in (METADATA, ROOT_COPY))
 
 
 def _could_become_a_store(path: Path, *, neutral_ids: bool) -> bool:

@@ -107,6 +107,22 @@ def test_other_parameters_at_once(raw: Path, tmp_path: Path) -> None:
         assert len([file for file in (store / "cases" / name).iterdir() if file.is_dir()]) == 2
 
 
+def test_a_store_that_another_run_makes_meanwhile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "s.zarr"
+    store.mkdir()
+    look = publishing._could_become_a_store
+
+    def look_late(path: Path, **options: bool) -> bool:
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr(publishing, "_could_become_a_store", look)
+            publishing.create_store(path)
+        return look(path, **options)
+
+    monkeypatch.setattr(publishing, "_could_become_a_store", look_late)
+    publishing.create_store(store)
+    assert read_root(store).cases == {}
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
