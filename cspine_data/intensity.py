@@ -52,38 +52,36 @@ class Normalisation(BaseModel):
 
 
 class Levels(BaseModel):
-    """How 16-bit whole numbers stand for normalised intensities: ``level * scale + offset``.
+    """How 16-bit whole numbers stand for normalised intensities: ``level * scale``.
 
     Attributes
     ----------
     scale : float
         What one level is worth; a value is off by at most half of it.
-    offset : float
-        The value of level 0.
     """
 
     model_config = ConfigDict(frozen=True)
 
     scale: float
-    offset: float
 
     @classmethod
     def spanning(cls, normalised: NDArray[np.float32]) -> Levels:
-        """Return levels that an image's own range takes all of; values beyond 32 are put to 32, on either side."""
-        lowest, highest = (float(np.clip(end, -_FARTHEST, _FARTHEST)) for end in (normalised.min(), normalised.max()))
-        return cls(scale=max(highest - lowest, 1e-6) / (2 * _HIGHEST_LEVEL), offset=(highest + lowest) / 2)
+        """Return levels that reach as far as an image's own values do, or to 32 on either side where they go beyond."""
+        farthest = max(-float(normalised.min()), float(normalised.max()))
+        return cls(scale=min(max(farthest, 1e-6), _FARTHEST) / _HIGHEST_LEVEL)
 
     def encode(self, normalised: NDArray[np.float32]) -> NDArray[np.int16]:
         """Return the level nearest to each value."""
-        levels = normalised - np.float32(self.offset)
-        levels *= np.float32(1 / self.scale)
+        levels = normalised * np.float32(1 / self.scale)
         np.rint(levels, out=levels)
         return np.clip(levels, -_HIGHEST_LEVEL, _HIGHEST_LEVEL, out=levels).astype(np.int16)
 
-    def decode(self, levels: NDArray[np.int16]) -> NDArray[np.float32]:
-        """Return the values that levels stand for; float32."""
-        values = np.multiply(levels, np.float32(self.scale), dtype=np.float32)
-        values += np.float32(self.offset)
+    def decode(self, levels: NDArray[np.int16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Return the values that levels stand for, float32; in `out`, of their shape, where that is given."""
+        values = np.empty(levels.shape, np.float32) if out is None else out
+        # In two passes: one that converts and multiplies goes through NumPy's small buffers, and takes longer.
+        values[...] = levels
+        values *= np.float32(self.scale)
         return values
 
 

@@ -29,7 +29,7 @@ from cspine_data.intensity import Levels, Normalisation
 from cspine_data.preprocess import Preprocessing
 
 #: Part of every digest: raise it whenever other bytes are written for the same source and parameters.
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 ATTRIBUTE = "cspine"
 #: Beside the record in a group's attributes: what `record_checksum` gives for it.
 CHECKSUM_ATTRIBUTE = "cspine_sha256"
@@ -40,6 +40,7 @@ VOLUME_LABEL = "volume/labels/segmentation/0"
 # A cube of 64 voxels: a viewer reads a region without the whole, and a whole volume is a few dozen chunks.
 VOLUME_CHUNK = 64
 CHECKSUM_BYTES = 4
+_CRC32C_RESIDUE = 0x48674BC7
 #: Where in a store its cases lie, each in a folder that bears its id.
 CASES = "cases"
 #: Blosc's LZ4 stores at most some 255 bytes in one: a file that is smaller than that does not hold what it claims.
@@ -255,9 +256,16 @@ def volume_chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(min(VOLUME_CHUNK, size) for size in shape)
 
 
-def codecs(itemsize: int) -> list[dict[str, Any]]:
-    """Return the codecs of an inner chunk: Blosc (bit-shuffle, LZ4) for size and speed, CRC32C to notice damage."""
+def codecs(chunks: tuple[int, ...], itemsize: int) -> list[dict[str, Any]]:
+    """Return the codecs of an inner chunk: Blosc's LZ4 for size and speed, CRC32C to notice damage.
+
+    A slice is one block of plain LZ4: read most and in any order, it is decoded in less than half the time that
+    bit-shuffling takes, at one twentieth more bytes, and one block never wakes Blosc's threads. Volumes are read rarely
+    and whole, so that bytes matter more.
+    """
     blosc = {"typesize": itemsize, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+    if chunks[0] == 1:
+        blosc |= {"shuffle": "noshuffle", "blocksize": math.prod(chunks) * itemsize}
     return [{"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]
 
 
@@ -265,6 +273,14 @@ def chunk_checksum(content: bytes) -> bytes:
     """Return what stands behind an inner chunk, or a shard's index: its CRC32C, little-endian."""
     checksum: int = google_crc32c.value(content)
     return checksum.to_bytes(CHECKSUM_BYTES, "little")
+
+
+def fits_checksum(content: bytes) -> bool:
+    """Tell whether bytes that end with their own CRC32C are what was written.
+
+    The CRC of anything with its CRC behind it is one number (its residue), so that nothing is copied to be compared.
+    """
+    return bool(google_crc32c.value(content) == _CRC32C_RESIDUE)
 
 
 def chunk_grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
@@ -294,7 +310,7 @@ def array_metadata(
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = {
         "chunk_shape": list(chunks),
-        "codecs": [little, *codecs(np.dtype(dtype).itemsize)],
+        "codecs": [little, *codecs(chunks, np.dtype(dtype).itemsize)],
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -313,6 +329,21 @@ def array_metadata(
     }
 
 
+def is_own_layout(metadata: dict[str, Any], chunks: tuple[int, ...]) -> bool:
+    """Tell whether an array's metadata are of the layout that `array_metadata` describes, with such inner chunks."""
+    own = array_metadata(tuple(metadata["shape"]), metadata["data_type"], chunks, "", {})
+
+    def decided_by(metadata: dict[str, Any]) -> Any:
+        (sharding,) = metadata["codecs"]
+        inner = {"index_location": "end"} | sharding["configuration"]
+        names = [[codec["name"] for codec in inner[chain]] for chain in ("codecs", "index_codecs")]
+        endian = inner["codecs"][0].get("configuration", {"endian": "little"})
+        told = [metadata[key] for key in ("chunk_grid", "chunk_key_encoding", "fill_value")]
+        return sharding["name"], inner["chunk_shape"], inner["index_location"], names, endian, told
+
+    return len(metadata["codecs"]) == 1 and bool(decided_by(metadata) == decided_by(own))
+
+
 def slice_grid(record: CaseRecord) -> dict[str, Any]:
     """Return where a case's slices lie, for readers that know no records: x, y, z; mm, LPS."""
     grid = Orientation.of(record.geometry).geometry_xyz(record.geometry)
@@ -328,7 +359,7 @@ def slice_grid(record: CaseRecord) -> dict[str, Any]:
 
 def level_attributes(levels: Levels) -> dict[str, Any]:
     """Return what tells any reader (CF conventions) what an array's numbers stand for."""
-    return {"scale_factor": levels.scale, "add_offset": levels.offset}
+    return {"scale_factor": levels.scale, "add_offset": 0.0}
 
 
 def image_metadata(spacing_mm: Triple, origin_mm: Triple) -> dict[str, Any]:

@@ -136,13 +136,14 @@ def _shard(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[bytes]:
     """Yield a shard's inner chunks, compressed, each with its checksum, and then the index of where they lie."""
     from numcodecs import blosc
 
-    (codec, _) = schema.codecs(values.dtype.itemsize)
+    (codec, _) = schema.codecs(chunks, values.dtype.itemsize)
     settings = codec["configuration"]
     compressor, level = settings["cname"].encode(), settings["clevel"]
+    shuffle = {"noshuffle": blosc.NOSHUFFLE, "bitshuffle": blosc.BITSHUFFLE}[settings["shuffle"]]
     index = []
     offset = 0
     for chunk in _chunks(values.astype(values.dtype.newbyteorder("<"), copy=False), chunks):
-        content = blosc.compress(chunk, compressor, level, blosc.BITSHUFFLE, settings["blocksize"])
+        content = blosc.compress(chunk, compressor, level, shuffle, settings["blocksize"])
         yield content
         yield schema.chunk_checksum(content)
         size = len(content) + schema.CHECKSUM_BYTES

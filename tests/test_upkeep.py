@@ -218,8 +218,8 @@ def test_repair_tells_where_it_could_not_make_the_very_bytes(
     lose_a_shard(store)
     codecs = schema.codecs
 
-    def other_level(itemsize: int) -> Any:
-        blosc, checksum = codecs(itemsize)
+    def other_level(chunks: tuple[int, ...], itemsize: int) -> Any:
+        blosc, checksum = codecs(chunks, itemsize)
         return [{**blosc, "configuration": {**blosc["configuration"], "clevel": 1}}, checksum]
 
     monkeypatch.setattr("cspine_data.schema.codecs", other_level)
