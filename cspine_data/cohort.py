@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cspine_data.dataset import Labels, SliceDataset, VolumeDataset
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.geometry import Orientation
+from cspine_data.location import is_local, location
 from cspine_data.preprocess import PreparedVolume, normalise_volume
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.splits import TEST, TRAIN, VALIDATION, Split, fold_split, leave_one_out, reference_split
@@ -43,8 +44,14 @@ class Cohort:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = location(path)
         self._root: RootRecord = read_root(self.path)
+        self._labelled_cases: dict[str, frozenset[str]] = {}
+
+    @property
+    def location(self) -> str:
+        """Where the store lies: its absolute path, or its URL."""
+        return str(self.path.resolve() if is_local(self.path) else self.path)
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -108,7 +115,7 @@ class Cohort:
             split = fold_split(self._batches, folds, fold)
         else:
             split = reference_split(self._batches)
-        held = {record.case for record in self.records(variant) if record.labelled}
+        held = self._labelled(variant)
         return Split(
             *(tuple(case for case in part if case in held) for part in (split.train, split.validation, split.test))
         )
@@ -122,6 +129,7 @@ class Cohort:
         labels: Labels = "binary",
         only_labelled: bool = False,
         context: int = 0,
+        size_hw: tuple[int, int] | None = None,
     ) -> SliceDataset:
         """Return the slices along one axis or several, as a map-style dataset.
 
@@ -143,19 +151,22 @@ class Cohort:
         context : int
             Neighbours on each side of a slice that its image holds as channels, itself in the middle (2.5-D). Beyond
             the volume's ends its outermost slice stands in.
+        size_hw : tuple of int, optional
+            Give all items this H and W, each slice in the middle: then a plain PyTorch `DataLoader` batches them. The
+            margin of an image is its darkest value.
 
         Raises
         ------
         NotInStoreError
             If the store does not hold what is asked.
         InputError
-            If a split, axis or kind of label is not known.
+            If a split, axis or kind of label is not known, or a slice is larger than `size_hw`.
         """
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
         if context < 0:
             raise InputError(f"context={context}", "is negative", "give the number of neighbours on each side, from 0")
         chosen = self._chosen(split, variant, cases, labels)
-        return SliceDataset(self.path, chosen, axes, labels, only_labelled, context)
+        return SliceDataset(self.path, chosen, axes, labels, only_labelled, context, size_hw)
 
     def volumes(
         self,
@@ -165,7 +176,7 @@ class Cohort:
         labels: Labels = "binary",
     ) -> VolumeDataset:
         """Return whole volumes as a map-style dataset; the parameters are those of `slices`."""
-        return VolumeDataset(self.path, self._chosen(split, variant, cases, labels), labels)
+        return VolumeDataset(self.path, tuple(self._chosen(split, variant, cases, labels)), labels)
 
     def prepared(self, case: str, variant: str | None = None) -> PreparedVolume:
         """Return what a network sees of a whole case, exactly as its slices hold it, and the way back to its grid.
@@ -231,6 +242,13 @@ class Cohort:
     def _is_labelled(self, case: str) -> bool:
         return record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labelled
 
+    def _labelled(self, variant: str) -> frozenset[str]:
+        """Return the cases that have a label map in a variant; reads every record, once."""
+        if variant not in self._labelled_cases:
+            found = (record.case for record in records(self.path, self._root, variant) if record.labelled)
+            self._labelled_cases[variant] = frozenset(found)
+        return self._labelled_cases[variant]
+
     def _variant(self, variant: str | None) -> str:
         known = ", ".join(self.variants) or "none: prepare some"
         if variant is None and len(self.variants) != 1:
@@ -242,25 +260,29 @@ class Cohort:
 
     def _chosen(
         self, split: str | None, variant: str | None, cases: Iterable[str] | None, labels: Labels
-    ) -> tuple[CaseRecord, ...]:
+    ) -> Iterator[CaseRecord]:
+        """Iterate over records, one at a time: those of a large cohort take more memory than all else of it."""
         if labels not in ("binary", "stored", None):
             raise InputError(f"labels={labels!r}", "is not known", "choose 'binary', 'stored' or None")
         variant = self._variant(variant)
         wanted: tuple[str, ...] | None = None
         if cases is not None:
             wanted = tuple(cases)
-            unlabelled = [case for case in wanted if not self.record(case, variant).labelled]
-            if labels is not None and unlabelled:
-                raise InputError(
-                    f"case {unlabelled[0]!r}", "has no label map", "ask for labels=None to read its image alone"
-                )
         if split is not None:
             if split not in _SPLIT_NAMES:
                 raise InputError(f"split {split!r}", "is not known", "choose train, validation or test")
             part = self.split(variant=variant).cases(_SPLIT_NAMES[split])
             wanted = part if wanted is None else tuple(case for case in wanted if case in part)
-        found = self.records(variant) if wanted is None else tuple(self.record(case, variant) for case in wanted)
-        return tuple(record for record in found if labels is None or record.labelled)
+        if wanted is None:
+            yield from (
+                record for record in records(self.path, self._root, variant) if labels is None or record.labelled
+            )
+            return
+        for case in wanted:
+            record = self.record(case, variant)
+            if labels is not None and not record.labelled:
+                raise InputError(f"case {case!r}", "has no label map", "ask for labels=None to read its image alone")
+            yield record
 
 
 def open_cohort(path: str | Path) -> Cohort:
@@ -269,7 +291,9 @@ def open_cohort(path: str | Path) -> Cohort:
     Parameters
     ----------
     path : str or Path
-        The store, as `prepare` wrote it.
+        The store, as `prepare` wrote it, or its URL, where ``cspine[remote]`` is installed: ``https://...``, or
+        what fsspec has a package for, such as ``s3://...`` with ``s3fs``. What is no folder is read through
+        zarr-python, a slice in milliseconds.
 
     Returns
     -------

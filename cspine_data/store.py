@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
+from cspine_data.location import is_local
 from cspine_data.preprocess import CorrectedVolume
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.shards import open_file, read_whole
@@ -26,6 +27,8 @@ from cspine_data.writer import METADATA
 ROOT_COPY = f".{METADATA}.copy"
 #: What is said of a digest that is gone, since nothing names it any more.
 REPLACED = "was replaced or removed: open the cohort again"
+#: What metadata that are not what was written break their readers with.
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 # Some hundred times the root of ten thousand cases.
 _MOST_METADATA_BYTES = 1 << 28
 _LAST_REMEDY = "delete it and prepare again: whole cases are used again; splits, notes and standards are made anew"
@@ -33,6 +36,8 @@ _LAST_REMEDY = "delete it and prepare again: whole cases are used again; splits,
 
 def repair_hint(path: Path) -> str:
     """Say how a damaged store is mended."""
+    if not is_local(path):
+        return "mend it, with cspine-data verify --repair, where it was prepared, or reach it again"
     return f"mend it with cspine-data verify {path} --repair SOURCE"
 
 
@@ -64,6 +69,8 @@ def read_root(path: Path, name: str = METADATA) -> RootRecord:
         raise DamagedStoreError(f"{told}; {_remedy(path, name)}") from None
     if name == METADATA and (path / ROOT_COPY).is_file():
         raise DamagedStoreError(f"{path / name}: is missing; {_remedy(path, name)}")
+    if not is_local(path):
+        raise StoreError(f"{path}: is no cspine store, or cannot be reached; look at the address")
     raise StoreError(f"{path}: is no cspine store; make one with cspine-data prepare")
 
 
@@ -177,14 +184,18 @@ def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
         metadata = read_array_metadata(folder, record.files.get(f"{name}/{METADATA}", ""))
         if tuple(metadata["shape"]) != record.size_xyz:
             raise ValueError("its shape is not the volume's")
-        dtype = schema.DTYPES[metadata["data_type"]]
         chunks = schema.volume_chunks(record.size_xyz)
+        if not is_local(path) or not schema.is_own_layout(metadata, chunks):
+            from cspine_data.foreign import ForeignArray
+
+            return ForeignArray(folder, metadata).read()
+        dtype = schema.DTYPES[metadata["data_type"]]
         return read_whole(folder / "c" / "0" / "0" / "0", record.size_xyz, dtype, chunks)
     except (FileNotFoundError, NotADirectoryError):
-        if not case_folder.is_dir():
+        if is_local(path) and not case_folder.is_dir():
             raise StoreError(f"{path}: {record.case} ({record.variant}) {REPLACED}") from None
         raise DamagedStoreError(f"{folder}: is missing from the store; {repair_hint(path)}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise DamagedStoreError(f"{folder}: is damaged ({error}); {repair_hint(path)}") from None
 
 
@@ -198,9 +209,10 @@ def read_metadata(folder: Path, name: str = METADATA) -> bytes:
     OSError
         If it is not there, or cannot be read.
     """
-    with os.fdopen(open_file(folder / name), "rb") as file:
-        if os.fstat(file.fileno()).st_size > _MOST_METADATA_BYTES:
+    with os.fdopen(open_file(folder / name), "rb") if is_local(folder) else (folder / name).open("rb") as file:
+        if file.seek(0, os.SEEK_END) > _MOST_METADATA_BYTES:
             raise ValueError("is far too long for metadata")
+        file.seek(0)
         return file.read()
 
 

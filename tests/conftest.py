@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,36 @@ def realdata() -> Path:
             pytest.fail(f"CSPINE_REALDATA names {folder}, which holds no spine14")
         pytest.skip(f"REAL MRI IS MISSING: {folder} holds no spine14; set CSPINE_REALDATA")
     return folder
+
+
+SERVER = """
+import asyncio, sys
+from aiohttp import web
+
+async def main():
+    app = web.Application()
+    app.router.add_static("/", sys.argv[1])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    print(site._server.sockets[0].getsockname()[1], flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], str]]:
+    """Give a store out as a web server on this machine does; returns its URL."""
+    with ExitStack() as servers:
+
+        def start(store: Path) -> str:
+            command = [sys.executable, "-c", SERVER, str(store.parent)]
+            server = servers.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            servers.callback(server.kill)
+            assert server.stdout
+            return f"http://127.0.0.1:{int(server.stdout.readline())}/{store.name}"
+
+        yield start

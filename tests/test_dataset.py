@@ -10,7 +10,7 @@ import pytest
 
 from cspine_data import InputError, NotInStoreError, Preprocessing, open_cohort, prepare, read_volume
 from cspine_data.geometry import Orientation
-from cspine_data.reader import SliceArray
+from cspine_data.reader import DirectSlices
 from tests.conftest import write_case
 
 
@@ -20,14 +20,13 @@ def test_items_are_as_designed(phantom_store: Path) -> None:
     for axis in range(3):
         slices = cohort.slices(axis=axis, variant="n4")
         image, mask = slices[len(slices) // 2]
-        record = slices.records[slices.records[0].size_xyz[0] * 0]
-        height, width = (n for a, n in enumerate(record.size_xyz) if a != axis)
+        height, width = (n for a, n in enumerate(cohort.record("CS_01", "n4").size_xyz) if a != axis)
         first_image, _ = slices[0]
         assert first_image.shape == (1, height, width) == (1, *slices.shape(0))
         assert image.dtype == np.float32
         assert mask.dtype == np.uint8
         assert set(np.unique(mask)) <= {0, 1}
-        assert len(slices) == sum(record.size_xyz[axis] for record in slices.records)
+        assert len(slices) == sum(record.size_xyz[axis] for record in cohort.records("n4"))
 
 
 def test_slices_lie_where_the_file_says(phantom_folder: Path, phantom_store: Path) -> None:
@@ -76,7 +75,8 @@ def test_choosing_slices(phantom_store: Path) -> None:
     both = cohort.slices(axis=(0, 2), variant="n4", cases=["CS_03"])
     assert {both.place(i).axis for i in range(len(both))} == {0, 2}
     assert both.place(5) == type(both.place(5))("CS_03", 0, 5)
-    record = both.records[0]
+    assert [both.cases[number] for number in both.case_numbers] == [both.place(i).case for i in range(len(both))]
+    record = cohort.record("CS_03", "n4")
     assert both.spacing_mm(0) == record.spacing_xyz_mm[1:]
     assert both.spacing_mm(len(both) - 1) == record.spacing_xyz_mm[:2]
     images = cohort.slices(axis=0, variant="n4", labels=None)
@@ -101,23 +101,97 @@ def test_neighbours_are_channels_and_end_at_the_volume(context: int, phantom_sto
 
 def test_no_slice_is_read_twice_for_its_neighbours(phantom_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     positions: list[int] = []
-    read = SliceArray.read_into
-    monkeypatch.setattr(SliceArray, "read_into", lambda s, n, out: positions.append(n) or read(s, n, out))
+    read = DirectSlices.read_into
+    monkeypatch.setattr(DirectSlices, "read_into", lambda s, n, out: positions.append(n) or read(s, n, out))
     slices = open_cohort(phantom_store).slices(axis=2, variant="n4", labels=None, context=4)
     _ = slices[1]
     assert positions == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_batch_holds_what_its_items_hold(phantom_store: Path) -> None:
+    """Slices of three axes and two cases, some twice, in arrays larger than each; the margin is air."""
+    slices = open_cohort(phantom_store).slices(axis=(0, 1, 2), variant="n4", cases=["CS_01", "CS_02"], context=1)
+    items = [*np.random.default_rng(0).integers(0, len(slices), 12).tolist(), 0, 0, len(slices) - 1, -1]
+    images = np.full((len(items), 3, 200, 220), np.nan, np.float32)
+    labels = np.full((len(items), 1, 200, 220), 7, np.uint8)
+    slices.read_into(items, images, labels)
+    for number, item in enumerate(items):
+        image, label = slices[item]
+        height, width = image.shape[1:]
+        top, left = (200 - height) // 2, (220 - width) // 2
+        window = (number, slice(None), slice(top, top + height), slice(left, left + width))
+        np.testing.assert_array_equal(images[window], image)
+        np.testing.assert_array_equal(labels[window], label)
+        assert labels[number].sum() == label.sum()
+        for channel in range(3):
+            assert images[number, channel].min() == images[number, channel, 0, 0] == image[channel].min()
+            assert (images[number, channel] == image[channel].min()).sum() >= 200 * 220 - height * width
+
+
+def test_stored_numbers_and_their_scales_are_intensities(phantom_store: Path) -> None:
+    slices = open_cohort(phantom_store).slices(axis=(0, 2), variant="n4", context=1, labels=None)
+    items = np.random.default_rng(0).integers(0, len(slices), 9).tolist()
+    intensities = np.empty((9, 3, 200, 220), np.float32)
+    stored = np.empty((9, 3, 200, 220), np.int16)
+    slices.read_into(items, intensities)
+    slices.read_into(items, stored)
+    np.testing.assert_array_equal(stored * slices.scales(items)[:, None, None, None], intensities)
+
+
+def test_items_of_one_size_are_what_a_batch_holds(phantom_store: Path) -> None:
+    cohort = open_cohort(phantom_store)
+    slices = cohort.slices(axis=(0, 2), variant="n4", labels="stored", size_hw=(200, 220))
+    batch = np.empty((len(slices), 1, 200, 220), np.float32), np.empty((len(slices), 1, 200, 220), np.uint8)
+    slices.read_into(range(len(slices)), *batch)
+    for item in range(0, len(slices), 7):
+        image, label = slices[item]
+        np.testing.assert_array_equal(batch[0][item], image)
+        np.testing.assert_array_equal(batch[1][item], label)
+    assert batch[1].max() > 1
+    shape = slices.shape(0)
+    with pytest.raises(InputError, match=f"case 'CS_01': has slices of {shape[0]} x {shape[1]}, which 64 x 500 does"):
+        cohort.slices(variant="n4", size_hw=(64, 500))
+    with pytest.raises(InputError, match="which 64 x 500 does not hold; choose a larger size"):
+        slices.read_into([0], np.empty((1, 1, 64, 500), np.float32))
+    images = cohort.slices(variant="n4", labels=None)
+    with pytest.raises(InputError, match="labels=None: reads no label maps"):
+        images.read_into([0], np.empty((1, 1, *shape), np.float32), np.empty((1, 1, *shape), np.uint8))
+
+
+def test_a_slice_is_read_once_in_a_batch_and_no_empty_label(
+    phantom_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices = open_cohort(phantom_store).slices(axis=2, variant="n4", cases=["CS_01"], context=2)
+    found: list[tuple[int, np.dtype]] = []
+    read = DirectSlices.read_into
+    monkeypatch.setattr(DirectSlices, "read_into", lambda s, n, out: found.append((n, s.dtype)) or read(s, n, out))
+    items = [4, 3, 3, 4, int(slices.labelled_voxels.argmax())]
+    shape = slices.shape(0)
+    slices.read_into(items, np.empty((5, 5, *shape), np.float32), np.empty((5, 1, *shape), np.uint8))
+    assert not slices.labelled_voxels[:5].any()
+    expected = sorted({*range(1, 7), *range(items[-1] - 2, items[-1] + 3)})
+    assert [n for n, dtype in found if dtype == np.int16] == expected
+    assert [n for n, dtype in found if dtype == np.uint8] == items[-1:]
+
+
+def test_items_are_counted_like_a_list(phantom_store: Path) -> None:
+    slices = open_cohort(phantom_store).slices(axis=(0, 1), variant="n4", only_labelled=True)
+    np.testing.assert_array_equal(slices[-1][0], slices[len(slices) - 1][0])
+    assert sum(1 for _ in slices) == len(slices)
+    for item in (len(slices), -len(slices) - 1):
+        with pytest.raises(IndexError, match=f"item {item} of {len(slices)}"):
+            slices[item]
+
+
 def test_splits_are_by_patient(phantom_store: Path) -> None:
     cohort = open_cohort(phantom_store)
     parts = {
-        part: {r.case for r in cohort.slices(axis=0, split=part, variant="n4").records}
-        for part in ("train", "validation", "test")
+        part: set(cohort.slices(axis=0, split=part, variant="n4").cases) for part in ("train", "validation", "test")
     }
     assert parts == {"train": {"CS_01", "CS_02"}, "validation": {"CS_03"}, "test": {"CS_04"}}
-    assert {r.case for r in cohort.slices(split="valid", variant="n4").records} == parts["validation"]
+    assert set(cohort.slices(split="valid", variant="n4").cases) == parts["validation"]
     chosen = cohort.slices(split="train", cases=["CS_02", "CS_04"], variant="n4")
-    assert [r.case for r in chosen.records] == ["CS_02"]
+    assert chosen.cases == ("CS_02",)
     assert cohort.split(folds=4, fold=1, variant="n4").test == ("CS_02",)
     assert cohort.split(leave_out="CS_04", variant="n4").validation == ("CS_01",)
 
@@ -127,7 +201,7 @@ def test_a_case_that_lost_its_label_leaves_its_part(store: Path) -> None:
     (store.parent / "raw" / "AS-label.nrrd").unlink()
     prepare(store.parent / "raw", store, n4=False)
     assert open_cohort(store).split().train == ()
-    assert [r.case for r in open_cohort(store).slices(split="test").records] == ["B"]
+    assert open_cohort(store).slices(split="test").cases == ("B",)
 
 
 def test_cases_without_a_label_are_read_as_images_only(tmp_path: Path) -> None:
@@ -136,8 +210,8 @@ def test_cases_without_a_label_are_read_as_images_only(tmp_path: Path) -> None:
     prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False)
     cohort = open_cohort(tmp_path / "s.zarr")
     assert cohort.cases == ("A", "B")
-    assert [r.case for r in cohort.slices().records] == ["A"]
-    assert [r.case for r in cohort.slices(labels=None).records] == ["A", "B"]
+    assert cohort.slices().cases == ("A",)
+    assert cohort.slices(labels=None).cases == ("A", "B")
     assert cohort.volumes(labels=None, cases=["B"])[0].shape == (1, 16, 20, 24)
     assert cohort.split().train == ("A",)
     with pytest.raises(InputError, match="case 'B': has no label map; ask for labels=None"):
