@@ -6,7 +6,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,30 @@ class TrainCommandGroup(CommandGroup):
     expected = (*CommandGroup.expected, CspineTrainError)
 
 
+def _weights(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, float]:
+    """Read CASE=WEIGHT."""
+    weights = {}
+    for one in given:
+        case, _, weight = one.rpartition("=")
+        try:
+            weights[case] = float(weight)
+        except ValueError:
+            case = ""
+        if not case:
+            raise click.BadParameter(f"{one!r} is not of the form CASE=WEIGHT, such as CS_01=2")
+    return weights
+
+
+def _size(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[int, int] | None:
+    """Read H,W, or one number for both."""
+    if given is None:
+        return None
+    sides = given.split(",")
+    if len(sides) > 2 or not all(re.fullmatch("[1-9][0-9]{0,5}", side) for side in sides):
+        raise click.BadParameter(f"{given!r} is not of the form H,W, such as 256,192, or one number for both")
+    return int(sides[0]), int(sides[-1])
+
+
 @click.group(cls=TrainCommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cspine")
 def main() -> None:
@@ -45,7 +71,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--store", type=click.Path(path_type=Path), default="data/cspine.zarr", help="What to train on.")
+@click.option("--store", default="data/cspine.zarr", help="What to train on: a folder or a URL.")
 @click.option("--model", default="unet", help="Architecture; cspine-train models lists them.")
 @click.option("--encoder", default="resnet18", help="Encoder; tu-NAME is any of timm's.")
 @click.option(
@@ -68,6 +94,11 @@ def main() -> None:
     help="Pixel size for the network; slices keep theirs by default.",
 )
 @click.option(
+    "--size", "size_hw", metavar="H,W", callback=_size,
+    help="Pixels of a training slice, one number or two; cropped about its centre, but never what is labelled. The "
+    "smallest that holds every slice by default.",
+)  # fmt: skip
+@click.option(
     "--crop-margin-mm", type=click.FloatRange(0),
     help="Train on random parts of slices, as large as the largest labelled region and this margin; whole by default.",
 )  # fmt: skip
@@ -77,14 +108,26 @@ def main() -> None:
     default=0.25,
     help="Empty slices in an epoch, as a share of labelled ones.",
 )
+@click.option(
+    "--case-weight", "case_weights", metavar="CASE=WEIGHT", multiple=True, callback=_weights,
+    help="How often CASE's slices are seen, others being 1; 0 leaves them out. May be given more than once.",
+)  # fmt: skip
+@click.option(
+    "--balance", type=click.Choice(["slices", "cases"]), default="slices",
+    help="What is seen equally often, times its weight: every labelled slice, or every case.",
+)  # fmt: skip
 @click.option("--augment/--no-augment", default=True, help="Change training slices at random.")
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
 @click.option("--precision", type=click.Choice(["auto", "32", "bf16"]), default="auto", help="Of the arithmetic.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Where all randomness comes from.")
-@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read slices.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read slices; 0: a thread does.")
+@click.option(
+    "--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=15.0,
+    help="How often, within an epoch, to write what a killed run goes on from.",
+)  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; runs/<what is trained> by default.")
-def run(store: Path, axis: str, workers: int, output: Path | None, **options: Any) -> None:
+def run(store: str, axis: str, workers: int, checkpoint_minutes: float, output: Path | None, **options: Any) -> None:
     """Train one model; the same command again goes on where it stopped."""
     from pydantic import ValidationError
 
@@ -95,10 +138,12 @@ def run(store: Path, axis: str, workers: int, output: Path | None, **options: An
         settings = RunSettings(axes=AXES[axis], **options)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"--{name}: ".replace("_", "-") for name in first["loc"])
+        name, *within = map(str, first["loc"] or ("",))
+        option = "--" + {"case_weights": "case-weight", "size_hw": "size"}.get(name, name.replace("_", "-"))
+        where = " ".join([option, *within]) + ": " if name else ""
         raise click.UsageError(where + first["msg"].removeprefix("Value error, ")) from None
     folder = output or Path("runs") / default_run_name(settings)
-    record = train(store, folder, settings, workers)
+    record = train(store, folder, settings, workers, checkpoint_minutes)
     for caveat in record.caveats():
         click.echo(f"note: {caveat}")
     if record.kept_epoch is not None:
@@ -115,8 +160,8 @@ def run(store: Path, axis: str, workers: int, output: Path | None, **options: An
     "--split", "splits", type=click.Choice(["train", "validation", "test"]), multiple=True, default=("test",),
     help="Whose volumes; may be given more than once.",
 )  # fmt: skip
-@click.option("--store", type=click.Path(path_type=Path), help="Where the store is, if it has moved.")
-def evaluate(run: Path, splits: tuple[str, ...], store: Path | None) -> None:
+@click.option("--store", help="Where the store is, if it has moved: a folder or a URL.")
+def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     """Score RUN per patient, on whole volumes."""
     from cspine_train.evaluation import evaluate as evaluate_run
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CspineTrainError(Exception):
     """Base of every error that `cspine_train` raises on purpose: one line, what is wrong and what to do."""
@@ -13,3 +16,9 @@ class RunError(CspineTrainError):
 
 class ModelError(CspineTrainError, ValueError):
     """A model, an encoder or its weights cannot be had."""
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is nearest to one that is not, in brackets; nothing where none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -101,7 +101,7 @@ def evaluate(
     wanted = [(part, case) for part in splits for case in record.split.cases(part)]
     if not wanted:
         raise RunError(f"{run}: has no {' or '.join(splits)} patients; choose another --split")
-    if store is None and not Path(record.store).exists():
+    if store is None and "://" not in record.store and not Path(record.store).exists():
         raise RunError(f"{record.store}: is not there any more; say with --store where the store of {run} is now")
     cohort = open_cohort(store or record.store)
     scores = []

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import os
 import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from cspine_train.errors import ModelError
+from cspine_train.errors import ModelError, meant
+from cspine_train.transforms import Sides
 
 REFERENCE_MODELS = ("unet", "fpn", "linknet", "pspnet")
 _HUB_PATIENCE_S = 4.0
@@ -53,7 +52,7 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
     Returns
     -------
     network : Module
-        Maps (N, C, H, W) to logits (N, 1, H, W); H and W are multiples of 32.
+        Maps (N, C, H, W) to logits (N, 1, H, W); H and W are what `sides_of` says.
     weights_used : str
         ``imagenet``, ``none``, or the SHA-256 of the file.
 
@@ -64,13 +63,13 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
     """
     if model not in architectures():
         raise ModelError(
-            f"model {model!r}: is not known{_meant(model, architectures())}; cspine-train models lists them"
+            f"model {model!r}: is not known{meant(model, architectures())}; cspine-train models lists them"
         )
     import segmentation_models_pytorch as smp
 
     if not encoder.startswith("tu-") and encoder not in smp.encoders.get_encoder_names():
         raise ModelError(
-            f"encoder {encoder!r}: is not known{_meant(encoder, encoders())}; cspine-train models lists them"
+            f"encoder {encoder!r}: is not known{meant(encoder, encoders())}; cspine-train models lists them"
         )
     if weights == "none":
         return _create(model, encoder, None, channels), "none"
@@ -90,9 +89,17 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
     return _create(model, encoder, None, channels), "none"
 
 
-def _meant(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+def sides_of(network: nn.Module) -> Sides:
+    """Return what the height and width of a network's images may be: multiples of what its encoder divides them by.
+
+    SMP's Unet takes other sizes too, and stretches its features until they fit onto each other, which shifts them by
+    another part of a pixel for each size: what prediction sees would not be what training saw. PAN halves what its
+    encoder gives three times more.
+    """
+    import segmentation_models_pytorch as smp
+
+    stride = int(cast("Any", network).encoder.output_stride)
+    return Sides(stride, 8 * stride if isinstance(network, smp.PAN) else stride)
 
 
 def _create(model: str, encoder: str, weights: str | None, channels: int) -> nn.Module:

@@ -9,6 +9,7 @@ import lightning
 import torch
 from torch import nn
 
+from cspine_train.batches import Batch
 from cspine_train.settings import RunSettings
 from cspine_train.transforms import RandomChanges
 
@@ -16,7 +17,8 @@ MONITOR = "valid_dice"
 THRESHOLD = "threshold"
 #: Probabilities that validation tries as the border between vertebra and the rest.
 THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Images, masks and case numbers, as the network sees them.
+Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
@@ -66,21 +68,22 @@ class SliceSegmenter(lightning.LightningModule):
         self._cases = tuple(validation_cases)
         self._counts = self._no_counts()
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Seen:
         """Change a training batch at random, on its device; all randomness depends on seed and step only."""
-        images, masks, numbers = batch
+        images, masks = batch.intensities(), batch.masks.float()
         if self.trainer.training:
             # Dropout draws from the same generator, so that a run that goes on draws what it would have.
             generator = torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
             if self._change is not None:
                 images, masks = self._change(images, masks, generator)
-        return images.contiguous(memory_format=torch.channels_last), masks, numbers
+        return images.contiguous(memory_format=torch.channels_last), masks, batch.numbers
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch."""
         images, masks, _ = batch
         logits = self.network(images)
         loss: torch.Tensor = self._dice_loss(logits, masks) + self._entropy_loss(logits, masks)
+        # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
 
@@ -88,7 +91,7 @@ class SliceSegmenter(lightning.LightningModule):
         """Forget the last epoch's counts."""
         self._counts = self._no_counts()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Seen, batch_idx: int) -> None:
         """Count each patient's voxels by whether they are labelled and by how many thresholds they are above."""
         images, masks, numbers = batch
         probabilities = torch.sigmoid(self.network(images).float())

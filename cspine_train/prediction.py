@@ -22,7 +22,7 @@ from cspine_data import (
     write_volume,
 )
 from cspine_train.errors import RunError
-from cspine_train.models import load_model
+from cspine_train.models import load_model, sides_of
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.training import MODEL_FOLDER
 from cspine_train.transforms import fixed_size, from_network, network_shape, to_network, with_context
@@ -86,8 +86,9 @@ class LoadedRun:
         first, second = (mm for a, mm in enumerate(spacing_mm) if a != axis)
         pixel_mm = self.record.settings.pixel_mm
         device = next(self.network.parameters()).device
-        own = fixed_size([network_shape((slices.shape[1], slices.shape[2]), (first, second), pixel_mm)])
-        # As in training, where every slice is padded to one size: pooling over the whole slice sees the margin.
+        shape = network_shape((slices.shape[1], slices.shape[2]), (first, second), pixel_mm)
+        own = fixed_size([shape], sides_of(self.network))
+        # Whole slices, of whatever size training saw; no smaller than there, as pooling over a slice sees the margin.
         height, width = (max(pair) for pair in zip(own, self.record.size_hw, strict=True))
         context = self.record.settings.context
         parts = []

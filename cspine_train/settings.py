@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from cspine_data import Preprocessing, Split
 from cspine_train.errors import RunError
@@ -37,11 +37,21 @@ class RunSettings(BaseModel):
         Neighbouring slices on each side that the network sees as channels (2.5-D).
     pixel_mm : float or None
         Pixel size that slices are resampled to for the network; None leaves them as they are.
+    size_hw : tuple of int or None
+        Height and width of a training slice at the network's pixel size: padded, or cropped about its centre, which may
+        cut off nothing labelled. None is the smallest that holds every slice. Validation and prediction always see
+        whole slices.
     crop_margin_mm : float or None
         Train on a part of each slice, at a random place: as large as the largest labelled region of a training
         patient and this margin around it. None trains on whole slices; validation and prediction always do.
     empty_share : float
         Slices without a label seen in an epoch, as a share of those with one.
+    case_weights : dict
+        How often slices of a case are seen, in comparison with the others; 1 where nothing is said, 0 leaves the case's
+        slices out of training. A case that does not train has no use for its weight.
+    balance : str
+        ``slices``: every labelled slice is seen equally often, times its case's weight; ``cases``: every case, however
+        many labelled slices it has. An epoch has as many slices either way.
     augment : bool
         Random rotation, scaling, shift, contrast and noise on each training batch.
     folds, fold : int or None
@@ -63,8 +73,11 @@ class RunSettings(BaseModel):
     schedule: Literal["plateau", "onecycle"] = "plateau"
     context: int = Field(default=0, ge=0)
     pixel_mm: float | None = Field(default=None, gt=0)
+    size_hw: tuple[PositiveInt, PositiveInt] | None = None
     crop_margin_mm: float | None = Field(default=None, ge=0)
     empty_share: float = Field(default=0.25, ge=0)
+    case_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    balance: Literal["slices", "cases"] = "slices"
     augment: bool = True
     seed: int = Field(default=0, ge=0)
     folds: int | None = Field(default=None, ge=3)
@@ -97,7 +110,7 @@ class RunRecord(BaseModel):
     weights_used : str
         What the encoder started from: ``imagenet``, ``none``, or the SHA-256 of a file.
     size_hw : tuple of int
-        The fixed size of a training slice, after resampling and padding.
+        The fixed size of a training slice, after resampling, padding and cropping.
     preprocessing : Preprocessing
         What was done to every volume, and is done to a volume to predict.
     notes : tuple of str

@@ -8,20 +8,20 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
-from cspine_data import CaseRecord, Cohort, Preprocessing, Split, open_cohort
+from cspine_data import Cohort, Split, open_cohort
 from cspine_train.allocator import keep_large_blocks
+from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
-from cspine_train.models import build_model, save_model
+from cspine_train.models import build_model, save_model, sides_of
 from cspine_train.module import MONITOR, THRESHOLD, SliceSegmenter
 from cspine_train.settings import RECORD_NAME, RunRecord, RunSettings, load_record, save_record
 
@@ -33,7 +33,9 @@ _STOP_AFTER = 7
 _log = logging.getLogger("cspine_train")
 
 
-def train(store: str | Path, run: str | Path, settings: RunSettings, workers: int = 0) -> RunRecord:
+def train(
+    store: str | Path, run: str | Path, settings: RunSettings, workers: int = 0, checkpoint_minutes: float = 15.0
+) -> RunRecord:
     """Train a model on a store's slices; called again, go on where it stopped, or do nothing when it is finished.
 
     The run folder holds `run.json` (what was asked, what was fed), `model/` (the weights the run keeps, safetensors),
@@ -42,13 +44,15 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     Parameters
     ----------
     store : str or Path
-        A store that `cspine-data prepare` made.
+        A store that `cspine-data prepare` made, or its URL.
     run : str or Path
         The run folder to make or to go on with.
     settings : RunSettings
         What to train.
     workers : int
         Processes that read slices; 0 reads in the training process.
+    checkpoint_minutes : float
+        How often, within an epoch, to write what a killed run goes on from; the outcome does not depend on it.
 
     Returns
     -------
@@ -64,51 +68,35 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     CspineDataError
         If the store cannot be used.
     """
-    store, run = Path(store), Path(run)
-    cohort = open_cohort(store)
+    run, cohort = Path(run), open_cohort(store)
     split = _split(cohort, settings)
-    of_variant = {record.case: record for record in cohort.records(settings.variant)}
-    patients = [of_variant[case] for part in (split.train, split.validation, split.test) for case in part]
-    digests = {patient.case: patient.digest for patient in patients}
-    earlier = _earlier(run, settings, digests)
+    fed = _fed(cohort, split, settings.variant)
+    earlier = _earlier(run, settings, fed["digests"])
     if earlier is not None and earlier.finished:
         _log.info("nothing to do: %s is finished", run)
         return earlier
     keep_large_blocks()
     _quieten()
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
-    data = CohortSlices(cohort, split, settings, workers)
-    if not data.labelled_slices:
-        axes = ", ".join(map(str, settings.axes))
-        raise RunError(f"{store}: no slice to train on is labelled along axis {axes}; choose another --axis")
-    checkpoint = _newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None
+    place, checkpoint = (newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None) or (Place(), None)
     # Whoever goes on from a checkpoint has its weights already.
     first_weights = "none" if checkpoint else settings.weights
     network, weights_used = build_model(settings.model, settings.encoder, first_weights, settings.channels)
-    record = RunRecord(
-        store=str(store.resolve()),
-        settings=settings,
-        weights_used=earlier.weights_used if earlier and checkpoint else weights_used,
-        size_hw=data.size_hw,
-        preprocessing=_preprocessing(store, patients),
-        notes=cohort.notes,
-        train=split.train,
-        validation=split.validation,
-        test=split.test,
-        digests=digests,
-        versions=_versions(),
-    )
+    data = CohortSlices(cohort, split, settings, workers, sides_of(network))
+    _check_labelled(cohort.path, data, settings)
+    made = {"weights_used": weights_used, "size_hw": data.size_hw, "versions": _versions()}
+    record = RunRecord(settings=settings, **fed, **made)
     if earlier and checkpoint:
-        kept = {"kept_epoch": earlier.kept_epoch, "kept_dice": earlier.kept_dice, "threshold": earlier.threshold}
+        kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
         record = record.model_copy(update=kept)
     run.mkdir(parents=True, exist_ok=True)
     save_record(run, record)
-    keeper = _Keep(run, settings.schedule)
-    trainer = _trainer(run, settings, keeper)
+    data.first_epoch, data.batches_done = place.epochs, place.batches
     if checkpoint:
-        data.first_epoch = _epoch_of(checkpoint) + 1
-        _log.info("going on after epoch %d of %d", _epoch_of(checkpoint) + 1, settings.epochs)
+        _log.info("going on after %s of %d", place, settings.epochs)
+    keeper = _Keep(run, settings.schedule)
     module = SliceSegmenter(network, settings, split.validation, data.crop_hw)
+    trainer = _trainer(run, settings, keeper, checkpoint_minutes)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except (KeyboardInterrupt, SystemExit):
@@ -118,16 +106,29 @@ def train(store: str | Path, run: str | Path, settings: RunSettings, workers: in
     return record
 
 
-def _preprocessing(store: Path, patients: Sequence[CaseRecord]) -> Preprocessing:
-    """Return how the patients were prepared; refuse patients that were prepared in different ways."""
-    first = patients[0]
-    for other in patients:
-        if other.preprocessing != first.preprocessing:
+def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> None:
+    if not data.labelled_slices:
+        axes = ", ".join(map(str, settings.axes))
+        other = "another --case-weight" if settings.case_weights else "another --axis"
+        raise RunError(f"{store}: no slice to train on is labelled along axis {axes}; choose {other}")
+
+
+def _fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
+    """Return what a run's record says of its patients; refuse patients that were prepared in different ways."""
+    cases = (*split.train, *split.validation, *split.test)
+    first = cohort.record(cases[0], variant)
+    digests = {}
+    for case in cases:
+        record = cohort.record(case, variant)
+        digests[case] = record.digest
+        if record.preprocessing != first.preprocessing:
             raise RunError(
-                f"{store}: holds {first.case} and {other.case} as {first.variant}, prepared in different ways; "
+                f"{cohort.path}: holds {first.case} and {case} as {variant}, prepared in different ways; "
                 "run cspine-data prepare with the same options over all of them"
             )
-    return first.preprocessing
+    parts = {"train": split.train, "validation": split.validation, "test": split.test}
+    what = {"preprocessing": first.preprocessing, "notes": cohort.notes, "digests": digests}
+    return {"store": cohort.location, **what, **parts}
 
 
 class _Plateau(Callback):
@@ -171,17 +172,30 @@ class _Keep(Callback):
         self._last = schedule == "onecycle"
         self._rows: list[dict[str, float]] = []
         self._started = time.perf_counter()
+        self._waited_s = 0.0
         #: What the run's record says of the network that is kept.
         self.kept: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows, "kept": self.kept}
+        times = {"seconds": time.perf_counter() - self._started, "waited_s": self._waited_s}
+        return {"rows": self._rows, "kept": self.kept, **times}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows, self.kept = state_dict["rows"], state_dict["kept"]
+        # An epoch that goes on has taken what it took before.
+        self._started = time.perf_counter() - state_dict.get("seconds", 0)
+        self._waited_s = state_dict.get("waited_s", 0.0)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.perf_counter()
+        self._waited_s = 0.0
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        loader: Any = trainer.train_dataloader
+        self._waited_s += loader.waited_s
+        loader.waited_s = 0.0
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         dice = float(trainer.callback_metrics[MONITOR])
@@ -199,6 +213,7 @@ class _Keep(Callback):
                 THRESHOLD: threshold,
                 "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
                 "seconds": round(time.perf_counter() - self._started, 2),
+                "seconds_waiting": round(self._waited_s, 2),
             }
         )
         _log.info(
@@ -207,18 +222,14 @@ class _Keep(Callback):
             self._rows[-1]["seconds"],
         )  # fmt: skip
         with (self._run / METRICS_NAME).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._rows[0].keys())
+            # Rows of a run that an older cspine began know less.
+            writer = csv.DictWriter(file, self._rows[-1].keys())
             writer.writeheader()
             writer.writerows(self._rows)
 
 
-def _trainer(run: Path, settings: RunSettings, keeper: _Keep) -> lightning.Trainer:
-    # Checkpoints are named by epoch, so that one that was cut short never replaces a whole one.
-    checkpoints = ModelCheckpoint(
-        run / CHECKPOINT_FOLDER, filename="{epoch}", save_top_k=1, save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )  # fmt: skip
-    callbacks: list[Callback] = [keeper, checkpoints]
+def _trainer(run: Path, settings: RunSettings, keeper: _Keep, checkpoint_minutes: float) -> lightning.Trainer:
+    callbacks: list[Callback] = [keeper, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
     if settings.schedule == "plateau":
         callbacks.insert(1, _Plateau())
         callbacks.append(EarlyStopping(MONITOR, mode="max", patience=_STOP_AFTER))
@@ -228,6 +239,7 @@ def _trainer(run: Path, settings: RunSettings, keeper: _Keep) -> lightning.Train
         devices=1,
         precision=_precision(settings.precision),
         callbacks=callbacks,
+        plugins=[DurableCheckpoints()],
         logger=False,
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
@@ -280,24 +292,6 @@ def _earlier(run: Path, settings: RunSettings, digests: dict[str, str]) -> RunRe
     return record
 
 
-def _epoch_of(checkpoint: Path) -> int:
-    return int(checkpoint.stem.split("=")[1])
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole."""
-    found = sorted(folder.glob("epoch=*.ckpt"), key=_epoch_of, reverse=True)
-    for path in found:
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        # A file that was cut short breaks the reader in ways of its own.
-        except Exception as error:  # noqa: BLE001
-            warnings.warn(f"{path} is damaged and left out ({type(error).__name__})", stacklevel=2)
-        else:
-            return path
-    return None
-
-
 def _versions() -> dict[str, str]:
     libraries = ("cspine", "torch", "lightning", "segmentation-models-pytorch", "timm", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
@@ -308,6 +302,9 @@ def _quieten() -> None:
     # The loader's advice on workers, and a deprecation inside Lightning: neither is the user's to act on.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    # An epoch goes on after what its checkpoint has seen: the data module sees to it, not the loader.
+    warnings.filterwarnings("ignore", message=".*ended before the epoch ended and your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")

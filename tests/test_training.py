@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cspine_data import (
+    Cohort,
     InputError,
     Preprocessing,
     Volume,
@@ -39,10 +40,13 @@ from cspine_data.geometry import Orientation
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
 from cspine_train.cli import default_run_name
 from cspine_train.cli import main as train_main
-from cspine_train.datamodule import CohortSlices, EpochSampler
+from cspine_train.datamodule import CohortSlices
 from cspine_train.metrics import overlap
+from cspine_train.models import build_model, sides_of
 from cspine_train.module import THRESHOLDS, SliceSegmenter, best_threshold
+from cspine_train.sampling import EpochSampler
 from cspine_train.settings import load_record
+from cspine_train.transforms import Sides
 from tests.conftest import ball, write_case
 
 SMALL = {
@@ -93,7 +97,7 @@ def test_the_run_folder_says_what_was_done(trained: Path, phantom_store: Path) -
     assert record.versions["torch"] == version("torch")
     assert record.caveats()[1].startswith("data: synthetic cervical phantom")
     rows = (trained / "metrics.csv").read_text().splitlines()
-    assert rows[0] == "epoch,train_loss,valid_dice,threshold,learning_rate,seconds"
+    assert rows[0] == "epoch,train_loss,valid_dice,threshold,learning_rate,seconds,seconds_waiting"
     assert len(rows) == 4
     assert record.kept_epoch == 2
     assert record.kept_dice == pytest.approx(float(rows[-1].split(",")[2]), abs=1e-5)
@@ -228,7 +232,7 @@ def test_thresholds_are_compared_by_mean_dice_over_patients(voxels: list[tuple[i
 def test_prediction_sees_the_neighbours_that_training_saw(trained: Path, phantom_store: Path) -> None:
     cohort, run = open_cohort(phantom_store), load_run(trained)
     data = CohortSlices(cohort, run.record.split, run.record.settings)
-    images = torch.cat([images for images, _, _ in data.val_dataloader()])
+    images = torch.cat([batch.intensities() for batch in data.val_dataloader()])
     image, _ = cohort.volumes(variant="n4", cases=["CS_03"])[0]
     spacing = cohort.record("CS_03", "n4").spacing_xyz_mm
     seen: list[torch.Tensor] = []
@@ -249,6 +253,7 @@ class Watched(torch.nn.Module):
     def __init__(self, watch: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.device = torch.nn.Parameter(torch.zeros(1))
+        self.encoder = SimpleNamespace(output_stride=32)
         self.forward = watch
 
 
@@ -345,7 +350,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     assert same(weights(killed), weights(undisturbed))
 
     def history(run: Path) -> list[str]:
-        return [row.rsplit(",", 1)[0] for row in (run / "metrics.csv").read_text().splitlines()]
+        return [row.rsplit(",", 2)[0] for row in (run / "metrics.csv").read_text().splitlines()]
 
     assert history(killed) == history(undisturbed)
     kept = {"kept_epoch", "kept_dice", "threshold"}
@@ -405,7 +410,7 @@ def test_the_fixed_size_holds_every_slice_of_the_run(phantom_store: Path) -> Non
     assert data.size_hw[0] >= max(largest[0], largest[1])
     assert data.size_hw[1] >= max(largest[1], largest[2])
     assert data.size_hw[0] % 32 == data.size_hw[1] % 32 == 0
-    images, masks, _ = next(iter(data.train_dataloader()))
+    images, _, masks, _ = next(iter(data.train_dataloader()))
     assert images.shape == masks.shape == (8, 1, *data.size_hw)
 
 
@@ -434,6 +439,114 @@ def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phanto
     images, _, _ = module.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     assert tuple(images.shape[-2:]) == data.size_hw
     assert CohortSlices(cohort, split, settings.model_copy(update={"crop_margin_mm": None})).crop_hw is None
+
+
+@pytest.mark.parametrize(
+    ("model", "stride", "least"),
+    [
+        ("unet", 32, 32),
+        ("fpn", 32, 32),
+        ("linknet", 32, 32),
+        ("pspnet", 8, 8),
+        ("deeplabv3plus", 16, 16),
+        ("pan", 16, 128),
+    ],
+)
+def test_the_fixed_size_is_the_smallest_that_the_network_takes(
+    model: str, stride: int, least: int, phantom_store: Path
+) -> None:
+    cohort = open_cohort(phantom_store)
+    settings = RunSettings(model=model, weights="none", pixel_mm=3.0)
+    network, _ = build_model(model, SMALL["encoder"])
+    assert sides_of(network) == Sides(stride, least)
+    data = CohortSlices(cohort, cohort.split(variant="n4"), settings, sides=sides_of(network))
+    largest = np.max([np.round(np.multiply(r.size_xyz, r.spacing_xyz_mm) / 3) for r in cohort.records("n4")], 0)[1:]
+    assert data.size_hw == tuple(np.maximum(np.ceil(largest / stride) * stride, least))
+    with torch.inference_mode():
+        assert tuple(network.eval()(torch.zeros(1, 1, *data.size_hw)).shape[-2:]) == data.size_hw
+        if model != "unet":
+            with pytest.raises(RuntimeError, match="Wrong input shape"):
+                network(torch.zeros(1, 1, data.size_hw[0] + stride // 2, data.size_hw[1]))
+        if least > stride:
+            with pytest.raises(RuntimeError):
+                network(torch.zeros(1, 1, least - stride, least))
+
+
+def labelled_bounds(cohort: Cohort, case: str) -> list[tuple[int, int]]:
+    _, label = cohort.volumes(variant="n4", cases=[case])[0]
+    return [(int(at.min()), int(at.max())) for at in np.nonzero(label[0])]
+
+
+def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels(phantom_store: Path) -> None:
+    cohort = open_cohort(phantom_store)
+    split = cohort.split(variant="n4")
+    needed = []
+    for case in (*split.train, *split.validation):
+        size = cohort.record(case, "n4").size_xyz
+        for axis, (first, last) in list(enumerate(labelled_bounds(cohort, case)))[1:]:
+            wanted = next(w for w in range(1, size[axis] + 1) if (size[axis] - w) // 2 <= first and
+                          (size[axis] - w) // 2 + w > last)  # fmt: skip
+            needed.append((axis, wanted, case))
+    height, width = (-(-max(wanted for a, wanted, _ in needed if a == axis) // 8) * 8 for axis in (1, 2))
+    whole = CohortSlices(cohort, split, RunSettings(), sides=Sides(8, 8))
+    assert height < whole.size_hw[0] or width < whole.size_hw[1]
+    data = CohortSlices(cohort, split, RunSettings(size_hw=(height, width), empty_share=0), sides=Sides(8, 8))
+    assert data.size_hw == (height, width)
+    loader = data.train_dataloader()
+    seen = np.concatenate([masks.sum((1, 2, 3)).numpy() for _, _, masks, _ in loader])
+    loader.sampler.set_epoch(0)
+    order = list(loader.sampler)[: len(seen)]
+    labelled = cohort.slices(0, variant="n4", cases=split.train).labelled_voxels
+    np.testing.assert_array_equal(seen, labelled[order])
+    images, *_ = next(iter(data.val_dataloader()))
+    assert tuple(images.shape[-2:]) == whole.size_hw
+    for size in ((height - 8, width), (height, width - 8)):
+        told = (
+            rf"size {size[0]},{size[1]}: would cut \d+\.\d mm \(\d pixels\) off what is labelled of CS_0[123] along "
+            rf"axis {1 if size[0] < height else 2}; the smallest --size that cuts nothing off is {height},{width}$"
+        )
+        with pytest.raises(RunError, match=told):
+            CohortSlices(cohort, split, RunSettings(size_hw=size), sides=Sides(8, 8))
+
+
+def test_a_run_on_cropped_slices_predicts_whole_ones(phantom_store: Path, phantom_folder: Path, tmp_path: Path) -> None:
+    cohort = open_cohort(phantom_store)
+    settings = RunSettings(**{**SMALL, "model": "pspnet", "epochs": 1, "size_hw": (32, 72)})
+    whole = CohortSlices(
+        cohort, cohort.split(variant="n4"), settings.model_copy(update={"size_hw": None}), sides=Sides(8, 8)
+    )
+    assert whole.size_hw[0] > 32
+    assert whole.size_hw[1] < 72
+    assert train(phantom_store, tmp_path / "run", settings).size_hw == (32, 72)
+    run, seen = load_run(tmp_path / "run"), []
+    run.network.register_forward_pre_hook(lambda _, images: seen.append(tuple(images[0].shape[-2:])))
+    source = read_volume(phantom_folder / "CS_04.nrrd")
+    assert run.predict(source).geometry == source.geometry
+    assert set(seen) == {(whole.size_hw[0], 72)}
+    assert evaluate(tmp_path / "run").scores
+
+
+def test_a_size_that_no_network_takes_is_refused(
+    phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    common = ("run", "--store", phantom_store, "--weights", "none", "-o", tmp_path / "run", "--size")
+    for size, told in (
+        ("100,70", "size 100,70: {}; the nearest --size is 96,64 and 128,96"),
+        ("20", "size 20,20: {}; the nearest --size is 32,32"),
+    ):
+        refused = run_train(*common, size)
+        assert refused.exit_code == 1
+        told = told.format("unet with encoder resnet18 takes multiples of 32")
+        assert refused.output == f"Error: {told}\n"
+    refused = run_train(*common, "160,60", "--model", "pan")
+    assert (
+        "pan with encoder resnet18 takes multiples of 16 from 128 on; the nearest --size is 160,128\n" in refused.output
+    )
+    for size in ("0", "32,0", "32,32,32", "-32", "32.5", "a", ""):
+        refused = run_train(*common, size)
+        assert refused.exit_code == 2
+        assert f"{size!r} is not of the form H,W, such as 256,192, or one number for both" in refused.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_pixels_larger_than_what_is_labelled_are_refused(phantom_store: Path, tmp_path: Path) -> None:
@@ -601,3 +714,15 @@ def test_models_are_listed(run_train: Callable[..., Result]) -> None:
     output = run_train("models").output
     assert "unet fpn linknet pspnet" in output
     assert "inceptionv4" in output
+
+
+def test_a_run_trains_and_is_evaluated_over_the_network(
+    serve: Callable[[Path], str], phantom_store: Path, tmp_path: Path
+) -> None:
+    settings = RunSettings(**{**SMALL, "epochs": 1, "pixel_mm": 12.0})
+    far, near = tmp_path / "far", tmp_path / "near"
+    url = serve(phantom_store)
+    assert train(url, far, settings).store == url
+    train(phantom_store, near, settings)
+    assert same(weights(far), weights(near))
+    assert [score.dice for score in evaluate(far).scores] == [score.dice for score in evaluate(near).scores]
