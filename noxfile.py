@@ -74,6 +74,8 @@ def bench(session: nox.Session) -> None:
     install(session)
     run(session, "python", "-m", "pip", "install", "--quiet", "-e", ".[bench]")
     cohort = session.posargs[:1]
+    run(session, "python", "benchmarks/streaming.py", *cohort)
+    run(session, "python", "benchmarks/feeding.py")
     run(session, "python", "benchmarks/n4_resolution.py", "--converged")
     run(session, "python", "benchmarks/bias_accuracy.py", *cohort, "--peers", "--sweep")
     if cohort:

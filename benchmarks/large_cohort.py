@@ -1,0 +1,135 @@
+"""What a cohort of ten thousand cases costs: opening it, listing it, a dataset of its slices, and what workers hold.
+
+Run as ``python benchmarks/large_cohort.py STORE --work FOLDER``. STORE is any store of one variant. Its first case is
+put ten thousand times into another, each with a record of its own; the slices themselves are hard links, so FOLDER must
+be on the same disk. Every random slice is then of another case than the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from cspine_data import open_cohort, schema
+from cspine_data.schema import CaseRecord
+
+
+def write_large(store: Path, large: Path, cases: int) -> None:
+    """Write a store that holds one case of another many times."""
+    cohort = open_cohort(store)
+    record = cohort.records()[0]
+    source = store / schema.case_path(record.case, record.digest)
+    root = json.loads((store / "zarr.json").read_text())["attributes"][schema.ATTRIBUTE]
+    files = [name for name in record.files if name.startswith("axis")]
+    root |= {"cases": {}, "voxels": {}}
+    for number in range(cases):
+        case = f"C{number:05d}"
+        digest = hashlib.sha256(case.encode()).hexdigest()[:32]
+        folder = large / schema.case_path(case, digest)
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(source / name, folder / name)
+        write_group(folder, json.loads(renamed(record, case, digest).model_dump_json()))
+        root["cases"][case] = {record.variant: digest}
+        root["voxels"][digest] = hashlib.sha256(digest.encode()).hexdigest()
+    root["enrolled"] = [sorted(root["cases"])]
+    write_group(large, root)
+
+
+def renamed(record: CaseRecord, case: str, digest: str) -> CaseRecord:
+    return record.model_copy(update={"case": case, "digest": digest})
+
+
+def write_group(folder: Path, record: dict[str, Any]) -> None:
+    attributes = {schema.ATTRIBUTE: record, schema.CHECKSUM_ATTRIBUTE: schema.record_checksum(record)}
+    (folder / "zarr.json").write_bytes(schema.group_bytes(attributes))
+
+
+def timed(title: str, do: Callable[[], Any]) -> Any:
+    """Do something, and print a row: how long it took, and what the process holds then."""
+    started = time.perf_counter()
+    result = do()
+    milliseconds = (time.perf_counter() - started) * 1e3
+    print(f"| {title} | {milliseconds:.0f} ms | {psutil.Process().memory_info().rss / 1e6:.0f} MB |", flush=True)
+    return result
+
+
+def without_torch(large: Path) -> None:
+    """Measure what a notebook, or a worker, does first."""
+    cohort = timed("open the cohort", lambda: open_cohort(large))
+    timed("list its cases", lambda: cohort.cases)
+    for axes in ((0,), (0, 1, 2)):
+        slices = timed(f"a dataset of the slices along {len(axes)} axes", lambda axes=axes: cohort.slices(axis=axes))
+        content = timed("pickle it", lambda slices=slices: pickle.dumps(slices))
+        timed(f"unpickle it ({len(content) / 1e6:.0f} MB)", lambda content=content: pickle.loads(content))  # noqa: S301
+    slices = cohort.slices(axis=0)
+    order = np.random.default_rng(0).permutation(len(slices))[:4000].tolist()
+    images = np.empty((8, 1, *slices.shape(0)), np.int16)
+    labels = np.empty((8, 1, *slices.shape(0)), np.uint8)
+
+    def read() -> None:
+        for start in range(0, len(order), 8):
+            slices.read_into(order[start : start + 8], images, labels)
+
+    timed("4000 random slices of axis 0", read)
+    print(f"open files: {sum(1 for _ in Path('/proc/self/fd').iterdir())}")
+
+
+def in_workers(large: Path) -> None:
+    """Measure what the workers of a training run hold."""
+    from cspine_train.batches import BatchLoader, SliceBatches
+
+    slices = open_cohort(large).slices(axis=(0, 1, 2))
+    batches = SliceBatches(slices, None, (384, 384))
+    order = np.random.default_rng(0).permutation(len(slices))[:4000].tolist()
+    for method in ("fork", "spawn"):
+        loader = BatchLoader(batches, 8, sampler=order, num_workers=2, multiprocessing_context=method)
+        started = time.perf_counter()
+        coming = iter(loader)
+        next(coming)
+        seconds = time.perf_counter() - started
+        for _ in range(len(loader) - 20):
+            next(coming)
+        for child in psutil.Process().children():
+            held = child.memory_full_info()
+            if held.rss > 100e6:
+                own, shared = held.uss / 1e6, held.rss / 1e6
+                print(f"| {method}: a worker, first batch after {seconds:.1f} s | {own:.0f} MB own | {shared:.0f} MB |")
+        del coming, loader
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--work", type=Path, help="where to write, on the store's disk")
+    parser.add_argument("--part", choices=("notebook", "workers"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        (without_torch if arguments.part == "notebook" else in_workers)(arguments.store)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        large = Path(folder) / "large.zarr"
+        large.mkdir()
+        write_large(arguments.store, large, arguments.cases)
+        print("| | | resident |\n|---|---|---|", flush=True)
+        for part in ("notebook", "workers"):
+            subprocess.run([sys.executable, __file__, str(large), "--part", part], check=True)
+
+
+if __name__ == "__main__":
+    main()
