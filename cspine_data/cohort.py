@@ -266,8 +266,13 @@ class Cohort:
             raise InputError(f"labels={labels!r}", "is not known", "choose 'binary', 'stored' or None")
         variant = self._variant(variant)
         wanted: tuple[str, ...] | None = None
+        if isinstance(cases, str):
+            raise InputError(f"cases={cases!r}", "is one name", f"give a list of them: [{cases!r}]")
         if cases is not None:
             wanted = tuple(cases)
+            unknown = [case for case in wanted if case not in self._root.cases]
+            if unknown:
+                self.record(unknown[0], variant)
         if split is not None:
             if split not in _SPLIT_NAMES:
                 raise InputError(f"split {split!r}", "is not known", "choose train, validation or test")
@@ -293,7 +298,7 @@ def open_cohort(path: str | Path) -> Cohort:
     path : str or Path
         The store, as `prepare` wrote it, or its URL, where ``cspine[remote]`` is installed: ``https://...``, or
         what fsspec has a package for, such as ``s3://...`` with ``s3fs``. What is no folder is read through
-        zarr-python, a slice in milliseconds.
+        zarr-python, a slice in milliseconds; a web server has to answer requests for parts of files (ranges).
 
     Returns
     -------

@@ -131,14 +131,13 @@ class SliceDataset:
         Raises
         ------
         InputError
-            If a slice or its dtype does not fit in, or there are no labels to read.
+            If the arrays are not of that shape and dtype, a slice does not fit in, or there are no labels to read.
         DamagedStoreError
             If a slice's bytes are not what was written; the arrays are then undefined.
         OSError
             If the disk does not give them.
         """
-        if labels is not None and self.labels is None:
-            raise InputError("labels=None", "reads no label maps", "ask for 'binary' or 'stored'")
+        self._check_batch(len(items), images, labels)
         places = [self._place(item) for item in items]
         decoded, levels = None, None
         # In the order in which they lie on the disk, which also brings together what is wanted more than once.
@@ -197,6 +196,20 @@ class SliceDataset:
         case, axis = divmod(run, len(self.axes))
         position = item - self._first[run] if self._positions is None else int(self._positions[item])
         return case, self.axes[axis], position
+
+    def _check_batch(self, count: int, images: NDArray[Any], labels: NDArray[Any] | None) -> None:
+        expected = (count, 2 * self.context + 1)
+        if images.shape[:-2] != expected or images.dtype not in (np.float32, np.int16):
+            told = f"have to be float32 or int16, {expected} x H x W"
+            raise InputError("images", told, f"these are {images.dtype}, {images.shape}")
+        if labels is None:
+            return
+        if self.labels is None:
+            raise InputError("labels=None", "reads no label maps", "ask for 'binary' or 'stored'")
+        of_images = (count, 1, *images.shape[-2:])
+        if labels.shape != of_images or (self.labels == "binary" and labels.dtype != np.uint8):
+            dtype = "uint8" if self.labels == "binary" else "of the stored dtype"
+            raise InputError("labels", f"have to be {dtype}, {of_images}", f"these are {labels.dtype}, {labels.shape}")
 
     def _wanted(self, places: Sequence[_Place]) -> Iterator[tuple[_Place, int, int]]:
         """Iterate over the slices that items hold, neighbours too: the place of each, and its item and channel."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from cspine_data import schema
 from cspine_data.errors import NewerSchemaError, NotInStoreError, StoreError, describe_os_error
+from cspine_data.location import refuse_url
 from cspine_data.schema import CaseRecord, RootRecord, Standard
 from cspine_data.store import ROOT_COPY, read_metadata, read_root, stored_record
 from cspine_data.writer import METADATA, make_folder, replace_file, sync_folder
@@ -60,6 +61,7 @@ def create_store(path: Path, *, neutral_ids: bool = False) -> None:
     StoreError
         If something else than a store is at that place, or it holds cases under ids of the other kind.
     """
+    refuse_url(path)
     if not _is_a_store(path):
         could = not path.exists() or _could_become_a_store(path, neutral_ids=neutral_ids)
         # Looked for again: another run may have made it since, and that is what stood in the way.

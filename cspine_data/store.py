@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
-from cspine_data.location import is_local
+from cspine_data.location import is_local, refuse_url
 from cspine_data.preprocess import CorrectedVolume
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.shards import open_file, read_whole
@@ -37,7 +37,7 @@ _LAST_REMEDY = "delete it and prepare again: whole cases are used again; splits,
 def repair_hint(path: Path) -> str:
     """Say how a damaged store is mended."""
     if not is_local(path):
-        return "mend it, with cspine-data verify --repair, where it was prepared, or reach it again"
+        return "mend it where it was prepared, or serve it by what answers requests for parts of files (ranges)"
     return f"mend it with cspine-data verify {path} --repair SOURCE"
 
 
@@ -60,6 +60,7 @@ def read_root(path: Path, name: str = METADATA) -> RootRecord:
     DamagedStoreError
         If its metadata cannot be understood.
     """
+    refuse_url(path)
     try:
         attributes = _attributes(path, name)
         if attributes is not None:

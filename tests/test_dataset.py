@@ -174,6 +174,38 @@ def test_a_slice_is_read_once_in_a_batch_and_no_empty_label(
     assert [n for n, dtype in found if dtype == np.uint8] == items[-1:]
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "told"),
+    [
+        (((2, 1, 200, 220), "f4"), None, r"images: have to be float32 or int16, \(3, 1\) x H x W; these are float32"),
+        (((3, 3, 200, 220), "f4"), None, "images: have to be"),
+        (((1, 200, 220), "f4"), None, "images: have to be"),
+        (((3, 1, 200, 220), "f8"), None, "images: have to be"),
+        (
+            ((3, 1, 200, 220), "i2"),
+            ((3, 1, 200, 224), "u1"),
+            r"labels: have to be uint8, \(3, 1, 200, 220\)",
+        ),
+        (((3, 1, 200, 220), "i2"), ((2, 1, 200, 220), "u1"), "labels: have to be uint8"),
+        (((3, 1, 200, 220), "i2"), ((3, 1, 200, 220), "f4"), "labels: have to be uint8"),
+    ],
+)
+def test_arrays_of_another_shape_or_dtype_are_refused(
+    images: tuple, labels: tuple | None, told: str, phantom_store: Path
+) -> None:
+    slices = open_cohort(phantom_store).slices(variant="n4")
+    with pytest.raises(InputError, match=told):
+        slices.read_into([0, 1, 2], np.empty(*images), np.empty(*labels) if labels else None)
+
+
+def test_cases_are_named_in_a_list_and_known(phantom_store: Path) -> None:
+    cohort = open_cohort(phantom_store)
+    with pytest.raises(InputError, match=r"cases='CS_01': is one name; give a list of them: \['CS_01'\]"):
+        cohort.slices(variant="n4", cases="CS_01")
+    with pytest.raises(NotInStoreError, match="holds no case 'CS_9'"):
+        cohort.slices(variant="n4", split="train", cases=["CS_01", "CS_9"])
+
+
 def test_items_are_counted_like_a_list(phantom_store: Path) -> None:
     slices = open_cohort(phantom_store).slices(axis=(0, 1), variant="n4", only_labelled=True)
     np.testing.assert_array_equal(slices[-1][0], slices[len(slices) - 1][0])

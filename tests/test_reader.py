@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import zarr
+from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -33,6 +34,7 @@ from cspine_data.schema import (
     slice_chunks,
 )
 from cspine_data.writer import CaseWriter
+from tests.conftest import write_case
 
 DTYPES = ("float32", "uint8", "int16", "uint16", "int32")
 
@@ -350,6 +352,16 @@ def test_a_store_is_read_over_the_network(serve: Callable[[Path], str], store: P
     # zarr-python's event loop has run by now, and has no thread in a forked process.
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(_sum_of, (there, 20)).get(60) == float(here[20][0].sum())
+
+
+def test_a_url_is_no_folder(run_data: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_case(tmp_path / "raw", "A")
+    for command in (("prepare", "raw", "--no-n4", "--store"), ("info",), ("verify",), ("gc",)):
+        done = run_data(*command, "http://127.0.0.1:9/s.zarr")
+        assert done.exit_code != 0
+        assert "is a URL, which only open_cohort and cspine-train read from; give a folder" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_what_a_network_cannot_give_is_told(serve: Callable[[Path], str], store: Path) -> None:
