@@ -74,8 +74,7 @@ def batches_of(store: Path, settings: RunSettings) -> int:
     return len(CohortSlices(cohort, cohort.split(variant="n4"), settings).train_dataloader())
 
 
-@pytest.mark.parametrize("schedule", ["plateau", "onecycle"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("schedule", "workers"), [("plateau", 0), ("onecycle", 2)])
 def test_a_run_stopped_within_epochs_goes_on_in_the_same_order_to_the_same_weights(
     schedule: str, workers: int, phantom_store: Path, tmp_path: Path, steps: dict[str, Any]
 ) -> None:
