@@ -43,8 +43,8 @@ class SliceDataset:
     the stored values and dtype); with ``labels=None`` the image alone. C is 1 + 2 x context. H and W differ between
     cases and axes, unless `size_hw` was asked for.
 
-    Made by `Cohort.slices`. Of each slice it keeps how many labelled voxels it has, and of each case less than a
-    kilobyte, so that it is quickly sent to a worker process.
+    Made by `Cohort.slices`. Of each slice it keeps how many labelled voxels it has, and of each case a kilobyte or two,
+    so that it is quickly sent to a worker process.
 
     Attributes
     ----------
