@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import pickle
 import subprocess
@@ -24,38 +23,26 @@ import numpy as np
 import psutil
 
 from cspine_data import open_cohort, schema
-from cspine_data.schema import CaseRecord
+from cspine_data.publishing import write_record
+from cspine_data.store import read_root
 
 
 def write_large(store: Path, large: Path, cases: int) -> None:
     """Write a store that holds one case of another many times."""
-    cohort = open_cohort(store)
-    record = cohort.records()[0]
+    record = open_cohort(store).records()[0]
     source = store / schema.case_path(record.case, record.digest)
-    root = json.loads((store / "zarr.json").read_text())["attributes"][schema.ATTRIBUTE]
     files = [name for name in record.files if name.startswith("axis")]
-    root |= {"cases": {}, "voxels": {}}
-    for number in range(cases):
-        case = f"C{number:05d}"
-        digest = hashlib.sha256(case.encode()).hexdigest()[:32]
+    digests = {f"C{number:05d}": hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(cases)}
+    for case, digest in digests.items():
         folder = large / schema.case_path(case, digest)
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(source / name, folder / name)
-        write_group(folder, json.loads(renamed(record, case, digest).model_dump_json()))
-        root["cases"][case] = {record.variant: digest}
-        root["voxels"][digest] = hashlib.sha256(digest.encode()).hexdigest()
-    root["enrolled"] = [sorted(root["cases"])]
-    write_group(large, root)
-
-
-def renamed(record: CaseRecord, case: str, digest: str) -> CaseRecord:
-    return record.model_copy(update={"case": case, "digest": digest})
-
-
-def write_group(folder: Path, record: dict[str, Any]) -> None:
-    attributes = {schema.ATTRIBUTE: record, schema.CHECKSUM_ATTRIBUTE: schema.record_checksum(record)}
-    (folder / "zarr.json").write_bytes(schema.group_bytes(attributes))
+        write_record(folder, record.model_copy(update={"case": case, "digest": digest}))
+    named = {case: {record.variant: digest} for case, digest in digests.items()}
+    voxels = {digest: hashlib.sha256(digest.encode()).hexdigest() for digest in digests.values()}
+    root = read_root(store).model_copy(update={"cases": named, "voxels": voxels, "enrolled": (tuple(digests),)})
+    write_record(large, root)
 
 
 def timed(title: str, do: Callable[[], Any]) -> Any:

@@ -57,10 +57,10 @@ class DirectSlices:
 
     Raises
     ------
-    DamagedStoreError
-        If its shard, or the shard's index, is missing or not what was written.
+    ShardError
+        If its shard, or the shard's index, is not what was written.
     OSError
-        If it cannot be opened for a reason that is not the store's.
+        If it is not there, or cannot be opened.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -68,14 +68,8 @@ class DirectSlices:
         self._descriptor = -1
         self.shape: tuple[int, int, int] = tuple(metadata["shape"])
         self.dtype = DTYPES[metadata["data_type"]]
-        try:
-            self._descriptor = open_file(path / "c" / "0" / "0" / "0")
-            self._index = read_index(self._descriptor, self.shape[0], math.prod(self.shape[1:]) * self.dtype.itemsize)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            # Too many open files, or a disk that fails, are not the store's fault.
-            raise damage(path, f"cannot be opened ({error.strerror})") from None
-        except ShardError as error:
-            raise damage(path, str(error)) from None
+        self._descriptor = open_file(path / "c" / "0" / "0" / "0")
+        self._index = read_index(self._descriptor, self.shape[0], math.prod(self.shape[1:]) * self.dtype.itemsize)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -92,29 +86,13 @@ class DirectSlices:
 
 
 class ForeignSlices:
-    """Slices in any other layout, or in a place that is no folder.
-
-    Parameters
-    ----------
-    path : Path
-        The array's folder, or its URL.
-    metadata : dict
-        Its metadata.
-
-    Raises
-    ------
-    DamagedStoreError
-        If it cannot be opened, or carries no checksums.
-    """
+    """Slices in any other layout, or in a place that is no folder; see `ForeignArray`."""
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         from cspine_data.foreign import ForeignArray
 
         self._path = path
-        try:
-            self._array = ForeignArray(path, metadata)
-        except ShardError as error:
-            raise damage(path, str(error)) from None
+        self._array = ForeignArray(path, metadata)
         self.shape: tuple[int, int, int] = tuple(metadata["shape"])
         self.dtype = self._array.dtype
 
@@ -149,8 +127,12 @@ def open_slices(path: Path, metadata_sha256: str | None = None) -> SliceArray:
         if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
             raise ValueError("it holds no slices")
         own = is_local(path) and is_own_layout(metadata, slice_chunks(tuple(shape)))
-        return DirectSlices(path, metadata) if own else ForeignSlices(path, metadata)
+        try:
+            return DirectSlices(path, metadata) if own else ForeignSlices(path, metadata)
+        except ShardError as error:
+            raise damage(path, str(error)) from None
     except (FileNotFoundError, NotADirectoryError) as error:
+        # Too many open files, or a disk that fails, are not the store's fault.
         raise damage(path, f"cannot be opened ({error.strerror or error})") from None
     except MALFORMED as error:
         raise damage(path, f"cannot be opened ({error})") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import pickle
@@ -23,16 +22,9 @@ from hypothesis.extra import numpy as hnp
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from cspine_data import DamagedStoreError, StoreError, open_cohort, read_volume
+from cspine_data.publishing import write_record
 from cspine_data.reader import DirectSlices, ForeignSlices, SliceArray, _OpenArrays, open_slices
-from cspine_data.schema import (
-    ATTRIBUTE,
-    CHECKSUM_ATTRIBUTE,
-    case_path,
-    chunk_checksum,
-    group_bytes,
-    record_checksum,
-    slice_chunks,
-)
+from cspine_data.schema import case_path, chunk_checksum, slice_chunks
 from cspine_data.writer import CaseWriter
 from tests.conftest import write_case
 
@@ -252,8 +244,7 @@ def test_a_store_that_was_recompressed_is_read(store: Path) -> None:
             config={"write_empty_chunks": True},
         )[...] = values  # fmt: skip
         files[f"{name}/zarr.json"] = hashlib.sha256((folder / name / "zarr.json").read_bytes()).hexdigest()
-    told = json.loads(record.model_copy(update={"files": files}).model_dump_json())
-    (folder / "zarr.json").write_bytes(group_bytes({ATTRIBUTE: told, CHECKSUM_ATTRIBUTE: record_checksum(told)}))
+    write_record(folder, record.model_copy(update={"files": files}))
     after = open_cohort(store)
     for item, (image, label) in zip((3, 20, 45), expected, strict=True):
         found = after.slices(cases=["A"], axis=(0, 1, 2))[item]
@@ -272,8 +263,7 @@ def test_images_that_are_no_levels_are_refused(store: Path) -> None:
     writer.write_array("image", np.ones(shape, np.uint16), slice_chunks(shape), "xyz", {})
     (store.parent / "other/image").rename(folder / "axis0/image")
     files = record.files | {"axis0/image/zarr.json": writer.checksums["image/zarr.json"]}
-    told = json.loads(record.model_copy(update={"files": files}).model_dump_json())
-    (folder / "zarr.json").write_bytes(group_bytes({ATTRIBUTE: told, CHECKSUM_ATTRIBUTE: record_checksum(told)}))
+    write_record(folder, record.model_copy(update={"files": files}))
     with pytest.raises(DamagedStoreError, match="axis0/image: it does not hold 16-bit levels"):
         open_cohort(store).slices(cases=["A"])[0]
 
