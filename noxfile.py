@@ -49,7 +49,7 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     install(session)
-    run(session, "pytest", *session.posargs)
+    run(session, "pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session

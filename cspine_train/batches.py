@@ -33,12 +33,15 @@ class Batch(NamedTuple):
         (N, 1, H, W): uint8, or float32 shares of pixels that are labelled where slices were resampled or cropped.
     numbers : Tensor
         int64 (N,): which of `SliceDataset.cases` each slice is of.
+    axes : Tensor
+        int64 (N,): the axis that each slice is across.
     """
 
     images: torch.Tensor
     scales: torch.Tensor
     masks: torch.Tensor
     numbers: torch.Tensor
+    axes: torch.Tensor
 
     def intensities(self) -> torch.Tensor:
         """Return the images as normalised intensities, float32."""
@@ -97,7 +100,9 @@ class SliceBatches(Dataset[Batch]):
         else:
             self._fit_into(items, images, masks)
             scales = torch.ones(len(items))
-        return Batch(images, scales, masks, torch.tensor([self.slices.case_number(item) for item in items]))
+        numbers = torch.tensor([self.slices.case_number(item) for item in items])
+        axes = torch.tensor([self.slices.place(item).axis for item in items])
+        return Batch(images, scales, masks, numbers, axes)
 
     def _fit_into(self, items: Sequence[int], images: torch.Tensor, masks: torch.Tensor) -> None:
         alike: dict[Any, list[int]] = {}

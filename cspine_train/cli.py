@@ -116,7 +116,11 @@ def main() -> None:
     "--balance", type=click.Choice(["slices", "cases"]), default="slices",
     help="What is seen equally often, times its weight: every labelled slice, or every case.",
 )  # fmt: skip
-@click.option("--augment/--no-augment", default=True, help="Change training slices at random.")
+@click.option(
+    "--augment", type=click.Choice(["none", "light", "reference", "strong"]), default="light",
+    help="Change training slices at random: light: place, contrast, noise; reference: as the reference study did; "
+    "strong: leave no contrast to memorise, for scans of other scanners and sequences.",
+)  # fmt: skip
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
 @click.option("--precision", type=click.Choice(["auto", "32", "bf16"]), default="auto", help="Of the arithmetic.")

@@ -9,9 +9,9 @@ import lightning
 import torch
 from torch import nn
 
+from cspine_train.augmentation import Augmentation, sample_seeds
 from cspine_train.batches import Batch
 from cspine_train.settings import RunSettings
-from cspine_train.transforms import RandomChanges
 
 MONITOR = "valid_dice"
 THRESHOLD = "threshold"
@@ -60,11 +60,7 @@ class SliceSegmenter(lightning.LightningModule):
         self._settings = settings
         self._dice_loss = smp.losses.DiceLoss("binary", from_logits=True)
         self._entropy_loss = nn.BCEWithLogitsLoss()
-        self._change = None
-        if settings.augment:
-            self._change = RandomChanges(crop_hw=crop_hw)
-        elif crop_hw:
-            self._change = RandomChanges(0, 0, 0, 0, 0, crop_hw)
+        self._augment = Augmentation(settings.augment, crop_hw)
         self._cases = tuple(validation_cases)
         self._counts = self._no_counts()
 
@@ -72,10 +68,10 @@ class SliceSegmenter(lightning.LightningModule):
         """Change a training batch at random, on its device; all randomness depends on seed and step only."""
         images, masks = batch.intensities(), batch.masks.float()
         if self.trainer.training:
-            # Dropout draws from the same generator, so that a run that goes on draws what it would have.
-            generator = torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
-            if self._change is not None:
-                images, masks = self._change(images, masks, generator)
+            # Dropout draws from this generator, so that a run that goes on draws what it would have.
+            torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
+            seeds = sample_seeds(self._settings.seed, self.global_step, len(images))
+            images, masks = self._augment(images, masks, batch.axes, seeds)
         return images.contiguous(memory_format=torch.channels_last), masks, batch.numbers
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from cspine_data import Preprocessing, Split
 from cspine_train.errors import RunError
@@ -52,8 +52,9 @@ class RunSettings(BaseModel):
     balance : str
         ``slices``: every labelled slice is seen equally often, times its case's weight; ``cases``: every case, however
         many labelled slices it has. An epoch has as many slices either way.
-    augment : bool
-        Random rotation, scaling, shift, contrast and noise on each training batch.
+    augment : str
+        How training slices are changed at random: ``none``, ``light`` (place, contrast, noise), ``reference`` (what the
+        reference study did) or ``strong`` (leaves no contrast to memorise); see `Augmentation`.
     folds, fold : int or None
         Cross-validation instead of the reference split.
     precision : str
@@ -78,11 +79,16 @@ class RunSettings(BaseModel):
     empty_share: float = Field(default=0.25, ge=0)
     case_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     balance: Literal["slices", "cases"] = "slices"
-    augment: bool = True
+    augment: Literal["none", "light", "reference", "strong"] = "light"
     seed: int = Field(default=0, ge=0)
     folds: int | None = Field(default=None, ge=3)
     fold: int = Field(default=0, ge=0)
     precision: Literal["auto", "32", "bf16"] = "auto"
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _older_runs_said_yes_or_no(cls, augment: object) -> object:
+        return {True: "light", False: "none"}.get(augment, augment) if isinstance(augment, bool) else augment
 
     @model_validator(mode="after")
     def _fold_is_one_of_folds(self) -> Self:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from cspine_train.metrics import Overlap, overlap
 from cspine_train.sizes import labelled_pixels
 from cspine_train.transforms import (
-    RandomChanges,
     Sides,
     fit,
     fixed_size,
@@ -103,100 +102,6 @@ def test_a_smooth_mask_survives_half_the_resolution() -> None:
     assert float(mask.sum()) * 4 == pytest.approx(disc.sum(), rel=1e-3)
     back = from_network(torch.logit(mask[None], eps=1e-4), (100, 100), (1, 1), 2.0)[0] > 0.5
     assert overlap(back, disc > 0).dice > 0.985
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.zeros(6, 1, 64, 96)
-    images[:, :, 20:44, 30:66] = 1
-    return images, images.clone()
-
-
-def test_changes_depend_on_their_generator_only() -> None:
-    images, masks = batch()
-    change = RandomChanges()
-    first = change(images, masks, torch.Generator().manual_seed(1))
-    torch.rand(5)
-    again = change(images, masks, torch.Generator().manual_seed(1))
-    other = change(images, masks, torch.Generator().manual_seed(2))
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
-
-
-def test_image_and_mask_move_together_and_each_sample_by_itself() -> None:
-    images, masks = batch()
-    moved, moved_masks = RandomChanges(contrast=0, noise=0)(images, masks, torch.Generator().manual_seed(0))
-    # The contrast's span is clamped, so that interpolated borders agree to rounding only.
-    torch.testing.assert_close(moved, moved_masks, atol=1e-5, rtol=0)
-    assert len({tuple(mask.flatten().tolist()) for mask in moved_masks}) == 6
-    assert 0 <= moved_masks.min() < moved_masks.max() <= 1
-
-
-def test_a_rotation_turns_without_shearing_on_oblong_slices() -> None:
-    axis_h, axis_w = torch.arange(64) - 31.5, torch.arange(160) - 79.5
-    disc = (axis_h[:, None] ** 2 + axis_w[None] ** 2 < 20**2).float().expand(8, 1, -1, -1)
-    turned, _ = RandomChanges(45, 0, 0, 0, 0)(disc, disc, torch.Generator().manual_seed(3))
-    assert (turned - disc).abs().mean() < 0.01
-
-
-@given(
-    st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=3),
-    st.integers(0, 99),
-)
-def test_a_crop_holds_what_is_labelled(
-    size: tuple[int, int], crop: tuple[int, int], labelled: list[tuple[float, float]], seed: int
-) -> None:
-    crop = (min(crop[0], size[0]), min(crop[1], size[1]))
-    mask = torch.zeros(1, 1, *size)
-    places = [(int(y * (size[0] - 1)), int(x * (size[1] - 1))) for y, x in labelled]
-    for y, x in places:
-        mask[0, 0, y, x] = 1
-    image = torch.arange(1, mask.numel() + 1.0).view_as(mask)
-    changes = RandomChanges(0, 0, 0, 0, 0, crop)
-    part, part_mask = changes(image, mask, torch.Generator().manual_seed(seed))
-    assert tuple(part.shape[-2:]) == crop
-    found = {round(value) for value in part.flatten().tolist()}
-    assert len(found) == crop[0] * crop[1]
-    assert found <= set(range(1, mask.numel() + 1))
-    for axis in (0, 1):
-        across = [place[axis] for place in places]
-        # What is labelled is all there wherever a crop of this size can hold it.
-        if across and max(across) - min(across) < crop[axis]:
-            rows = {(value - 1) // size[1] if axis == 0 else (value - 1) % size[1] for value in found}
-            assert set(across) <= rows
-    inside = sum(round(float(image[0, 0, y, x])) in found for y, x in set(places))
-    assert float(part_mask.sum()) == pytest.approx(inside, abs=1e-3)
-
-
-def test_crops_lie_at_random() -> None:
-    image = torch.zeros(64, 1, 64, 64)
-    image[..., 31, 31] = 1
-    _, masks = RandomChanges(0, 0, 0, 0, 0, (24, 24))(image, image, torch.Generator().manual_seed(0))
-    places = masks[:, 0].nonzero()[:, 1:]
-    assert len(places) == 64
-    assert len(places.unique(dim=0)) > 40
-    assert places.min() == 0
-    assert places.max() == 23
-
-
-def test_a_turned_crop_shows_the_slice_at_its_corners() -> None:
-    """A ramp stays a ramp under rotation; a crop that was cut out first would show its smeared border."""
-    ramp = torch.arange(96.0).expand(4, 1, 96, 96)
-    mask = torch.zeros(4, 1, 96, 96)
-    mask[..., 32:64, 32:64] = 1
-    turned, _ = RandomChanges(45, 0, 0, 0, 0, (32, 32))(ramp, mask, torch.Generator().manual_seed(1))
-    for axis in (2, 3):
-        assert turned.diff(n=2, dim=axis).abs().max() < 1e-3
-    assert (turned.diff(dim=2).abs().amax((1, 2, 3)) > 0.05).all()
-
-
-def test_no_change_changes_nothing() -> None:
-    images, masks = batch()
-    same, same_masks = RandomChanges(0, 0, 0, 0, 0)(images, masks, torch.Generator())
-    torch.testing.assert_close(same, images, atol=1e-5, rtol=0)
-    torch.testing.assert_close(same_masks, masks, atol=1e-5, rtol=0)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
