@@ -13,8 +13,7 @@ from cspine_data import Cohort, open_cohort
 from cspine_train.errors import RunError
 from cspine_train.metrics import Overlap, overlap
 from cspine_train.prediction import LoadedRun, load_run
-
-EVALUATION_FOLDER = "evaluation"
+from cspine_train.run_folder import EVALUATION_FOLDER
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from cspine_data import (
 )
 from cspine_train.errors import RunError
 from cspine_train.models import load_model, sides_of
+from cspine_train.run_folder import MODEL_FOLDER
 from cspine_train.settings import RunRecord, load_record
-from cspine_train.training import MODEL_FOLDER
 from cspine_train.transforms import fixed_size, from_network, network_shape, to_network, with_context
 
 _BATCH = 8

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from cspine_data import Preprocessing, Split
 from cspine_train.errors import RunError
+from cspine_train.run_folder import RECORD_NAME
 
-RECORD_NAME = "run.json"
 RECORD_VERSION = 1
 
 

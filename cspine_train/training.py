@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import platform
 import sys
-import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -18,17 +16,15 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from cspine_data import Cohort, Split, open_cohort
 from cspine_train.allocator import keep_large_blocks
+from cspine_train.callbacks import Keep, Plateau
 from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
-from cspine_train.models import build_model, save_model, sides_of
-from cspine_train.module import MONITOR, THRESHOLD, SliceSegmenter
-from cspine_train.settings import RECORD_NAME, RunRecord, RunSettings, load_record, save_record
+from cspine_train.models import build_model, sides_of
+from cspine_train.module import MONITOR, SliceSegmenter
+from cspine_train.run_folder import CHECKPOINT_FOLDER, RECORD_NAME
+from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
 
-MODEL_FOLDER = "model"
-CHECKPOINT_FOLDER = "checkpoints"
-METRICS_NAME = "metrics.csv"
-_LOWER_AFTER = 5
 _STOP_AFTER = 7
 _log = logging.getLogger("cspine_train")
 
@@ -94,7 +90,7 @@ def train(
     data.first_epoch, data.batches_done = place.epochs, place.batches
     if checkpoint:
         _log.info("going on after %s of %d", place, settings.epochs)
-    keeper = _Keep(run, settings.schedule)
+    keeper = Keep(run, settings.schedule)
     module = SliceSegmenter(network, settings, split.validation, data.crop_hw)
     trainer = _trainer(run, settings, keeper, checkpoint_minutes)
     try:
@@ -131,107 +127,10 @@ def _fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     return {"store": cohort.location, **what, **parts}
 
 
-class _Plateau(Callback):
-    """Divides the learning rate by 3 after 5 epochs without gain.
-
-    Lightning steps a scheduler after it has saved the checkpoint, so that a run that goes on would miss one step; a
-    callback's state is saved as it is.
-    """
-
-    def __init__(self) -> None:
-        self._schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
-        self._state: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._schedule.state_dict() if self._schedule else self._state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict
-
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            trainer.optimizers[0], mode="max", factor=1 / 3, patience=_LOWER_AFTER
-        )
-        if self._state:
-            self._schedule.load_state_dict(self._state)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._schedule:
-            self._schedule.step(float(trainer.callback_metrics[MONITOR]))
-
-
-class _Keep(Callback):
-    """Saves the network that the run keeps, and writes a row an epoch.
-
-    On a plateau schedule that is the network whenever validation improves. One cycle ends with its lowest rate: its
-    last epoch is kept, as a peak on a few validation patients halfway down the slope is mostly luck.
-    """
-
-    def __init__(self, run: Path, schedule: str) -> None:
-        self._run = run
-        self._last = schedule == "onecycle"
-        self._rows: list[dict[str, float]] = []
-        self._started = time.perf_counter()
-        self._waited_s = 0.0
-        #: What the run's record says of the network that is kept.
-        self.kept: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        times = {"seconds": time.perf_counter() - self._started, "waited_s": self._waited_s}
-        return {"rows": self._rows, "kept": self.kept, **times}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rows, self.kept = state_dict["rows"], state_dict["kept"]
-        # An epoch that goes on has taken what it took before.
-        self._started = time.perf_counter() - state_dict.get("seconds", 0)
-        self._waited_s = state_dict.get("waited_s", 0.0)
-
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._started = time.perf_counter()
-        self._waited_s = 0.0
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        loader: Any = trainer.train_dataloader
-        self._waited_s += loader.waited_s
-        loader.waited_s = 0.0
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        dice = float(trainer.callback_metrics[MONITOR])
-        threshold = round(float(trainer.callback_metrics[THRESHOLD]), 2)
-        if self._last or not self.kept or dice > self.kept["kept_dice"]:
-            self.kept = {"kept_epoch": trainer.current_epoch, "kept_dice": dice, "threshold": threshold}
-            save_model(pl_module.network, self._run / MODEL_FOLDER)
-            # With the model, so that an unfinished run predicts as it was validated.
-            save_record(self._run, load_record(self._run).model_copy(update=self.kept))
-        self._rows.append(
-            {
-                "epoch": trainer.current_epoch,
-                "train_loss": round(float(trainer.callback_metrics["train_loss"]), 6),
-                MONITOR: round(dice, 6),
-                THRESHOLD: threshold,
-                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-                "seconds": round(time.perf_counter() - self._started, 2),
-                "seconds_waiting": round(self._waited_s, 2),
-            }
-        )
-        _log.info(
-            "epoch %d of %d: loss %.3f, validation Dice %.3f, %.0f s",
-            trainer.current_epoch + 1, trainer.max_epochs, trainer.callback_metrics["train_loss"], dice,
-            self._rows[-1]["seconds"],
-        )  # fmt: skip
-        with (self._run / METRICS_NAME).open("w", newline="", encoding="utf-8") as file:
-            # Rows of a run that an older cspine began know less.
-            writer = csv.DictWriter(file, self._rows[-1].keys())
-            writer.writeheader()
-            writer.writerows(self._rows)
-
-
-def _trainer(run: Path, settings: RunSettings, keeper: _Keep, checkpoint_minutes: float) -> lightning.Trainer:
+def _trainer(run: Path, settings: RunSettings, keeper: Keep, checkpoint_minutes: float) -> lightning.Trainer:
     callbacks: list[Callback] = [keeper, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
     if settings.schedule == "plateau":
-        callbacks.insert(1, _Plateau())
+        callbacks.insert(1, Plateau())
         callbacks.append(EarlyStopping(MONITOR, mode="max", patience=_STOP_AFTER))
     return lightning.Trainer(
         max_epochs=settings.epochs,

@@ -1,0 +1,144 @@
+"""What happens beside the steps of training: which weights are kept, when the rate falls, what is told of an epoch."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from cspine_train.models import save_model
+from cspine_train.module import MONITOR, THRESHOLD
+from cspine_train.run_folder import METRICS_NAME, MODEL_FOLDER
+from cspine_train.settings import load_record, save_record
+
+_LOWER_AFTER = 5
+_log = logging.getLogger("cspine_train")
+
+
+class Plateau(Callback):
+    """Divides the learning rate by 3 after 5 epochs without gain.
+
+    Lightning steps a scheduler after it has saved the checkpoint, so that a run that goes on would miss one step; a
+    callback's state is saved as it is.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """Under which name its state is in a checkpoint; runs that are under way bear this one."""
+        return "_Plateau"
+
+    def __init__(self) -> None:
+        self._schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        self._state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it."""
+        return self._schedule.state_dict() if self._schedule else self._state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what a checkpoint holds."""
+        self._state = state_dict
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begin to watch the optimiser's rate."""
+        self._schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            trainer.optimizers[0], mode="max", factor=1 / 3, patience=_LOWER_AFTER
+        )
+        if self._state:
+            self._schedule.load_state_dict(self._state)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Lower the rate if it is time to."""
+        if self._schedule:
+            self._schedule.step(float(trainer.callback_metrics[MONITOR]))
+
+
+class Keep(Callback):
+    """Saves the network that the run keeps, and writes a row an epoch.
+
+    On a plateau schedule that is the network whenever validation improves. One cycle ends with its lowest rate: its
+    last epoch is kept, as a peak on a few validation patients halfway down the slope is mostly luck.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder; its record is there.
+    schedule : str
+        As in `RunSettings`.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """Under which name its state is in a checkpoint; runs that are under way bear this one."""
+        return "_Keep"
+
+    def __init__(self, run: Path, schedule: str) -> None:
+        self._run = run
+        self._last = schedule == "onecycle"
+        self._rows: list[dict[str, float]] = []
+        self._started = time.perf_counter()
+        self._waited_s = 0.0
+        #: What the run's record says of the network that is kept.
+        self.kept: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of it."""
+        times = {"seconds": time.perf_counter() - self._started, "waited_s": self._waited_s}
+        return {"rows": self._rows, "kept": self.kept, **times}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what a checkpoint holds."""
+        self._rows, self.kept = state_dict["rows"], state_dict["kept"]
+        # An epoch that goes on has taken what it took before.
+        self._started = time.perf_counter() - state_dict.get("seconds", 0)
+        self._waited_s = state_dict.get("waited_s", 0.0)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the epoch's clocks."""
+        self._started = time.perf_counter()
+        self._waited_s = 0.0
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up how long training waited for batches."""
+        loader: Any = trainer.train_dataloader
+        self._waited_s += loader.waited_s
+        loader.waited_s = 0.0
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the network if it is the one to keep, and the epoch's row."""
+        dice = float(trainer.callback_metrics[MONITOR])
+        threshold = round(float(trainer.callback_metrics[THRESHOLD]), 2)
+        if self._last or not self.kept or dice > self.kept["kept_dice"]:
+            self.kept = {"kept_epoch": trainer.current_epoch, "kept_dice": dice, "threshold": threshold}
+            save_model(pl_module.network, self._run / MODEL_FOLDER)
+            # With the model, so that an unfinished run predicts as it was validated.
+            save_record(self._run, load_record(self._run).model_copy(update=self.kept))
+        self._rows.append(
+            {
+                "epoch": trainer.current_epoch,
+                "train_loss": round(float(trainer.callback_metrics["train_loss"]), 6),
+                MONITOR: round(dice, 6),
+                THRESHOLD: threshold,
+                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "seconds": round(time.perf_counter() - self._started, 2),
+                "seconds_waiting": round(self._waited_s, 2),
+            }
+        )
+        _log.info(
+            "epoch %d of %d: loss %.3f, validation Dice %.3f, %.0f s",
+            trainer.current_epoch + 1, trainer.max_epochs, trainer.callback_metrics["train_loss"], dice,
+            self._rows[-1]["seconds"],
+        )  # fmt: skip
+        with (self._run / METRICS_NAME).open("w", newline="", encoding="utf-8") as file:
+            # Rows of a run that an older cspine began know less.
+            writer = csv.DictWriter(file, self._rows[-1].keys())
+            writer.writeheader()
+            writer.writerows(self._rows)
