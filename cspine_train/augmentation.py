@@ -82,8 +82,8 @@ LEVELS: dict[str, Amounts] = {
     "light": Amounts(flip=0.5, degrees=12, scale=0.2, shift=0.08, contrast=0.3, noise=0.15),
     "reference": Amounts(flip=0.5, degrees=15, scale=0.3, shift=0.1, distortion=0.3, blur=1.5, chance=0.5),
     "strong": Amounts(
-        flip=0.5, degrees=15, scale=0.25, shift=0.08, distortion=0.2, contrast=0.3, noise=0.3, remap=0.6, convolve=0.15,
-        field=0.5, blur=1.2, coarse=2.5, ghosts=0.15, chance=0.3,
+        flip=0.5, degrees=12, scale=0.2, shift=0.08, distortion=0.1, contrast=0.3, noise=0.2, remap=0.35, convolve=0.1,
+        field=0.4, blur=0.8, coarse=2.0, ghosts=0.15, chance=0.15,
     ),
 }  # fmt: skip
 

@@ -62,8 +62,8 @@ class Plateau(Callback):
 class Keep(Callback):
     """Saves the network that the run keeps, and writes a row an epoch.
 
-    On a plateau schedule that is the network whenever validation improves. One cycle ends with its lowest rate: its
-    last epoch is kept, as a peak on a few validation patients halfway down the slope is mostly luck.
+    On a plateau schedule that is the network whenever validation improves. The other schedules end with their lowest
+    rate: the last epoch is kept, as a peak on a few validation patients halfway down the slope is mostly luck.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ class Keep(Callback):
 
     def __init__(self, run: Path, schedule: str) -> None:
         self._run = run
-        self._last = schedule == "onecycle"
+        self._last = schedule != "plateau"
         self._rows: list[dict[str, float]] = []
         self._started = time.perf_counter()
         self._waited_s = 0.0
@@ -118,7 +118,7 @@ class Keep(Callback):
         threshold = round(float(trainer.callback_metrics[THRESHOLD]), 2)
         if self._last or not self.kept or dice > self.kept["kept_dice"]:
             self.kept = {"kept_epoch": trainer.current_epoch, "kept_dice": dice, "threshold": threshold}
-            save_model(pl_module.network, self._run / MODEL_FOLDER)
+            save_model(pl_module.kept, self._run / MODEL_FOLDER)
             # With the model, so that an unfinished run predicts as it was validated.
             save_record(self._run, load_record(self._run).model_copy(update=self.kept))
         self._rows.append(

@@ -84,9 +84,20 @@ def main() -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=8, help="Slices in a step.")
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4, help="Largest rate.")
 @click.option(
-    "--schedule", type=click.Choice(["plateau", "onecycle"]), default="plateau",
-    help="plateau: rate / 3 after 5 epochs without gain, stop after 7; onecycle: up and down once, all epochs.",
+    "--schedule", type=click.Choice(["plateau", "onecycle", "cosine"]), default="plateau",
+    help="plateau: rate / 3 after 5 epochs without gain, stop after 7; onecycle: up and down once, all epochs; "
+    "cosine: quickly up, slowly down.",
 )  # fmt: skip
+@click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Longest gradient; any by default.")
+@click.option(
+    "--average", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+    help="Keep a running average of the weights, of which a step leaves this share, such as 0.99.",
+)  # fmt: skip
+@click.option(
+    "--coarse-share", type=click.FloatRange(0, 1), default=0.0,
+    help="Share of the steps, the first ones, that see pixels larger by half.",
+)  # fmt: skip
+@click.option("--compile/--no-compile", default=False, help="Let torch.compile make the training step.")
 @click.option("--context", type=click.IntRange(0), default=0, help="Neighbouring slices seen on each side (2.5-D).")
 @click.option(
     "--pixel-mm",

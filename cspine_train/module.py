@@ -11,7 +11,10 @@ from torch import nn
 
 from cspine_train.augmentation import Augmentation, sample_seeds
 from cspine_train.batches import Batch
+from cspine_train.models import sides_of
+from cspine_train.optimisation import averaged, optimisation
 from cspine_train.settings import RunSettings
+from cspine_train.transforms import coarser
 
 MONITOR = "valid_dice"
 THRESHOLD = "threshold"
@@ -58,9 +61,12 @@ class SliceSegmenter(lightning.LightningModule):
 
         self.network = network.to(memory_format=torch.channels_last)
         self._settings = settings
+        self._sides = sides_of(network)
         self._dice_loss = smp.losses.DiceLoss("binary", from_logits=True)
         self._entropy_loss = nn.BCEWithLogitsLoss()
         self._augment = Augmentation(settings.augment, crop_hw)
+        self._average = averaged(self.network, settings.average) if settings.average else None
+        self._forward = torch.compile(self.network) if settings.compile else self.network.__call__
         self._cases = tuple(validation_cases)
         self._counts = self._no_counts()
 
@@ -72,12 +78,14 @@ class SliceSegmenter(lightning.LightningModule):
             torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
             seeds = sample_seeds(self._settings.seed, self.global_step, len(images))
             images, masks = self._augment(images, masks, batch.axes, seeds)
+            if self.global_step < self._settings.coarse_share * int(self.trainer.estimated_stepping_batches):
+                images, masks = coarser(images, masks, self._sides)
         return images.contiguous(memory_format=torch.channels_last), masks, batch.numbers
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch."""
         images, masks, _ = batch
-        logits = self.network(images)
+        logits = self._forward(images)
         loss: torch.Tensor = self._dice_loss(logits, masks) + self._entropy_loss(logits, masks)
         # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
@@ -90,7 +98,7 @@ class SliceSegmenter(lightning.LightningModule):
     def validation_step(self, batch: Seen, batch_idx: int) -> None:
         """Count each patient's voxels by whether they are labelled and by how many thresholds they are above."""
         images, masks, numbers = batch
-        probabilities = torch.sigmoid(self.network(images).float())
+        probabilities = torch.sigmoid(self.kept(images).float())
         above = torch.bucketize(probabilities, torch.tensor(THRESHOLDS, device=probabilities.device))
         bins = (2 * numbers.view(-1, 1, 1, 1) + (masks > 0.5)) * (len(THRESHOLDS) + 1) + above
         counts = torch.bincount(bins.flatten(), minlength=self._counts.numel())
@@ -105,12 +113,16 @@ class SliceSegmenter(lightning.LightningModule):
     def _no_counts(self) -> torch.Tensor:
         return torch.zeros(len(self._cases), 2, len(THRESHOLDS) + 1, dtype=torch.int64)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take a step's weights into the average."""
+        if self._average is not None:
+            self._average.update_parameters(self.network)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and saved: the average of its weights, where that is asked for."""
+        return self.network if self._average is None else self._average.module
+
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule where it is one of steps; a plateau is looked for by a callback."""
-        settings = self._settings
-        if settings.schedule == "onecycle":
-            optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate, weight_decay=1e-2)
-            steps = int(self.trainer.estimated_stepping_batches)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-        return torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)
+        return optimisation(self.network, self._settings, int(self.trainer.estimated_stepping_batches))

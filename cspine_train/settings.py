@@ -32,9 +32,19 @@ class RunSettings(BaseModel):
         As everywhere.
     schedule : str
         ``plateau``: the rate divided by 3 after 5 epochs without gain, stop after 7 (the reference study);
-        ``onecycle``: the rate rises and falls once over exactly `epochs` (Smith and Topin 2018).
+        ``onecycle``: the rate rises and falls once over exactly `epochs` (Smith and Topin 2018); ``cosine``: it rises
+        over the first 20th of them and falls as a cosine does.
+    clip_norm : float or None
+        Longest gradient; longer ones are shortened to it.
+    average : float
+        Keep a running average of the weights, of which a step leaves this share as it is; 0 keeps the weights
+        themselves.
+    compile : bool
+        Let `torch.compile` make the training step; on a CPU it needs a C++ compiler.
     context : int
         Neighbouring slices on each side that the network sees as channels (2.5-D).
+    coarse_share : float
+        Share of the steps, the first ones, that see pixels larger by half (progressive resolution).
     pixel_mm : float or None
         Pixel size that slices are resampled to for the network; None leaves them as they are.
     size_hw : tuple of int or None
@@ -71,8 +81,12 @@ class RunSettings(BaseModel):
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)
-    schedule: Literal["plateau", "onecycle"] = "plateau"
+    schedule: Literal["plateau", "onecycle", "cosine"] = "plateau"
+    clip_norm: float | None = Field(default=None, gt=0)
+    average: float = Field(default=0, ge=0, lt=1)
+    compile: bool = False
     context: int = Field(default=0, ge=0)
+    coarse_share: float = Field(default=0, ge=0, le=1)
     pixel_mm: float | None = Field(default=None, gt=0)
     size_hw: tuple[PositiveInt, PositiveInt] | None = None
     crop_margin_mm: float | None = Field(default=None, ge=0)

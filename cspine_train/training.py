@@ -134,6 +134,7 @@ def _trainer(run: Path, settings: RunSettings, keeper: Keep, checkpoint_minutes:
         callbacks.append(EarlyStopping(MONITOR, mode="max", patience=_STOP_AFTER))
     return lightning.Trainer(
         max_epochs=settings.epochs,
+        gradient_clip_val=settings.clip_norm,
         accelerator="auto",
         devices=1,
         precision=_precision(settings.precision),

@@ -127,3 +127,15 @@ def from_network(
     shares = torch.sigmoid(fit(logits.float(), network_shape(shape_hw, spacing_mm, pixel_mm), unseen))
     shares = functional.interpolate(shares, size=shape_hw, mode="bilinear", align_corners=False)
     return np.asarray(shares.squeeze(1).cpu().numpy())
+
+
+#: How much larger pixels are in the first part of a run that begins coarse.
+COARSER = 1.5
+
+
+def coarser(images: torch.Tensor, masks: torch.Tensor, sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring a batch, (N, C, H, W) and (N, K, H, W), to pixels larger by `COARSER`, padded to what a network takes."""
+    height, width = (round(size / COARSER) for size in images.shape[-2:])
+    images, masks = resample(images, (height, width)), resample(masks, (height, width))
+    size_hw = fixed_size([(height, width)], sides)
+    return fit(images, size_hw, images.amin((-2, -1), keepdim=True)), fit(masks, size_hw, masks.new_zeros(1, 1, 1, 1))
