@@ -174,19 +174,21 @@ class Augmentation:
         mapped, folded = draws.whether(amounts.remap), draws.whether(amounts.convolve)
         values = _maps(draws)
         kernels = draws.normal(sum(map(math.prod, _LAYERS)))
-        blend = draws.share()
+        blend, zero = draws.share(), draws.share()
         gamma = torch.exp(amounts.contrast * draws.around())
         if amounts.contrast:
             # Where intensities are mapped at random, gamma is no news.
             values = torch.where(mapped.unsqueeze(1), values, _scale(len(values), values.device) ** gamma.unsqueeze(1))
-        elif not mapped.any():
+        elif not (mapped | folded).any():
             return images
         span = (high - low).clamp_min(1e-6)
         shares = (images - low) / span
         changed = remapped(shares, values)
         for number in folded.nonzero().flatten().tolist():
             weights = [part.view(shape) for part, shape in zip(_parts(kernels[number]), _LAYERS, strict=True)]
-            changed[number] = _blended(convolved(shares[number], weights), changed[number], float(blend[number]))
+            changed[number] = _blended(
+                convolved(shares[number] - zero[number], weights), changed[number], float(blend[number])
+            )
         changed = low + span * changed
         again = (mapped | folded).view(-1, 1, 1, 1)
         if not again.any():

@@ -141,7 +141,7 @@ def convolved(images: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor
     Parameters
     ----------
     images : Tensor
-        (C, H, W), each a slice on its own.
+        (C, H, W), each a slice on its own; where 0 lies among its intensities decides what bends.
     weights : list of Tensor
         (out, in, 3, 3) each, from one channel to one channel.
 
@@ -153,7 +153,7 @@ def convolved(images: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor
     seen = images.unsqueeze(1)
     for number, weight in enumerate(weights):
         if number:
-            seen = functional.leaky_relu(seen)
+            seen = functional.leaky_relu(seen, 0.01)
         seen = functional.conv2d(functional.pad(seen, (1, 1, 1, 1), mode="replicate"), weight)
     return seen.squeeze(1)
 
