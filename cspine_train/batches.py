@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cspine_data import CspineDataError, SliceDataset
-from cspine_train.transforms import masks_to_network, to_network
+from cspine_train.classes import class_numbers
+from cspine_train.transforms import masks_to_network, shares_of, to_network
 
 
 class Batch(NamedTuple):
@@ -30,7 +32,8 @@ class Batch(NamedTuple):
     scales : Tensor
         float32 (N,): what an image's numbers are worth.
     masks : Tensor
-        (N, 1, H, W): uint8, or float32 shares of pixels that are labelled where slices were resampled or cropped.
+        uint8 (N, 1, H, W), the number of each pixel's label, 0 for none; where slices were resampled or cropped float32
+        (N, K, H, W), the share of each pixel that has each label. Binary labels are one.
     numbers : Tensor
         int64 (N,): which of `SliceDataset.cases` each slice is of.
     axes : Tensor
@@ -47,6 +50,11 @@ class Batch(NamedTuple):
         """Return the images as normalised intensities, float32."""
         return self.images.float() * self.scales.view(-1, 1, 1, 1)
 
+    def shares(self, labels: int) -> torch.Tensor:
+        """Return the share of each pixel that has each of so many labels, float32 (N, `labels`, H, W)."""
+        # A byte a pixel is brought to the device, however many labels there are.
+        return shares_of(self.masks, labels) if self.masks.dtype == torch.uint8 else self.masks
+
 
 # Ready, or being read, while another is used.
 _AHEAD = 2
@@ -60,15 +68,21 @@ class SliceBatches(Dataset[Batch]):
     Parameters
     ----------
     slices : SliceDataset
-        With ``labels="binary"``.
+        With ``labels="binary"``, or ``"stored"``.
     pixel_mm : float or None
         Pixel size to resample to; None leaves slices as they are.
     size_hw : tuple of int
         Size of every image.
+    values : sequence of int
+        For stored labels: the value of each, see `class_numbers`.
     """
 
-    def __init__(self, slices: SliceDataset, pixel_mm: float | None, size_hw: tuple[int, int]) -> None:
+    def __init__(
+        self, slices: SliceDataset, pixel_mm: float | None, size_hw: tuple[int, int], values: Sequence[int] = ()
+    ) -> None:
         self.slices = slices
+        self._values = tuple(values)
+        self._labels = max(1, len(values))
         self._pixel_mm = pixel_mm
         self._size_hw = size_hw
         cropped = any(height > size_hw[0] or width > size_hw[1] for height, width in slices.shapes_hw)
@@ -93,9 +107,9 @@ class SliceBatches(Dataset[Batch]):
         channels = 2 * self.slices.context + 1
         image_dtype, mask_dtype = (torch.int16, torch.uint8) if self._as_stored else (torch.float32, torch.float32)
         images = _empty((len(items), channels, *self._size_hw), image_dtype)
-        masks = _empty((len(items), 1, *self._size_hw), mask_dtype)
+        masks = _empty((len(items), 1 if self._as_stored else self._labels, *self._size_hw), mask_dtype)
         if self._as_stored:
-            self.slices.read_into(items, images.numpy(), masks.numpy())
+            self._read(items, images.numpy(), masks.numpy())
             scales = torch.from_numpy(self.slices.scales(items))
         else:
             self._fit_into(items, images, masks)
@@ -111,10 +125,20 @@ class SliceBatches(Dataset[Batch]):
         for (shape_hw, spacing_mm), numbers in alike.items():
             stored = np.empty((len(numbers), images.shape[1], *shape_hw), np.float32)
             labels = np.empty((len(numbers), 1, *shape_hw), np.uint8)
-            self.slices.read_into([items[number] for number in numbers], stored, labels)
+            self._read([items[number] for number in numbers], stored, labels)
             seen = to_network(stored.reshape(-1, *shape_hw), spacing_mm, self._pixel_mm, self._size_hw)
             images[numbers] = seen.view(len(numbers), -1, *self._size_hw)
-            masks[numbers] = masks_to_network(labels[:, 0], spacing_mm, self._pixel_mm, self._size_hw)
+            masks[numbers] = masks_to_network(labels[:, 0], spacing_mm, self._pixel_mm, self._size_hw, self._labels)
+
+    def _read(self, items: Sequence[int], images: NDArray[Any], masks: NDArray[np.uint8]) -> None:
+        """Read images, and the number of each pixel's label."""
+        if self.slices.labels == "binary":
+            self.slices.read_into(items, images, masks)
+            return
+        # Wide enough for the values of every case that a run can be trained on.
+        stored = np.empty(masks.shape, np.int64)
+        self.slices.read_into(items, images, stored)
+        masks[...] = class_numbers(stored, self._values)
 
 
 class BatchLoader(DataLoader[Batch]):

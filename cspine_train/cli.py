@@ -128,6 +128,14 @@ def main() -> None:
     help="What is seen equally often, times its weight: every labelled slice, or every case.",
 )  # fmt: skip
 @click.option(
+    "--loss", type=click.Choice(["dice", "dice_bce", "dice_focal", "tversky"]), default="dice_bce",
+    help="What training makes small: Dice alone, with cross-entropy or focal loss; Tversky's, which minds misses more.",
+)  # fmt: skip
+@click.option(
+    "--labels", type=click.Choice(["binary", "stored"]), default="binary",
+    help="Vertebra or not; or each label value as stored, the likeliest of those that training patients have.",
+)  # fmt: skip
+@click.option(
     "--augment", type=click.Choice(["none", "light", "reference", "strong"]), default="light",
     help="Change training slices at random: light: place, contrast, noise; reference: as the reference study did; "
     "strong: leave no contrast to memorise, for scans of other scanners and sequences.",
@@ -164,7 +172,11 @@ def run(store: str, axis: str, workers: int, checkpoint_minutes: float, output: 
     if record.kept_epoch is not None:
         click.echo(
             f"kept epoch {record.kept_epoch + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
-            f"and above a probability of {record.threshold}"
+            + (
+                f"and over labels {', '.join(map(str, record.label_values))}"
+                if len(record.label_values) > 1
+                else f"and above a probability of {record.threshold}"
+            )
         )
     click.echo(f"run: {folder}")
 
@@ -182,9 +194,15 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
 
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
-    rows = [(score.case, score.split, f"{score.dice:.4f}", f"{score.iou:.4f}") for score in evaluation.scores]
-    rows.append((f"mean of {len(evaluation.scores)}", "", f"{evaluation.mean_dice:.4f}", f"{evaluation.mean_iou:.4f}"))
-    print_table(("patient", "split", "Dice", "IoU"), rows)
+    columns = ["patient", "split", "Dice", "IoU"]
+    rows = [[score.case, score.split, f"{score.dice:.4f}", f"{score.iou:.4f}"] for score in evaluation.scores]
+    rows.append([f"mean of {len(rows)}", "", f"{evaluation.mean_dice:.4f}", f"{evaluation.mean_iou:.4f}"])
+    if evaluation.mean_label_dice is not None:
+        columns += ["Dice of labels", "IoU of labels"]
+        for row, of in zip(rows, [*evaluation.scores], strict=False):
+            row += [f"{of.label_dice:.4f}", f"{of.label_iou:.4f}"]
+        rows[-1] += [f"{evaluation.mean_label_dice:.4f}", f"{evaluation.mean_label_iou:.4f}"]
+    print_table(columns, rows)
     for caveat in evaluation.caveats:
         click.echo(f"note: {caveat}")
     for file in evaluation.files:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lightning
 import numpy as np
@@ -43,10 +44,18 @@ class CohortSlices(lightning.LightningDataModule):
         Processes that read slices; 0 reads in this one.
     sides : Sides
         What sizes the network takes, see `sides_of`.
+    values : sequence of int
+        The label values that are told apart, see `label_values`; not for binary labels.
     """
 
     def __init__(
-        self, cohort: Cohort, split: Split, settings: RunSettings, workers: int = 0, sides: Sides = USUAL_SIDES
+        self,
+        cohort: Cohort,
+        split: Split,
+        settings: RunSettings,
+        workers: int = 0,
+        sides: Sides = USUAL_SIDES,
+        values: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self._settings = settings
@@ -55,8 +64,9 @@ class CohortSlices(lightning.LightningDataModule):
         self.first_epoch, self.batches_done = 0, 0
         self.validation_cases = split.validation
         axes, variant = settings.axes, settings.variant
-        train = cohort.slices(axes, variant=variant, cases=split.train, context=settings.context)
-        validation = cohort.slices(axes, variant=variant, cases=split.validation, context=settings.context)
+        how: dict[str, Any] = {"variant": variant, "labels": settings.labels, "context": settings.context}
+        train = cohort.slices(axes, cases=split.train, **how)
+        validation = cohort.slices(axes, cases=split.validation, **how)
         trained = _Records(cohort, split.train, variant)
         check_pixels(trained, settings)
         everybody = _Records(cohort, (*split.train, *split.validation, *split.test), variant)
@@ -69,10 +79,10 @@ class CohortSlices(lightning.LightningDataModule):
         #: The size of the part of it that training sees; None where it sees the whole.
         self.crop_hw = size_that_holds_labels(trained, settings, self.size_hw, sides)
         self._weights = weights_of(train.cases, settings.case_weights, cohort.cases)
-        self._train = SliceBatches(train, settings.pixel_mm, self.size_hw)
+        self._train = SliceBatches(train, settings.pixel_mm, self.size_hw, values)
         # Whole slices, as prediction sees them.
         height, width = (max(pair) for pair in zip(self.size_hw, holds_all, strict=True))
-        self._validation = SliceBatches(validation, settings.pixel_mm, (height, width))
+        self._validation = SliceBatches(validation, settings.pixel_mm, (height, width), values)
 
     @property
     def labelled_slices(self) -> int:

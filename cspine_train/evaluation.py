@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from cspine_data import Cohort, open_cohort
 from cspine_train.errors import RunError
-from cspine_train.metrics import Overlap, overlap
-from cspine_train.prediction import LoadedRun, load_run
+from cspine_train.metrics import Overlap, label_overlaps, mean_over_labels, overlap
+from cspine_train.prediction import LoadedRun, label_map, load_run
 from cspine_train.run_folder import EVALUATION_FOLDER
 
 
@@ -25,12 +26,15 @@ class PatientScore:
     case, split : str
         Whose volume, and which part of the split it is in.
     voxels : Overlap
-        The counts that Dice and IoU are made of.
+        The counts that Dice and IoU are made of: vertebra or not, whatever the labels.
+    labels : dict or None
+        The same for each label value that the patient has or was given; None for a run on binary labels.
     """
 
     case: str
     split: str
     voxels: Overlap
+    labels: Mapping[int, Overlap] | None = None
 
     @property
     def dice(self) -> float:
@@ -41,6 +45,16 @@ class PatientScore:
     def iou(self) -> float:
         """Intersection over union over the whole volume."""
         return self.voxels.iou
+
+    @property
+    def label_dice(self) -> float | None:
+        """Mean Dice over the labels that the patient has, see `mean_over_labels`; None for binary labels."""
+        return None if self.labels is None else mean_over_labels(self.labels, "dice")
+
+    @property
+    def label_iou(self) -> float | None:
+        """Mean intersection over union over the labels that the patient has; None for binary labels."""
+        return None if self.labels is None else mean_over_labels(self.labels, "iou")
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,21 @@ class Evaluation:
         """Intersection over union averaged over patients."""
         return mean(score.iou for score in self.scores)
 
+    @property
+    def mean_label_dice(self) -> float | None:
+        """Mean Dice over the labels of each patient, averaged over patients; None for binary labels."""
+        return _mean(score.label_dice for score in self.scores)
+
+    @property
+    def mean_label_iou(self) -> float | None:
+        """Mean intersection over union over the labels of each patient, averaged over them; None for binary ones."""
+        return _mean(score.label_iou for score in self.scores)
+
+
+def _mean(figures: Iterable[float | None]) -> float | None:
+    known = [figure for figure in figures if figure is not None]
+    return mean(known) if known else None
+
 
 def evaluate(
     run: str | Path,
@@ -70,7 +99,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict every volume of some parts of a run's split, slice by slice, and compare it with its label map.
 
-    Writes `evaluation/<parts>.csv` and `.json` into the run folder.
+    Writes `evaluation/<parts>.csv` and `.json` into the run folder, and for a run that tells labels apart
+    `<parts>-labels.csv`, a row for each label of each patient.
 
     Parameters
     ----------
@@ -105,13 +135,13 @@ def evaluate(
     cohort = open_cohort(store or record.store)
     scores = []
     for number, (part, case) in enumerate(wanted, start=1):
-        scores.append(PatientScore(case, part, _score(loaded, cohort, case)))
+        scores.append(_score(loaded, cohort, case, part))
         if progress:
             progress(number, len(wanted), case)
     return _written(loaded, "-".join(splits), tuple(scores))
 
 
-def _score(loaded: LoadedRun, cohort: Cohort, case: str) -> Overlap:
+def _score(loaded: LoadedRun, cohort: Cohort, case: str, part: str) -> PatientScore:
     variant = loaded.record.settings.variant
     stored = cohort.record(case, variant)
     if stored.digest != loaded.record.digests.get(case):
@@ -122,33 +152,23 @@ def _score(loaded: LoadedRun, cohort: Cohort, case: str) -> Overlap:
                 f"{then.description}; prepare it so again, or train anew"
             )
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
-    probabilities = loaded.on_source_grid(cohort.prepared(case, variant))
-    return overlap(probabilities > loaded.record.threshold, cohort.label_xyz(case, variant) != 0)
+    found = label_map([loaded], loaded.on_source_grid(cohort.prepared(case, variant)))
+    truth = cohort.label_xyz(case, variant)
+    labels = label_overlaps(found, truth) if loaded.record.label_values else None
+    return PatientScore(case, part, overlap(found != 0, truth != 0), labels)
 
 
 def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> Evaluation:
     folder = loaded.path / EVALUATION_FOLDER
     folder.mkdir(exist_ok=True)
-    files = (folder / f"{name}.csv", folder / f"{name}.json")
+    several = bool(loaded.record.label_values)
+    endings = (".csv", ".json", "-labels.csv") if several else (".csv", ".json")
+    files = tuple(folder / f"{name}{ending}" for ending in endings)
     evaluation = Evaluation(scores, loaded.record.caveats(), files)
-    rows = [
-        {
-            "case": score.case,
-            "split": score.split,
-            "dice": round(score.dice, 6),
-            "iou": round(score.iou, 6),
-            "true_positive_voxels": score.voxels.true_positive,
-            "false_positive_voxels": score.voxels.false_positive,
-            "false_negative_voxels": score.voxels.false_negative,
-            "note": "; ".join(evaluation.caveats),
-        }
-        for score in scores
-    ]
-    with files[0].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    summary = {
+    note = "; ".join(evaluation.caveats)
+    rows = [_row(score, note) for score in scores]
+    _write_rows(files[0], rows[0].keys(), rows)
+    summary: dict[str, Any] = {
         "patients": rows,
         "mean_dice": evaluation.mean_dice,
         "mean_iou": evaluation.mean_iou,
@@ -156,5 +176,42 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
         "settings": loaded.record.settings.model_dump(),
         "digests": {score.case: loaded.record.digests[score.case] for score in scores},
     }
+    if several:
+        label_rows = [row for score in scores for row in _label_rows(score, note)]
+        columns = ("case", "split", "label", *_figures(scores[0].voxels), "note")
+        _write_rows(files[2], columns, label_rows)
+        means = {"mean_label_dice": evaluation.mean_label_dice, "mean_label_iou": evaluation.mean_label_iou}
+        summary |= {"labels": label_rows, **means}
     files[1].write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return evaluation
+
+
+def _row(score: PatientScore, note: str) -> dict[str, Any]:
+    row = {"case": score.case, "split": score.split, **_figures(score.voxels)}
+    if score.label_dice is not None and score.label_iou is not None:
+        row |= {"label_dice": round(score.label_dice, 6), "label_iou": round(score.label_iou, 6)}
+    return row | {"note": note}
+
+
+def _label_rows(score: PatientScore, note: str) -> list[dict[str, Any]]:
+    return [
+        {"case": score.case, "split": score.split, "label": value, **_figures(voxels), "note": note}
+        for value, voxels in (score.labels or {}).items()
+    ]
+
+
+def _figures(voxels: Overlap) -> dict[str, Any]:
+    return {
+        "dice": round(voxels.dice, 6),
+        "iou": round(voxels.iou, 6),
+        "true_positive_voxels": voxels.true_positive,
+        "false_positive_voxels": voxels.false_positive,
+        "false_negative_voxels": voxels.false_negative,
+    }
+
+
+def _write_rows(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import mean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,3 +44,25 @@ def overlap(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Overlap:
         raise ValueError(f"masks of shapes {predicted.shape} and {truth.shape} cannot be compared")
     both = int(np.count_nonzero(predicted & truth))
     return Overlap(both, int(np.count_nonzero(predicted)) - both, int(np.count_nonzero(truth)) - both)
+
+
+def label_overlaps(predicted: NDArray[Any], truth: NDArray[Any]) -> dict[int, Overlap]:
+    """Count the overlap of each label value that one of two label maps has, 0 left out.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+    """
+    values = np.union1d(np.unique(predicted), np.unique(truth))
+    return {int(value): overlap(predicted == value, truth == value) for value in values if value}
+
+
+def mean_over_labels(labels: Mapping[int, Overlap], measure: str) -> float:
+    """Return the mean ``dice`` or ``iou`` over the labels that a patient has.
+
+    What is found of others lowers the figures of those that it takes the place of. A patient without any label counts
+    as 1 where none was found, else as 0.
+    """
+    own = [getattr(voxels, measure) for voxels in labels.values() if voxels.true_positive + voxels.false_negative]
+    return float(mean(own)) if own else float(not labels)

@@ -37,8 +37,10 @@ def encoders() -> tuple[str, ...]:
     return tuple(sorted(name for name in smp.encoders.get_encoder_names() if not name.startswith("timm-")))
 
 
-def build_model(model: str, encoder: str, weights: str = "none", channels: int = 1) -> tuple[nn.Module, str]:
-    """Build a network with one output channel.
+def build_model(
+    model: str, encoder: str, weights: str = "none", channels: int = 1, classes: int = 1
+) -> tuple[nn.Module, str]:
+    """Build a network.
 
     Parameters
     ----------
@@ -48,11 +50,13 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
         ``imagenet``; ``none``; ``auto``: ImageNet weights where they can be had, else random ones; or a file.
     channels : int
         Of the images: a slice, and its neighbours on both sides if the network sees them.
+    classes : int
+        Channels of the output, see `network_classes`.
 
     Returns
     -------
     network : Module
-        Maps (N, C, H, W) to logits (N, 1, H, W); H and W are what `sides_of` says.
+        Maps (N, C, H, W) to logits (N, classes, H, W); H and W are what `sides_of` says.
     weights_used : str
         ``imagenet``, ``none``, or the SHA-256 of the file.
 
@@ -72,13 +76,13 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
             f"encoder {encoder!r}: is not known{meant(encoder, encoders())}; cspine-train models lists them"
         )
     if weights == "none":
-        return _create(model, encoder, None, channels), "none"
+        return _create(model, encoder, None, channels, classes), "none"
     if weights not in ("auto", "imagenet"):
-        return _with_file(model, encoder, Path(weights), channels)
-    _create(model, encoder, None, channels)  # a name that is not known must not look like missing weights
+        return _with_file(model, encoder, Path(weights), channels, classes)
+    _create(model, encoder, None, channels, classes)  # a name that is not known must not look like missing weights
     _go_offline_unless_reachable()
     try:
-        return _create(model, encoder, "imagenet", channels), "imagenet"
+        return _create(model, encoder, "imagenet", channels, classes), "imagenet"
     except ModelError as error:
         if weights == "imagenet":
             raise ModelError(
@@ -86,7 +90,7 @@ def build_model(model: str, encoder: str, weights: str = "none", channels: int =
                 f"network, give a file with --weights FILE, or start from random ones with --weights none"
             ) from error
     warnings.warn(f"no ImageNet weights for {encoder}: starting from random ones", stacklevel=2)
-    return _create(model, encoder, None, channels), "none"
+    return _create(model, encoder, None, channels, classes), "none"
 
 
 def sides_of(network: nn.Module) -> Sides:
@@ -102,13 +106,13 @@ def sides_of(network: nn.Module) -> Sides:
     return Sides(stride, 8 * stride if isinstance(network, smp.PAN) else stride)
 
 
-def _create(model: str, encoder: str, weights: str | None, channels: int) -> nn.Module:
+def _create(model: str, encoder: str, weights: str | None, channels: int, classes: int) -> nn.Module:
     import segmentation_models_pytorch as smp
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = smp.create_model(model, encoder, encoder_weights=weights, in_channels=channels, classes=1)
+            made = smp.create_model(model, encoder, encoder_weights=weights, in_channels=channels, classes=classes)
     # Architectures, encoders, timm and the hub each raise kinds of their own.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200]
@@ -118,8 +122,8 @@ def _create(model: str, encoder: str, weights: str | None, channels: int) -> nn.
     return cast("nn.Module", made)
 
 
-def _with_file(model: str, encoder: str, path: Path, channels: int) -> tuple[nn.Module, str]:
-    network = _create(model, encoder, None, channels)
+def _with_file(model: str, encoder: str, path: Path, channels: int, classes: int) -> tuple[nn.Module, str]:
+    network = _create(model, encoder, None, channels, classes)
     state = _read_state(path)
     target = cast("nn.Module", network.encoder).state_dict()
     wrong = []
@@ -202,7 +206,7 @@ def save_model(network: Any, folder: Path) -> None:
     unfinished.rmdir()
 
 
-def load_model(model: str, encoder: str, folder: Path, channels: int = 1) -> nn.Module:
+def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classes: int = 1) -> nn.Module:
     """Build a network and load the weights that `save_model` saved.
 
     Raises
@@ -214,7 +218,7 @@ def load_model(model: str, encoder: str, folder: Path, channels: int = 1) -> nn.
     from safetensors.torch import load_file
 
     path = folder / "model.safetensors"
-    network = _create(model, encoder, None, channels)
+    network = _create(model, encoder, None, channels, classes)
     try:
         network.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -11,6 +11,8 @@ from torch import nn
 
 from cspine_train.augmentation import Augmentation, sample_seeds
 from cspine_train.batches import Batch
+from cspine_train.confusion import confusion, mean_label_dice
+from cspine_train.losses import SegmentationLoss
 from cspine_train.models import sides_of
 from cspine_train.optimisation import averaged, optimisation
 from cspine_train.settings import RunSettings
@@ -44,9 +46,25 @@ def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
 class SliceSegmenter(lightning.LightningModule):
     """Learns to tell vertebra from everything else in slices.
 
-    The loss is soft Dice plus binary cross-entropy. Validation counts voxels per patient over all its slices, at the
-    network's pixel size, and averages Dice over patients, not over batches, at the threshold where that is highest:
-    soft Dice gives pixels of which it is unsure more than their due, so that 0.5 marks too many.
+    Validation counts voxels per patient over all its slices, at the network's pixel size, and averages Dice over
+    patients, not over batches, at the threshold where that is highest: soft Dice gives pixels of which it is unsure
+    more than their due, so that 0.5 marks too many. Where several labels are told apart, a pixel has the likeliest, and
+    a patient's Dice is the mean over the labels that it has.
+
+    Parameters
+    ----------
+    network : Module
+        What learns.
+    settings : RunSettings
+        How.
+    validation_cases : sequence of str
+        In the order of their numbers in a batch.
+    crop_hw : tuple of int, optional
+        The size of the part of a slice that training sees.
+    labels : int
+        How many labels are told apart.
+    unknown : sequence of int, optional
+        How many labels each validation case has that no training case has, see `mean_label_dice`.
     """
 
     def __init__(
@@ -55,24 +73,25 @@ class SliceSegmenter(lightning.LightningModule):
         settings: RunSettings,
         validation_cases: Sequence[str],
         crop_hw: tuple[int, int] | None = None,
+        labels: int = 1,
+        unknown: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        import segmentation_models_pytorch as smp
-
         self.network = network.to(memory_format=torch.channels_last)
         self._settings = settings
         self._sides = sides_of(network)
-        self._dice_loss = smp.losses.DiceLoss("binary", from_logits=True)
-        self._entropy_loss = nn.BCEWithLogitsLoss()
+        self._loss = SegmentationLoss(settings.loss, labels)
         self._augment = Augmentation(settings.augment, crop_hw)
         self._average = averaged(self.network, settings.average) if settings.average else None
         self._forward = torch.compile(self.network) if settings.compile else self.network.__call__
         self._cases = tuple(validation_cases)
+        self._labels = labels
+        self._unknown = tuple(unknown or [0] * len(self._cases))
         self._counts = self._no_counts()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Seen:
         """Change a training batch at random, on its device; all randomness depends on seed and step only."""
-        images, masks = batch.intensities(), batch.masks.float()
+        images, masks = batch.intensities(), batch.shares(self._labels)
         if self.trainer.training:
             # Dropout draws from this generator, so that a run that goes on draws what it would have.
             torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
@@ -85,8 +104,7 @@ class SliceSegmenter(lightning.LightningModule):
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch."""
         images, masks, _ = batch
-        logits = self._forward(images)
-        loss: torch.Tensor = self._dice_loss(logits, masks) + self._entropy_loss(logits, masks)
+        loss: torch.Tensor = self._loss(self._forward(images), masks)
         # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
@@ -96,8 +114,14 @@ class SliceSegmenter(lightning.LightningModule):
         self._counts = self._no_counts()
 
     def validation_step(self, batch: Seen, batch_idx: int) -> None:
-        """Count each patient's voxels by whether they are labelled and by how many thresholds they are above."""
+        """Count each patient's voxels by whether they are labelled and by how many thresholds they are above.
+
+        Of several labels, by which they have and which is the likeliest.
+        """
         images, masks, numbers = batch
+        if self._labels > 1:
+            self._counts += confusion(self.kept(images), masks, numbers, len(self._cases)).cpu()
+            return
         probabilities = torch.sigmoid(self.kept(images).float())
         above = torch.bucketize(probabilities, torch.tensor(THRESHOLDS, device=probabilities.device))
         bins = (2 * numbers.view(-1, 1, 1, 1) + (masks > 0.5)) * (len(THRESHOLDS) + 1) + above
@@ -106,11 +130,16 @@ class SliceSegmenter(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean Dice over the validation patients, and the threshold that gave it."""
-        dice, threshold = best_threshold(self._counts)
+        several = self._labels > 1
+        dice, threshold = (
+            (mean_label_dice(self._counts, self._unknown), 0.5) if several else best_threshold(self._counts)
+        )
         self.log(MONITOR, dice, prog_bar=True)
         self.log(THRESHOLD, threshold)
 
     def _no_counts(self) -> torch.Tensor:
+        if self._labels > 1:
+            return torch.zeros(len(self._cases), 1 + self._labels, 1 + self._labels, dtype=torch.int64)
         return torch.zeros(len(self._cases), 2, len(THRESHOLDS) + 1, dtype=torch.int64)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from cspine_data import (
     volume_suffix,
     write_volume,
 )
+from cspine_train.classes import network_classes, stored_values
 from cspine_train.errors import RunError
 from cspine_train.models import load_model, sides_of
 from cspine_train.run_folder import MODEL_FOLDER
@@ -51,7 +53,7 @@ class LoadedRun:
     def probabilities(
         self, image_xyz: NDArray[np.float32], spacing_mm: tuple[float, float, float]
     ) -> NDArray[np.float32]:
-        """Return how likely each voxel is vertebra, averaged over the run's axes.
+        """Return how likely each voxel is vertebra, of whatever label, averaged over the run's axes.
 
         Parameters
         ----------
@@ -65,23 +67,40 @@ class LoadedRun:
         ndarray
             float32, the image's shape, from 0 to 1.
         """
+        return np.asarray(self.label_probabilities(image_xyz, spacing_mm).sum(0))
+
+    def label_probabilities(
+        self, image_xyz: NDArray[np.float32], spacing_mm: tuple[float, float, float]
+    ) -> NDArray[np.float32]:
+        """Return how likely each voxel has each label, averaged over the run's axes: float32 (K, x, y, z).
+
+        One for each of the record's `label_values`; one alone for binary labels. What is left to 1 is the
+        background's. The parameters are those of `probabilities`.
+        """
         axes = self.record.settings.axes
-        total = np.zeros(image_xyz.shape, dtype=np.float32)
+        total = np.zeros((max(1, len(self.record.label_values)), *image_xyz.shape), dtype=np.float32)
         for axis in axes:
-            total += np.moveaxis(self._along(image_xyz, spacing_mm, axis), 0, axis)
-        return total / np.float32(len(axes))
+            self._add_along(image_xyz, spacing_mm, axis, np.moveaxis(total, axis + 1, 0))
+        total /= np.float32(len(axes))
+        return total
 
     def on_source_grid(self, prepared: PreparedVolume) -> NDArray[np.float32]:
-        """Return how likely each voxel of a prepared volume is vertebra, (x, y, z), on the grid of its source."""
-        return prepared.to_source_grid(self.probabilities(prepared.normalised_xyz(), prepared.spacing_mm))
+        """Return the `label_probabilities` of a prepared volume, (K, x, y, z), on the grid of its source."""
+        found = self.label_probabilities(prepared.normalised_xyz(), prepared.spacing_mm)
+        return np.stack([prepared.to_source_grid(of_label) for of_label in found])
 
     def predict(self, volume: Volume) -> Volume:
-        """Return the label map of a volume, uint8, 1 where vertebra, on the volume's own grid."""
+        """Return the label map of a volume, on the volume's own grid; see `predict_volume`."""
         return predict_volume([self], volume)
 
-    def _along(
-        self, image_xyz: NDArray[np.float32], spacing_mm: tuple[float, float, float], axis: int
-    ) -> NDArray[np.float32]:
+    def _add_along(
+        self,
+        image_xyz: NDArray[np.float32],
+        spacing_mm: tuple[float, float, float],
+        axis: int,
+        total: NDArray[np.float32],
+    ) -> None:
+        """Add, to slices first (n, K, H, W), what the network finds in the slices along an axis."""
         slices = np.moveaxis(image_xyz, axis, 0)
         first, second = (mm for a, mm in enumerate(spacing_mm) if a != axis)
         pixel_mm = self.record.settings.pixel_mm
@@ -91,7 +110,6 @@ class LoadedRun:
         # Whole slices, of whatever size training saw; no smaller than there, as pooling over a slice sees the margin.
         height, width = (max(pair) for pair in zip(own, self.record.size_hw, strict=True))
         context = self.record.settings.context
-        parts = []
         with torch.inference_mode():
             for start in range(0, len(slices), _BATCH):
                 stop = min(start + _BATCH, len(slices))
@@ -99,8 +117,7 @@ class LoadedRun:
                 seen = to_network(slices[before:after], (first, second), pixel_mm, (height, width))
                 images = with_context(seen, context, start - before, stop - before)
                 images = images.to(device, memory_format=torch.channels_last)
-                parts.append(from_network(self.network(images), slices.shape[1:], (first, second), pixel_mm))
-        return np.concatenate(parts)
+                total[start:stop] += from_network(self.network(images), slices.shape[1:], (first, second), pixel_mm)
 
 
 def load_run(path: str | Path) -> LoadedRun:
@@ -122,8 +139,8 @@ def load_run(path: str | Path) -> LoadedRun:
     record = load_record(path)
     if not (path / MODEL_FOLDER).is_dir():
         raise RunError(f"{path}: has no trained model yet; run cspine-train run again to go on")
-    settings = record.settings
-    network = load_model(settings.model, settings.encoder, path / MODEL_FOLDER, settings.channels)
+    settings, outputs = record.settings, network_classes(record.label_values)
+    network = load_model(settings.model, settings.encoder, path / MODEL_FOLDER, settings.channels, outputs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LoadedRun(path, record, network.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
 
@@ -131,20 +148,27 @@ def load_run(path: str | Path) -> LoadedRun:
 def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
     """Predict a volume that is in no store: prepared as in training, probabilities averaged over the runs.
 
-    The average is compared with the average of the runs' thresholds.
+    The average is compared with the average of the runs' thresholds; of several labels the likeliest is taken.
 
     Parameters
     ----------
     runs : sequence of LoadedRun
-        One or more.
+        One or more, which tell the same labels apart.
     volume : Volume
         As `read_volume` gives it.
 
     Returns
     -------
     Volume
-        uint8, 1 where vertebra, on the volume's own grid.
+        On its own grid: uint8, 1 where vertebra; or, where the runs tell label values apart, these, in the smallest
+        dtype that holds them.
+
+    Raises
+    ------
+    RunError
+        If there is no run, or they tell different labels apart.
     """
+    check_labels(runs)
     total: NDArray[np.float32] | None = None
     ways = {run.record.preprocessing for run in runs}
     prepared = {way: preprocess_volume(volume, way) for way in ways}
@@ -154,8 +178,37 @@ def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
         total = found if total is None else total + found
     if total is None:
         raise RunError("no run given: name at least one with --run")
-    mask = (total > sum(run.record.threshold for run in runs)).astype(np.uint8)
-    return image.to_file_grid(mask)
+    return image.to_file_grid(label_map(runs, total))
+
+
+def label_map(runs: Sequence[LoadedRun], total: NDArray[np.float32]) -> NDArray[Any]:
+    """Return the label map that runs make together, (x, y, z), of the sum of their probabilities, (K, x, y, z)."""
+    if len(total) == 1:
+        numbers = (total[0] > sum(run.record.threshold for run in runs)).astype(np.uint8)
+        return stored_values(numbers, runs[0].record.label_values)
+    highest = len(runs) - total.sum(0)
+    numbers = np.zeros(highest.shape, np.uint8)
+    for number, of_label in enumerate(total, start=1):
+        numbers[of_label > highest] = number
+        np.maximum(highest, of_label, out=highest)
+    return stored_values(numbers, runs[0].record.label_values)
+
+
+def check_labels(runs: Sequence[LoadedRun]) -> None:
+    """Refuse to fuse runs that tell different labels apart.
+
+    Raises
+    ------
+    RunError
+        If they do.
+    """
+    for run in runs[1:]:
+        first, other = (", ".join(map(str, r.record.label_values)) or "vertebra or not" for r in (runs[0], run))
+        if first != other:
+            raise RunError(
+                f"{run.path}: tells other labels apart ({other}) than {runs[0].path} ({first}); fuse runs of the same "
+                "--labels and the same values"
+            )
 
 
 def predict_files(
@@ -182,9 +235,10 @@ def predict_files(
     Raises
     ------
     RunError
-        If two volumes would be written to one file, or `output` is no name for what is predicted. A file that is there
-        is left alone, and named as the reason.
+        If the runs tell different labels apart, two volumes would be written to one file, or `output` is no name for
+        what is predicted. A file that is there is left alone, and named as the reason.
     """
+    check_labels(runs)
     if len(volumes) > 1 and (volume_suffix(output) or output.is_file()):
         raise RunError(f"{output}: cannot hold what is predicted; give a folder for several volumes")
     if len(volumes) == 1 and output.suffix and not volume_suffix(output) and not output.is_dir():

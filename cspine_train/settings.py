@@ -62,6 +62,10 @@ class RunSettings(BaseModel):
     balance : str
         ``slices``: every labelled slice is seen equally often, times its case's weight; ``cases``: every case, however
         many labelled slices it has. An epoch has as many slices either way.
+    loss : str
+        What training makes small, see `SegmentationLoss`.
+    labels : str
+        ``binary``: vertebra or not; ``stored``: each label value that training patients have is a class.
     augment : str
         How training slices are changed at random: ``none``, ``light`` (place, contrast, noise), ``reference`` (what the
         reference study did) or ``strong`` (leaves no contrast to memorise); see `Augmentation`.
@@ -93,6 +97,8 @@ class RunSettings(BaseModel):
     empty_share: float = Field(default=0.25, ge=0)
     case_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     balance: Literal["slices", "cases"] = "slices"
+    loss: Literal["dice", "dice_bce", "dice_focal", "tversky"] = "dice_bce"
+    labels: Literal["binary", "stored"] = "binary"
     augment: Literal["none", "light", "reference", "strong"] = "light"
     seed: int = Field(default=0, ge=0)
     folds: int | None = Field(default=None, ge=3)
@@ -137,6 +143,9 @@ class RunRecord(BaseModel):
         What the cohort is, where it is not what it stands for: said beside every figure.
     train, validation, test : tuple of str
         The case ids of each part.
+    label_values : tuple of int
+        The label values that the network tells apart, in the order of its channels after the background's; one alone
+        is a sigmoid's, as are binary labels, for which there are none.
     digests : dict
         The store's digest of every case of the run.
     versions : dict
@@ -147,7 +156,8 @@ class RunRecord(BaseModel):
         The epoch whose weights the run keeps, from 0 (the best on validation, or the last of one cycle), and its mean
         Dice over the validation patients at the network's pixel size.
     threshold : float
-        The probability above which a voxel is vertebra: the one that gave that Dice.
+        The probability above which a voxel is vertebra: the one that gave that Dice. Of several labels the likeliest is
+        taken.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -162,6 +172,7 @@ class RunRecord(BaseModel):
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+    label_values: tuple[int, ...] = ()
     digests: dict[str, str]
     versions: dict[str, str]
     finished: bool = False

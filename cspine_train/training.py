@@ -18,6 +18,7 @@ from cspine_data import Cohort, Split, open_cohort
 from cspine_train.allocator import keep_large_blocks
 from cspine_train.callbacks import Keep, Plateau
 from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
+from cspine_train.classes import label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models import build_model, sides_of
@@ -77,10 +78,15 @@ def train(
     place, checkpoint = (newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None) or (Place(), None)
     # Whoever goes on from a checkpoint has its weights already.
     first_weights = "none" if checkpoint else settings.weights
-    network, weights_used = build_model(settings.model, settings.encoder, first_weights, settings.channels)
-    data = CohortSlices(cohort, split, settings, workers, sides_of(network))
+    values = label_values(cohort, split, settings)
+    outputs = network_classes(values)
+    network, weights_used = build_model(settings.model, settings.encoder, first_weights, settings.channels, outputs)
+    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values)
     _check_labelled(cohort.path, data, settings)
-    made = {"weights_used": weights_used, "size_hw": data.size_hw, "versions": _versions()}
+    unknown = unknown_labels(cohort, split, settings, values)
+    if unknown:
+        warnings.warn(unknown_told(unknown), stacklevel=2)
+    made = {"weights_used": weights_used, "size_hw": data.size_hw, "label_values": values, "versions": _versions()}
     record = RunRecord(settings=settings, **fed, **made)
     if earlier and checkpoint:
         kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
@@ -91,7 +97,8 @@ def train(
     if checkpoint:
         _log.info("going on after %s of %d", place, settings.epochs)
     keeper = Keep(run, settings.schedule)
-    module = SliceSegmenter(network, settings, split.validation, data.crop_hw)
+    missed = [len(unknown.get(case, ())) for case in split.validation]
+    module = SliceSegmenter(network, settings, split.validation, data.crop_hw, max(1, len(values)), missed)
     trainer = _trainer(run, settings, keeper, checkpoint_minutes)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)

@@ -63,7 +63,7 @@ def test_where_something_is_labelled_is_known_without_a_look(labelled: list[bool
 
 def test_logits_of_a_crop_are_of_its_part_of_the_slice() -> None:
     slices = np.random.default_rng(0).normal(size=(2, 40, 50)).astype(np.float32)
-    back = from_network(to_network(slices, (1, 1), None, (32, 64)), (40, 50), (1, 1), None)
+    back = from_network(to_network(slices, (1, 1), None, (32, 64)), (40, 50), (1, 1), None)[:, 0]
     np.testing.assert_allclose(back[:, 4:36], 1 / (1 + np.exp(-slices[:, 4:36])), atol=1e-6)
     assert not back[:, :4].any()
     assert not back[:, 36:].any()
@@ -75,7 +75,7 @@ def test_native_pixels_come_back_as_they_went(shape: tuple[int, int]) -> None:
     slices = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
     images = to_network(slices, (0.7, 1.3), None, fixed_size([shape], Sides()))
     assert images.shape[-2] % 32 == images.shape[-1] % 32 == 0
-    back = from_network(images, shape, (0.7, 1.3), None)
+    back = from_network(images, shape, (0.7, 1.3), None)[:, 0]
     np.testing.assert_allclose(back, 1 / (1 + np.exp(-slices)), atol=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_a_smooth_mask_survives_half_the_resolution() -> None:
     (mask,) = masks_to_network(disc[None], (1, 1), 2.0, (64, 64))
     assert 0 < mask[(mask > 0) & (mask < 1)].mean() < 1
     assert float(mask.sum()) * 4 == pytest.approx(disc.sum(), rel=1e-3)
-    back = from_network(torch.logit(mask[None], eps=1e-4), (100, 100), (1, 1), 2.0)[0] > 0.5
+    back = from_network(torch.logit(mask[None], eps=1e-4), (100, 100), (1, 1), 2.0)[0, 0] > 0.5
     assert overlap(back, disc > 0).dice > 0.985
 
 
