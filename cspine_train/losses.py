@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-LossName = Literal["dice", "dice_bce", "dice_focal", "tversky"]
+from cspine_train.settings import LossName
+
 #: What a voxel marked in vain and one missed weigh in Tversky's index (Salehi et al. 2017, arXiv 1706.05721).
 TVERSKY = (0.3, 0.7)
 #: Focal loss: the power of what is left to be learnt of a pixel (Lin et al. 2017, arXiv 1708.02002).

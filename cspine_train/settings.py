@@ -13,6 +13,8 @@ from cspine_train.errors import RunError
 from cspine_train.run_folder import RECORD_NAME
 
 RECORD_VERSION = 1
+#: See `SegmentationLoss`.
+LossName = Literal["dice", "dice_bce", "dice_focal", "tversky"]
 
 
 class RunSettings(BaseModel):
@@ -97,7 +99,7 @@ class RunSettings(BaseModel):
     empty_share: float = Field(default=0.25, ge=0)
     case_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     balance: Literal["slices", "cases"] = "slices"
-    loss: Literal["dice", "dice_bce", "dice_focal", "tversky"] = "dice_bce"
+    loss: LossName = "dice_bce"
     labels: Literal["binary", "stored"] = "binary"
     augment: Literal["none", "light", "reference", "strong"] = "light"
     seed: int = Field(default=0, ge=0)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cspine_train.losses import LossName, SegmentationLoss, with_background
-from cspine_train.settings import RunSettings
+from cspine_train.losses import SegmentationLoss, with_background
+from cspine_train.settings import LossName
 
 LOSSES = get_args(LossName)
 
@@ -32,11 +32,6 @@ def a_batch(labels: int, soft: bool, seed: int = 0) -> tuple[torch.Tensor, torch
 def gradient(name: str, logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     (found,) = torch.autograd.grad(SegmentationLoss(name, shares.shape[1])(logits, shares), logits)
     return found
-
-
-def test_a_run_can_be_asked_for_each_loss() -> None:
-    assert get_args(RunSettings.model_fields["loss"].annotation) == LOSSES
-    assert RunSettings().loss == "dice_bce"
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -410,7 +410,7 @@ def test_the_fixed_size_holds_every_slice_of_the_run(phantom_store: Path) -> Non
     assert data.size_hw[0] >= max(largest[0], largest[1])
     assert data.size_hw[1] >= max(largest[1], largest[2])
     assert data.size_hw[0] % 32 == data.size_hw[1] % 32 == 0
-    images, _, masks, _ = next(iter(data.train_dataloader()))
+    images, _, masks, *_ = next(iter(data.train_dataloader()))
     assert images.shape == masks.shape == (8, 1, *data.size_hw)
 
 
@@ -493,7 +493,7 @@ def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels
     data = CohortSlices(cohort, split, RunSettings(size_hw=(height, width), empty_share=0), sides=Sides(8, 8))
     assert data.size_hw == (height, width)
     loader = data.train_dataloader()
-    seen = np.concatenate([masks.sum((1, 2, 3)).numpy() for _, _, masks, _ in loader])
+    seen = np.concatenate([masks.sum((1, 2, 3)).numpy() for _, _, masks, *_ in loader])
     loader.sampler.set_epoch(0)
     order = list(loader.sampler)[: len(seen)]
     labelled = cohort.slices(0, variant="n4", cases=split.train).labelled_voxels
