@@ -16,7 +16,7 @@ from cspine_train.losses import SegmentationLoss
 from cspine_train.models import sides_of
 from cspine_train.optimisation import averaged, optimisation
 from cspine_train.settings import RunSettings
-from cspine_train.transforms import coarser
+from cspine_train.transforms import USUAL_SIDES, coarser
 
 MONITOR = "valid_dice"
 THRESHOLD = "threshold"
@@ -79,7 +79,7 @@ class SliceSegmenter(lightning.LightningModule):
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
         self._settings = settings
-        self._sides = sides_of(network)
+        self._sides = sides_of(network) if settings.coarse_share else USUAL_SIDES
         self._loss = SegmentationLoss(settings.loss, labels)
         self._augment = Augmentation(settings.augment, crop_hw)
         self._average = averaged(self.network, settings.average) if settings.average else None
