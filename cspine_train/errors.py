@@ -15,7 +15,17 @@ class RunError(CspineTrainError):
 
 
 class ModelError(CspineTrainError, ValueError):
-    """A model, an encoder or its weights cannot be had."""
+    """A model, an encoder or its weights cannot be had.
+
+    Attributes
+    ----------
+    details : tuple of str
+        Lines of a table, where one line cannot tell all that is wrong.
+    """
+
+    def __init__(self, message: str, details: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.details = tuple(details)
 
 
 def meant(name: str, known: Iterable[str]) -> str:

@@ -1,25 +1,19 @@
-"""Which networks there are, and how one is built: architecture, encoder, first weights."""
+"""Which networks there are, and how one is built, saved and loaded."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import threading
-import urllib.error
-import urllib.request
+import math
 import warnings
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from cspine_train.errors import ModelError, meant
 from cspine_train.transforms import Sides
+from cspine_train.weights import give_weights
 
 REFERENCE_MODELS = ("unet", "fpn", "linknet", "pspnet")
-_HUB_PATIENCE_S = 4.0
 
 
 def architectures() -> tuple[str, ...]:
@@ -63,7 +57,8 @@ def build_model(
     Raises
     ------
     ModelError
-        If there is no such architecture or encoder, they do not go together, or the weights cannot be had.
+        If there is no such architecture or encoder, they do not go together, or the weights cannot be had or do not
+        fit: `ModelError.details` then lists the tensors.
     """
     if model not in architectures():
         raise ModelError(
@@ -75,22 +70,12 @@ def build_model(
         raise ModelError(
             f"encoder {encoder!r}: is not known{meant(encoder, encoders())}; cspine-train models lists them"
         )
-    if weights == "none":
-        return _create(model, encoder, None, channels, classes), "none"
-    if weights not in ("auto", "imagenet"):
-        return _with_file(model, encoder, Path(weights), channels, classes)
-    _create(model, encoder, None, channels, classes)  # a name that is not known must not look like missing weights
-    _go_offline_unless_reachable()
-    try:
-        return _create(model, encoder, "imagenet", channels, classes), "imagenet"
-    except ModelError as error:
-        if weights == "imagenet":
-            raise ModelError(
-                f"encoder {encoder!r}: its ImageNet weights are not cached and cannot be fetched; connect to the "
-                f"network, give a file with --weights FILE, or start from random ones with --weights none"
-            ) from error
-    warnings.warn(f"no ImageNet weights for {encoder}: starting from random ones", stacklevel=2)
-    return _create(model, encoder, None, channels, classes), "none"
+    network = _create(model, encoder, None, channels, classes)
+
+    def in_colour() -> nn.Module:
+        return cast("nn.Module", _create(model, encoder, "imagenet", 3, classes).encoder)
+
+    return network, give_weights(cast("nn.Module", network.encoder), encoder, weights, in_colour)
 
 
 def sides_of(network: nn.Module) -> Sides:
@@ -98,100 +83,41 @@ def sides_of(network: nn.Module) -> Sides:
 
     SMP's Unet takes other sizes too, and stretches its features until they fit onto each other, which shifts them by
     another part of a pixel for each size: what prediction sees would not be what training saw. PAN halves what its
-    encoder gives three times more.
+    encoder gives three times more; DPT brings it to strides of 4 to 32, whatever the encoder's.
     """
     import segmentation_models_pytorch as smp
 
     stride = int(cast("Any", network).encoder.output_stride)
+    if isinstance(network, smp.DPT):
+        stride = math.lcm(stride, 32)
     return Sides(stride, 8 * stride if isinstance(network, smp.PAN) else stride)
 
 
 def _create(model: str, encoder: str, weights: str | None, channels: int, classes: int) -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = smp.create_model(model, encoder, encoder_weights=weights, in_channels=channels, classes=classes)
-    # Architectures, encoders, timm and the hub each raise kinds of their own.
-    except Exception as error:  # noqa: BLE001
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{model} with encoder {encoder!r}: cannot be built ({reason}); cspine-train models lists what there is"
-        ) from None
-    return cast("nn.Module", made)
+    options: dict[str, Any] = {"encoder_weights": weights, "in_channels": channels, "classes": classes}
+    reason = ""
+    for of_any_size in ({"dynamic_img_size": True}, {}) if _of_one_size(encoder) else ({},):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return cast("nn.Module", smp.create_model(model, encoder, **options, **of_any_size))
+        # Architectures, encoders, timm and the hub each raise kinds of their own.
+        except Exception as error:  # noqa: BLE001
+            reason = " ".join(str(error).split())[:200]
+    raise ModelError(
+        f"{model} with encoder {encoder!r}: cannot be built ({reason}); choose another --encoder or --model, "
+        "cspine-train models lists them"
+    )
 
 
-def _with_file(model: str, encoder: str, path: Path, channels: int, classes: int) -> tuple[nn.Module, str]:
-    network = _create(model, encoder, None, channels, classes)
-    state = _read_state(path)
-    target = cast("nn.Module", network.encoder).state_dict()
-    wrong = []
-    for name, tensor in target.items():
-        found = state.get(name)
-        if found is None:
-            wrong.append(f"{name} is missing")
-            continue
-        in_colour = found.ndim == 4 and found.shape[1] == 3 and tensor.shape[1] == channels
-        if in_colour and found.shape != tensor.shape:
-            # Channels that are all equal then give what three equal colours gave: ImageNet's become grey.
-            found = (found.sum(dim=1, keepdim=True) / channels).expand(-1, channels, -1, -1)
-        if found.shape != tensor.shape:
-            wrong.append(f"{name} is {tuple(found.shape)}, not {tuple(tensor.shape)}")
-        else:
-            target[name] = found
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ModelError(
-            f"{path}: does not fit encoder {encoder!r} ({'; '.join(wrong[:3])}{more}); give weights of that encoder"
-        )
-    cast("nn.Module", network.encoder).load_state_dict(target)
-    with path.open("rb") as file:
-        return network, hashlib.file_digest(file, "sha256").hexdigest()
+def _of_one_size(encoder: str) -> bool:
+    """Return whether a network of timm takes images of one size, unless it is told to take any and can."""
+    import timm
 
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    """Read tensors by name, and nothing else: no file is unpickled."""
-    if not path.is_file():
-        raise ModelError(f"{path}: is no file; give auto, imagenet, none or a file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # Both readers raise whatever the damage provokes.
-    except Exception:  # noqa: BLE001
-        raise ModelError(f"{path}: is no file of weights alone; save a state dict or safetensors") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{path}: is no state dict; save the encoder's state dict or safetensors")
-    return state
-
-
-def _go_offline_unless_reachable() -> None:
-    """Spare the hub's long retries where there is no network; what is cached is still found."""
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return
-    reachable = threading.Event()
-
-    def knock() -> None:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        if not endpoint.startswith(("https://", "http://")):
-            return
-        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310
-        with contextlib.suppress(OSError, urllib.error.URLError, ValueError):
-            urllib.request.urlopen(request, timeout=_HUB_PATIENCE_S).close()  # noqa: S310
-            reachable.set()
-
-    # A thread, because looking up a name can hang for longer than any socket's time-out.
-    thread = threading.Thread(target=knock, daemon=True)
-    thread.start()
-    thread.join(_HUB_PATIENCE_S)
-    if not reachable.is_set():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        from huggingface_hub import constants
-
-        constants.HF_HUB_OFFLINE = True
+    known = timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
+    return known is not None and bool(known.fixed_input_size)
 
 
 def save_model(network: Any, folder: Path) -> None:

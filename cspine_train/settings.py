@@ -136,7 +136,8 @@ class RunRecord(BaseModel):
     settings : RunSettings
         What was asked.
     weights_used : str
-        What the encoder started from: ``imagenet``, ``none``, or the SHA-256 of a file.
+        What the encoder started from: ``imagenet``, by name or from an installed package; ``none``; or the SHA-256 of
+        a file.
     size_hw : tuple of int
         The fixed size of a training slice, after resampling, padding and cropping.
     preprocessing : Preprocessing

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from cspine_train.errors import ModelError
-from cspine_train.models import REFERENCE_MODELS, architectures, build_model, encoders, load_model, save_model
+from cspine_train.models import REFERENCE_MODELS, architectures, build_model, encoders, load_model, save_model, sides_of
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,43 @@ def test_every_reference_architecture_maps_slices_to_logits(model: str, encoder:
     assert used == "none"
     with torch.inference_mode():
         assert network.eval()(torch.zeros(2, 1, 64, 96)).shape == (2, 1, 64, 96)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("encoder", ["resnet50", "inceptionv4", "tu-mobilenetv3_small_100"])
+@pytest.mark.parametrize("model", REFERENCE_MODELS)
+def test_every_combination_learns_and_is_saved_and_loaded(
+    model: str, encoder: str, channels: int, tmp_path: Path, long_run: bool
+) -> None:
+    network, _ = build_model(model, encoder, channels=channels)
+    first, last = next(network.encoder.parameters()), list(network.parameters())[-1]
+    before = first.clone(), last.clone()
+    images = torch.rand(2, channels, 32, 64)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(network(images), torch.ones(2, 1, 32, 64))
+    loss.backward()
+    torch.optim.SGD(network.parameters(), 1e-3).step()
+    assert not any(torch.equal(*pair) for pair in zip(before, (first, last), strict=True))
+    # A large network takes its second to be saved and loaded.
+    if long_run or encoder.startswith("tu-") or (model, channels) in (("unet", 1), ("pspnet", 3)):
+        save_model(network, tmp_path / "model")
+        with torch.inference_mode():
+            found = load_model(model, encoder, tmp_path / "model", channels)(images)
+            assert torch.isfinite(found).all()
+            assert torch.equal(found, network.eval()(images))
+
+
+def test_a_transformer_of_one_size_takes_any_and_is_loaded_by_smp_too(tmp_path: Path) -> None:
+    import segmentation_models_pytorch as smp
+
+    network, _ = build_model("dpt", "tu-test_vit")
+    save_model(network, tmp_path)
+    assert sides_of(network) == (32, 32)
+    images = torch.rand(1, 1, 64, 192)
+    with torch.inference_mode():
+        expected = network.eval()(images)
+        assert expected.shape == (1, 1, 64, 192)
+        assert torch.equal(load_model("dpt", "tu-test_vit", tmp_path)(images), expected)
+        assert torch.equal(smp.from_pretrained(str(tmp_path)).eval()(images), expected)
 
 
 def test_the_reference_studys_encoders_are_there() -> None:

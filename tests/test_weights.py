@@ -1,0 +1,264 @@
+"""What an encoder starts from: files of every form, the package, what a mismatch is told by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+from torch import nn
+
+from cspine_train.cli import main as train_main
+from cspine_train.errors import ModelError
+from cspine_train.models import build_model
+from cspine_train.weights import give_weights, load_encoder, packaged_state, read_state, weights_at_hand
+
+LITE0 = "tu-tf_efficientnet_lite0"
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def closed_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> State:
+    """A whole classifier's tensors, as torchvision names them."""
+    state = dict(smp.encoders.get_encoder("resnet18", weights=None).state_dict())
+    return {**state, "fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}
+
+
+def renamed(state: State, prefix: str) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def of_a_run(state: State) -> dict[str, Any]:
+    decoder = {
+        "network.decoder.blocks.0.conv1.0.weight": torch.ones(3),
+        "network.segmentation_head.0.bias": torch.ones(1),
+    }
+    return {
+        "epoch": 3,
+        "state_dict": {**renamed(state, "network.encoder."), **decoder},
+        "optimizer_states": [{"lr": 1}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "left_out"),
+    [
+        (lambda state: state, 2),
+        (lambda state: renamed(state, "module."), 2),
+        (lambda state: {"arch": "resnet18", "state_dict": renamed(state, "module.model.")}, 2),
+        (lambda state: {"model": {"state_dict": renamed(state, "encoder.")}, "epoch": 1}, 2),
+        (of_a_run, 4),
+        (lambda state: {name: tensor for name, tensor in state.items() if "num_batches" not in name}, 2),
+        (lambda state: {name: tensor.half() for name, tensor in state.items()}, 2),
+    ],
+    ids=["plain", "parallel", "timm", "nested", "lightning", "old", "half"],
+)
+def test_every_form_of_a_file_fits(
+    form: Callable[[State], dict[str, Any]], left_out: int, resnet18: State, tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO, "cspine_train")
+    path = tmp_path / "w.pth"
+    torch.save(form(resnet18), path)
+    encoder = smp.encoders.get_encoder("resnet18", weights=None)
+    assert len(give_weights(encoder, "resnet18", str(path), nn.Identity)) == 64
+    for name, tensor in encoder.state_dict().items():
+        torch.testing.assert_close(tensor, resnet18[name], atol=1e-3, rtol=1e-3)
+    assert f"{path}: {left_out} tensors that encoder resnet18 has no part for are left out (" in caplog.text
+    assert "fc.weight" in caplog.text
+
+
+def test_the_model_of_a_run_gives_its_encoder(tmp_path: Path) -> None:
+    source, _ = build_model("fpn", "tu-test_convnext", channels=3)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    network, _ = build_model("unet", "tu-test_convnext", str(tmp_path / "model.safetensors"), 3)
+    for name, tensor in network.encoder.state_dict().items():
+        assert torch.equal(tensor, source.encoder.state_dict()[name])
+
+
+@pytest.mark.parametrize("encoder", ["tu-test_convnext", "tu-test_nfnet", "tu-densenet121"])
+@pytest.mark.parametrize("model", ["unet", "pspnet"])
+def test_a_classifier_of_timm_fits_its_features_of_however_many_stages(model: str, encoder: str) -> None:
+    whole = timm.create_model(encoder.removeprefix("tu-")).eval()
+    target = smp.encoders.get_encoder(encoder, depth=5 if model == "unet" else 3, weights=None).eval()
+    load_encoder(target, encoder, whole.state_dict(), "test")
+    plain = {name.replace(".", "_"): tensor for name, tensor in whole.state_dict().items()}
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, plain[name.removeprefix("model.").replace(".", "_")])
+
+
+def test_the_names_of_torchvisions_densenet_are_known() -> None:
+    target = smp.encoders.get_encoder("densenet121", weights=None)
+    state = {
+        name.replace("norm1", "norm.1")
+        .replace("conv1", "conv.1")
+        .replace("norm2", "norm.2")
+        .replace("conv2", "conv.2"): value
+        for name, value in target.state_dict().items()
+    }
+    assert "features.denseblock1.denselayer1.norm.1.weight" in state
+    load_encoder(target, "densenet121", state, "test")
+
+
+def test_a_deeper_network_does_not_pass_for_a_shallower_one() -> None:
+    target = smp.encoders.get_encoder("resnet18", weights=None)
+    before = target.conv1.weight.clone()
+    deeper = smp.encoders.get_encoder("resnet34", weights=None).state_dict()
+    message = r"^w: does not fit encoder 'resnet18' \(layer1\.2\.conv1\.weight is not in the encoder; .* and \d+ more\)"
+    with pytest.raises(ModelError, match=message):
+        load_encoder(target, "resnet18", deeper, "w")
+    assert torch.equal(target.conv1.weight, before)
+    stages = timm.create_model("test_convnext", depths=(1, 2, 5, 2)).state_dict()
+    target = smp.encoders.get_encoder("tu-test_convnext", weights=None)
+    with pytest.raises(ModelError, match=r"stages\.2\.blocks\.4\.\w+ is not in the encoder"):
+        load_encoder(target, "tu-test_convnext", stages, "w")
+
+
+def test_a_mismatch_is_told_tensor_by_tensor(resnet18: State, phantom_store: Path, tmp_path: Path) -> None:
+    wrong = {**resnet18, "layer1.0.conv1.weight": torch.ones(64, 64, 1, 1), "layer4.0.bn1.bias": torch.ones(256)}
+    wrong["layer1.7.conv1.weight"] = torch.ones(2, 3)
+    del wrong["bn1.weight"]
+    save_file(wrong, tmp_path / "w.safetensors")
+    options = ("--encoder", "resnet18", "--weights", str(tmp_path / "w.safetensors"), "-o", str(tmp_path / "run"))
+    result = CliRunner().invoke(train_main, ["run", "--store", str(phantom_store), *options])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "tensor                 encoder          weights",
+        "bn1.weight             64               missing",
+        "layer1.0.conv1.weight  64 x 64 x 3 x 3  64 x 64 x 1 x 1",
+        "layer4.0.bn1.bias      512              256",
+        "layer1.7.conv1.weight  missing          2 x 3",
+        f"Error: {tmp_path / 'w.safetensors'}: does not fit encoder 'resnet18' (bn1.weight is missing; "
+        "layer1.0.conv1.weight is 64 x 64 x 1 x 1, not 64 x 64 x 3 x 3; layer4.0.bn1.bias is 256, not 512 and 1 more); "
+        "give weights of that encoder",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_holds_no_tensors_is_refused(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {"epoch": 1}
+    endless["model"] = endless
+    for number, content in enumerate((endless, {}, {"state_dict": {"a": 1}}, {1: torch.ones(1)})):
+        path = tmp_path / f"{number}.pt"
+        torch.save(content, path)
+        with pytest.raises(ModelError, match="is no state dict; save the encoder's state dict or safetensors"):
+            read_state(path)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5, 7])
+def test_equal_channels_give_what_equal_colours_gave_whatever_the_weights_come_from(channels: int) -> None:
+    colour = smp.encoders.get_encoder("tu-test_convnext", in_channels=3, weights=None).eval()
+    target = smp.encoders.get_encoder("tu-test_convnext", in_channels=channels, weights=None).eval()
+    drawn = torch.get_rng_state()
+
+    def fetched() -> nn.Module:
+        torch.rand(1)
+        return colour
+
+    assert give_weights(target, "tu-test_convnext", "imagenet", fetched) == "imagenet"
+    assert torch.equal(drawn, torch.get_rng_state())
+    grey = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        expected, found = colour(grey.expand(-1, 3, -1, -1))[1:], target(grey.expand(-1, channels, -1, -1))[1:]
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+
+
+def test_colours_that_are_folded_into_channels_become_grey_too() -> None:
+    """As TResNet's first layer has them: each pixel of a block, and for each its colours."""
+    colour, target = (
+        smp.encoders.get_encoder("tu-tresnet_m", in_channels=channels, depth=2, weights=None).eval()
+        for channels in (3, 1)
+    )
+    load_encoder(target, "tu-tresnet_m", colour.state_dict(), "w")
+    grey = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        expected, found = colour(grey.expand(-1, 3, -1, -1))[-1], target(grey)[-1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_packaged_imagenet_weights_give_every_feature_that_timm_gives() -> None:
+    network, used = build_model("unet", LITE0, "imagenet", 3)
+    assert used == "imagenet"
+    whole = timm.create_model("tf_efficientnet_lite0", features_only=True)
+    state = packaged_state(LITE0)
+    assert state is not None
+    assert len(state) == 296
+    whole.load_state_dict({name: tensor for name, tensor in state.items() if name in whole.state_dict()})
+    images = torch.rand(2, 3, 64, 96)
+    with torch.inference_mode():
+        expected, found = whole.eval()(images), network.encoder.eval()(images)[1:]
+    assert len(expected) == len(found) == 5
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("weights", ["auto", "imagenet"])
+def test_only_the_encoder_differs_from_random_weights(weights: str) -> None:
+    torch.manual_seed(1)
+    random, _ = build_model("fpn", LITE0, "none")
+    torch.manual_seed(1)
+    network, used = build_model("fpn", LITE0, weights)
+    assert used == "imagenet"
+    assert torch.equal(network.encoder.model.conv_stem.weight, packaged_state(LITE0)["conv_stem.weight"].sum(1, True))
+    for name, tensor in network.decoder.state_dict().items():
+        assert torch.equal(tensor, random.decoder.state_dict()[name])
+
+
+def test_auto_without_weights_is_what_none_is() -> None:
+    torch.manual_seed(1)
+    random, _ = build_model("unet", "resnet18", "none")
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="no ImageNet weights for resnet18"):
+        network, _ = build_model("unet", "resnet18", "auto")
+    assert all(torch.equal(tensor, random.state_dict()[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_package_of_other_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = packaged_state(LITE0)
+    assert state is not None
+    names = list(state)
+    swapped = [*names[2:4], *names[:2], *names[4:]]
+    for other in ({name: state[name] for name in swapped}, {name: state[name] for name in names[1:]}):
+        monkeypatch.setattr("cspine_train.weights.read_state", lambda _, other=other: other)
+        with pytest.raises(
+            ModelError, match="holds other weights than those of tu-tf_efficientnet_lite0; install it anew"
+        ):
+            packaged_state(LITE0)
+
+
+def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert packaged_state(LITE0) is None
+    assert LITE0 not in weights_at_hand(())
+    with pytest.raises(
+        ModelError, match=r"cannot be fetched; connect to the network, install the package that has them"
+    ):
+        build_model("unet", LITE0, "imagenet")
+
+
+def test_encoders_that_nobody_trained_are_told_apart_from_a_closed_network() -> None:
+    message = (
+        "'{}': nobody offers ImageNet weights of it by name; choose another encoder, give a file with --weights FILE"
+    )
+    for name in ("resnext101_32x16d", "tu-efficientnet_b8"):
+        with pytest.raises(ModelError, match=message.format(name)):
+            give_weights(nn.Identity(), name, "imagenet", nn.Identity)
+
+
+def test_the_list_of_models_says_whose_weights_are_at_hand() -> None:
+    result = CliRunner().invoke(train_main, ["models"])
+    assert result.exit_code == 0
+    assert f"ImageNet weights that need no network: {LITE0}" in result.output
