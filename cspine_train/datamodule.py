@@ -14,7 +14,8 @@ from cspine_train.batches import BatchLoader, SliceBatches
 from cspine_train.sampling import EpochSampler, weights_of
 from cspine_train.settings import RunSettings
 from cspine_train.sizes import check_pixels, check_size, size_that_holds, size_that_holds_labels
-from cspine_train.transforms import USUAL_SIDES, Sides
+from cspine_train.transforms import USUAL_SIDES, Sides, coarser_shape, fixed_size
+from cspine_train.trial import Steps
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class CohortSlices(lightning.LightningDataModule):
         super().__init__()
         self._settings = settings
         self._workers = workers
+        self._sides = sides
         #: The epoch that training begins with, and how many of its batches are done; not 0 where a run goes on.
         self.first_epoch, self.batches_done = 0, 0
         self.validation_cases = split.validation
@@ -82,7 +84,8 @@ class CohortSlices(lightning.LightningDataModule):
         self._train = SliceBatches(train, settings.pixel_mm, self.size_hw, values)
         # Whole slices, as prediction sees them.
         height, width = (max(pair) for pair in zip(self.size_hw, holds_all, strict=True))
-        self._validation = SliceBatches(validation, settings.pixel_mm, (height, width), values)
+        self._validation_hw = height, width
+        self._validation = SliceBatches(validation, settings.pixel_mm, self._validation_hw, values)
 
     @property
     def labelled_slices(self) -> int:
@@ -90,13 +93,24 @@ class CohortSlices(lightning.LightningDataModule):
         slices = self._train.slices
         return int(np.count_nonzero(slices.labelled_voxels * self._weights[slices.case_numbers]))
 
-    def train_dataloader(self) -> BatchLoader:
-        """Return an epoch's batches: labelled slices and a share of empty ones, shuffled."""
+    def steps(self, half: bool) -> Steps:
+        """Return what steps the network will have to take, in 16 bits or not."""
+        fewest = min(self._settings.batch_size, len(self._sampler()))
+        trained = [self.crop_hw or self.size_hw]
+        if self._settings.coarse_share:
+            trained.append(fixed_size([coarser_shape(trained[0])], self._sides))
+        return Steps(self.size_hw, tuple(trained), self._validation_hw, fewest, half)
+
+    def _sampler(self) -> EpochSampler:
         settings, slices = self._settings, self._train.slices
-        sampler = EpochSampler(
+        return EpochSampler(
             slices.labelled_voxels, settings.empty_share, settings.seed,
             slices.case_numbers, self._weights, settings.balance,
         )  # fmt: skip
+
+    def train_dataloader(self) -> BatchLoader:
+        """Return an epoch's batches: labelled slices and a share of empty ones, shuffled."""
+        settings, sampler = self._settings, self._sampler()
         # Worker processes ask for the first epoch's order before Lightning has said which epoch it is, and for batches
         # that the network has not come to when a checkpoint is written: what is done is told by the checkpoint.
         sampler.begin(self.first_epoch, self.batches_done * settings.batch_size)

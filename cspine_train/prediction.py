@@ -253,8 +253,8 @@ def predict_files(
             if target.exists():
                 raise RunError(f"{target}: is there already; remove it or choose another -o")
             write_volume(target, predict_volume(runs, read_volume(volume)))
-        # PyTorch tells of missing memory by a RuntimeError.
-        except (CspineDataError, RunError, OSError, MemoryError, RuntimeError) as error:
+        # PyTorch tells of missing memory by a RuntimeError; networks of one size assert it.
+        except (CspineDataError, RunError, OSError, MemoryError, RuntimeError, AssertionError) as error:
             yield volume, error
         else:
             yield volume, target

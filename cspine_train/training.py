@@ -25,6 +25,7 @@ from cspine_train.models import build_model, sides_of
 from cspine_train.module import MONITOR, SliceSegmenter
 from cspine_train.run_folder import CHECKPOINT_FOLDER, RECORD_NAME
 from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
+from cspine_train.trial import check_steps
 
 _STOP_AFTER = 7
 _log = logging.getLogger("cspine_train")
@@ -59,7 +60,8 @@ def train(
     Raises
     ------
     RunError
-        If the folder holds a run of other settings or data, or the cohort is too small to split.
+        If the folder holds a run of other settings or data, the cohort is too small to split, or the network cannot
+        take the run's steps, or not in the memory that is free.
     ModelError
         If the model cannot be built or its weights cannot be had.
     CspineDataError
@@ -86,6 +88,7 @@ def train(
     unknown = unknown_labels(cohort, split, settings, values)
     if unknown:
         warnings.warn(unknown_told(unknown), stacklevel=2)
+    check_steps(network, settings, data.steps("bf16" in _precision(settings.precision)))
     made = {"weights_used": weights_used, "size_hw": data.size_hw, "label_values": values, "versions": _versions()}
     record = RunRecord(settings=settings, **fed, **made)
     if earlier and checkpoint:

@@ -147,9 +147,14 @@ def from_network(
 COARSER = 1.5
 
 
+def coarser_shape(shape_hw: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of images whose pixels are larger by `COARSER`."""
+    return round(shape_hw[0] / COARSER), round(shape_hw[1] / COARSER)
+
+
 def coarser(images: torch.Tensor, masks: torch.Tensor, sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring a batch, (N, C, H, W) and (N, K, H, W), to pixels larger by `COARSER`, padded to what a network takes."""
-    height, width = (round(size / COARSER) for size in images.shape[-2:])
-    images, masks = resample(images, (height, width)), resample(masks, (height, width))
-    size_hw = fixed_size([(height, width)], sides)
+    shape_hw = coarser_shape((images.shape[-2], images.shape[-1]))
+    images, masks = resample(images, shape_hw), resample(masks, shape_hw)
+    size_hw = fixed_size([shape_hw], sides)
     return fit(images, size_hw, images.amin((-2, -1), keepdim=True)), fit(masks, size_hw, masks.new_zeros(1, 1, 1, 1))
