@@ -107,7 +107,7 @@ def of_run(store: str, epochs: int, options: list[str]) -> list[Row]:
 
 
 def told(name: str, rows: list[Row], plain: list[Row] | None) -> str:
-    """Return a line of the table: seconds in all, of an epoch, to each Dice, and how many times the plain loop's speed."""
+    """Return a line of the table; how many times the plain loop's speed it is comes last."""
     seconds, dice = rows[-1]
     reached = [next((f"{s:.0f}" for s, d in rows if d >= wanted), "never") for wanted in REACHED]
     times = f"{plain[-1][0] / seconds:.2f}" if plain else ""
