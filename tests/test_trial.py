@@ -204,7 +204,7 @@ def test_what_cannot_work_is_said_in_one_line_before_there_is_a_run(
 
 
 def test_combinations_can_or_are_refused_with_a_reason(long_run: bool) -> None:
-    """Try every architecture with every encoder of SMP's own; a few of them where time is short."""
+    """Try every architecture with every encoder of SMP's own; where time is short build a few, and try fewer."""
     chosen = encoders() if long_run else ("vgg11", "mit_b0")
     refused = set()
     for encoder in chosen:
@@ -217,6 +217,8 @@ def test_combinations_can_or_are_refused_with_a_reason(long_run: bool) -> None:
                     refused.add((model, encoder))
                     continue
                 network, _ = build_model(model, encoder)
+            if not long_run and model not in ("fpn", "pspnet", "pan", "segformer"):
+                continue
             multiple, least = sides_of(network)
             # 32 is as small as slices get; two of them are enough for any.
             side = max(least, 32)

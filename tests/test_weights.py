@@ -31,10 +31,9 @@ def closed_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def resnet18() -> State:
-    """A whole classifier's tensors, as torchvision names them."""
-    state = dict(smp.encoders.get_encoder("resnet18", weights=None).state_dict())
-    return {**state, "fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}
+def classifier() -> State:
+    """A small residual network with its classifier, as timm and torchvision name its tensors."""
+    return dict(timm.create_model("test_resnet").state_dict())
 
 
 def renamed(state: State, prefix: str) -> State:
@@ -58,7 +57,7 @@ def of_a_run(state: State) -> dict[str, Any]:
     [
         (lambda state: state, 2),
         (lambda state: renamed(state, "module."), 2),
-        (lambda state: {"arch": "resnet18", "state_dict": renamed(state, "module.model.")}, 2),
+        (lambda state: {"arch": "test_resnet", "state_dict": renamed(state, "module.model.")}, 2),
         (lambda state: {"model": {"state_dict": renamed(state, "encoder.")}, "epoch": 1}, 2),
         (of_a_run, 4),
         (lambda state: {name: tensor for name, tensor in state.items() if "num_batches" not in name}, 2),
@@ -67,16 +66,16 @@ def of_a_run(state: State) -> dict[str, Any]:
     ids=["plain", "parallel", "timm", "nested", "lightning", "old", "half"],
 )
 def test_every_form_of_a_file_fits(
-    form: Callable[[State], dict[str, Any]], left_out: int, resnet18: State, tmp_path: Path, caplog: Any
+    form: Callable[[State], dict[str, Any]], left_out: int, classifier: State, tmp_path: Path, caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO, "cspine_train")
     path = tmp_path / "w.pth"
-    torch.save(form(resnet18), path)
-    encoder = smp.encoders.get_encoder("resnet18", weights=None)
-    assert len(give_weights(encoder, "resnet18", str(path), nn.Identity)) == 64
+    torch.save(form(classifier), path)
+    encoder = smp.encoders.get_encoder("tu-test_resnet", weights=None)
+    assert len(give_weights(encoder, "tu-test_resnet", str(path), nn.Identity)) == 64
     for name, tensor in encoder.state_dict().items():
-        torch.testing.assert_close(tensor, resnet18[name], atol=1e-3, rtol=1e-3)
-    assert f"{path}: {left_out} tensors that encoder resnet18 has no part for are left out (" in caplog.text
+        torch.testing.assert_close(tensor, classifier[name.removeprefix("model.")], atol=1e-3, rtol=1e-3)
+    assert f"{path}: {left_out} tensors that encoder tu-test_resnet has no part for are left out (" in caplog.text
     assert "fc.weight" in caplog.text
 
 
@@ -126,8 +125,9 @@ def test_a_deeper_network_does_not_pass_for_a_shallower_one() -> None:
         load_encoder(target, "tu-test_convnext", stages, "w")
 
 
-def test_a_mismatch_is_told_tensor_by_tensor(resnet18: State, phantom_store: Path, tmp_path: Path) -> None:
-    wrong = {**resnet18, "layer1.0.conv1.weight": torch.ones(64, 64, 1, 1), "layer4.0.bn1.bias": torch.ones(256)}
+def test_a_mismatch_is_told_tensor_by_tensor(phantom_store: Path, tmp_path: Path) -> None:
+    right = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
+    wrong = {**right, "layer1.0.conv1.weight": torch.ones(64, 64, 1, 1), "layer4.0.bn1.bias": torch.ones(256)}
     wrong["layer1.7.conv1.weight"] = torch.ones(2, 3)
     del wrong["bn1.weight"]
     save_file(wrong, tmp_path / "w.safetensors")
