@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cspine_train.errors import CspineTrainError, ModelError, RunError
     from cspine_train.evaluation import Evaluation, PatientScore, evaluate
+    from cspine_train.machines import Machines
     from cspine_train.prediction import LoadedRun, load_run, predict_files, predict_volume
     from cspine_train.settings import RunRecord, RunSettings
     from cspine_train.training import train
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOME = {
     "errors": ("CspineTrainError", "ModelError", "RunError"),
     "evaluation": ("Evaluation", "PatientScore", "evaluate"),
+    "machines": ("Machines",),
     "prediction": ("LoadedRun", "load_run", "predict_files", "predict_volume"),
     "settings": ("RunRecord", "RunSettings"),
     "training": ("train",),
@@ -28,6 +30,7 @@ __all__ = [
     "CspineTrainError",
     "Evaluation",
     "LoadedRun",
+    "Machines",
     "ModelError",
     "PatientScore",
     "RunError",

@@ -150,7 +150,7 @@ class BatchLoader(DataLoader[Batch]):
         How long whoever iterates has waited for batches, since it was last set to 0.
     """
 
-    def __init__(self, dataset: SliceBatches, batch_size: int, **options: Any) -> None:
+    def __init__(self, dataset: SliceBatches, batch_size: int = 1, **options: Any) -> None:
         workers = options.pop("num_workers", 0)
         super().__init__(
             dataset,

@@ -113,7 +113,9 @@ class Keep(Callback):
         loader.waited_s = 0.0
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the network if it is the one to keep, and the epoch's row."""
+        """Save the network if it is the one to keep, and the epoch's row; of several processes the first does."""
+        if not trainer.is_global_zero:
+            return
         dice = float(trainer.callback_metrics[MONITOR])
         threshold = round(float(trainer.callback_metrics[THRESHOLD]), 2)
         if self._last or not self.kept or dice > self.kept["kept_dice"]:

@@ -90,6 +90,8 @@ class DurableCheckpoints(TorchCheckpointIO):
 class Checkpoints(Checkpoint):
     """Writes a checkpoint after every epoch and, within one, whenever some time has passed; the newest stays.
 
+    Of several processes the first does, by its own clock, while the others go on.
+
     Parameters
     ----------
     folder : Path
@@ -121,6 +123,8 @@ class Checkpoints(Checkpoint):
         self._write(trainer, Place(trainer.current_epoch + 1))
 
     def _write(self, trainer: lightning.Trainer, place: Place) -> None:
+        if not trainer.is_global_zero:
+            return
         path = self._folder / place.name
         trainer.save_checkpoint(path)
         for other in checkpoints(self._folder).values():

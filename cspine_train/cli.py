@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -45,6 +46,14 @@ def _weights(_context: click.Context, _option: click.Parameter, given: Sequence[
         if not case:
             raise click.BadParameter(f"{one!r} is not of the form CASE=WEIGHT, such as CS_01=2")
     return weights
+
+
+def _devices(_context: click.Context, _option: click.Parameter, given: str) -> int | Literal["auto"]:
+    if given == "auto":
+        return "auto"
+    if not re.fullmatch("[1-9][0-9]{0,3}", given):
+        raise click.BadParameter(f"{given!r} is neither auto nor a number from 1")
+    return int(given)
 
 
 def _size(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[int, int] | None:
@@ -149,11 +158,21 @@ def main() -> None:
     "--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=15.0,
     help="How often, within an epoch, to write what a killed run goes on from.",
 )  # fmt: skip
+@click.option(
+    "--devices", default="1", callback=_devices, help="GPUs, or processes where there are none; auto: all GPUs."
+)
+@click.option("--nodes", type=click.IntRange(1), default=1, help="Machines; see docs/distributed.md.")
+@click.option("--strategy", type=click.Choice(["auto", "ddp"]), default="auto", help="How devices work together.")
+@click.option("--deterministic", is_flag=True, help="The same bits each time on a GPU too, or refuse.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; runs/<what is trained> by default.")
-def run(store: str, axis: str, workers: int, checkpoint_minutes: float, output: Path | None, **options: Any) -> None:
+def run(
+    store: str, axis: str, workers: int, checkpoint_minutes: float, output: Path | None,
+    devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
+) -> None:  # fmt: skip
     """Train one model; the same command again goes on where it stopped."""
     from pydantic import ValidationError
 
+    from cspine_train.machines import Machines, is_first
     from cspine_train.settings import RunSettings
     from cspine_train.training import train
 
@@ -166,13 +185,16 @@ def run(store: str, axis: str, workers: int, checkpoint_minutes: float, output: 
         where = " ".join([option, *within]) + ": " if name else ""
         raise click.UsageError(where + first["msg"].removeprefix("Value error, ")) from None
     folder = output or Path("runs") / default_run_name(settings)
+    machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     try:
-        record = train(store, folder, settings, workers, checkpoint_minutes)
+        record = train(store, folder, settings, workers, checkpoint_minutes, machines)
     except ModelError as error:
         # Before the line that sums it up, which a terminal then still shows.
         for line in error.details:
             click.echo(line, err=True)
         raise
+    if not is_first():
+        return
     for caveat in record.caveats():
         click.echo(f"note: {caveat}")
     if record.kept_epoch is not None:
@@ -185,6 +207,19 @@ def run(store: str, axis: str, workers: int, checkpoint_minutes: float, output: 
             )
         )
     click.echo(f"run: {folder}")
+
+
+@main.command(hidden=True)
+def join() -> None:
+    """Train as one of several processes; the one that starts them says what, on standard input."""
+    from cspine_train.errors import RunError
+    from cspine_train.training import join as join_run
+
+    try:
+        join_run(json.loads(sys.stdin.buffer.readline()))
+    except RunError:
+        # The first process says the same, or what became of it.
+        raise SystemExit(1) from None
 
 
 @main.command()

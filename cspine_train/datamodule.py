@@ -13,6 +13,7 @@ from cspine_data import CaseRecord, Cohort, Split
 from cspine_train.batches import BatchLoader, SliceBatches
 from cspine_train.sampling import EpochSampler, weights_of
 from cspine_train.settings import RunSettings
+from cspine_train.shares import WHOLE, Share, SharedBatches
 from cspine_train.sizes import check_pixels, check_size, size_that_holds, size_that_holds_labels
 from cspine_train.transforms import USUAL_SIDES, Sides, coarser_shape, fixed_size
 from cspine_train.trial import Steps
@@ -47,6 +48,8 @@ class CohortSlices(lightning.LightningDataModule):
         What sizes the network takes, see `sides_of`.
     values : sequence of int
         The label values that are told apart, see `label_values`; not for binary labels.
+    share : Share
+        The part of every batch, and of what is validated on, that this process computes.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class CohortSlices(lightning.LightningDataModule):
         workers: int = 0,
         sides: Sides = USUAL_SIDES,
         values: Sequence[int] = (),
+        share: Share = WHOLE,
     ) -> None:
         super().__init__()
         self._settings = settings
         self._workers = workers
         self._sides = sides
+        self._share = share
         #: The epoch that training begins with, and how many of its batches are done; not 0 where a run goes on.
         self.first_epoch, self.batches_done = 0, 0
         self.validation_cases = split.validation
@@ -101,6 +106,10 @@ class CohortSlices(lightning.LightningDataModule):
             trained.append(fixed_size([coarser_shape(trained[0])], self._sides))
         return Steps(self.size_hw, tuple(trained), self._validation_hw, fewest, half)
 
+    def check_share(self) -> None:
+        """Refuse more processes, or others, than can share the slices; see `Share.check`."""
+        self._share.check(min(self._settings.batch_size, len(self._sampler())), len(self._validation))
+
     def _sampler(self) -> EpochSampler:
         settings, slices = self._settings, self._train.slices
         return EpochSampler(
@@ -116,10 +125,11 @@ class CohortSlices(lightning.LightningDataModule):
         sampler.begin(self.first_epoch, self.batches_done * settings.batch_size)
         # A last batch of one slice would leave batch normalisation nothing to average over.
         drop_last = len(sampler) > settings.batch_size
-        return BatchLoader(
-            self._train, settings.batch_size, sampler=sampler, drop_last=drop_last, num_workers=self._workers
-        )
+        batches = SharedBatches(sampler, settings.batch_size, drop_last, self._share)
+        return BatchLoader(self._train, batch_sampler=batches, num_workers=self._workers)
 
     def val_dataloader(self) -> BatchLoader:
-        """Return every slice of the validation patients, in order."""
-        return BatchLoader(self._validation, 2 * self._settings.batch_size, num_workers=self._workers)
+        """Return every slice of the validation patients, in order, or this process' share of them."""
+        size = 2 * self._settings.batch_size // self._share.world
+        slices = self._share.of(range(len(self._validation)))
+        return BatchLoader(self._validation, size, sampler=slices, num_workers=self._workers)

@@ -16,6 +16,7 @@ from cspine_train.losses import SegmentationLoss
 from cspine_train.models import sides_of
 from cspine_train.optimisation import averaged, optimisation
 from cspine_train.settings import RunSettings
+from cspine_train.shares import processes, sum_over_processes, this_share, whole_batch
 from cspine_train.transforms import USUAL_SIDES, coarser
 
 MONITOR = "valid_dice"
@@ -95,8 +96,9 @@ class SliceSegmenter(lightning.LightningModule):
         if self.trainer.training:
             # Dropout draws from this generator, so that a run that goes on draws what it would have.
             torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
-            seeds = sample_seeds(self._settings.seed, self.global_step, len(images))
-            images, masks = self._augment(images, masks, batch.axes, seeds)
+            share = this_share()
+            seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * share.world)
+            images, masks = self._augment(images, masks, batch.axes, share.of(seeds))
             if self.global_step < self._settings.coarse_share * int(self.trainer.estimated_stepping_batches):
                 images, masks = coarser(images, masks, self._sides)
         return images.contiguous(memory_format=torch.channels_last), masks, batch.numbers
@@ -104,10 +106,11 @@ class SliceSegmenter(lightning.LightningModule):
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch."""
         images, masks, _ = batch
-        loss: torch.Tensor = self._loss(self._forward(images), masks)
+        logits, masks = whole_batch(self._forward(images)), whole_batch(masks)
+        loss: torch.Tensor = self._loss(logits, masks)
         # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
-        return loss
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(masks))
+        return loss * processes()
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch's counts."""
@@ -130,10 +133,9 @@ class SliceSegmenter(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean Dice over the validation patients, and the threshold that gave it."""
+        counts = sum_over_processes(self._counts.to(self.device)).cpu()
         several = self._labels > 1
-        dice, threshold = (
-            (mean_label_dice(self._counts, self._unknown), 0.5) if several else best_threshold(self._counts)
-        )
+        dice, threshold = (mean_label_dice(counts, self._unknown), 0.5) if several else best_threshold(counts)
         self.log(MONITOR, dice, prog_bar=True)
         self.log(THRESHOLD, threshold)
 

@@ -153,6 +153,8 @@ class RunRecord(BaseModel):
         The store's digest of every case of the run.
     versions : dict
         Of the libraries that decide the outcome.
+    processes, deterministic
+        In how many processes it trained at last, and whether with deterministic algorithms only.
     finished : bool
         False until training ended by itself.
     kept_epoch, kept_dice
@@ -178,6 +180,8 @@ class RunRecord(BaseModel):
     label_values: tuple[int, ...] = ()
     digests: dict[str, str]
     versions: dict[str, str]
+    processes: int = 1
+    deterministic: bool = False
     finished: bool = False
     kept_epoch: int | None = None
     kept_dice: float | None = None

@@ -21,10 +21,12 @@ from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, new
 from cspine_train.classes import label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
+from cspine_train.machines import ONE_DEVICE, Machines, end_with_the_first, together
 from cspine_train.models import build_model, sides_of
 from cspine_train.module import MONITOR, SliceSegmenter
 from cspine_train.run_folder import CHECKPOINT_FOLDER, RECORD_NAME
 from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
+from cspine_train.shares import Share, see_whole_batches
 from cspine_train.trial import check_steps
 
 _STOP_AFTER = 7
@@ -32,7 +34,12 @@ _log = logging.getLogger("cspine_train")
 
 
 def train(
-    store: str | Path, run: str | Path, settings: RunSettings, workers: int = 0, checkpoint_minutes: float = 15.0
+    store: str | Path,
+    run: str | Path,
+    settings: RunSettings,
+    workers: int = 0,
+    checkpoint_minutes: float = 15.0,
+    machines: Machines = ONE_DEVICE,
 ) -> RunRecord:
     """Train a model on a store's slices; called again, go on where it stopped, or do nothing when it is finished.
 
@@ -51,6 +58,8 @@ def train(
         Processes that read slices; 0 reads in the training process.
     checkpoint_minutes : float
         How often, within an epoch, to write what a killed run goes on from; the outcome does not depend on it.
+    machines : Machines
+        What to compute on. Where that is several devices, other processes are started, and end with this one.
 
     Returns
     -------
@@ -60,8 +69,9 @@ def train(
     Raises
     ------
     RunError
-        If the folder holds a run of other settings or data, the cohort is too small to split, or the network cannot
-        take the run's steps, or not in the memory that is free.
+        If the folder holds a run of other settings or data, the cohort is too small to split, the network cannot take
+        the run's steps, or not in the memory that is free, or the processes that are asked for cannot share them or
+        have died.
     ModelError
         If the model cannot be built or its weights cannot be had.
     CspineDataError
@@ -70,12 +80,18 @@ def train(
     run, cohort = Path(run), open_cohort(store)
     split = _split(cohort, settings)
     fed = _fed(cohort, split, settings.variant)
-    earlier = _earlier(run, settings, fed["digests"])
+    _quieten()
+    keeper = Keep(run, settings.schedule)
+    trainer = _trainer(run, settings, keeper, checkpoint_minutes, machines)
+    if not trainer.is_global_zero:
+        # Of several processes one tells.
+        _log.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+    earlier = _earlier(run, settings, fed["digests"], trainer.is_global_zero)
     if earlier is not None and earlier.finished:
         _log.info("nothing to do: %s is finished", run)
         return earlier
     keep_large_blocks()
-    _quieten()
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     place, checkpoint = (newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None) or (Place(), None)
     # Whoever goes on from a checkpoint has its weights already.
@@ -83,33 +99,56 @@ def train(
     values = label_values(cohort, split, settings)
     outputs = network_classes(values)
     network, weights_used = build_model(settings.model, settings.encoder, first_weights, settings.channels, outputs)
-    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values)
+    share = Share(trainer.global_rank, trainer.world_size)
+    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, share)
     _check_labelled(cohort.path, data, settings)
+    data.check_share()
     unknown = unknown_labels(cohort, split, settings, values)
     if unknown:
         warnings.warn(unknown_told(unknown), stacklevel=2)
-    check_steps(network, settings, data.steps("bf16" in _precision(settings.precision)))
+    if trainer.is_global_zero:
+        check_steps(network, _of_one(trainer, settings), data.steps("bf16" in _precision(settings.precision)))
     made = {"weights_used": weights_used, "size_hw": data.size_hw, "label_values": values, "versions": _versions()}
-    record = RunRecord(settings=settings, **fed, **made)
+    how: dict[str, Any] = {"processes": trainer.world_size, "deterministic": machines.deterministic}
+    record = RunRecord(settings=settings, **fed, **made, **how)
     if earlier and checkpoint:
         kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
         record = record.model_copy(update=kept)
-    run.mkdir(parents=True, exist_ok=True)
-    save_record(run, record)
+    if trainer.is_global_zero:
+        run.mkdir(parents=True, exist_ok=True)
+        save_record(run, record)
     data.first_epoch, data.batches_done = place.epochs, place.batches
     if checkpoint:
         _log.info("going on after %s of %d", place, settings.epochs)
-    keeper = Keep(run, settings.schedule)
+    if trainer.world_size > 1:
+        see_whole_batches(network)
     missed = [len(unknown.get(case, ())) for case in split.validation]
     module = SliceSegmenter(network, settings, split.validation, data.crop_hw, max(1, len(values)), missed)
-    trainer = _trainer(run, settings, keeper, checkpoint_minutes)
+    request: dict[str, Any] = {"store": str(store), "run": str(run), "workers": workers}
+    request |= {"settings": settings.model_dump(mode="json"), "machines": machines.model_dump()}
+    request |= {"checkpoint_minutes": checkpoint_minutes}
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        with together(trainer, run, f"{place} {record.digests}", request):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except (KeyboardInterrupt, SystemExit):
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None
     record = record.model_copy(update={"finished": True, **keeper.kept})
-    save_record(run, record)
+    if trainer.is_global_zero:
+        save_record(run, record)
     return record
+
+
+def join(request: dict[str, Any]) -> None:
+    """Be one of the processes of a run that `train` has started in another; end when that one does."""
+    end_with_the_first()
+    settings, machines = RunSettings(**request.pop("settings")), Machines(**request.pop("machines"))
+    train(settings=settings, machines=machines, **request)
+
+
+def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
+    """Return the settings with as many slices a step as share one memory: a GPU's, or that of a node's processes."""
+    sharing = 1 if torch.cuda.is_available() else trainer.num_devices
+    return settings.model_copy(update={"batch_size": settings.batch_size * sharing // trainer.world_size})
 
 
 def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> None:
@@ -137,7 +176,9 @@ def _fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     return {"store": cohort.location, **what, **parts}
 
 
-def _trainer(run: Path, settings: RunSettings, keeper: Keep, checkpoint_minutes: float) -> lightning.Trainer:
+def _trainer(
+    run: Path, settings: RunSettings, keeper: Keep, checkpoint_minutes: float, machines: Machines
+) -> lightning.Trainer:
     callbacks: list[Callback] = [keeper, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
     if settings.schedule == "plateau":
         callbacks.insert(1, Plateau())
@@ -146,7 +187,7 @@ def _trainer(run: Path, settings: RunSettings, keeper: Keep, checkpoint_minutes:
         max_epochs=settings.epochs,
         gradient_clip_val=settings.clip_norm,
         accelerator="auto",
-        devices=1,
+        **machines.options(),
         precision=_precision(settings.precision),
         callbacks=callbacks,
         plugins=[DurableCheckpoints()],
@@ -182,10 +223,11 @@ def _split(cohort: Cohort, settings: RunSettings) -> Split:
     return split
 
 
-def _earlier(run: Path, settings: RunSettings, digests: dict[str, str]) -> RunRecord | None:
+def _earlier(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:
     """Return the record of a run to go on with, if the folder holds one of these settings and data."""
     if not (run / RECORD_NAME).exists():
-        if run.is_dir() and any(run.iterdir()):
+        # What the others find may be what the first process is about to write.
+        if first and run.is_dir() and any(run.iterdir()):
             raise RunError(f"{run}: is there and is no run folder; choose another with -o")
         return None
     record = load_record(run)
@@ -208,13 +250,16 @@ def _versions() -> dict[str, str]:
 
 
 def _quieten() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.ERROR)
     # The loader's advice on workers, and a deprecation inside Lightning: neither is the user's to act on.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*")
     # An epoch goes on after what its checkpoint has seen: the data module sees to it, not the loader.
     warnings.filterwarnings("ignore", message=".*ended before the epoch ended and your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+    # Counts are added up over the processes, so that what is logged is the same in all.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
