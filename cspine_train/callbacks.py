@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from cspine_train.models import save_model
 from cspine_train.module import MONITOR, THRESHOLD
+from cspine_train.pictures import draw_curves
 from cspine_train.run_folder import METRICS_NAME, MODEL_FOLDER
 from cspine_train.settings import load_record, save_record
 
 _LOWER_AFTER = 5
+_STOP_AFTER = 7
+# So that curves cost a run no more than a twentieth of its time.
+_DRAW_AFTER = 20
 _log = logging.getLogger("cspine_train")
 
 
@@ -81,7 +86,8 @@ class Keep(Callback):
     def __init__(self, run: Path, schedule: str) -> None:
         self._run = run
         self._last = schedule != "plateau"
-        self._rows: list[dict[str, float]] = []
+        #: A row an epoch, as `metrics.csv` has them.
+        self.rows: list[dict[str, float]] = []
         self._started = time.perf_counter()
         self._waited_s = 0.0
         #: What the run's record says of the network that is kept.
@@ -90,11 +96,12 @@ class Keep(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of it."""
         times = {"seconds": time.perf_counter() - self._started, "waited_s": self._waited_s}
-        return {"rows": self._rows, "kept": self.kept, **times}
+        return {"rows": self.rows, "kept": self.kept, **times}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what a checkpoint holds."""
-        self._rows, self.kept = state_dict["rows"], state_dict["kept"]
+        # Others look at the same list.
+        self.rows[:], self.kept = state_dict["rows"], state_dict["kept"]
         # An epoch that goes on has taken what it took before.
         self._started = time.perf_counter() - state_dict.get("seconds", 0)
         self._waited_s = state_dict.get("waited_s", 0.0)
@@ -123,7 +130,7 @@ class Keep(Callback):
             save_model(pl_module.kept, self._run / MODEL_FOLDER)
             # With the model, so that an unfinished run predicts as it was validated.
             save_record(self._run, load_record(self._run).model_copy(update=self.kept))
-        self._rows.append(
+        self.rows.append(
             {
                 "epoch": trainer.current_epoch,
                 "train_loss": round(float(trainer.callback_metrics["train_loss"]), 6),
@@ -137,10 +144,50 @@ class Keep(Callback):
         _log.info(
             "epoch %d of %d: loss %.3f, validation Dice %.3f, %.0f s",
             trainer.current_epoch + 1, trainer.max_epochs, trainer.callback_metrics["train_loss"], dice,
-            self._rows[-1]["seconds"],
+            self.rows[-1]["seconds"],
         )  # fmt: skip
         with (self._run / METRICS_NAME).open("w", newline="", encoding="utf-8") as file:
             # Rows of a run that an older cspine began know less.
-            writer = csv.DictWriter(file, self._rows[-1].keys())
+            writer = csv.DictWriter(file, self.rows[-1].keys())
             writer.writeheader()
-            writer.writerows(self._rows)
+            writer.writerows(self.rows)
+
+
+class Curves(Callback):
+    """Draws the run's curves after an epoch, unless that took long in comparison with the time since it last did.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._drawn = -math.inf
+        self._cost_s = 0.0
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw them, if it is time to."""
+        started = time.perf_counter()
+        if started - self._drawn >= _DRAW_AFTER * self._cost_s:
+            draw_curves(self._run)
+            self._drawn = time.perf_counter()
+            self._cost_s = self._drawn - started
+
+
+class Stop(EarlyStopping):
+    """Stops after 7 epochs without gain; a run that was killed after its last epoch and goes on has no other one."""
+
+    def __init__(self) -> None:
+        super().__init__(MONITOR, mode="max", patience=_STOP_AFTER)
+
+    @property
+    def state_key(self) -> str:
+        """Under which name its state is in a checkpoint; runs that are under way bear this one."""
+        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop at once where it would have stopped already."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True

@@ -43,6 +43,11 @@ def label_values(cohort: Cohort, split: Split, settings: RunSettings) -> tuple[i
     return tuple(sorted(values))
 
 
+def label_meaning(values: Sequence[int]) -> dict[int, str]:
+    """Return what the values of a label map mean that a run predicts which tells these apart."""
+    return {0: "background", **({value: f"label {value} of the training data" for value in values} or {1: "vertebra"})}
+
+
 def unknown_labels(
     cohort: Cohort, split: Split, settings: RunSettings, values: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:

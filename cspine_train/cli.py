@@ -164,9 +164,13 @@ def main() -> None:
 @click.option("--nodes", type=click.IntRange(1), default=1, help="Machines; see docs/distributed.md.")
 @click.option("--strategy", type=click.Choice(["auto", "ddp"]), default="auto", help="How devices work together.")
 @click.option("--deterministic", is_flag=True, help="The same bits each time on a GPU too, or refuse.")
+@click.option(
+    "--logger", "loggers", type=click.Choice(["tensorboard", "mlflow"]), multiple=True,
+    help="Log metrics there too, in the run folder; mlflow to MLFLOW_TRACKING_URI where it is set. May be given twice.",
+)  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; runs/<what is trained> by default.")
 def run(
-    store: str, axis: str, workers: int, checkpoint_minutes: float, output: Path | None,
+    store: str, axis: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
     devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again goes on where it stopped."""
@@ -187,7 +191,7 @@ def run(
     folder = output or Path("runs") / default_run_name(settings)
     machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     try:
-        record = train(store, folder, settings, workers, checkpoint_minutes, machines)
+        record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers)
     except ModelError as error:
         # Before the line that sums it up, which a terminal then still shows.
         for line in error.details:

@@ -10,11 +10,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from numpy.typing import NDArray
+
 from cspine_data import Cohort, open_cohort
 from cspine_train.errors import RunError
 from cspine_train.metrics import Overlap, label_overlaps, mean_over_labels, overlap
+from cspine_train.model_card import write_card
 from cspine_train.prediction import LoadedRun, label_map, load_run
-from cspine_train.run_folder import EVALUATION_FOLDER
+from cspine_train.run_folder import EVALUATION_FOLDER, write_text
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,29 @@ class PatientScore:
     def label_iou(self) -> float | None:
         """Mean intersection over union over the labels that the patient has; None for binary labels."""
         return None if self.labels is None else mean_over_labels(self.labels, "iou")
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """A labelled volume, what was found in it and what is true, all (x, y, z) on the grid of its source.
+
+    Attributes
+    ----------
+    case : str
+        Whose volume.
+    image_xyz : ndarray
+        Intensities, corrected as for the run.
+    spacing_mm : tuple of float
+        Voxel spacing along x, y and z.
+    found_xyz, truth_xyz : ndarray
+        Label values that were found, and those that are true; 0 is none.
+    """
+
+    case: str
+    image_xyz: NDArray[Any]
+    spacing_mm: tuple[float, float, float]
+    found_xyz: NDArray[Any]
+    truth_xyz: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -99,8 +125,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict every volume of some parts of a run's split, slice by slice, and compare it with its label map.
 
-    Writes `evaluation/<parts>.csv` and `.json` into the run folder, and for a run that tells labels apart
-    `<parts>-labels.csv`, a row for each label of each patient.
+    Writes `evaluation/<parts>.csv` and `.json` into the run folder, for a run that tells labels apart
+    `<parts>-labels.csv`, a row for each label of each patient, and the scores into its `MODEL_CARD.md`.
 
     Parameters
     ----------
@@ -135,13 +161,24 @@ def evaluate(
     cohort = open_cohort(store or record.store)
     scores = []
     for number, (part, case) in enumerate(wanted, start=1):
-        scores.append(_score(loaded, cohort, case, part))
+        scores.append(_score(segment(loaded, cohort, case), part, several=bool(record.label_values)))
         if progress:
             progress(number, len(wanted), case)
-    return _written(loaded, "-".join(splits), tuple(scores))
+    evaluation = _written(loaded, "-".join(splits), tuple(scores))
+    write_card(loaded.path, record)
+    return evaluation
 
 
-def _score(loaded: LoadedRun, cohort: Cohort, case: str, part: str) -> PatientScore:
+def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
+    """Predict a case of a run's store, on the grid of the file that it came from.
+
+    Raises
+    ------
+    RunError
+        If the store holds other data of it than the run was trained on.
+    CspineDataError
+        If the store cannot be used.
+    """
     variant = loaded.record.settings.variant
     stored = cohort.record(case, variant)
     if stored.digest != loaded.record.digests.get(case):
@@ -152,10 +189,16 @@ def _score(loaded: LoadedRun, cohort: Cohort, case: str, part: str) -> PatientSc
                 f"{then.description}; prepare it so again, or train anew"
             )
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
-    found = label_map([loaded], loaded.on_source_grid(cohort.prepared(case, variant)))
-    truth = cohort.label_xyz(case, variant)
-    labels = label_overlaps(found, truth) if loaded.record.label_values else None
-    return PatientScore(case, part, overlap(found != 0, truth != 0), labels)
+    prepared = cohort.prepared(case, variant)
+    found = label_map([loaded], loaded.on_source_grid(prepared))
+    corrected = prepared.corrected
+    return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, cohort.label_xyz(case, variant))
+
+
+def _score(segmented: Segmented, part: str, several: bool) -> PatientScore:
+    found, truth = segmented.found_xyz, segmented.truth_xyz
+    labels = label_overlaps(found, truth) if several else None
+    return PatientScore(segmented.case, part, overlap(found != 0, truth != 0), labels)
 
 
 def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> Evaluation:
@@ -174,6 +217,8 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
         "mean_iou": evaluation.mean_iou,
         "caveats": evaluation.caveats,
         "settings": loaded.record.settings.model_dump(),
+        # Of a run that goes on training, the weights that were scored may not be those it keeps in the end.
+        "kept_epoch": loaded.record.kept_epoch,
         "digests": {score.case: loaded.record.digests[score.case] for score in scores},
     }
     if several:
@@ -182,7 +227,7 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
         _write_rows(files[2], columns, label_rows)
         means = {"mean_label_dice": evaluation.mean_label_dice, "mean_label_iou": evaluation.mean_label_iou}
         summary |= {"labels": label_rows, **means}
-    files[1].write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_text(files[1], json.dumps(summary, indent=1))
     return evaluation
 
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 #: What was asked and what was fed: JSON, see `RunRecord`.
 RECORD_NAME = "run.json"
 #: The weights that the run keeps, safetensors beside a JSON: what SMP's own `from_pretrained` reads.
 MODEL_FOLDER = "model"
 #: A row an epoch.
 METRICS_NAME = "metrics.csv"
+#: Loss, validation Dice and learning rate by epoch, as a picture.
+CURVES_NAME = "curves.png"
+#: Validation slices that came out best and worst, as pictures.
+OVERLAYS_FOLDER = "overlays"
+#: What the model is, for people: Markdown with the head that the Hugging Face hub reads.
+CARD_NAME = "MODEL_CARD.md"
 #: What a killed run goes on from; needed for nothing else.
 CHECKPOINT_FOLDER = "checkpoints"
 #: Scores per patient, a file for what was scored.
 EVALUATION_FOLDER = "evaluation"
+#: What TensorBoard reads, where it was asked for.
+TENSORBOARD_FOLDER = "tensorboard"
+#: MLflow's database where no server is named, and which of its runs this is.
+MLFLOW_FOLDER = "mlruns"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a run folder in one step: it is there as it was, or as it is to be."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from cspine_data import Preprocessing, Split
 from cspine_train.errors import RunError
-from cspine_train.run_folder import RECORD_NAME
+from cspine_train.run_folder import RECORD_NAME, write_text
 
 RECORD_VERSION = 1
 #: See `SegmentationLoss`.
@@ -149,6 +149,8 @@ class RunRecord(BaseModel):
     label_values : tuple of int
         The label values that the network tells apart, in the order of its channels after the background's; one alone
         is a sigmoid's, as are binary labels, for which there are none.
+    label_meaning : dict
+        What the values of a label map that the run predicts mean.
     digests : dict
         The store's digest of every case of the run.
     versions : dict
@@ -178,6 +180,7 @@ class RunRecord(BaseModel):
     validation: tuple[str, ...]
     test: tuple[str, ...]
     label_values: tuple[int, ...] = ()
+    label_meaning: dict[int, str] = Field(default_factory=lambda: {0: "background", 1: "vertebra"})
     digests: dict[str, str]
     versions: dict[str, str]
     processes: int = 1
@@ -205,9 +208,7 @@ class RunRecord(BaseModel):
 
 def save_record(run: Path, record: RunRecord) -> None:
     """Write a run's record in one step."""
-    temporary = run / f".{RECORD_NAME}"
-    temporary.write_text(record.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(run / RECORD_NAME)
+    write_text(run / RECORD_NAME, record.model_dump_json(indent=1))
 
 
 def load_record(run: Path) -> RunRecord:

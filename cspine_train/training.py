@@ -6,30 +6,37 @@ import logging
 import platform
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 
 from cspine_data import Cohort, Split, open_cohort
+from cspine_data.terminal import progress_bar
 from cspine_train.allocator import keep_large_blocks
-from cspine_train.callbacks import Keep, Plateau
+from cspine_train.callbacks import Curves, Keep, Plateau, Stop
 from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
-from cspine_train.classes import label_values, network_classes, unknown_labels, unknown_told
+from cspine_train.classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
+from cspine_train.loggers import Logged, check_loggers
 from cspine_train.machines import ONE_DEVICE, Machines, end_with_the_first, together
+from cspine_train.model_card import write_card
 from cspine_train.models import build_model, sides_of
-from cspine_train.module import MONITOR, SliceSegmenter
+from cspine_train.module import SliceSegmenter
+from cspine_train.overlays import save_overlays
+from cspine_train.pictures import draw_curves
+from cspine_train.prediction import load_run
+from cspine_train.progress import TerminalProgress
 from cspine_train.run_folder import CHECKPOINT_FOLDER, RECORD_NAME
 from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
 from cspine_train.shares import Share, see_whole_batches
 from cspine_train.trial import check_steps
 
-_STOP_AFTER = 7
 _log = logging.getLogger("cspine_train")
 
 
@@ -40,11 +47,13 @@ def train(
     workers: int = 0,
     checkpoint_minutes: float = 15.0,
     machines: Machines = ONE_DEVICE,
+    loggers: Sequence[str] = (),
 ) -> RunRecord:
     """Train a model on a store's slices; called again, go on where it stopped, or do nothing when it is finished.
 
     The run folder holds `run.json` (what was asked, what was fed), `model/` (the weights the run keeps, safetensors),
-    `metrics.csv` (a row an epoch) and `checkpoints/` (to go on from).
+    `metrics.csv` (a row an epoch) and `curves.png`, `checkpoints/` (to go on from), and in the end `overlays/`
+    (validation slices) and `MODEL_CARD.md`.
 
     Parameters
     ----------
@@ -60,6 +69,8 @@ def train(
         How often, within an epoch, to write what a killed run goes on from; the outcome does not depend on it.
     machines : Machines
         What to compute on. Where that is several devices, other processes are started, and end with this one.
+    loggers : sequence of str
+        ``tensorboard``, ``mlflow``: where metrics are logged besides.
 
     Returns
     -------
@@ -70,19 +81,19 @@ def train(
     ------
     RunError
         If the folder holds a run of other settings or data, the cohort is too small to split, the network cannot take
-        the run's steps, or not in the memory that is free, or the processes that are asked for cannot share them or
-        have died.
+        the run's steps, or not in the memory that is free, the processes that are asked for cannot share them or have
+        died, or a logger cannot be had.
     ModelError
         If the model cannot be built or its weights cannot be had.
     CspineDataError
         If the store cannot be used.
     """
+    check_loggers(loggers)
     run, cohort = Path(run), open_cohort(store)
     split = _split(cohort, settings)
     fed = _fed(cohort, split, settings.variant)
     _quieten()
-    keeper = Keep(run, settings.schedule)
-    trainer = _trainer(run, settings, keeper, checkpoint_minutes, machines)
+    trainer = _trainer(run, settings, checkpoint_minutes, machines)
     if not trainer.is_global_zero:
         # Of several processes one tells.
         _log.setLevel(logging.ERROR)
@@ -108,7 +119,8 @@ def train(
         warnings.warn(unknown_told(unknown), stacklevel=2)
     if trainer.is_global_zero:
         check_steps(network, _of_one(trainer, settings), data.steps("bf16" in _precision(settings.precision)))
-    made = {"weights_used": weights_used, "size_hw": data.size_hw, "label_values": values, "versions": _versions()}
+    labels = {"label_values": values, "label_meaning": label_meaning(values)}
+    made = {"weights_used": weights_used, "size_hw": data.size_hw, **labels, "versions": _versions()}
     how: dict[str, Any] = {"processes": trainer.world_size, "deterministic": machines.deterministic}
     record = RunRecord(settings=settings, **fed, **made, **how)
     if earlier and checkpoint:
@@ -124,6 +136,9 @@ def train(
         see_whole_batches(network)
     missed = [len(unknown.get(case, ())) for case in split.validation]
     module = SliceSegmenter(network, settings, split.validation, data.crop_hw, max(1, len(values)), missed)
+    keeper = Keep(run, settings.schedule)
+    logged = [Logged(loggers, run, record, keeper.rows, place.epochs)] if loggers else []
+    _listen(trainer, keeper, settings, [*logged, Curves(run)])
     request: dict[str, Any] = {"store": str(store), "run": str(run), "workers": workers}
     request |= {"settings": settings.model_dump(mode="json"), "machines": machines.model_dump()}
     request |= {"checkpoint_minutes": checkpoint_minutes}
@@ -134,6 +149,8 @@ def train(
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None
     record = record.model_copy(update={"finished": True, **keeper.kept})
     if trainer.is_global_zero:
+        # Before the record says so: whoever finds a run finished finds all of it.
+        _tell(run, record, cohort)
         save_record(run, record)
     return record
 
@@ -145,10 +162,28 @@ def join(request: dict[str, Any]) -> None:
     train(settings=settings, machines=machines, **request)
 
 
+def _listen(trainer: lightning.Trainer, keeper: Keep, settings: RunSettings, tellers: Sequence[Callback]) -> None:
+    """Let callbacks hear of an epoch before those that a trainer was made with; of several processes the first tells."""
+    callbacks: list[Callback] = [keeper]
+    if trainer.is_global_zero:
+        callbacks += tellers
+        if sys.stderr.isatty():
+            callbacks.append(TerminalProgress(keeper.rows, may_stop=settings.schedule == "plateau"))
+    trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
+
+
 def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
     """Return the settings with as many slices a step as share one memory: a GPU's, or that of a node's processes."""
     sharing = 1 if torch.cuda.is_available() else trainer.num_devices
     return settings.model_copy(update={"batch_size": settings.batch_size * sharing // trainer.world_size})
+
+
+def _tell(run: Path, record: RunRecord, cohort: Cohort) -> None:
+    """Write what people look at first: curves, overlays and the model card."""
+    draw_curves(run)
+    with progress_bar("drawing overlays") as progress:
+        save_overlays(load_run(run), cohort, progress)
+    write_card(run, record)
 
 
 def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> None:
@@ -176,13 +211,9 @@ def _fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     return {"store": cohort.location, **what, **parts}
 
 
-def _trainer(
-    run: Path, settings: RunSettings, keeper: Keep, checkpoint_minutes: float, machines: Machines
-) -> lightning.Trainer:
-    callbacks: list[Callback] = [keeper, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
-    if settings.schedule == "plateau":
-        callbacks.insert(1, Plateau())
-        callbacks.append(EarlyStopping(MONITOR, mode="max", patience=_STOP_AFTER))
+def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, machines: Machines) -> lightning.Trainer:
+    plateau = [Plateau(), Stop()] if settings.schedule == "plateau" else []
+    callbacks = [*plateau, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
     return lightning.Trainer(
         max_epochs=settings.epochs,
         gradient_clip_val=settings.clip_norm,
@@ -192,7 +223,7 @@ def _trainer(
         callbacks=callbacks,
         plugins=[DurableCheckpoints()],
         logger=False,
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )

@@ -134,6 +134,12 @@ def store(ball_cohort: Path, tmp_path: Path) -> Path:
     return tmp_path / "s.zarr"
 
 
+@pytest.fixture
+def without_overlays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `train` leave out its overlays, which are drawn as long as a tiny network trains."""
+    monkeypatch.setattr("cspine_train.training.save_overlays", lambda *_: ())
+
+
 @pytest.fixture(scope="session")
 def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phantom")

@@ -25,6 +25,8 @@ from cspine_train.module import SliceSegmenter
 from cspine_train.sampling import EpochSampler
 from cspine_train.settings import load_record
 
+pytestmark = pytest.mark.usefixtures("without_overlays")
+
 #: Dropout draws in FPN; at every step there is a checkpoint.
 SMALL = {"model": "fpn", "encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
 ALWAYS = 1e-9

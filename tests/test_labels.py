@@ -312,6 +312,13 @@ def test_labels_are_learnt(tmp_path: Path, serially: None) -> None:
     (score,) = evaluate(tmp_path / "run").scores
     assert score.dice > 0.7
     assert min(score.labels[1].dice, score.labels[3].dice) > 0.5
+    assert (tmp_path / "run" / "overlays" / "best.png").exists()
+    card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
+    assert "0 is background, 1 is label 1 of the training data, 3 is label 3 of the training data" in card
+    assert (
+        f"mean Dice, by label | lowest | highest |\n|---|---|---|---|---|\n| test | 1 | {score.label_dice:.4f} |"
+        in card
+    )
 
 
 def test_a_label_that_no_training_case_has_counts_as_missed(tmp_path: Path, serially: None) -> None:

@@ -49,6 +49,8 @@ from cspine_train.settings import load_record
 from cspine_train.transforms import Sides
 from tests.conftest import ball, write_case
 
+pytestmark = pytest.mark.usefixtures("without_overlays")
+
 SMALL = {
     "encoder": "tu-mobilenetv3_small_100",
     "weights": "none",
