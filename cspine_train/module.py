@@ -99,9 +99,13 @@ class SliceSegmenter(lightning.LightningModule):
             share = this_share()
             seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * share.world)
             images, masks = self._augment(images, masks, batch.axes, share.of(seeds))
-            if self.global_step < self._settings.coarse_share * int(self.trainer.estimated_stepping_batches):
+            if self._is_coarse():
                 images, masks = coarser(images, masks, self._sides)
         return images.contiguous(memory_format=torch.channels_last), masks, batch.numbers
+
+    def _is_coarse(self) -> bool:
+        share = self._settings.coarse_share
+        return bool(share) and self.global_step < share * int(self.trainer.estimated_stepping_batches)
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch."""

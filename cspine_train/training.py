@@ -163,7 +163,7 @@ def join(request: dict[str, Any]) -> None:
 
 
 def _listen(trainer: lightning.Trainer, keeper: Keep, settings: RunSettings, tellers: Sequence[Callback]) -> None:
-    """Let callbacks hear of an epoch before those that a trainer was made with; of several processes the first tells."""
+    """Let callbacks hear of an epoch before those that a trainer was made with; one of several processes tells."""
     callbacks: list[Callback] = [keeper]
     if trainer.is_global_zero:
         callbacks += tellers
