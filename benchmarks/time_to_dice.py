@@ -53,7 +53,7 @@ def plain_loop(store: str, epochs: int) -> None:
     cohort = open_cohort(store)
     network = build_model(settings.model, settings.encoder, "none", settings.channels)[0]
     data = CohortSlices(cohort, cohort.split(variant="n4"), settings, 0, sides_of(network))
-    validation = [(batch.intensities(), batch.masks) for batch in data.val_dataloader()]
+    validation = [(batch.intensities(), batch.masks, batch.inside()) for batch in data.val_dataloader()]
     batches = list(data.train_dataloader())
     images = torch.cat([batch.intensities() for batch in batches])
     masks = torch.cat([batch.masks for batch in batches])
@@ -77,10 +77,10 @@ def plain_loop(store: str, epochs: int) -> None:
         network.eval()
         counts = torch.zeros(1, 2, len(THRESHOLDS) + 1, dtype=torch.int64)
         with torch.inference_mode():
-            for seen, truth in validation:
+            for seen, truth, inside in validation:
                 above = torch.bucketize(torch.sigmoid(network(seen)), torch.tensor(THRESHOLDS))
                 bins = (truth > 0.5) * (len(THRESHOLDS) + 1) + above
-                counts += torch.bincount(bins.flatten(), minlength=counts.numel()).view_as(counts)
+                counts += torch.bincount(bins[inside], minlength=counts.numel()).view_as(counts)
         seconds += time.perf_counter() - started
         print(f"{seconds:.2f},{best_threshold(counts)[0]:.4f}", flush=True)
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cspine_data import CspineDataError, SliceDataset
 from cspine_train.classes import class_numbers
-from cspine_train.transforms import masks_to_network, shares_of, to_network
+from cspine_train.transforms import inside, masks_to_network, network_shape, shares_of, to_network
 
 
 class Batch(NamedTuple):
@@ -38,6 +38,8 @@ class Batch(NamedTuple):
         int64 (N,): which of `SliceDataset.cases` each slice is of.
     axes : Tensor
         int64 (N,): the axis that each slice is across.
+    shapes_hw : Tensor
+        int64 (N, 2): height and width of each slice at the network's pixels, before it was padded or cropped.
     """
 
     images: torch.Tensor
@@ -45,6 +47,7 @@ class Batch(NamedTuple):
     masks: torch.Tensor
     numbers: torch.Tensor
     axes: torch.Tensor
+    shapes_hw: torch.Tensor
 
     def intensities(self) -> torch.Tensor:
         """Return the images as normalised intensities, float32."""
@@ -54,6 +57,10 @@ class Batch(NamedTuple):
         """Return the share of each pixel that has each of so many labels, float32 (N, `labels`, H, W)."""
         # A byte a pixel is brought to the device, however many labels there are.
         return shares_of(self.masks, labels) if self.masks.dtype == torch.uint8 else self.masks
+
+    def inside(self) -> torch.Tensor:
+        """Return where images show their slices, not the margin around them, bool (N, 1, H, W)."""
+        return inside(self.shapes_hw, (self.images.shape[2], self.images.shape[3]))
 
 
 # Ready, or being read, while another is used.
@@ -116,7 +123,10 @@ class SliceBatches(Dataset[Batch]):
             scales = torch.ones(len(items))
         numbers = torch.tensor([self.slices.case_number(item) for item in items])
         axes = torch.tensor([self.slices.place(item).axis for item in items])
-        return Batch(images, scales, masks, numbers, axes)
+        shapes = [
+            network_shape(self.slices.shape(item), self.slices.spacing_mm(item), self._pixel_mm) for item in items
+        ]
+        return Batch(images, scales, masks, numbers, axes, torch.tensor(shapes))
 
     def _fit_into(self, items: Sequence[int], images: torch.Tensor, masks: torch.Tensor) -> None:
         alike: dict[Any, list[int]] = {}

@@ -9,7 +9,9 @@ import torch
 from cspine_train.losses import with_background
 
 
-def confusion(logits: torch.Tensor, shares: torch.Tensor, numbers: torch.Tensor, patients: int) -> torch.Tensor:
+def confusion(
+    logits: torch.Tensor, shares: torch.Tensor, numbers: torch.Tensor, inside: torch.Tensor, patients: int
+) -> torch.Tensor:
     """Count the pixels of a batch by patient, by the class that fills most of them, and by the likeliest one.
 
     Parameters
@@ -20,6 +22,8 @@ def confusion(logits: torch.Tensor, shares: torch.Tensor, numbers: torch.Tensor,
         float32 (N, K, H, W).
     numbers : Tensor
         int64 (N,): which patient each slice is of.
+    inside : Tensor
+        bool (N, 1, H, W): which pixels count.
     patients : int
         How many there are.
 
@@ -31,7 +35,7 @@ def confusion(logits: torch.Tensor, shares: torch.Tensor, numbers: torch.Tensor,
     classes = logits.shape[1]
     truth, found = with_background(shares).argmax(1), logits.argmax(1)
     cells = (numbers.view(-1, 1, 1) * classes + truth) * classes + found
-    counts = torch.bincount(cells.flatten(), minlength=patients * classes**2)
+    counts = torch.bincount(cells[inside.squeeze(1)], minlength=patients * classes**2)
     return counts.view(patients, classes, classes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -23,8 +23,25 @@ MONITOR = "valid_dice"
 THRESHOLD = "threshold"
 #: Probabilities that validation tries as the border between vertebra and the rest.
 THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
-# Images, masks and case numbers, as the network sees them.
-Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Seen(NamedTuple):
+    """A batch as the network sees it.
+
+    Attributes
+    ----------
+    images, masks : Tensor
+        float32 (N, C, H, W) and (N, K, H, W).
+    numbers : Tensor
+        int64 (N,): which case each slice is of.
+    inside : Tensor
+        bool (N, 1, H, W): where images show their slices; of a training batch, where they did before it was changed.
+    """
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    numbers: torch.Tensor
+    inside: torch.Tensor
 
 
 def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
@@ -101,7 +118,8 @@ class SliceSegmenter(lightning.LightningModule):
             images, masks = self._augment(images, masks, batch.axes, share.of(seeds))
             if self._is_coarse():
                 images, masks = coarser(images, masks, self._sides)
-        return images.contiguous(memory_format=torch.channels_last), masks, batch.numbers
+        images = images.contiguous(memory_format=torch.channels_last)
+        return Seen(images, masks, batch.numbers, batch.inside())
 
     def _is_coarse(self) -> bool:
         share = self._settings.coarse_share
@@ -109,7 +127,7 @@ class SliceSegmenter(lightning.LightningModule):
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch."""
-        images, masks, _ = batch
+        images, masks = batch.images, batch.masks
         logits, masks = whole_batch(self._forward(images)), whole_batch(masks)
         loss: torch.Tensor = self._loss(logits, masks)
         # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
@@ -125,14 +143,14 @@ class SliceSegmenter(lightning.LightningModule):
 
         Of several labels, by which they have and which is the likeliest.
         """
-        images, masks, numbers = batch
+        images, masks, numbers, inside = batch
         if self._labels > 1:
-            self._counts += confusion(self.kept(images), masks, numbers, len(self._cases)).cpu()
+            self._counts += confusion(self.kept(images), masks, numbers, inside, len(self._cases)).cpu()
             return
         probabilities = torch.sigmoid(self.kept(images).float())
         above = torch.bucketize(probabilities, torch.tensor(THRESHOLDS, device=probabilities.device))
         bins = (2 * numbers.view(-1, 1, 1, 1) + (masks > 0.5)) * (len(THRESHOLDS) + 1) + above
-        counts = torch.bincount(bins.flatten(), minlength=self._counts.numel())
+        counts = torch.bincount(bins[inside], minlength=self._counts.numel())
         self._counts += counts.view_as(self._counts).cpu()
 
     def on_validation_epoch_end(self) -> None:

@@ -74,6 +74,31 @@ def _middle(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return images[..., top : top + height, left : left + width]
 
 
+def inside(shapes_hw: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
+    """Return which pixels of images that `fit` has brought to a size are not margin.
+
+    Parameters
+    ----------
+    shapes_hw : Tensor
+        int64 (N, 2): the sizes that they had.
+    size_hw : tuple of int
+        The size that they have.
+
+    Returns
+    -------
+    Tensor
+        bool (N, 1, H, W).
+    """
+    within = []
+    for axis, size in enumerate(size_hw):
+        own = shapes_hw[:, axis : axis + 1].clamp(max=size)
+        first = (size - own) // 2
+        place = torch.arange(size, device=shapes_hw.device)
+        within.append((place >= first) & (place < first + own))
+    rows, columns = within
+    return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+
+
 def to_network(
     slices: NDArray[np.float32],
     spacing_mm: tuple[float, float],

@@ -144,9 +144,13 @@ def test_validation_counts_what_evaluation_counts(labels: int, seed: int, unknow
     numbers = rng.integers(0, 3, 4)
     shares = (torch.from_numpy(truth)[:, None] == torch.arange(1, labels + 1).view(1, -1, 1, 1)).float()
     logits = torch.nn.functional.one_hot(torch.from_numpy(found), labels + 1).movedim(3, 1).float()
+    inside = rng.random((4, 2, 3)) < 0.8
+    within = torch.from_numpy(inside)[:, None]
     counts = sum(
-        confusion(logits[part], shares[part], torch.from_numpy(numbers)[part], 3) for part in (slice(0, 3), slice(3, 4))
+        confusion(logits[part], shares[part], torch.from_numpy(numbers)[part], within[part], 3)
+        for part in (slice(0, 3), slice(3, 4))
     )
+    truth, found = truth * inside, found * inside
     expected = []
     for patient in range(3):
         overlaps = label_overlaps(found[numbers == patient], truth[numbers == patient])

@@ -434,11 +434,11 @@ def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phanto
     assert data.crop_hw[0] < data.size_hw[0]
     module = SliceSegmenter(torch.nn.Identity(), settings, split.validation, data.crop_hw)
     module.trainer = SimpleNamespace(training=True, global_step=3)
-    images, masks, _ = module.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    images, masks, *_ = module.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert tuple(images.shape) == (8, 3, *data.crop_hw)
     assert tuple(masks.shape) == (8, 1, *data.crop_hw)
     module.trainer.training = False
-    images, _, _ = module.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    images, *_ = module.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     assert tuple(images.shape[-2:]) == data.size_hw
     assert CohortSlices(cohort, split, settings.model_copy(update={"crop_margin_mm": None})).crop_hw is None
 

@@ -13,6 +13,7 @@ from cspine_train.transforms import (
     fit,
     fixed_size,
     from_network,
+    inside,
     masks_to_network,
     network_shape,
     to_network,
@@ -120,3 +121,9 @@ def test_empty_masks_are_defined() -> None:
     assert Overlap(0, 3, 0).dice == Overlap(0, 0, 3).iou == 0
     with pytest.raises(ValueError, match=r"masks of shapes \(1,\) and \(2,\) cannot be compared"):
         overlap(np.zeros(1, bool), np.zeros(2, bool))
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4), st.integers(1, 40))
+def test_inside_is_what_fitting_has_put_there(shapes: list[tuple[int, int]], size: int) -> None:
+    expected = [fit(torch.ones(1, 1, *shape), (size, 24), torch.zeros(1, 1, 1, 1)) for shape in shapes]
+    assert torch.equal(inside(torch.tensor(shapes), (size, 24)), torch.cat(expected) > 0)
