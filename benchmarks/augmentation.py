@@ -39,7 +39,9 @@ ALONE = {
     "coarse pixels": Amounts(coarse=4, chance=1),
     "motion ghosts": Amounts(ghosts=0.3, chance=1),
     "noise": Amounts(noise=0.4),
+    "small field of view": Amounts(window=1),
     "strong": LEVELS["strong"],
+    "strong, more of it": LEVELS["strong"],
 }
 
 
@@ -142,10 +144,10 @@ def draw(file: Path) -> None:
     shown, across = 3, 2
     figure = Figure(figsize=(1.9 * shown * across, 2.2 * len(ALONE) / across), layout="constrained")
     panels = figure.subplots(len(ALONE) // across, shown * across).reshape(-1, shown)
-    for row, (name, amounts) in zip(panels, ALONE.items(), strict=True):
+    for number_of, (row, (name, amounts)) in enumerate(zip(panels, ALONE.items(), strict=True)):
         several = image.expand(shown, -1, -1, -1), mask.expand(shown, -1, -1, -1)
         axes = torch.zeros(shown, dtype=torch.int64)
-        changed, moved = Augmentation(amounts)(*several, axes, sample_seeds(3, 0, shown))
+        changed, moved = Augmentation(amounts)(*several, axes, sample_seeds(3, number_of, shown))
         for number, panel in enumerate(row):
             panel.imshow(changed[number, 0].T, cmap="gray", origin="lower", vmin=-1.5, vmax=3)
             panel.contour(moved[number, 0].T, [0.5], colors="#e69f00", linewidths=0.7)

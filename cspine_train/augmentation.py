@@ -23,8 +23,10 @@ from cspine_train.changes import (
     smooth_fields,
     standardised_like,
     warped,
+    window,
 )
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 Level = Literal["none", "light", "reference", "strong"]
 
 
@@ -57,6 +59,9 @@ class Amounts:
         Largest factor by which pixels are made coarser.
     ghosts : float
         Largest strength of a motion ghost, as a share of the signal.
+    window : float
+        Chance that all but a part of a slice, at least a quarter of each side, is margin, as where a field of view is
+        small.
     chance : float
         Of each of distortion, field, blur, coarse pixels and ghosts.
     """
@@ -74,6 +79,7 @@ class Amounts:
     blur: float = 0.0
     coarse: float = 1.0
     ghosts: float = 0.0
+    window: float = 0.0
     chance: float = 0.0
 
 
@@ -83,13 +89,14 @@ LEVELS: dict[str, Amounts] = {
     "reference": Amounts(flip=0.5, degrees=15, scale=0.3, shift=0.1, distortion=0.3, blur=1.5, chance=0.5),
     "strong": Amounts(
         flip=0.5, degrees=12, scale=0.2, shift=0.08, distortion=0.1, contrast=0.3, noise=0.2, remap=0.35, convolve=0.1,
-        field=0.4, blur=0.8, coarse=2.0, ghosts=0.15, chance=0.15,
+        field=0.4, blur=0.8, coarse=2.0, ghosts=0.15, window=0.2, chance=0.15,
     ),
 }  # fmt: skip
 
 # Numbers drawn for a sample, enough for all that may happen to it.
-_DRAWS = 192
+_DRAWS = 200
 _KNOTS = 7
+_NARROWEST = 0.25
 _GRID = 5
 
 
@@ -114,9 +121,7 @@ class Augmentation:
         self.amounts = level if isinstance(level, Amounts) else LEVELS[level]
         self.crop_hw = crop_hw
 
-    def __call__(
-        self, images: torch.Tensor, masks: torch.Tensor, axes: torch.Tensor, seeds: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, images: torch.Tensor, masks: torch.Tensor, axes: torch.Tensor, seeds: Sequence[int]) -> Pair:
         """Change a batch.
 
         Parameters
@@ -140,9 +145,7 @@ class Augmentation:
         images = self._of_other_acquisition(images, low, draws)
         return self._of_other_scale(images, low, high, draws), masks
 
-    def _moved(
-        self, images: torch.Tensor, masks: torch.Tensor, axes: torch.Tensor, draws: _Draws
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _moved(self, images: torch.Tensor, masks: torch.Tensor, axes: torch.Tensor, draws: _Draws) -> Pair:
         amounts, full_hw = self.amounts, (images.shape[2], images.shape[3])
         crop_hw = self.crop_hw or full_hw
         radians = math.radians(amounts.degrees) * draws.around()
@@ -165,7 +168,18 @@ class Augmentation:
         turned = flip & (axes == 0)
         if images.shape[1] > 1 and turned.any():
             images = torch.where(turned.view(-1, 1, 1, 1), images.flip(1), images)
-        return warped(images, grid, beyond="border"), warped(masks, grid, beyond="zeros")
+        return self._windowed(warped(images, grid, beyond="border"), warped(masks, grid, beyond="zeros"), draws)
+
+    def _windowed(self, images: torch.Tensor, masks: torch.Tensor, draws: _Draws) -> Pair:
+        narrow = draws.whether(self.amounts.window)
+        share, place = draws.share(2), draws.share(2)
+        if not narrow.any():
+            return images, masks
+        sizes = torch.tensor(images.shape[2:], device=images.device)
+        shown = (sizes * (_NARROWEST + (1 - _NARROWEST) * share)).ceil()
+        shown = torch.where(narrow.unsqueeze(1), shown, sizes)
+        within = window(shown, place, (images.shape[2], images.shape[3]))
+        return torch.where(within, images, images.amin((1, 2, 3), keepdim=True)), masks * within
 
     def _of_other_contrast(
         self, images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, draws: _Draws

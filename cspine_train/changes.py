@@ -105,6 +105,27 @@ def warped(images: torch.Tensor, grid: torch.Tensor, *, beyond: str) -> torch.Te
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode=beyond, align_corners=False)
 
 
+def window(shown: torch.Tensor, place: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
+    """Return which pixels of slices are in a window of each, bool (N, 1, H, W).
+
+    Parameters
+    ----------
+    shown : Tensor
+        (N, 2): height and width of the windows, in pixels.
+    place : Tensor
+        (N, 2): from 0, at the first row and column, to 1, at the last.
+    size_hw : tuple of int
+        Size of the slices.
+    """
+    within = []
+    for axis, size in enumerate(size_hw):
+        first = torch.floor(place[:, axis] * (size - shown[:, axis] + 1)).unsqueeze(1)
+        pixels = torch.arange(size, device=shown.device)
+        within.append((pixels >= first) & (pixels < first + shown[:, axis].unsqueeze(1)))
+    rows, columns = within
+    return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+
+
 def ends(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each sample's darkest and brightest intensity but for the outermost 1 %, (N, 1, 1, 1) both."""
     some = images[:, images.shape[1] // 2, ::4, ::4].flatten(1)

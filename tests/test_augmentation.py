@@ -187,6 +187,24 @@ def test_no_change_changes_nothing() -> None:
     assert torch.equal(same_masks, masks)
 
 
+def test_a_small_field_of_view_shows_one_part_and_a_dark_margin() -> None:
+    images = 1 + torch.rand(64, 2, 40, 60, generator=torch.Generator().manual_seed(0))
+    changed, masks = change(Amounts(window=1), images, images[:, :1])
+    places = set()
+    for image, mask, before in zip(changed, masks, images, strict=True):
+        shown = (mask[0] > 0).nonzero()
+        (top, left), (bottom, right) = shown.amin(0).tolist(), shown.amax(0).tolist()
+        assert bottom - top + 1 >= 10
+        assert right - left + 1 >= 15
+        assert len(shown) == (bottom - top + 1) * (right - left + 1)
+        part = (slice(None), slice(top, bottom + 1), slice(left, right + 1))
+        torch.testing.assert_close(image[part], before[part])
+        image[part] = before.min()
+        torch.testing.assert_close(image, before.min().expand_as(image))
+        places.add((top, left, bottom, right))
+    assert len(places) > 60
+
+
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.integers(0, 99))
 @hypothesis_settings(deadline=None)
 def test_a_map_is_linear_between_its_values(values: list[float], seed: int) -> None:
