@@ -188,7 +188,7 @@ class Augmentation:
         mapped, folded = draws.whether(amounts.remap), draws.whether(amounts.convolve)
         values = _maps(draws)
         kernels = draws.normal(sum(map(math.prod, _LAYERS)))
-        blend, zero = draws.share(), draws.share()
+        blend, zero = 0.7 * draws.share(), draws.share()
         gamma = torch.exp(amounts.contrast * draws.around())
         if amounts.contrast:
             # Where intensities are mapped at random, gamma is no news.
