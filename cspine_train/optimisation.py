@@ -72,4 +72,6 @@ def averaged(network: nn.Module, kept: float) -> AveragedModel:
             else:
                 average.copy_(value)
 
-    return AveragedModel(network, multi_avg_fn=take_in, use_buffers=True)
+    average = AveragedModel(network, multi_avg_fn=take_in, use_buffers=True)
+    # Or several processes would exchange gradients that it never has.
+    return average.requires_grad_(False)
