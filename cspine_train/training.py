@@ -137,7 +137,7 @@ def train(
     missed = [len(unknown.get(case, ())) for case in split.validation]
     module = SliceSegmenter(network, settings, split.validation, data.crop_hw, max(1, len(values)), missed)
     keeper = Keep(run, settings.schedule)
-    logged = [Logged(loggers, run, record, keeper.rows, place.epochs)] if loggers else []
+    logged = [Logged(loggers, run, record, keeper.rows, place.epochs)] if loggers and trainer.is_global_zero else []
     _listen(trainer, keeper, settings, [*logged, Curves(run)])
     request: dict[str, Any] = {"store": str(store), "run": str(run), "workers": workers}
     request |= {"settings": settings.model_dump(mode="json"), "machines": machines.model_dump()}

@@ -496,8 +496,8 @@ def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels
     assert data.size_hw == (height, width)
     loader = data.train_dataloader()
     seen = np.concatenate([masks.sum((1, 2, 3)).numpy() for _, _, masks, *_ in loader])
-    loader.sampler.set_epoch(0)
-    order = list(loader.sampler)[: len(seen)]
+    loader.batch_sampler.sampler.set_epoch(0)
+    order = list(loader.batch_sampler.sampler)[: len(seen)]
     labelled = cohort.slices(0, variant="n4", cases=split.train).labelled_voxels
     np.testing.assert_array_equal(seen, labelled[order])
     images, *_ = next(iter(data.val_dataloader()))
