@@ -130,9 +130,13 @@ def test_what_a_network_has_not_come_to_is_not_counted_as_seen(
     assert [file.name for file in folder.iterdir()] == ["epoch=0.ckpt"]
 
 
-def test_early_stopping_goes_on_counting(phantom_store: Path, tmp_path: Path, steps: dict[str, Any]) -> None:
+def test_early_stopping_goes_on_counting(
+    phantom_store: Path, tmp_path: Path, steps: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rate falls on a plateau, and the run stops, when they would have."""
-    settings = RunSettings(**{**SMALL, "model": "linknet"}, learning_rate=1e-9, epochs=12, batch_size=32)
+    # Dice that never gains: at any rate of learning, statistics of batch normalisation move it a little.
+    monkeypatch.setattr("cspine_train.module.best_threshold", lambda counts: (0.5, 0.5))
+    settings = RunSettings(**{**SMALL, "model": "linknet"}, learning_rate=1e-4, epochs=12, batch_size=32)
     train(phantom_store, tmp_path / "undisturbed", settings)
     count, run = batches_of(phantom_store, settings), tmp_path / "run"
     for stop in (5 * count + 2, 7 * count + 1):
@@ -140,7 +144,8 @@ def test_early_stopping_goes_on_counting(phantom_store: Path, tmp_path: Path, st
         with pytest.raises(Stopped):
             train(phantom_store, run, settings, checkpoint_minutes=ALWAYS)
     train(phantom_store, run, settings)
-    assert 7 < len(history(run)) < 12
+    assert len(history(run)) == 8
+    assert len({row[4] for row in history(run)}) == 2
     assert history(run, (5, 7)) == history(tmp_path / "undisturbed", (5, 7))
     assert same(weights(run), weights(tmp_path / "undisturbed"))
 
