@@ -168,7 +168,7 @@ def together(trainer: Any, run: Path, start: str, request: dict[str, Any]) -> It
     Raises
     ------
     RunError
-        If another process has died.
+        If another process has died, or PyTorch cannot do what an option asks for.
     """
     environment, threads = {name: os.environ.get(name) for name in _VARIABLES}, torch.get_num_threads()
     others: list[subprocess.Popen[bytes]] = []
@@ -192,6 +192,9 @@ def together(trainer: Any, run: Path, start: str, request: dict[str, Any]) -> It
                 f"{run}: cannot be trained with --deterministic here, as PyTorch has no such {what}; choose another "
                 "--model, or leave the option out"
             ) from None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            what = str(error).split("\n", 1)[0][:200]
+            raise RunError(f"{run}: cannot be trained with --compile here ({what}); leave the option out") from None
         if trainer.world_size == 1 or not _is_of_a_connection(error):
             raise
         raise RunError(_told(others, run)) from None

@@ -101,7 +101,9 @@ class SliceSegmenter(lightning.LightningModule):
         self._loss = SegmentationLoss(settings.loss, labels)
         self._augment = Augmentation(settings.augment, crop_hw)
         self._average = averaged(self.network, settings.average) if settings.average else None
-        self._forward = torch.compile(self.network) if settings.compile else self.network.__call__
+        # For each size anew: what is made for all depends on the first, and a run that goes on begins with another.
+        compiled = torch.compile(self.network, dynamic=False) if settings.compile else None
+        self._forward = self.network.__call__ if compiled is None else compiled
         self._cases = tuple(validation_cases)
         self._labels = labels
         self._unknown = tuple(unknown or [0] * len(self._cases))
@@ -166,8 +168,9 @@ class SliceSegmenter(lightning.LightningModule):
             return torch.zeros(len(self._cases), 1 + self._labels, 1 + self._labels, dtype=torch.int64)
         return torch.zeros(len(self._cases), 2, len(THRESHOLDS) + 1, dtype=torch.int64)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take a step's weights into the average."""
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        """Take a step, and its weights into the average, before a checkpoint is written of both."""
+        super().optimizer_step(*arguments, **named)
         if self._average is not None:
             self._average.update_parameters(self.network)
 

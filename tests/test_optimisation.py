@@ -1,0 +1,114 @@
+"""How weights move: rates and averages against their formulas; a run of all options is stopped and goes on."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cspine_train import Machines, RunError, RunSettings, train
+from cspine_train.machines import together
+from cspine_train.module import SliceSegmenter
+from cspine_train.optimisation import averaged, cosine_share, optimisation
+from tests.test_checkpoints import ALWAYS, SMALL, Stopped, history, same, weights
+
+pytestmark = pytest.mark.usefixtures("without_overlays")
+
+
+def test_a_cosine_rises_quickly_and_falls_to_nothing() -> None:
+    rates = [cosine_share(step, 100) for step in range(101)]
+    assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert all(first > second for first, second in pairwise(rates[5:]))
+    assert rates[5 + 95 // 2] == pytest.approx(0.5, abs=0.01)
+    assert rates[100] == 0
+    assert cosine_share(0, 1) == 1
+
+
+def test_an_average_is_of_the_latest_weights_and_statistics() -> None:
+    network = nn.BatchNorm1d(1)
+    average = averaged(network, 0.9)
+    expected = [1.0]
+    for step, value in enumerate((2.0, 5.0, 3.0, 4.0)):
+        for tensor in (network.weight, network.running_mean):
+            tensor.data.fill_(value)
+        network.num_batches_tracked.fill_(step)
+        average.update_parameters(network)
+        kept = min(0.9, (1 + step) / (10 + step)) if step else 0
+        expected.append(kept * expected[-1] + (1 - kept) * value)
+    for tensor in (average.module.weight, average.module.running_mean):
+        assert tensor.item() == pytest.approx(expected[-1])
+    assert int(average.module.num_batches_tracked) == 3
+    assert not any(parameter.requires_grad for parameter in average.parameters())
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("schedule", ["plateau", "onecycle", "cosine"])
+def test_gradients_are_within_reach_where_they_are_to_be_shortened(schedule: str, clip_norm: float | None) -> None:
+    made = optimisation(nn.Linear(1, 1), RunSettings(schedule=schedule, clip_norm=clip_norm, learning_rate=0.5), 10)
+    optimizer = made if schedule == "plateau" else made["optimizer"]
+    assert optimizer.defaults["fused"] is (clip_norm is None)
+
+
+def test_a_run_of_all_options_goes_on_within_an_epoch_to_the_same_weights(
+    phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped where pixels are coarse, and again where they are not: an average of weights is in checkpoints too."""
+    options = {"schedule": "cosine", "average": 0.9, "clip_norm": 1e-3, "coarse_share": 0.5, "learning_rate": 3e-3}
+    settings = RunSettings(**{**SMALL, **options, "size_hw": (96, 64), "epochs": 2, "batch_size": 32})
+    seen: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
+    stop: list[int] = []
+    step = SliceSegmenter.training_step
+
+    def watched(self: SliceSegmenter, batch: Any, number: int) -> torch.Tensor:
+        if stop and self.global_step == stop[0]:
+            stop.pop(0)
+            raise Stopped
+        found = tuple(batch.images.shape[2:]), batch.images.sum()
+        assert torch.equal(seen.setdefault(self.global_step, found)[1], found[1])
+        return step(self, batch, number)
+
+    monkeypatch.setattr(SliceSegmenter, "training_step", watched)
+    train(phantom_store, tmp_path / "whole", settings)
+    sizes = [seen[number][0] for number in sorted(seen)]
+    half = len(sizes) // 2
+    assert len(set(sizes[:half])) == len(set(sizes[half:])) == 1
+    assert sizes[0] < sizes[-1]
+    stop[:] = [2, len(sizes) - 2]
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            train(phantom_store, tmp_path / "stopped", settings, checkpoint_minutes=ALWAYS)
+    train(phantom_store, tmp_path / "stopped", settings)
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert history(tmp_path / "stopped")[-1][2:] == history(tmp_path / "whole")[-1][2:]
+
+
+def test_steps_are_made_for_each_size_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order sizes come: a run that goes on begins with another one."""
+    made: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    network = nn.Conv2d(1, 1, 3)
+    segmenter = SliceSegmenter(network, RunSettings(compile=True), ["A"])
+    for size in (8, 9, 10, 8):
+        images = torch.rand(2, 1, size, size)
+        assert torch.equal(segmenter._forward(images), network(images))
+    assert len(made) == 3
+
+
+def test_steps_that_cannot_be_compiled_are_told_in_one_line(tmp_path: Path) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    trainer, request = SimpleNamespace(world_size=1), {"machines": Machines().model_dump()}
+    told = r"cannot be trained with --compile here \(.*No working C\+\+ compiler found.*\); leave the option out$"
+    with pytest.raises(RunError, match=told), together(trainer, tmp_path, "", request):
+        raise TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO")
