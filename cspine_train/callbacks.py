@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from cspine_train.models import save_model
 from cspine_train.module import MONITOR, THRESHOLD
-from cspine_train.pictures import draw_curves
-from cspine_train.run_folder import METRICS_NAME, MODEL_FOLDER
+from cspine_train.pictures import draw_curves, never_fatal
+from cspine_train.run_folder import CURVES_NAME, METRICS_NAME, MODEL_FOLDER
 from cspine_train.settings import load_record, save_record
 
 _LOWER_AFTER = 5
@@ -171,7 +171,8 @@ class Curves(Callback):
         """Draw them, if it is time to."""
         started = time.perf_counter()
         if started - self._drawn >= _DRAW_AFTER * self._cost_s:
-            draw_curves(self._run)
+            with never_fatal(f"{self._run / CURVES_NAME}"):
+                draw_curves(self._run)
             self._drawn = time.perf_counter()
             self._cost_s = self._drawn - started
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,17 @@ def window_of(image: NDArray[Any]) -> tuple[float, float]:
     """Return the intensities to show black and white: percentiles 1 and 98, as fat beside a coil outshines all else."""
     low, high = np.percentile(image, _WINDOW)
     return float(low), float(high) if high > low else float(low) + 1
+
+
+@contextmanager
+def never_fatal(what: str) -> Iterator[None]:
+    """Warn where a picture, or whatever else people look at, fails: a network that is trained is worth more."""
+    try:
+        yield
+    # Fonts, disks, memory, a store that has gone meanwhile.
+    except Exception as error:  # noqa: BLE001
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        warnings.warn(f"{what}: could not be made ({reason}); the run goes on without it", stacklevel=3)
 
 
 def draw_overlays(path: Path, views: Sequence[SliceView], title: str, notes: Sequence[str] = ()) -> None:

@@ -29,10 +29,10 @@ from cspine_train.model_card import write_card
 from cspine_train.models import build_model, sides_of
 from cspine_train.module import SliceSegmenter
 from cspine_train.overlays import save_overlays
-from cspine_train.pictures import draw_curves
+from cspine_train.pictures import draw_curves, never_fatal
 from cspine_train.prediction import load_run
 from cspine_train.progress import TerminalProgress
-from cspine_train.run_folder import CHECKPOINT_FOLDER, RECORD_NAME
+from cspine_train.run_folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME
 from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
 from cspine_train.shares import Share, see_whole_batches
 from cspine_train.trial import check_steps
@@ -53,7 +53,7 @@ def train(
 
     The run folder holds `run.json` (what was asked, what was fed), `model/` (the weights the run keeps, safetensors),
     `metrics.csv` (a row an epoch) and `curves.png`, `checkpoints/` (to go on from), and in the end `overlays/`
-    (validation slices) and `MODEL_CARD.md`.
+    (validation slices) and `MODEL_CARD.md`; a picture or card that cannot be made is warned of, and left out.
 
     Parameters
     ----------
@@ -180,10 +180,12 @@ def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
 
 def _tell(run: Path, record: RunRecord, cohort: Cohort) -> None:
     """Write what people look at first: curves, overlays and the model card."""
-    draw_curves(run)
-    with progress_bar("drawing overlays") as progress:
+    with never_fatal(f"{run / CURVES_NAME}"):
+        draw_curves(run)
+    with never_fatal(f"{run / OVERLAYS_FOLDER}"), progress_bar("drawing overlays") as progress:
         save_overlays(load_run(run), cohort, progress)
-    write_card(run, record)
+    with never_fatal(f"{run / CARD_NAME}"):
+        write_card(run, record)
 
 
 def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> None:

@@ -39,7 +39,7 @@ SMALL = {"encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 1
 TRUTH, FOUND = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """Stands for whatever ends a process."""
 
 
@@ -218,6 +218,25 @@ def test_pictures_that_were_not_made_are_made_again_and_nothing_is_trained(
     assert (folder / "model" / "model.safetensors").read_bytes() == weights
     assert (folder / "overlays" / "worst.png").exists()
     assert (folder / "MODEL_CARD.md").exists()
+
+
+def test_pictures_that_fail_take_no_trained_run_away(
+    phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    for place in ("callbacks.draw_curves", "training.draw_curves", "training.save_overlays", "training.write_card"):
+        monkeypatch.setattr(f"cspine_train.{place}", full)
+    with pytest.warns(UserWarning, match="could not be made") as told:
+        record = train(phantom_store, tmp_path / "run", RunSettings(**SMALL, epochs=1))
+    assert record.finished
+    assert load_run(tmp_path / "run").record == record
+    told = [str(warning.message) for warning in told if "could not be made" in str(warning.message)]
+    names = "curves.png", "curves.png", "overlays", "MODEL_CARD.md"
+    assert [text.split(": could not be made (")[0] for text in told] == [str(tmp_path / "run" / n) for n in names]
+    assert told[0].endswith("curves.png: could not be made (no space left); the run goes on without it")
 
 
 def test_curves_show_which_epoch_is_kept(run: Path, tmp_path: Path) -> None:
