@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import time
@@ -16,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from cspine_train.models import save_model
 from cspine_train.module import MONITOR, THRESHOLD
 from cspine_train.pictures import draw_curves, never_fatal
-from cspine_train.run_folder import CURVES_NAME, METRICS_NAME, MODEL_FOLDER
+from cspine_train.run_folder import CURVES_NAME, METRICS_NAME, MODEL_FOLDER, write_rows
 from cspine_train.settings import load_record, save_record
 
 _LOWER_AFTER = 5
@@ -146,11 +145,8 @@ class Keep(Callback):
             trainer.current_epoch + 1, trainer.max_epochs, trainer.callback_metrics["train_loss"], dice,
             self.rows[-1]["seconds"],
         )  # fmt: skip
-        with (self._run / METRICS_NAME).open("w", newline="", encoding="utf-8") as file:
-            # Rows of a run that an older cspine began know less.
-            writer = csv.DictWriter(file, self.rows[-1].keys())
-            writer.writeheader()
-            writer.writerows(self.rows)
+        # Rows of a run that an older cspine began know less.
+        write_rows(self._run / METRICS_NAME, self.rows[-1], self.rows)
 
 
 class Curves(Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from cspine_train.errors import RunError
 from cspine_train.metrics import Overlap, label_overlaps, mean_over_labels, overlap
 from cspine_train.model_card import write_card
 from cspine_train.prediction import LoadedRun, label_map, load_run
-from cspine_train.run_folder import EVALUATION_FOLDER, write_text
+from cspine_train.run_folder import EVALUATION_FOLDER, write_rows, write_text
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
     evaluation = Evaluation(scores, loaded.record.caveats(), files)
     note = "; ".join(evaluation.caveats)
     rows = [_row(score, note) for score in scores]
-    _write_rows(files[0], rows[0].keys(), rows)
+    write_rows(files[0], rows[0].keys(), rows)
     summary: dict[str, Any] = {
         "patients": rows,
         "mean_dice": evaluation.mean_dice,
@@ -224,7 +223,7 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
     if several:
         label_rows = [row for score in scores for row in _label_rows(score, note)]
         columns = ("case", "split", "label", *_figures(scores[0].voxels), "note")
-        _write_rows(files[2], columns, label_rows)
+        write_rows(files[2], columns, label_rows)
         means = {"mean_label_dice": evaluation.mean_label_dice, "mean_label_iou": evaluation.mean_label_iou}
         summary |= {"labels": label_rows, **means}
     write_text(files[1], json.dumps(summary, indent=1))
@@ -253,10 +252,3 @@ def _figures(voxels: Overlap) -> dict[str, Any]:
         "false_positive_voxels": voxels.false_positive,
         "false_negative_voxels": voxels.false_negative,
     }
-
-
-def _write_rows(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)

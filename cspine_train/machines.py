@@ -122,7 +122,7 @@ class _Together(DDPStrategy):
 
 
 class _SameStart(Callback):
-    """Refuses to train together with processes that see other data or checkpoints, as where a disk is not shared."""
+    """Refuses to train with processes that see other data or checkpoints, as on a disk not shared, or first weights."""
 
     def __init__(self, start: str) -> None:
         self._start = start
@@ -131,8 +131,8 @@ class _SameStart(Callback):
         """Compare with the first process."""
         if trainer.world_size > 1 and trainer.strategy.broadcast(self._start) != self._start:
             raise RunError(
-                f"process {trainer.global_rank + 1} of {trainer.world_size}: sees another store or another run folder "
-                "than the first; put both on a disk that all machines share"
+                f"process {trainer.global_rank + 1} of {trainer.world_size}: sees another store, run folder or first "
+                "weights than the first; put them on a disk that all machines share"
             )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

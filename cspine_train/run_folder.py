@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 #: What was asked and what was fed: JSON, see `RunRecord`.
 RECORD_NAME = "run.json"
@@ -29,5 +33,14 @@ MLFLOW_FOLDER = "mlruns"
 def write_text(path: Path, text: str) -> None:
     """Write a file of a run folder in one step: it is there as it was, or as it is to be."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="")
     temporary.replace(path)
+
+
+def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table as CSV, in one step; what a row does not know stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

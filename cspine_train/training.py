@@ -143,7 +143,7 @@ def train(
     request |= {"settings": settings.model_dump(mode="json"), "machines": machines.model_dump()}
     request |= {"checkpoint_minutes": checkpoint_minutes}
     try:
-        with together(trainer, run, f"{place} {record.digests}", request):
+        with together(trainer, run, f"{place} {record.weights_used} {record.digests}", request):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except (KeyboardInterrupt, SystemExit):
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from cspine_train import Machines, RunError, RunSettings, train
 from cspine_train import module as module_of_steps
 from cspine_train.checkpoints import checkpoints
 from cspine_train.cli import main as train_main
+from cspine_train.machines import _SameStart
 from cspine_train.module import SliceSegmenter
 from cspine_train.run_folder import METRICS_NAME
 from cspine_train.settings import load_record
@@ -320,6 +322,14 @@ def test_nodes_have_to_know_of_each_other(phantom_store: Path, tmp_path: Path, m
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RunError, match=r"--nodes 2: nobody says where the others are \(MASTER_ADDR, .*by srun or"):
         train(phantom_store, tmp_path / "run", SETTINGS, machines=Machines(nodes=2))
+
+
+def test_processes_that_see_other_data_are_refused() -> None:
+    strategy = SimpleNamespace(broadcast=lambda _: "epoch 1 imagenet {}")
+    trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=strategy)
+    _SameStart("epoch 1 imagenet {}").setup(trainer, None, "fit")
+    with pytest.raises(RunError, match=r"process 2 of 2: sees another store, run folder or first weights than .*; put"):
+        _SameStart("epoch 1 none {}").setup(trainer, None, "fit")
 
 
 @pytest.mark.parametrize("devices", ["0", "two", "-1", "1,2"])
