@@ -107,22 +107,8 @@ def train(
     place, checkpoint = (newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None) or (Place(), None)
     # Whoever goes on from a checkpoint has its weights already.
     first_weights = "none" if checkpoint else settings.weights
-    values = label_values(cohort, split, settings)
-    outputs = network_classes(values)
-    network, weights_used = build_model(settings.model, settings.encoder, first_weights, settings.channels, outputs)
-    share = Share(trainer.global_rank, trainer.world_size)
-    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, share)
-    _check_labelled(cohort.path, data, settings)
-    data.check_share()
-    unknown = unknown_labels(cohort, split, settings, values)
-    if unknown:
-        warnings.warn(unknown_told(unknown), stacklevel=2)
-    if trainer.is_global_zero:
-        check_steps(network, _of_one(trainer, settings), data.steps("bf16" in _precision(settings.precision)))
-    labels = {"label_values": values, "label_meaning": label_meaning(values)}
-    made = {"weights_used": weights_used, "size_hw": data.size_hw, **labels, "versions": _versions()}
-    how: dict[str, Any] = {"processes": trainer.world_size, "deterministic": machines.deterministic}
-    record = RunRecord(settings=settings, **fed, **made, **how)
+    module, data, made = _built(trainer, cohort, split, settings, first_weights, workers)
+    record = RunRecord(settings=settings, **fed, **made, deterministic=machines.deterministic)
     if earlier and checkpoint:
         kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
         record = record.model_copy(update=kept)
@@ -132,13 +118,7 @@ def train(
     data.first_epoch, data.batches_done = place.epochs, place.batches
     if checkpoint:
         _log.info("going on after %s of %d", place, settings.epochs)
-    if trainer.world_size > 1:
-        see_whole_batches(network)
-    missed = [len(unknown.get(case, ())) for case in split.validation]
-    module = SliceSegmenter(network, settings, split.validation, data.crop_hw, max(1, len(values)), missed)
-    keeper = Keep(run, settings.schedule)
-    logged = [Logged(loggers, run, record, keeper.rows, place.epochs)] if loggers and trainer.is_global_zero else []
-    _listen(trainer, keeper, settings, [*logged, Curves(run)])
+    keeper = _listened_to(trainer, run, record, loggers, place.epochs)
     request: dict[str, Any] = {"store": str(store), "run": str(run), "workers": workers}
     request |= {"settings": settings.model_dump(mode="json"), "machines": machines.model_dump()}
     request |= {"checkpoint_minutes": checkpoint_minutes}
@@ -162,14 +142,43 @@ def join(request: dict[str, Any]) -> None:
     train(settings=settings, machines=machines, **request)
 
 
-def _listen(trainer: lightning.Trainer, keeper: Keep, settings: RunSettings, tellers: Sequence[Callback]) -> None:
+def _built(
+    trainer: lightning.Trainer, cohort: Cohort, split: Split, settings: RunSettings, weights: str, workers: int
+) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
+    """Return what learns, what it learns from, and what the record says of both; refuse what cannot be trained."""
+    values = label_values(cohort, split, settings)
+    outputs = network_classes(values)
+    network, weights_used = build_model(settings.model, settings.encoder, weights, settings.channels, outputs)
+    share = Share(trainer.global_rank, trainer.world_size)
+    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, share)
+    _check_labelled(cohort.path, data, settings)
+    data.check_share()
+    unknown = unknown_labels(cohort, split, settings, values)
+    if unknown:
+        warnings.warn(unknown_told(unknown), stacklevel=3)
+    if trainer.is_global_zero:
+        check_steps(network, _of_one(trainer, settings), data.steps("bf16" in _precision(settings.precision)))
+    if trainer.world_size > 1:
+        see_whole_batches(network)
+    missed = [len(unknown.get(case, ())) for case in split.validation]
+    module = SliceSegmenter(network, settings, split.validation, data.crop_hw, max(1, len(values)), missed)
+    labels = {"label_values": values, "label_meaning": label_meaning(values)}
+    made = {"weights_used": weights_used, "size_hw": data.size_hw, **labels, "versions": _versions()}
+    return module, data, made | {"processes": trainer.world_size}
+
+
+def _listened_to(trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], epochs: int) -> Keep:
     """Let callbacks hear of an epoch before those that a trainer was made with; one of several processes tells."""
+    keeper = Keep(run, record.settings.schedule)
     callbacks: list[Callback] = [keeper]
     if trainer.is_global_zero:
-        callbacks += tellers
+        if loggers:
+            callbacks.append(Logged(loggers, run, record, keeper.rows, epochs))
+        callbacks.append(Curves(run))
         if sys.stderr.isatty():
-            callbacks.append(TerminalProgress(keeper.rows, may_stop=settings.schedule == "plateau"))
+            callbacks.append(TerminalProgress(keeper.rows, may_stop=record.settings.schedule == "plateau"))
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
+    return keeper
 
 
 def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
