@@ -97,16 +97,18 @@ def main() -> None:
     help="plateau: rate / 3 after 5 epochs without gain, stop after 7; onecycle: up and down once, all epochs; "
     "cosine: quickly up, slowly down.",
 )  # fmt: skip
-@click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Longest gradient; any by default.")
+@click.option(
+    "--clip-norm", type=click.FloatRange(0, min_open=True), help="Shorten longer gradients to this; none by default."
+)
 @click.option(
     "--average", type=click.FloatRange(0, 1, max_open=True), default=0.0,
-    help="Keep a running average of the weights, of which a step leaves this share, such as 0.99.",
+    help="Validate and keep a running average of the weights, of which a step leaves this share, such as 0.99.",
 )  # fmt: skip
 @click.option(
     "--coarse-share", type=click.FloatRange(0, 1), default=0.0,
     help="Share of the steps, the first ones, that see pixels larger by half.",
 )  # fmt: skip
-@click.option("--compile/--no-compile", default=False, help="Let torch.compile make the training step.")
+@click.option("--compile/--no-compile", default=False, help="Let torch.compile make the steps; slow to begin with.")
 @click.option("--context", type=click.IntRange(0), default=0, help="Neighbouring slices seen on each side (2.5-D).")
 @click.option(
     "--pixel-mm",
@@ -151,7 +153,12 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
-@click.option("--precision", type=click.Choice(["auto", "32", "bf16"]), default="auto", help="Of the arithmetic.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "32", "bf16"]),
+    default="auto",
+    help="Arithmetic; auto: bf16 where the processor has it, else 32 bits.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Where all randomness comes from.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read slices; 0: a thread does.")
 @click.option(
