@@ -81,3 +81,4 @@ def bench(session: nox.Session) -> None:
     if cohort:
         run(session, "python", "benchmarks/prepare_cohort.py", *cohort)
     run(session, "python", "benchmarks/training_step.py")
+    run(session, "python", "benchmarks/augmentation.py")

@@ -1,7 +1,7 @@
 """Fills every figure of a GPU that the docs still lack, in one call: ``python benchmarks/gpu.py``.
 
 Training steps, plain and as `cspine-train run` does them, and the slices a second that FPN-inceptionv4 takes at
-512 x 512, beside those that the loader gives.
+512 x 512, beside those that the loader gives, and what random changes take of a step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ CALLS = (
     ("training_step.py",),
     ("training_step.py", "--model", "fpn", "--encoder", "inceptionv4", "--size", "512"),
     ("feeding.py",),
+    ("augmentation.py",),
 )
 
 
