@@ -10,10 +10,10 @@ from statistics import mean
 from typing import Any
 
 from cspine_data import Preprocessing
+from cspine_train.pictures import PLANES
 from cspine_train.run_folder import CARD_NAME, EVALUATION_FOLDER, METRICS_NAME, RECORD_NAME, write_text
 from cspine_train.settings import RunRecord
 
-_PLANES = ("sagittal", "coronal", "axial")
 _MARKS = re.compile(r"([\\`*_\[\]<>|~$&])")
 # The library's name on the hub has hyphens.
 _HEAD = """---
@@ -103,7 +103,7 @@ def _marked(record: RunRecord) -> str:
 
 
 def _planes(record: RunRecord) -> str:
-    return _listed([_PLANES[axis] for axis in record.settings.axes])
+    return _listed([PLANES[axis] for axis in record.settings.axes])
 
 
 def _listed(names: Sequence[str]) -> str:
