@@ -66,7 +66,7 @@ def unknown_told(unknown: Mapping[str, Iterable[int]]) -> str:
     named = [f"{case} has {', '.join(map(str, values))}" for case, values in unknown.items()]
     more = f"; {len(named) - _TOLD} more cases" if len(named) > _TOLD else ""
     return (
-        f"labels that no training case has count as missed in validation and evaluation ({'; '.join(named[:_TOLD])}"
+        f"labels that no training case has count as missed ({'; '.join(named[:_TOLD])}"
         f"{more}); weigh, split or renumber the cases otherwise to learn them"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -213,11 +214,14 @@ def _scores(run: Path, record: RunRecord) -> Iterator[tuple[str, list[dict[str, 
     """Iterate over the parts that were evaluated with the weights that the run keeps, and their patients' rows."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((run / EVALUATION_FOLDER).glob("*.json")):
-        evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        # Evaluations of an older cspine do not say; it evaluated finished runs as well as others.
-        if evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch:
-            for row in evaluation["patients"]:
-                found.setdefault(row["split"], {})[row["case"]] = row
+        try:
+            evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            # Evaluations of an older cspine do not say; it evaluated finished runs as well as others.
+            if evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch:
+                for row in evaluation["patients"]:
+                    found.setdefault(row["split"], {})[row["case"]] = row
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            warnings.warn(f"{path}: is damaged and left out of the model card; evaluate again", stacklevel=2)
     for part in ("train", "validation", "test"):
         if part in found:
             yield part, list(found[part].values())

@@ -160,7 +160,7 @@ class SliceSegmenter(lightning.LightningModule):
         counts = sum_over_processes(self._counts.to(self.device)).cpu()
         several = self._labels > 1
         dice, threshold = (mean_label_dice(counts, self._unknown), 0.5) if several else best_threshold(counts)
-        self.log(MONITOR, dice, prog_bar=True)
+        self.log(MONITOR, dice)
         self.log(THRESHOLD, threshold)
 
     def _no_counts(self) -> torch.Tensor:

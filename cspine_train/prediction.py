@@ -87,7 +87,13 @@ class LoadedRun:
     def on_source_grid(self, prepared: PreparedVolume) -> NDArray[np.float32]:
         """Return the `label_probabilities` of a prepared volume, (K, x, y, z), on the grid of its source."""
         found = self.label_probabilities(prepared.normalised_xyz(), prepared.spacing_mm)
-        return np.stack([prepared.to_source_grid(of_label) for of_label in found])
+        first = prepared.to_source_grid(found[0])
+        # In place: with many labels, a list of them beside their stack is most of the memory there is.
+        on_source = np.empty((len(found), *first.shape), np.float32)
+        on_source[0] = first
+        for number in range(1, len(found)):
+            on_source[number] = prepared.to_source_grid(found[number])
+        return on_source
 
     def predict(self, volume: Volume) -> Volume:
         """Return the label map of a volume, on the volume's own grid; see `predict_volume`."""

@@ -85,7 +85,7 @@ def test_labels_that_cannot_be_told_apart_are_refused(values: tuple[int, ...], t
 
 def test_unknown_labels_are_told_in_one_line() -> None:
     told = unknown_told({"C": (8, 9), "D": (9,), "E": (9,), "F": (9,), "G": (9,)})
-    assert told.startswith("labels that no training case has count as missed in validation and evaluation (C has 8, 9;")
+    assert told.startswith("labels that no training case has count as missed (C has 8, 9;")
     assert "E has 9; 2 more cases)" in told
 
 
@@ -328,7 +328,7 @@ def test_labels_are_learnt(tmp_path: Path, serially: None) -> None:
 def test_a_label_that_no_training_case_has_counts_as_missed(tmp_path: Path, serially: None) -> None:
     store = balls(tmp_path, A={}, B={1: 300}, C={1: -9}, D={})
     settings = RunSettings(**BALLS, labels="stored", loss="tversky")
-    told = r"^labels that no training case has count as missed in validation and evaluation \(C has -9\); weigh"
+    told = r"^labels that no training case has count as missed \(C has -9\); weigh"
     with pytest.warns(UserWarning, match=told):
         record = train(store, tmp_path / "run", settings)
     assert (record.train, record.validation, record.label_values) == (("A", "B"), ("C",), (1, 3, 300))

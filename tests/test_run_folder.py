@@ -490,3 +490,13 @@ def test_every_field_of_the_record_is_documented() -> None:
     assert not [name for name in RunRecord.model_fields if f"`{name}`" not in text]
     names = re.findall(r"^    ([a-z_, ]+?)(?: :|$)", RunSettings.__doc__ or "", re.MULTILINE)
     assert set(RunSettings.model_fields) <= {name for line in names for name in line.split(", ")}
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"patients": [{}]}', '{"patients": 3}'])
+def test_a_damaged_evaluation_is_left_out_of_the_card(damage: str, run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "evaluation").mkdir(exist_ok=True)
+    (copy / "evaluation" / "old.json").write_text(damage)
+    with pytest.warns(UserWarning, match="old.json: is damaged and left out of the model card; evaluate again"):
+        write_card(copy, load_record(copy))
+    assert (copy / "MODEL_CARD.md").read_text().startswith("---")
