@@ -23,7 +23,7 @@ from cspine_data.jobs import Job
 from cspine_data.phantom import make_phantom_cohort
 
 # As `cspine-train` sets it: before PyTorch is imported, so that threads do not spin against the worker processes.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The processes that share the tests share the cores too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
