@@ -220,25 +220,21 @@ class Augmentation:
         sigma, factors = draws.share(), draws.share(2)
         if not amounts.chance:
             return images
-        changed = list(images.unbind())
+        # Written into from here on: they are not the batch that was given, but what it was moved to.
         for number in ghosts.nonzero().flatten().tolist():
             dim = 1 + int(side[number] < 0.5)
             shift = round(float(0.1 + 0.4 * place[number]) * images.shape[1 + dim])
-            changed[number] = ghosted(
-                changed[number], low[number], amounts.ghosts * float(strength[number]), shift, dim
-            )
-        images = torch.stack(changed)
+            images[number] = ghosted(images[number], low[number], amounts.ghosts * float(strength[number]), shift, dim)
         if coiled.any():
             log_field = smooth_fields(knots, (images.shape[2], images.shape[3]))
             log_field = amounts.field * deviation.view(-1, 1, 1, 1) * log_field
             images = low + (images - low) * torch.exp(torch.where(coiled.view(-1, 1, 1, 1), log_field, 0.0))
-        changed = list(images.unbind())
         for number in soft.nonzero().flatten().tolist():
-            changed[number] = blurred(changed[number], 0.2 + amounts.blur * float(sigma[number]))
+            images[number] = blurred(images[number], 0.2 + amounts.blur * float(sigma[number]))
         for number in coarse.nonzero().flatten().tolist():
             first, second = (1 + (amounts.coarse - 1) * factors[number]).tolist()
-            changed[number] = coarsened(changed[number], (first, second))
-        return torch.stack(changed)
+            images[number] = coarsened(images[number], (first, second))
+        return images
 
     def _of_other_scale(
         self, images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, draws: _Draws
