@@ -157,7 +157,7 @@ def _built(
     if unknown:
         warnings.warn(unknown_told(unknown), stacklevel=3)
     if trainer.is_global_zero:
-        check_steps(network, _of_one(trainer, settings), data.steps("bf16" in _precision(settings.precision)))
+        check_steps(network, _of_one(trainer, settings), data.steps("bf16" in trainer.precision))
     if trainer.world_size > 1:
         see_whole_batches(network)
     missed = [len(unknown.get(case, ())) for case in split.validation]
