@@ -92,6 +92,10 @@ def started(
     )  # fmt: skip
 
 
+class Stopped(BaseException):
+    """Stands for whatever ends a process, which nobody who expects errors may catch."""
+
+
 @pytest.fixture
 def run_data() -> Callable[..., Result]:
     """Call `cspine-data` in this process."""

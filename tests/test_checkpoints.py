@@ -24,6 +24,7 @@ from cspine_train.datamodule import CohortSlices
 from cspine_train.module import SliceSegmenter
 from cspine_train.sampling import EpochSampler
 from cspine_train.settings import load_record
+from tests.conftest import Stopped
 
 pytestmark = pytest.mark.usefixtures("without_overlays")
 
@@ -46,10 +47,6 @@ def history(run: Path, but: tuple[int, ...] = ()) -> list[list[str]]:
     assert header[-2:] == ["seconds", "seconds_waiting"]
     rows = [row[:-2] for row in rows]
     return [[*row[:1], *row[2:]] if row[0] in map(str, but) else row for row in rows]
-
-
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
 
 
 @pytest.fixture

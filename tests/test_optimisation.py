@@ -16,7 +16,8 @@ from cspine_train import Machines, RunError, RunSettings, train
 from cspine_train.machines import together
 from cspine_train.module import SliceSegmenter
 from cspine_train.optimisation import averaged, cosine_share, optimisation
-from tests.test_checkpoints import ALWAYS, SMALL, Stopped, history, same, weights
+from tests.conftest import Stopped
+from tests.test_checkpoints import ALWAYS, SMALL, history, same, weights
 
 pytestmark = pytest.mark.usefixtures("without_overlays")
 

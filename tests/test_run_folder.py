@@ -34,13 +34,10 @@ from cspine_train.overlays import _KINDS, extreme_slices, save_overlays, slice_o
 from cspine_train.pictures import SliceView, as_seen, draw_curves, draw_overlays
 from cspine_train.progress import Pace
 from cspine_train.settings import RunRecord, load_record, save_record
+from tests.conftest import Stopped
 
 SMALL = {"encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
 TRUTH, FOUND = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
-
-
-class Stopped(BaseException):
-    """Stands for whatever ends a process."""
 
 
 @pytest.fixture
