@@ -153,7 +153,7 @@ def draw(file: Path) -> None:
             panel.contour(moved[number, 0].T, [0.5], colors="#e69f00", linewidths=0.7)
             panel.set_axis_off()
         row[0].set_title(name, loc="left", fontsize=9)
-    figure.savefig(file, dpi=60)
+    figure.savefig(file, dpi=48)
 
 
 def main() -> None:

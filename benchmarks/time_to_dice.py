@@ -47,13 +47,16 @@ def plain_loop(store: str, epochs: int) -> None:
     from cspine_train.models import build_model, sides_of
     from cspine_train.module import THRESHOLDS, best_threshold
     from cspine_train.settings import RunSettings
+    from cspine_train.transforms import inside
 
     torch.manual_seed(0)
     settings = RunSettings(**RECIPE, epochs=epochs)
     cohort = open_cohort(store)
     network = build_model(settings.model, settings.encoder, "none", settings.channels)[0]
     data = CohortSlices(cohort, cohort.split(variant="n4"), settings, 0, sides_of(network))
-    validation = [(batch.intensities(), batch.masks, batch.inside()) for batch in data.val_dataloader()]
+    validation = [
+        (batch.intensities(), batch.masks, inside(batch.shapes_hw, data.size_hw)) for batch in data.val_dataloader()
+    ]
     batches = list(data.train_dataloader())
     images = torch.cat([batch.intensities() for batch in batches])
     masks = torch.cat([batch.masks for batch in batches])
@@ -77,10 +80,10 @@ def plain_loop(store: str, epochs: int) -> None:
         network.eval()
         counts = torch.zeros(1, 2, len(THRESHOLDS) + 1, dtype=torch.int64)
         with torch.inference_mode():
-            for seen, truth, inside in validation:
+            for seen, truth, shown in validation:
                 above = torch.bucketize(torch.sigmoid(network(seen)), torch.tensor(THRESHOLDS))
                 bins = (truth > 0.5) * (len(THRESHOLDS) + 1) + above
-                counts += torch.bincount(bins[inside], minlength=counts.numel()).view_as(counts)
+                counts += torch.bincount(bins[shown], minlength=counts.numel()).view_as(counts)
         seconds += time.perf_counter() - started
         print(f"{seconds:.2f},{best_threshold(counts)[0]:.4f}", flush=True)
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cspine_data import CspineDataError, SliceDataset
 from cspine_train.classes import class_numbers
-from cspine_train.transforms import inside, masks_to_network, network_shape, shares_of, to_network
+from cspine_train.transforms import masks_to_network, network_shape, shares_of, to_network
 
 
 class Batch(NamedTuple):
@@ -57,10 +57,6 @@ class Batch(NamedTuple):
         """Return the share of each pixel that has each of so many labels, float32 (N, `labels`, H, W)."""
         # A byte a pixel is brought to the device, however many labels there are.
         return shares_of(self.masks, labels) if self.masks.dtype == torch.uint8 else self.masks
-
-    def inside(self) -> torch.Tensor:
-        """Return where images show their slices, not the margin around them, bool (N, 1, H, W)."""
-        return inside(self.shapes_hw, (self.images.shape[2], self.images.shape[3]))
 
 
 # Ready, or being read, while another is used.

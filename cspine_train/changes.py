@@ -10,6 +10,8 @@ import math
 import torch
 from torch.nn import functional
 
+from cspine_train.transforms import rectangles
+
 
 def crop_centres(masks: torch.Tensor, size_hw: tuple[int, int], draws: torch.Tensor) -> torch.Tensor:
     """Place a crop in each slice at random so that it holds all that is labelled there, as far as it is large enough.
@@ -117,13 +119,8 @@ def window(shown: torch.Tensor, place: torch.Tensor, size_hw: tuple[int, int]) -
     size_hw : tuple of int
         Size of the slices.
     """
-    within = []
-    for axis, size in enumerate(size_hw):
-        first = torch.floor(place[:, axis] * (size - shown[:, axis] + 1)).unsqueeze(1)
-        pixels = torch.arange(size, device=shown.device)
-        within.append((pixels >= first) & (pixels < first + shown[:, axis].unsqueeze(1)))
-    rows, columns = within
-    return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+    sizes = torch.tensor(size_hw, device=shown.device)
+    return rectangles(torch.floor(place * (sizes - shown + 1)), shown, size_hw)
 
 
 def ends(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from cspine_train.models import sides_of
 from cspine_train.optimisation import averaged, optimisation
 from cspine_train.settings import RunSettings
 from cspine_train.shares import processes, sum_over_processes, this_share, whole_batch
-from cspine_train.transforms import USUAL_SIDES, coarser
+from cspine_train.transforms import USUAL_SIDES, coarser, inside
 
 MONITOR = "valid_dice"
 THRESHOLD = "threshold"
@@ -34,14 +34,14 @@ class Seen(NamedTuple):
         float32 (N, C, H, W) and (N, K, H, W).
     numbers : Tensor
         int64 (N,): which case each slice is of.
-    inside : Tensor
-        bool (N, 1, H, W): where images show their slices; of a training batch, where they did before it was changed.
+    shapes_hw : Tensor
+        int64 (N, 2): height and width of each slice before it was padded, or changed.
     """
 
     images: torch.Tensor
     masks: torch.Tensor
     numbers: torch.Tensor
-    inside: torch.Tensor
+    shapes_hw: torch.Tensor
 
 
 def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
@@ -121,7 +121,7 @@ class SliceSegmenter(lightning.LightningModule):
             if self._is_coarse():
                 images, masks = coarser(images, masks, self._sides)
         images = images.contiguous(memory_format=torch.channels_last)
-        return Seen(images, masks, batch.numbers, batch.inside())
+        return Seen(images, masks, batch.numbers, batch.shapes_hw)
 
     def _is_coarse(self) -> bool:
         share = self._settings.coarse_share
@@ -145,14 +145,15 @@ class SliceSegmenter(lightning.LightningModule):
 
         Of several labels, by which they have and which is the likeliest.
         """
-        images, masks, numbers, inside = batch
+        images, masks, numbers, shapes_hw = batch
+        shown = inside(shapes_hw, (images.shape[2], images.shape[3]))
         if self._labels > 1:
-            self._counts += confusion(self.kept(images), masks, numbers, inside, len(self._cases)).cpu()
+            self._counts += confusion(self.kept(images), masks, numbers, shown, len(self._cases)).cpu()
             return
         probabilities = torch.sigmoid(self.kept(images).float())
         above = torch.bucketize(probabilities, torch.tensor(THRESHOLDS, device=probabilities.device))
         bins = (2 * numbers.view(-1, 1, 1, 1) + (masks > 0.5)) * (len(THRESHOLDS) + 1) + above
-        counts = torch.bincount(bins[inside], minlength=self._counts.numel())
+        counts = torch.bincount(bins[shown], minlength=self._counts.numel())
         self._counts += counts.view_as(self._counts).cpu()
 
     def on_validation_epoch_end(self) -> None:

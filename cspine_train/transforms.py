@@ -89,13 +89,25 @@ def inside(shapes_hw: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
     Tensor
         bool (N, 1, H, W).
     """
-    within = []
-    for axis, size in enumerate(size_hw):
-        own = shapes_hw[:, axis : axis + 1].clamp(max=size)
-        first = (size - own) // 2
-        place = torch.arange(size, device=shapes_hw.device)
-        within.append((place >= first) & (place < first + own))
-    rows, columns = within
+    sizes = torch.tensor(size_hw, device=shapes_hw.device)
+    own = torch.minimum(shapes_hw, sizes)
+    return rectangles((sizes - own) // 2, own, size_hw)
+
+
+def rectangles(first: torch.Tensor, sides: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
+    """Return which pixels of images are in a rectangle of each, bool (N, 1, H, W).
+
+    Parameters
+    ----------
+    first, sides : Tensor
+        (N, 2): first row and column of each rectangle, and how many it has.
+    size_hw : tuple of int
+        Size of the images.
+    """
+    rows, columns = (
+        (pixels >= first[:, axis, None]) & (pixels < (first + sides)[:, axis, None])
+        for axis, pixels in enumerate(torch.arange(size, device=first.device) for size in size_hw)
+    )
     return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
 
 
