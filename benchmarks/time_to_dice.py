@@ -30,7 +30,7 @@ WAYS: dict[str, list[str]] = {
     "pixels of 4 mm": ["--pixel-mm", "4"],
 }
 RECIPE = {
-    "model": "linknet", "encoder": "mobilenet_v2", "weights": "none", "pixel_mm": 2.0, "context": 1,
+    "model": "linknet", "encoder": "tu-resnet10t", "weights": "none", "pixel_mm": 2.0, "context": 1,
     "schedule": "onecycle", "learning_rate": 1e-2,
 }  # fmt: skip
 Row = tuple[float, float]

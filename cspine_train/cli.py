@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
 import warnings
@@ -17,6 +16,7 @@ import click
 
 from cspine_data.terminal import CommandGroup, print_table, progress_bar
 from cspine_train.errors import CspineTrainError, ModelError
+from cspine_train.waiting import stay_awake
 
 AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 
@@ -74,10 +74,7 @@ def main() -> None:
     log = logging.getLogger("cspine_train")
     log.setLevel(logging.INFO)
     log.handlers = [_Echo()]
-    # Threads that spin for long while they wait slow each other down several times where another process needs a core,
-    # and threads that go to sleep at once take half as long again to do a step. Read once, when PyTorch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    stay_awake()
 
 
 @main.command()

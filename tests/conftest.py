@@ -21,9 +21,10 @@ from cspine_data import BiasParameters, Geometry, Preprocessing, Volume, prepare
 from cspine_data.cli import main as data_main
 from cspine_data.jobs import Job
 from cspine_data.phantom import make_phantom_cohort
+from cspine_train.waiting import stay_awake
 
-# As `cspine-train` sets it: before PyTorch is imported, so that threads do not spin against the worker processes.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Before PyTorch is imported, as `cspine-train` does.
+stay_awake()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The processes that share the tests share the cores too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,70 @@
+"""What runs along several axes are worth together: Dice of every test patient, of each run alone and of all as one.
+
+Run as ``python benchmarks/axes_together.py STORE RUN,RUN,RUN [RUN,RUN,RUN ...]``, each group the runs of one fold. As
+in `cspine-train predict`, probabilities are averaged on the grid of the source, above the average of the thresholds
+that validation gave. Nothing is chosen by the patients that are scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from cspine_data import open_cohort
+from cspine_train import LoadedRun, load_run
+from cspine_train.metrics import overlap
+from cspine_train.prediction import label_map
+
+
+def name_of(run: LoadedRun) -> str:
+    return "axis " + "".join(map(str, run.record.settings.axes))
+
+
+def scores(store: str, runs: list[LoadedRun]) -> dict[str, dict[str, float]]:
+    """Return Dice by way and test case of one fold."""
+    cohort = open_cohort(store)
+    found: dict[str, dict[str, float]] = {}
+    for case in runs[0].record.split.test:
+        ways, total = {}, None
+        for run in runs:
+            prepared = cohort.prepared(case, run.record.settings.variant)
+            probabilities = run.on_source_grid(prepared)
+            ways[name_of(run)] = label_map([run], probabilities)
+            total = probabilities if total is None else total + probabilities
+        ways["together"] = label_map(runs, total)
+        truth = cohort.label_xyz(case, runs[0].record.settings.variant) != 0
+        for way, mask in ways.items():
+            found.setdefault(way, {})[case] = overlap(mask != 0, truth).dice
+        print(f"| {case} | " + " | ".join(f"{dice[case]:.3f}" for dice in found.values()) + " |", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("store")
+    parser.add_argument("folds", nargs="+", metavar="RUN,RUN,RUN")
+    arguments = parser.parse_args()
+    folds = [[load_run(Path(path)) for path in fold.split(",")] for fold in arguments.folds]
+    names = [*map(name_of, folds[0]), "together"]
+    print("| test case | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
+    of_all: dict[str, dict[str, float]] = {name: {} for name in names}
+    for runs in folds:
+        for way, dice in scores(arguments.store, runs).items():
+            of_all[way] |= dice
+    means = {way: float(np.mean(list(dice.values()))) for way, dice in of_all.items()}
+    print("| mean | " + " | ".join(f"{means[name]:.3f}" for name in names) + " |")
+    best = max(names[:-1], key=lambda name: means[name])
+    gains = [of_all["together"][case] - of_all[best][case] for case in of_all[best]]
+    told = (
+        f"together against {best}: {np.mean(gains):+.4f}, better in {sum(gain > 0 for gain in gains)} of {len(gains)}"
+    )
+    if len(gains) > 5:
+        told += f", Wilcoxon signed-rank p = {wilcoxon(gains).pvalue:.4f}"
+    print(told)
+
+
+if __name__ == "__main__":
+    main()
