@@ -122,7 +122,7 @@ def told(name: str, rows: list[Row], plain: list[Row] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store")
-    parser.add_argument("--epochs", type=int, default=13)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--plain-loop", action="store_true", help=argparse.SUPPRESS)

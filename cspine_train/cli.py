@@ -149,6 +149,11 @@ def main() -> None:
     help="Change training slices at random: light: place, contrast, noise; reference: as the reference study did; "
     "strong: leave no contrast to memorise, for scans of other scanners and sequences.",
 )  # fmt: skip
+@click.option(
+    "--pieces", type=click.IntRange(1),
+    help="Keep at most so many connected pieces of a prediction, the largest, if validation is better for it; all by "
+    "default.",
+)  # fmt: skip
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
 @click.option(

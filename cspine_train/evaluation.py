@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ from cspine_data import Cohort, open_cohort
 from cspine_train.errors import RunError
 from cspine_train.metrics import Overlap, label_overlaps, mean_over_labels, overlap
 from cspine_train.model_card import write_card
+from cspine_train.pieces import largest_pieces
 from cspine_train.prediction import LoadedRun, label_map, load_run
 from cspine_train.run_folder import EVALUATION_FOLDER, write_rows, write_text
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,43 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, cohort.label_xyz(case, variant))
 
 
+def chosen_pieces(
+    loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
+) -> int | None:
+    """Return how many pieces of a prediction a run is to keep: as many as were asked for, where validation is better.
+
+    Parameters
+    ----------
+    loaded : LoadedRun
+        A trained run that keeps all yet.
+    cohort : Cohort
+        The store that it was trained on.
+    progress : callable, optional
+        Called with (patients done, patients, case id).
+
+    Raises
+    ------
+    RunError
+        If the store holds other data than the run was trained on.
+    CspineDataError
+        If the store cannot be used.
+    """
+    most, cases = loaded.record.settings.pieces, loaded.record.validation
+    if most is None:
+        return None
+    gains = []
+    for number, case in enumerate(cases, start=1):
+        segmented = segment(loaded, cohort, case)
+        found, truth = segmented.found_xyz != 0, segmented.truth_xyz != 0
+        gains.append(overlap(largest_pieces(found, most), truth).dice - overlap(found, truth).dice)
+        if progress:
+            progress(number, len(cases), case)
+    better = mean(gains) > 0
+    told = f"the {most} largest pieces alone change the mean validation Dice on whole volumes by {mean(gains):+.4f}"
+    _log.info("%s: %s", told, "kept alone" if better else "all are kept")
+    return most if better else None
+
+
 def _score(segmented: Segmented, part: str, several: bool) -> PatientScore:
     found, truth = segmented.found_xyz, segmented.truth_xyz
     labels = label_overlaps(found, truth) if several else None
@@ -218,6 +259,7 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
         "settings": loaded.record.settings.model_dump(),
         # Of a run that goes on training, the weights that were scored may not be those it keeps in the end.
         "kept_epoch": loaded.record.kept_epoch,
+        "kept_pieces": loaded.record.kept_pieces,
         "digests": {score.case: loaded.record.digests[score.case] for score in scores},
     }
     if several:

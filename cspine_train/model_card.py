@@ -95,8 +95,9 @@ def _marked(record: RunRecord) -> str:
     if len(record.label_values) > 1:
         told, chosen = "each voxel has its likeliest label", ["epoch"] if epoch else []
     else:
-        told = f"voxels of a probability above {record.threshold:g} are marked"
-        chosen = ["threshold", *(["epoch"] if epoch else [])]
+        pieces = f", the {record.kept_pieces} largest connected pieces of them alone" if record.kept_pieces else ""
+        told = f"voxels of a probability above {record.threshold:g} are marked{pieces}"
+        chosen = ["threshold", *(["epoch"] if epoch else []), *(["pieces"] if pieces else [])]
     if not chosen:
         return told
     were = "were" if len(chosen) > 1 else "was"

@@ -7,6 +7,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, new
 from cspine_train.classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
+from cspine_train.evaluation import chosen_pieces
 from cspine_train.loggers import Logged, check_loggers
 from cspine_train.machines import ONE_DEVICE, Machines, end_with_the_first, together
 from cspine_train.model_card import write_card
@@ -129,6 +131,10 @@ def train(
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None
     record = record.model_copy(update={"finished": True, **keeper.kept})
     if trainer.is_global_zero:
+        if settings.pieces:
+            with progress_bar("predicting validation volumes") as progress:
+                pieces = chosen_pieces(load_run(run), cohort, progress)
+            record = record.model_copy(update={"kept_pieces": pieces})
         # Before the record says so: whoever finds a run finished finds all of it.
         _tell(run, record, cohort)
         save_record(run, record)
@@ -192,7 +198,7 @@ def _tell(run: Path, record: RunRecord, cohort: Cohort) -> None:
     with never_fatal(f"{run / CURVES_NAME}"):
         draw_curves(run)
     with never_fatal(f"{run / OVERLAYS_FOLDER}"), progress_bar("drawing overlays") as progress:
-        save_overlays(load_run(run), cohort, progress)
+        save_overlays(replace(load_run(run), record=record), cohort, progress)
     with never_fatal(f"{run / CARD_NAME}"):
         write_card(run, record)
 

@@ -21,6 +21,7 @@ from cspine_data import BiasParameters, Geometry, Preprocessing, Volume, prepare
 from cspine_data.cli import main as data_main
 from cspine_data.jobs import Job
 from cspine_data.phantom import make_phantom_cohort
+from cspine_train.cli import main as train_main
 from cspine_train.waiting import stay_awake
 
 # Before PyTorch is imported, as `cspine-train` does.
@@ -137,6 +138,12 @@ def store(ball_cohort: Path, tmp_path: Path) -> Path:
     """A copy, to spoil, of the balls' store; their files are in `raw` beside it."""
     shutil.copytree(ball_cohort, tmp_path, dirs_exist_ok=True)
     return tmp_path / "s.zarr"
+
+
+@pytest.fixture
+def run_train() -> Callable[..., Result]:
+    """Call `cspine-train` in this process."""
+    return lambda *arguments: CliRunner().invoke(train_main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

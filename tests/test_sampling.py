@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from cspine_data import open_cohort
 from cspine_train import RunError, RunSettings, train
-from cspine_train.cli import main as train_main
 from cspine_train.datamodule import CohortSlices
 from cspine_train.sampling import EpochSampler, weights_of
 
@@ -176,11 +175,6 @@ def test_a_weight_of_no_case_is_refused(phantom_store: Path, tmp_path: Path) -> 
     with pytest.raises(RunError, match="no slice to train on is labelled .* choose another --case-weight"):
         train(phantom_store, tmp_path / "run", RunSettings(**common, case_weights={"CS_01": 0, "CS_02": 0}))
     assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def run_train() -> Callable[..., Result]:
-    return lambda *arguments: CliRunner().invoke(train_main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -39,7 +39,6 @@ from cspine_data import (
 from cspine_data.geometry import Orientation
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
 from cspine_train.cli import default_run_name
-from cspine_train.cli import main as train_main
 from cspine_train.datamodule import CohortSlices
 from cspine_train.metrics import overlap
 from cspine_train.models import build_model, sides_of
@@ -60,16 +59,6 @@ SMALL = {
     "schedule": "onecycle",
     "precision": "32",
 }
-
-
-@pytest.fixture
-def run_train() -> Callable[..., Result]:
-    """Call `cspine-train` in this process."""
-
-    def call(*arguments: str | Path) -> Result:
-        return CliRunner().invoke(train_main, [str(argument) for argument in arguments])
-
-    return call
 
 
 @pytest.fixture(scope="session")

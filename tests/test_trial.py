@@ -9,12 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from torch import nn
 
 from cspine_data import open_cohort
 from cspine_train import RunError, RunSettings
-from cspine_train.cli import main as train_main
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import ModelError
 from cspine_train.models import architectures, build_model, encoders, sides_of
@@ -174,14 +173,6 @@ def test_steps_that_do_not_go_into_memory_are_refused(monkeypatch: pytest.Monkey
     # More than 2^63 elements are refused before PyTorch counts them.
     with pytest.raises(RunError, match=r"^size 10000000000,10000000000: a step on 4 slices takes .* GiB"):
         check_steps(network, settings, steps((10**10, 10**10)))
-
-
-@pytest.fixture
-def run_train() -> Callable[..., Result]:
-    def call(*arguments: str | Path) -> Result:
-        return CliRunner().invoke(train_main, [str(argument) for argument in arguments])
-
-    return call
 
 
 @pytest.mark.parametrize(
