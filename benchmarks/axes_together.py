@@ -2,7 +2,7 @@
 
 Run as ``python benchmarks/axes_together.py STORE RUN,RUN,RUN [RUN,RUN,RUN ...]``, each group the runs of one fold. As
 in `cspine-train predict`, probabilities are averaged on the grid of the source, above the average of the thresholds
-that validation gave. Nothing is chosen by the patients that are scored.
+that validation gave.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def main() -> None:
     parser.add_argument("folds", nargs="+", metavar="RUN,RUN,RUN")
     arguments = parser.parse_args()
     folds = [[load_run(Path(path)) for path in fold.split(",")] for fold in arguments.folds]
+    for runs in folds:
+        for run in runs[1:]:
+            if run.record.split != runs[0].record.split or run.record.digests != runs[0].record.digests:
+                parser.error(f"{run.path} and {runs[0].path} are not of the same fold and data")
     names = [*map(name_of, folds[0]), "together"]
     print("| test case | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
     of_all: dict[str, dict[str, float]] = {name: {} for name in names}
@@ -56,14 +60,12 @@ def main() -> None:
             of_all[way] |= dice
     means = {way: float(np.mean(list(dice.values()))) for way, dice in of_all.items()}
     print("| mean | " + " | ".join(f"{means[name]:.3f}" for name in names) + " |")
-    best = max(names[:-1], key=lambda name: means[name])
-    gains = [of_all["together"][case] - of_all[best][case] for case in of_all[best]]
-    told = (
-        f"together against {best}: {np.mean(gains):+.4f}, better in {sum(gain > 0 for gain in gains)} of {len(gains)}"
-    )
-    if len(gains) > 5:
-        told += f", Wilcoxon signed-rank p = {wilcoxon(gains).pvalue:.4f}"
-    print(told)
+    for name in names[:-1]:
+        gains = [dice - of_all[name][case] for case, dice in of_all["together"].items()]
+        told = f"together against {name}: {np.mean(gains):+.4f}, better in {sum(g > 0 for g in gains)} of {len(gains)}"
+        if len(gains) > 5:
+            told += f", Wilcoxon signed-rank p = {wilcoxon(gains).pvalue:.4f}"
+        print(told)
 
 
 if __name__ == "__main__":

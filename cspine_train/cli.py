@@ -150,9 +150,8 @@ def main() -> None:
     "strong: leave no contrast to memorise, for scans of other scanners and sequences.",
 )  # fmt: skip
 @click.option(
-    "--pieces", type=click.IntRange(1),
-    help="Keep at most so many connected pieces of a prediction, the largest, if validation is better for it; all by "
-    "default.",
+    "--largest-components", type=click.IntRange(1),
+    help="Keep at most so many connected components of a prediction, if validation is better for it; all by default.",
 )  # fmt: skip
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from cspine_data import Cohort, open_cohort
+from cspine_train.components import largest_components
 from cspine_train.errors import RunError
 from cspine_train.metrics import Overlap, label_overlaps, mean_over_labels, overlap
 from cspine_train.model_card import write_card
-from cspine_train.pieces import largest_pieces
 from cspine_train.prediction import LoadedRun, label_map, load_run
 from cspine_train.run_folder import EVALUATION_FOLDER, write_rows, write_text
 
@@ -198,15 +198,17 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, cohort.label_xyz(case, variant))
 
 
-def chosen_pieces(
+def components_to_keep(
     loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
 ) -> int | None:
-    """Return how many pieces of a prediction a run is to keep: as many as were asked for, where validation is better.
+    """Return how many connected components of a prediction a run is to keep; None for all.
+
+    As many as were asked for, if that gives the validation patients a higher mean Dice on whole volumes.
 
     Parameters
     ----------
     loaded : LoadedRun
-        A trained run that keeps all yet.
+        A trained run.
     cohort : Cohort
         The store that it was trained on.
     progress : callable, optional
@@ -219,19 +221,20 @@ def chosen_pieces(
     CspineDataError
         If the store cannot be used.
     """
-    most, cases = loaded.record.settings.pieces, loaded.record.validation
+    most, cases = loaded.record.settings.largest_components, loaded.record.validation
     if most is None:
         return None
+    whole = replace(loaded, record=loaded.record.model_copy(update={"kept_components": None}))
     gains = []
     for number, case in enumerate(cases, start=1):
-        segmented = segment(loaded, cohort, case)
+        segmented = segment(whole, cohort, case)
         found, truth = segmented.found_xyz != 0, segmented.truth_xyz != 0
-        gains.append(overlap(largest_pieces(found, most), truth).dice - overlap(found, truth).dice)
+        gains.append(overlap(largest_components(found, most), truth).dice - overlap(found, truth).dice)
         if progress:
             progress(number, len(cases), case)
     better = mean(gains) > 0
-    told = f"the {most} largest pieces alone change the mean validation Dice on whole volumes by {mean(gains):+.4f}"
-    _log.info("%s: %s", told, "kept alone" if better else "all are kept")
+    told = f"the {most} largest components alone change the mean validation Dice on whole volumes by {mean(gains):+.4f}"
+    _log.info("%s: %s", told, "they alone are kept" if better else "all are kept")
     return most if better else None
 
 
@@ -257,9 +260,9 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
         "mean_iou": evaluation.mean_iou,
         "caveats": evaluation.caveats,
         "settings": loaded.record.settings.model_dump(),
-        # Of a run that goes on training, the weights that were scored may not be those it keeps in the end.
+        # Of a run that goes on training, what was scored may not be what it keeps in the end.
         "kept_epoch": loaded.record.kept_epoch,
-        "kept_pieces": loaded.record.kept_pieces,
+        "kept_components": loaded.record.kept_components,
         "digests": {score.case: loaded.record.digests[score.case] for score in scores},
     }
     if several:

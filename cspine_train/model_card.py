@@ -54,7 +54,7 @@ Its weights are safetensors; nothing that prediction reads is a pickle.
 def write_card(run: Path, record: RunRecord) -> Path:
     """Write a run's `MODEL_CARD.md`: what it is for, what it saw, how good it is, and what that does not say.
 
-    Cases are counted, not named. Scores are those of the evaluations in the run folder that are of the weights the run
+    Cases are counted, not named. Scores are those of the evaluations in the run folder that are of what the run
     keeps.
 
     Parameters
@@ -95,13 +95,21 @@ def _marked(record: RunRecord) -> str:
     if len(record.label_values) > 1:
         told, chosen = "each voxel has its likeliest label", ["epoch"] if epoch else []
     else:
-        pieces = f", the {record.kept_pieces} largest connected pieces of them alone" if record.kept_pieces else ""
-        told = f"voxels of a probability above {record.threshold:g} are marked{pieces}"
-        chosen = ["threshold", *(["epoch"] if epoch else []), *(["pieces"] if pieces else [])]
+        told = f"voxels of a probability above {record.threshold:g} are marked"
+        chosen = ["threshold", *(["epoch"] if epoch else [])]
     if not chosen:
         return told
     were = "were" if len(chosen) > 1 else "was"
     return f"{told}; {' and '.join(chosen)} {were} chosen on the same patients, so the figure flatters a little"
+
+
+def _kept(record: RunRecord) -> str:
+    most = record.kept_components
+    if most is None:
+        return ""
+    which = "component alone" if most == 1 else "components alone"
+    number = "" if most == 1 else f"{most} "
+    return f", of each prediction the {number}largest connected {which}, as was chosen on the validation patients"
 
 
 def _planes(record: RunRecord) -> str:
@@ -191,7 +199,7 @@ def _results(run: Path, record: RunRecord) -> str:
         told.append("Training had not ended when this was written.")
     scores = dict(_scores(run, record))
     if scores:
-        told.append("Whole volumes, on the grid of their files, patient by patient:")
+        told.append(f"Whole volumes, on the grid of their files, patient by patient{_kept(record)}:")
         told.append(_table({part: [row["dice"] for row in rows] for part, rows in scores.items()}, "vertebra or not"))
         if record.label_values:
             told.append(
@@ -218,7 +226,8 @@ def _scores(run: Path, record: RunRecord) -> Iterator[tuple[str, list[dict[str, 
         try:
             evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             # Evaluations of an older cspine do not say; it evaluated finished runs as well as others.
-            if evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch:
+            same_weights = evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch
+            if same_weights and evaluation.get("kept_components") == record.kept_components:
                 for row in evaluation["patients"]:
                     found.setdefault(row["split"], {})[row["case"]] = row
         except (OSError, ValueError, LookupError, TypeError, AttributeError):

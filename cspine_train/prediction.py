@@ -23,9 +23,9 @@ from cspine_data import (
     write_volume,
 )
 from cspine_train.classes import network_classes, stored_values
+from cspine_train.components import largest_components
 from cspine_train.errors import RunError
 from cspine_train.models import load_model, sides_of
-from cspine_train.pieces import largest_pieces
 from cspine_train.run_folder import MODEL_FOLDER
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.transforms import fixed_size, from_network, network_shape, to_network, with_context
@@ -156,7 +156,7 @@ def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
     """Predict a volume that is in no store: prepared as in training, probabilities averaged over the runs.
 
     The average is compared with the average of the runs' thresholds; of several labels the likeliest is taken. Where
-    all runs keep equally many pieces, so many are kept.
+    all runs keep equally many connected components, so many are kept, else all.
 
     Parameters
     ----------
@@ -193,10 +193,10 @@ def label_map(runs: Sequence[LoadedRun], total: NDArray[np.float32]) -> NDArray[
     """Return the label map that runs make together, (x, y, z), of the sum of their probabilities, (K, x, y, z)."""
     if len(total) == 1:
         mask = total[0] > sum(run.record.threshold for run in runs)
-        pieces = {run.record.kept_pieces for run in runs}
-        # Runs that do not agree leave all.
-        most = pieces.pop() if len(pieces) == 1 else None
-        numbers = (largest_pieces(mask, most) if most else mask).astype(np.uint8)
+        kept = {run.record.kept_components for run in runs}
+        # Runs that do not agree keep all.
+        most = kept.pop() if len(kept) == 1 else None
+        numbers = (largest_components(mask, most) if most else mask).astype(np.uint8)
         return stored_values(numbers, runs[0].record.label_values)
     highest = len(runs) - total.sum(0)
     numbers = np.zeros(highest.shape, np.uint8)

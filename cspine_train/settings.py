@@ -71,8 +71,8 @@ class RunSettings(BaseModel):
     augment : str
         How training slices are changed at random: ``none``, ``light`` (place, contrast, noise), ``reference`` (what the
         reference study did) or ``strong`` (leaves no contrast to memorise); see `Augmentation`.
-    pieces : int or None
-        Keep at most so many connected pieces of a prediction, the largest, if that gives the validation patients a
+    largest_components : int or None
+        Keep at most so many connected components of a prediction, the largest, if that gives the validation patients a
         higher Dice on whole volumes; None keeps all. For binary labels.
     folds, fold : int or None
         Cross-validation instead of the reference split.
@@ -105,7 +105,7 @@ class RunSettings(BaseModel):
     loss: LossName = "dice_bce"
     labels: Literal["binary", "stored"] = "binary"
     augment: Literal["none", "light", "reference", "strong"] = "light"
-    pieces: int | None = Field(default=None, ge=1)
+    largest_components: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     folds: int | None = Field(default=None, ge=3)
     fold: int = Field(default=0, ge=0)
@@ -125,9 +125,9 @@ class RunSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _pieces_are_of_one_label(self) -> Self:
-        if self.pieces and self.labels == "stored":
-            raise ValueError("--pieces are counted where labels are binary; leave it out")
+    def _components_are_of_one_label(self) -> Self:
+        if self.largest_components and self.labels == "stored":
+            raise ValueError("--largest-components is for binary labels; leave it out")
         return self
 
     @property
@@ -175,8 +175,8 @@ class RunRecord(BaseModel):
     threshold : float
         The probability above which a voxel is vertebra: the one that gave that Dice. Of several labels the likeliest is
         taken.
-    kept_pieces : int or None
-        How many pieces of a prediction are kept at most, the largest; None where all are, as validation wanted it.
+    kept_components : int or None
+        How many connected components of a prediction are kept at most, the largest; None where all are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -201,7 +201,7 @@ class RunRecord(BaseModel):
     kept_epoch: int | None = None
     kept_dice: float | None = None
     threshold: float = Field(default=0.5, gt=0, lt=1)
-    kept_pieces: int | None = Field(default=None, ge=1)
+    kept_components: int | None = Field(default=None, ge=1)
 
     @property
     def split(self) -> Split:

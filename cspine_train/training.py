@@ -24,7 +24,7 @@ from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, new
 from cspine_train.classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
-from cspine_train.evaluation import chosen_pieces
+from cspine_train.evaluation import components_to_keep
 from cspine_train.loggers import Logged, check_loggers
 from cspine_train.machines import ONE_DEVICE, Machines, end_with_the_first, together
 from cspine_train.model_card import write_card
@@ -131,10 +131,7 @@ def train(
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None
     record = record.model_copy(update={"finished": True, **keeper.kept})
     if trainer.is_global_zero:
-        if settings.pieces:
-            with progress_bar("predicting validation volumes") as progress:
-                pieces = chosen_pieces(load_run(run), cohort, progress)
-            record = record.model_copy(update={"kept_pieces": pieces})
+        record = record.model_copy(update={"kept_components": _components(run, settings, cohort)})
         # Before the record says so: whoever finds a run finished finds all of it.
         _tell(run, record, cohort)
         save_record(run, record)
@@ -191,6 +188,14 @@ def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
     """Return the settings with as many slices a step as share one memory: a GPU's, or that of a node's processes."""
     sharing = 1 if torch.cuda.is_available() else trainer.num_devices
     return settings.model_copy(update={"batch_size": settings.batch_size * sharing // trainer.world_size})
+
+
+def _components(run: Path, settings: RunSettings, cohort: Cohort) -> int | None:
+    """Return how many connected components of a prediction are kept; all where that cannot be found out."""
+    if settings.largest_components:
+        with never_fatal(f"{run}: --largest-components"), progress_bar("predicting validation volumes") as progress:
+            return components_to_keep(load_run(run), cohort, progress)
+    return None
 
 
 def _tell(run: Path, record: RunRecord, cohort: Cohort) -> None:

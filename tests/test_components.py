@@ -1,0 +1,139 @@
+"""Keeping the largest connected components of a prediction, where validation is better for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from cspine_data import Cohort, open_cohort, read_volume
+from cspine_train import LoadedRun, RunSettings, evaluate, load_run, predict_volume, train
+from cspine_train.components import largest_components
+from cspine_train.evaluation import components_to_keep, segment
+from cspine_train.metrics import overlap
+from cspine_train.model_card import write_card
+from cspine_train.settings import load_record
+from tests.test_training import SMALL
+
+
+def sizes(mask: NDArray[np.bool_]) -> list[int]:
+    numbers, _ = ndimage.label(mask)
+    return sorted(np.bincount(numbers.ravel())[1:].tolist(), reverse=True)
+
+
+@given(st.integers(0, 2**32), st.floats(0, 0.5), st.integers(1, 6))
+def test_the_largest_components_stay_whole(seed: int, share: float, most: int) -> None:
+    mask = np.random.default_rng(seed).random((6, 7, 8)) < share
+    kept = largest_components(mask, most)
+    assert not (kept & ~mask).any()
+    assert sizes(kept) == sizes(mask)[:most]
+
+
+def test_components_touch_through_faces_and_the_first_of_equals_stays() -> None:
+    mask = np.zeros((2, 2, 3), np.bool_)
+    mask[0, 0, 0] = mask[1, 1, 0] = mask[0, 0, 2] = True
+    assert np.argwhere(largest_components(mask, 1)).tolist() == [[0, 0, 0]]
+
+
+def changes(loaded: LoadedRun, cohort: Cohort, cases: Sequence[str], most: int) -> float:
+    """Return by how much the summed Dice of some cases changes where so many components are kept."""
+    whole = replace(loaded, record=loaded.record.model_copy(update={"kept_components": None}))
+    change = 0.0
+    for done in (segment(whole, cohort, case) for case in cases):
+        found, truth = done.found_xyz != 0, done.truth_xyz != 0
+        change += overlap(largest_components(found, most), truth).dice - overlap(found, truth).dice
+    return change
+
+
+@pytest.fixture(scope="module")
+def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was asked to keep as many components as makes its validation better."""
+    folder, cohort = tmp_path_factory.mktemp("runs"), open_cohort(phantom_store)
+    train(phantom_store, folder / "first", RunSettings(**SMALL))
+    first = load_run(folder / "first")
+    most = next(most for most in range(1, 100) if changes(first, cohort, first.record.validation, most) > 0)
+    train(phantom_store, folder / "second", RunSettings(**SMALL, largest_components=most))
+    return folder / "second"
+
+
+@pytest.mark.parametrize("part", ["validation", "train"])
+def test_so_many_are_kept_if_validation_is_better_for_it(part: str, run: Path, phantom_store: Path) -> None:
+    loaded, cohort = load_run(run), open_cohort(phantom_store)
+    # Training patients are several: the mean decides.
+    cases = loaded.record.split.cases(part)
+    outcomes = set()
+    for most in sorted({1, loaded.record.kept_components or 1, 99}):
+        settings = loaded.record.settings.model_copy(update={"largest_components": most})
+        record = loaded.record.model_copy(update={"settings": settings, "validation": cases})
+        better = changes(loaded, cohort, cases, most) > 0
+        assert components_to_keep(replace(loaded, record=record), cohort) == (most if better else None)
+        outcomes.add(better)
+    assert False in outcomes
+    assert part == "train" or True in outcomes
+
+
+def test_a_run_records_and_tells_what_it_chose(run: Path) -> None:
+    record = load_record(run)
+    assert record.kept_components == record.settings.largest_components
+    evaluate(run)
+    which = "largest connected component" if record.kept_components == 1 else f"{record.kept_components} largest"
+    told = f"patient by patient, of each prediction the {which}"
+    assert told in (run / "MODEL_CARD.md").read_text()
+
+
+def test_where_it_cannot_be_found_out_all_are_kept_and_the_run_is_finished(
+    phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory for this volume")
+
+    monkeypatch.setattr("cspine_train.training.components_to_keep", fail)
+    settings = RunSettings(**{**SMALL, "epochs": 1, "pixel_mm": 12.0}, largest_components=7)
+    with pytest.warns(UserWarning, match="--largest-components: could not be made .no memory for this volume"):
+        record = train(phantom_store, tmp_path / "run", settings)
+    assert record.finished
+    assert record.kept_components is None
+
+
+def test_wherever_a_run_predicts_so_many_are_kept(run: Path, phantom_store: Path, phantom_folder: Path) -> None:
+    cohort, loaded = open_cohort(phantom_store), load_run(run)
+    case = loaded.record.test[0]
+    volume = read_volume(next(phantom_folder.glob(f"{case}.*")))
+    keeping = {
+        most: replace(loaded, record=loaded.record.model_copy(update={"kept_components": most}))
+        for most in (None, 3, 1)
+    }
+    whole = sizes(segment(keeping[None], cohort, case).found_xyz != 0)
+    assert len(whole) > 3
+    for most in (3, 1):
+        assert sizes(segment(keeping[most], cohort, case).found_xyz != 0) == whole[:most]
+    for runs, count in (([1], 1), ([1, 1], 1), ([1, 3], len(whole)), ([1, None], len(whole))):
+        assert len(sizes(predict_volume([keeping[most] for most in runs], volume).array != 0)) == count
+
+
+def test_scores_of_other_components_are_not_on_the_card(run: Path) -> None:
+    record = load_record(run)
+    evaluate(run)
+    write_card(run, record.model_copy(update={"kept_components": None}))
+    assert "not evaluated yet" in (run / "MODEL_CARD.md").read_text()
+    write_card(run, record)
+    assert "not evaluated yet" not in (run / "MODEL_CARD.md").read_text()
+
+
+def test_components_of_several_labels_are_refused(
+    run_train: Callable[..., Result], phantom_store: Path, tmp_path: Path
+) -> None:
+    refused = run_train(
+        "run", "--store", phantom_store, "--largest-components", 7, "--labels", "stored", "-o", tmp_path / "run"
+    )
+    assert refused.exit_code == 2
+    assert "Error: --largest-components is for binary labels; leave it out" in refused.output
+    assert not (tmp_path / "run").exists()
