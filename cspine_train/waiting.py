@@ -14,9 +14,9 @@ _TURNS = "1000"
 def stay_awake() -> None:
     """Let GNU's OpenMP wait awake for a moment, also where there are more threads than cores.
 
-    There are as soon as a thread reads ahead, and few turns are then waited unless the policy is ``ACTIVE``. Others take
-    that for ever, so it is set where PyTorch brings GNU's. OpenMP reads all this when PyTorch is imported. Where the
-    user has set either, both stay.
+    There are as soon as a thread reads ahead, and few turns are then waited unless the policy is ``ACTIVE``. Others
+    take that for ever, so it is set where PyTorch brings GNU's. OpenMP reads all this when PyTorch is imported. Where
+    the user has set either, both stay.
     """
     if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         return
