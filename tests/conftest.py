@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -138,6 +139,15 @@ def store(ball_cohort: Path, tmp_path: Path) -> Path:
     """A copy, to spoil, of the balls' store; their files are in `raw` beside it."""
     shutil.copytree(ball_cohort, tmp_path, dirs_exist_ok=True)
     return tmp_path / "s.zarr"
+
+
+@pytest.fixture(autouse=True)
+def _no_command_talks_on() -> Iterator[None]:
+    """Take back where a command sends what is reported: the next test in this process may listen for silence."""
+    log = logging.getLogger("cspine_train")
+    before = log.handlers, log.level
+    yield
+    log.handlers, log.level = before
 
 
 @pytest.fixture
