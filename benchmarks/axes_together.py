@@ -29,13 +29,15 @@ def scores(store: str, runs: list[LoadedRun]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for case in runs[0].record.split.test:
         ways, total = {}, None
+        # Runs of equal digests were fed the same volumes.
+        variant = runs[0].record.settings.variant
+        prepared = cohort.prepared(case, variant)
         for run in runs:
-            prepared = cohort.prepared(case, run.record.settings.variant)
             probabilities = run.on_source_grid(prepared)
             ways[name_of(run)] = label_map([run], probabilities)
             total = probabilities if total is None else total + probabilities
         ways["together"] = label_map(runs, total)
-        truth = cohort.label_xyz(case, runs[0].record.settings.variant) != 0
+        truth = cohort.label_xyz(case, variant) != 0
         for way, mask in ways.items():
             found.setdefault(way, {})[case] = overlap(mask != 0, truth).dice
         print(f"| {case} | " + " | ".join(f"{dice[case]:.3f}" for dice in found.values()) + " |", flush=True)

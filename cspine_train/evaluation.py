@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -163,10 +163,9 @@ def evaluate(
         raise RunError(f"{record.store}: is not there any more; say with --store where the store of {run} is now")
     cohort = open_cohort(store or record.store)
     scores = []
-    for number, (part, case) in enumerate(wanted, start=1):
-        scores.append(_score(segment(loaded, cohort, case), part, several=bool(record.label_values)))
-        if progress:
-            progress(number, len(wanted), case)
+    segmented = segment_all(loaded, cohort, [case for _, case in wanted], progress)
+    for (part, _), volume in zip(wanted, segmented, strict=True):
+        scores.append(_score(volume, part, several=bool(record.label_values)))
     evaluation = _written(loaded, "-".join(splits), tuple(scores))
     write_card(loaded.path, record)
     return evaluation
@@ -198,12 +197,22 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, cohort.label_xyz(case, variant))
 
 
+def segment_all(
+    loaded: LoadedRun, cohort: Cohort, cases: Sequence[str], progress: Callable[[int, int, str], None] | None = None
+) -> Iterator[Segmented]:
+    """Iterate over `segment` of cases; `progress` is called when what is done with one is done."""
+    for number, case in enumerate(cases, start=1):
+        yield segment(loaded, cohort, case)
+        if progress:
+            progress(number, len(cases), case)
+
+
 def components_to_keep(
-    loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
+    loaded: LoadedRun, cohort: Cohort, most: int, progress: Callable[[int, int, str], None] | None = None
 ) -> int | None:
     """Return how many connected components of a prediction a run is to keep; None for all.
 
-    As many as were asked for, if that gives the validation patients a higher mean Dice on whole volumes.
+    As many as are asked for, if that gives the validation patients a higher mean Dice on whole volumes.
 
     Parameters
     ----------
@@ -211,6 +220,8 @@ def components_to_keep(
         A trained run.
     cohort : Cohort
         The store that it was trained on.
+    most : int
+        How many are asked for.
     progress : callable, optional
         Called with (patients done, patients, case id).
 
@@ -221,21 +232,15 @@ def components_to_keep(
     CspineDataError
         If the store cannot be used.
     """
-    most, cases = loaded.record.settings.largest_components, loaded.record.validation
-    if most is None:
-        return None
     whole = replace(loaded, record=loaded.record.model_copy(update={"kept_components": None}))
     gains = []
-    for number, case in enumerate(cases, start=1):
-        segmented = segment(whole, cohort, case)
+    for segmented in segment_all(whole, cohort, loaded.record.validation, progress):
         found, truth = segmented.found_xyz != 0, segmented.truth_xyz != 0
         gains.append(overlap(largest_components(found, most), truth).dice - overlap(found, truth).dice)
-        if progress:
-            progress(number, len(cases), case)
-    better = mean(gains) > 0
-    told = f"the {most} largest components alone change the mean validation Dice on whole volumes by {mean(gains):+.4f}"
-    _log.info("%s: %s", told, "they alone are kept" if better else "all are kept")
-    return most if better else None
+    gain = mean(gains)
+    told = f"the {most} largest components alone change the mean validation Dice on whole volumes by {gain:+.4f}"
+    _log.info("%s: %s", told, "they alone are kept" if gain > 0 else "all are kept")
+    return most if gain > 0 else None
 
 
 def _score(segmented: Segmented, part: str, several: bool) -> PatientScore:

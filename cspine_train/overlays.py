@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import Cohort
-from cspine_train.evaluation import Segmented, segment
+from cspine_train.evaluation import Segmented, segment_all
 from cspine_train.metrics import Overlap
 from cspine_train.pictures import SliceView, as_seen, draw_overlays, window_of
 from cspine_train.prediction import LoadedRun
@@ -66,13 +66,10 @@ def save_overlays(
     record = loaded.record
     cases = record.validation[:MOST_PATIENTS]
     found: dict[str, list[SliceView]] = {kind.name: [] for kind in _KINDS}
-    for number, case in enumerate(cases, start=1):
-        segmented = segment(loaded, cohort, case)
+    for segmented in segment_all(loaded, cohort, cases, progress):
         for axis in record.settings.axes:
             for kind in _KINDS:
                 found[kind.name] += extreme_slices(segmented, axis, kind.order)
-        if progress:
-            progress(number, len(cases), case)
     folder = loaded.path / OVERLAYS_FOLDER
     of = f"{len(record.validation)} validation patient{'s' if len(record.validation) > 1 else ''}"
     if len(cases) < len(record.validation):

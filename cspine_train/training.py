@@ -194,7 +194,7 @@ def _components(run: Path, settings: RunSettings, cohort: Cohort) -> int | None:
     """Return how many connected components of a prediction are kept; all where that cannot be found out."""
     if settings.largest_components:
         with never_fatal(f"{run}: --largest-components"), progress_bar("predicting validation volumes") as progress:
-            return components_to_keep(load_run(run), cohort, progress)
+            return components_to_keep(load_run(run), cohort, settings.largest_components, progress)
     return None
 
 

@@ -71,10 +71,9 @@ def test_so_many_are_kept_if_validation_is_better_for_it(part: str, run: Path, p
     cases = loaded.record.split.cases(part)
     outcomes = set()
     for most in sorted({1, loaded.record.kept_components or 1, 99}):
-        settings = loaded.record.settings.model_copy(update={"largest_components": most})
-        record = loaded.record.model_copy(update={"settings": settings, "validation": cases})
+        record = loaded.record.model_copy(update={"validation": cases})
         better = changes(loaded, cohort, cases, most) > 0
-        assert components_to_keep(replace(loaded, record=record), cohort) == (most if better else None)
+        assert components_to_keep(replace(loaded, record=record), cohort, most) == (most if better else None)
         outcomes.add(better)
     assert False in outcomes
     assert part == "train" or True in outcomes
