@@ -220,7 +220,7 @@ def _table(scores: Mapping[str, Sequence[float]], what: str) -> str:
 
 
 def _scores(run: Path, record: RunRecord) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Iterate over the parts that were evaluated with the weights that the run keeps, and their patients' rows."""
+    """Iterate over the parts that were evaluated as the run predicts in the end, and their patients' rows."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((run / EVALUATION_FOLDER).glob("*.json")):
         try:

@@ -147,7 +147,9 @@ def _no_command_talks_on() -> Iterator[None]:
     log = logging.getLogger("cspine_train")
     before = log.handlers, log.level
     yield
-    log.handlers, log.level = before
+    log.handlers = before[0]
+    # Which also forgets what was asked of the level that it had.
+    log.setLevel(before[1])
 
 
 @pytest.fixture
