@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cspine_train.comparison import Comparison, compare
     from cspine_train.errors import CspineTrainError, ModelError, RunError
     from cspine_train.evaluation import Evaluation, PatientScore, evaluate
     from cspine_train.machines import Machines
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from cspine_train.training import train
 
 _HOME = {
+    "comparison": ("Comparison", "compare"),
     "errors": ("CspineTrainError", "ModelError", "RunError"),
     "evaluation": ("Evaluation", "PatientScore", "evaluate"),
     "machines": ("Machines",),
@@ -27,6 +29,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Comparison",
     "CspineTrainError",
     "Evaluation",
     "LoadedRun",
@@ -36,6 +39,7 @@ __all__ = [
     "RunError",
     "RunRecord",
     "RunSettings",
+    "compare",
     "evaluate",
     "load_run",
     "predict_files",

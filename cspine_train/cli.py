@@ -153,6 +153,7 @@ def main() -> None:
     "--largest-components", type=click.IntRange(1),
     help="Keep at most so many connected components of a prediction, if validation is better for it; all by default.",
 )  # fmt: skip
+@click.option("--fill-holes", is_flag=True, help="Fill the holes of a prediction, if validation is better for it.")
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
 @click.option(
@@ -245,22 +246,56 @@ def join() -> None:
 def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     """Score RUN per patient, on whole volumes."""
     from cspine_train.evaluation import evaluate as evaluate_run
+    from cspine_train.metrics import MEASURES
 
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
-    columns = ["patient", "split", "Dice", "IoU"]
-    rows = [[score.case, score.split, f"{score.dice:.4f}", f"{score.iou:.4f}"] for score in evaluation.scores]
-    rows.append([f"mean of {len(rows)}", "", f"{evaluation.mean_dice:.4f}", f"{evaluation.mean_iou:.4f}"])
+    shown = ("dice", "iou", "hausdorff95_mm", "average_surface_distance_mm", "surface_dice_1mm")
+    measures, means = [measure for measure in MEASURES if measure.name in shown], evaluation.means()
+    columns = ["patient", "split", *(measure.heading for measure in measures)]
+    rows = [
+        [score.case, score.split, *(f"{getattr(score.whole, m.name):.{m.digits}f}" for m in measures)]
+        for score in evaluation.scores
+    ]
+    rows.append([f"mean of {len(rows)}", "", *(f"{means[m.name].mean:.{m.digits}f}" for m in measures)])
     if evaluation.mean_label_dice is not None:
         columns += ["Dice of labels", "IoU of labels"]
         for row, of in zip(rows, [*evaluation.scores], strict=False):
             row += [f"{of.label_dice:.4f}", f"{of.label_iou:.4f}"]
         rows[-1] += [f"{evaluation.mean_label_dice:.4f}", f"{evaluation.mean_label_iou:.4f}"]
+    intervals = [means[m.name].between(m.digits) for m in measures]
+    if any(intervals):
+        rows.append(["95 % interval of the mean", "", *intervals, *[""] * (len(columns) - len(measures) - 2)])
     print_table(columns, rows)
     for caveat in evaluation.caveats:
         click.echo(f"note: {caveat}")
     for file in evaluation.files:
         click.echo(f"wrote {file}")
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", help="Whose volumes.")
+@click.option("--measure", default="dice", help="What is compared, by its column in the runs' evaluation/*.csv.")
+def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
+    """Compare evaluated RUNS with the first, patient by patient; runs that differ in their fold are one model."""
+    from cspine_train.comparison import compare as compare_runs
+    from cspine_train.metrics import MEASURES
+
+    comparison = compare_runs(runs, split, measure)
+    (of,) = (known for known in MEASURES if known.name == measure)
+    columns = ["model", "patients", f"mean {of.heading}", "difference", "higher", "lower", "p"]
+    rows = []
+    for model in comparison.models:
+        row = [model.name, str(len(model.scores)), model.mean.told(of.digits)]
+        if model.difference is not None:
+            p = "" if model.p is None else f"{model.p:.2g}"
+            row += [model.difference.told(of.digits, sign=True), str(model.better), str(model.worse), p]
+        rows.append(row + [""] * (len(columns) - len(row)))
+    print_table(columns, rows)
+    click.echo("in brackets: 95 % intervals, by bootstrap over patients; p: Wilcoxon's signed-rank test, after Holm")
+    for caveat in comparison.caveats:
+        click.echo(f"note: {caveat}")
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""The connected components of a mask."""
+"""The connected components of a mask, and the holes in it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,51 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+Box = tuple[slice, ...]
+
+
+def common_box(*masks: NDArray[np.bool_]) -> Box | None:
+    """Return the smallest box that holds all that masks of one shape mark; None where they mark nothing.
+
+    What is marked is a small part of a volume; whatever is done with it need not see the rest.
+    """
+    boxes = [found[0] for mask in masks if (found := ndimage.find_objects(mask.view(np.uint8)))]
+    if not boxes:
+        return None
+    return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True))
+
 
 def largest_components(mask_xyz: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
     """Keep at most so many connected components of a mask, those of most voxels; voxels touch through their faces.
 
     Of components of equal size those are kept that come first in the order of the axes.
     """
-    # What is marked is a small part of a volume, and numbering takes twelve bytes a voxel.
-    box = ndimage.find_objects(mask_xyz.view(np.uint8))
-    if not box:
+    box = common_box(mask_xyz)
+    if box is None:
         return mask_xyz
-    numbers, found = ndimage.label(mask_xyz[box[0]])
+    # Within the box: numbering takes twelve bytes a voxel.
+    numbers, found = ndimage.label(mask_xyz[box])
     if found <= most:
         return mask_xyz
     voxels = np.bincount(numbers.ravel())[1:]
     kept: NDArray[np.bool_] = np.zeros(found + 1, np.bool_)
     kept[1 + np.argsort(-voxels, kind="stable")[:most]] = True
     remaining = np.zeros_like(mask_xyz)
-    remaining[box[0]] = kept[numbers]
+    remaining[box] = kept[numbers]
     return remaining
+
+
+def filled(mask_xyz: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Fill the holes of a mask: what it encloses on all sides in space, a face touching a face."""
+    box = common_box(mask_xyz)
+    if box is None:
+        return mask_xyz
+    whole = mask_xyz.copy()
+    whole[box] = ndimage.binary_fill_holes(mask_xyz[box])
+    return whole
+
+
+def tidied(mask_xyz: NDArray[np.bool_], most: int | None, fill: bool) -> NDArray[np.bool_]:
+    """Keep the largest components, where a number is given, and then fill holes, where that is asked for."""
+    kept = mask_xyz if most is None else largest_components(mask_xyz, most)
+    return filled(kept) if fill else kept

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import Cohort, open_cohort
-from cspine_train.components import largest_components
+from cspine_data import open_cohort
 from cspine_train.errors import RunError
-from cspine_train.metrics import Overlap, label_overlaps, mean_over_labels, overlap
+from cspine_train.intervals import MeanInterval, mean_interval
+from cspine_train.metrics import (
+    MEASURES,
+    Agreement,
+    Overlap,
+    agreement,
+    batch_averaged_dice,
+    label_agreements,
+    mean_over_labels,
+)
 from cspine_train.model_card import write_card
-from cspine_train.prediction import LoadedRun, label_map, load_run
-from cspine_train.run_folder import EVALUATION_FOLDER, write_rows, write_text
-
-_log = logging.getLogger(__name__)
+from cspine_train.overlays import BEST, MEDIAN, WORST, Gallery
+from cspine_train.pictures import never_fatal
+from cspine_train.prediction import LoadedRun, load_run
+from cspine_train.report import write_report
+from cspine_train.run_folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, write_rows, write_text
+from cspine_train.segmented import Segmented, segment_all
 
 
 @dataclass(frozen=True)
@@ -31,26 +41,42 @@ class PatientScore:
     ----------
     case, split : str
         Whose volume, and which part of the split it is in.
-    voxels : Overlap
-        The counts that Dice and IoU are made of: vertebra or not, whatever the labels.
+    whole : Agreement
+        Every measure over the whole volume: vertebra or not, whatever the labels.
+    batch_averaged_dice : float
+        What the reference study calls Dice, see `batch_averaged_dice`; over slices along the run's axes.
     labels : dict or None
-        The same for each label value that the patient has or was given; None for a run on binary labels.
+        The same as `whole` for each label value that the patient has or was given; None for a run on binary labels.
+    slices : dict
+        How found and true masks overlap in each slice in which either marks anything, by axis and index; along the
+        run's axes.
+    confusion : dict
+        For a run that tells labels apart: how many voxels have a true value and were given another, or the same, by
+        (true, given); 0 is none.
     """
 
     case: str
     split: str
-    voxels: Overlap
-    labels: Mapping[int, Overlap] | None = None
+    whole: Agreement
+    batch_averaged_dice: float
+    labels: Mapping[int, Agreement] | None = None
+    slices: Mapping[int, Mapping[int, Overlap]] = field(default_factory=dict)
+    confusion: Mapping[tuple[int, int], int] = field(default_factory=dict)
+
+    @property
+    def voxels(self) -> Overlap:
+        """The counts that Dice and IoU are made of."""
+        return self.whole.voxels
 
     @property
     def dice(self) -> float:
         """Dice over the whole volume."""
-        return self.voxels.dice
+        return self.whole.dice
 
     @property
     def iou(self) -> float:
         """Intersection over union over the whole volume."""
-        return self.voxels.iou
+        return self.whole.iou
 
     @property
     def label_dice(self) -> float | None:
@@ -61,29 +87,6 @@ class PatientScore:
     def label_iou(self) -> float | None:
         """Mean intersection over union over the labels that the patient has; None for binary labels."""
         return None if self.labels is None else mean_over_labels(self.labels, "iou")
-
-
-@dataclass(frozen=True, eq=False)
-class Segmented:
-    """A labelled volume, what was found in it and what is true, all (x, y, z) on the grid of its source.
-
-    Attributes
-    ----------
-    case : str
-        Whose volume.
-    image_xyz : ndarray
-        Intensities, corrected as for the run.
-    spacing_mm : tuple of float
-        Voxel spacing along x, y and z.
-    found_xyz, truth_xyz : ndarray
-        Label values that were found, and those that are true; 0 is none.
-    """
-
-    case: str
-    image_xyz: NDArray[Any]
-    spacing_mm: tuple[float, float, float]
-    found_xyz: NDArray[Any]
-    truth_xyz: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,14 @@ class Evaluation:
         """Mean intersection over union over the labels of each patient, averaged over them; None for binary ones."""
         return _mean(score.label_iou for score in self.scores)
 
+    def means(self) -> dict[str, MeanInterval]:
+        """Return each of `MEASURES`, and the batch-averaged Dice, averaged over patients, by name."""
+        means = {m.name: mean_interval([getattr(score.whole, m.name) for score in self.scores]) for m in MEASURES}
+        return means | {_BATCH_AVERAGED: mean_interval([score.batch_averaged_dice for score in self.scores])}
+
+
+_BATCH_AVERAGED = "batch_averaged_dice"
+
 
 def _mean(figures: Iterable[float | None]) -> float | None:
     known = [figure for figure in figures if figure is not None]
@@ -128,8 +139,9 @@ def evaluate(
 ) -> Evaluation:
     """Predict every volume of some parts of a run's split, slice by slice, and compare it with its label map.
 
-    Writes `evaluation/<parts>.csv` and `.json` into the run folder, for a run that tells labels apart
-    `<parts>-labels.csv`, a row for each label of each patient, and the scores into its `MODEL_CARD.md`.
+    Writes into the run folder: `evaluation/<parts>.csv` and `.json`, the scores; `<parts>-slices.csv`, a row a slice;
+    for a run that tells labels apart `<parts>-labels.csv` and `<parts>-confusion.csv`; pictures of the best, median and
+    worst slices; `report.html`, which shows all of that; and the scores into `MODEL_CARD.md`.
 
     Parameters
     ----------
@@ -162,126 +174,102 @@ def evaluate(
     if store is None and "://" not in record.store and not Path(record.store).exists():
         raise RunError(f"{record.store}: is not there any more; say with --store where the store of {run} is now")
     cohort = open_cohort(store or record.store)
+    gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST))
     scores = []
     segmented = segment_all(loaded, cohort, [case for _, case in wanted], progress)
     for (part, _), volume in zip(wanted, segmented, strict=True):
-        scores.append(_score(volume, part, several=bool(record.label_values)))
-    evaluation = _written(loaded, "-".join(splits), tuple(scores))
-    write_card(loaded.path, record)
-    return evaluation
+        scores.append(score_patient(volume, part, loaded))
+        gallery.add(volume)
+    name = "-".join(splits)
+    evaluation = _written(loaded, name, tuple(scores))
+    files = [*evaluation.files]
+    with never_fatal(f"{loaded.path / EVALUATION_FOLDER}: pictures"):
+        of = f"{len(scores)} {' and '.join(splits)} patient{'s' if len(scores) > 1 else ''}"
+        files += gallery.draw(loaded.path / EVALUATION_FOLDER, f"{name}-", of, record.caveats())
+    with never_fatal(f"{loaded.path / REPORT_NAME}"):
+        files.append(write_report(loaded.path, record))
+    with never_fatal(f"{loaded.path / CARD_NAME}"):
+        write_card(loaded.path, record)
+    return replace(evaluation, files=tuple(files))
 
 
-def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
-    """Predict a case of a run's store, on the grid of the file that it came from.
-
-    Raises
-    ------
-    RunError
-        If the store holds other data of it than the run was trained on.
-    CspineDataError
-        If the store cannot be used.
-    """
-    variant = loaded.record.settings.variant
-    stored = cohort.record(case, variant)
-    if stored.digest != loaded.record.digests.get(case):
-        now, then = stored.preprocessing, loaded.record.preprocessing
-        if now != then:
-            raise RunError(
-                f"{cohort.path}: holds {case} prepared with {now.description}, and {loaded.path} was trained on "
-                f"{then.description}; prepare it so again, or train anew"
-            )
-        raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
-    prepared = cohort.prepared(case, variant)
-    found = label_map([loaded], loaded.on_source_grid(prepared))
-    corrected = prepared.corrected
-    return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, cohort.label_xyz(case, variant))
+def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> PatientScore:
+    """Return how well a patient's volume was segmented by a run."""
+    found, truth, spacing_mm = segmented.found_xyz, segmented.truth_xyz, segmented.spacing_mm
+    several = bool(loaded.record.label_values)
+    slices = {axis: segmented.slices[axis] for axis in loaded.record.settings.axes}
+    labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
+    return PatientScore(
+        segmented.case,
+        part,
+        agreement(found != 0, truth != 0, spacing_mm),
+        batch_averaged_dice(labelled, loaded.record.settings.batch_size),
+        label_agreements(found, truth, spacing_mm) if several else None,
+        slices,
+        dict(_confusion(found, truth)) if several else {},
+    )
 
 
-def segment_all(
-    loaded: LoadedRun, cohort: Cohort, cases: Sequence[str], progress: Callable[[int, int, str], None] | None = None
-) -> Iterator[Segmented]:
-    """Iterate over `segment` of cases; `progress` is called when what is done with one is done."""
-    for number, case in enumerate(cases, start=1):
-        yield segment(loaded, cohort, case)
-        if progress:
-            progress(number, len(cases), case)
-
-
-def components_to_keep(
-    loaded: LoadedRun, cohort: Cohort, most: int, progress: Callable[[int, int, str], None] | None = None
-) -> int | None:
-    """Return how many connected components of a prediction a run is to keep; None for all.
-
-    As many as are asked for, if that gives the validation patients a higher mean Dice on whole volumes.
-
-    Parameters
-    ----------
-    loaded : LoadedRun
-        A trained run.
-    cohort : Cohort
-        The store that it was trained on.
-    most : int
-        How many are asked for.
-    progress : callable, optional
-        Called with (patients done, patients, case id).
-
-    Raises
-    ------
-    RunError
-        If the store holds other data than the run was trained on.
-    CspineDataError
-        If the store cannot be used.
-    """
-    whole = replace(loaded, record=loaded.record.model_copy(update={"kept_components": None}))
-    gains = []
-    for segmented in segment_all(whole, cohort, loaded.record.validation, progress):
-        found, truth = segmented.found_xyz != 0, segmented.truth_xyz != 0
-        gains.append(overlap(largest_components(found, most), truth).dice - overlap(found, truth).dice)
-    gain = mean(gains)
-    told = f"the {most} largest components alone change the mean validation Dice on whole volumes by {gain:+.4f}"
-    _log.info("%s: %s", told, "they alone are kept" if gain > 0 else "all are kept")
-    return most if gain > 0 else None
-
-
-def _score(segmented: Segmented, part: str, several: bool) -> PatientScore:
-    found, truth = segmented.found_xyz, segmented.truth_xyz
-    labels = label_overlaps(found, truth) if several else None
-    return PatientScore(segmented.case, part, overlap(found != 0, truth != 0), labels)
+def _confusion(found: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[tuple[int, int], int]]:
+    """Iterate over (true value, found value) and in how many voxels they meet, but for the background's with itself."""
+    marked = (found != 0) | (truth != 0)
+    pairs, counts = np.unique(np.stack([truth[marked], found[marked]]), axis=1, return_counts=True)
+    for (true, was), count in zip(pairs.T, counts, strict=True):
+        yield (int(true), int(was)), int(count)
 
 
 def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> Evaluation:
     folder = loaded.path / EVALUATION_FOLDER
     folder.mkdir(exist_ok=True)
-    several = bool(loaded.record.label_values)
-    endings = (".csv", ".json", "-labels.csv") if several else (".csv", ".json")
+    record = loaded.record
+    several = bool(record.label_values)
+    endings = (".csv", ".json", "-slices.csv", *(("-labels.csv", "-confusion.csv") if several else ()))
     files = tuple(folder / f"{name}{ending}" for ending in endings)
-    evaluation = Evaluation(scores, loaded.record.caveats(), files)
+    evaluation = Evaluation(scores, record.caveats(), files)
     note = "; ".join(evaluation.caveats)
     rows = [_row(score, note) for score in scores]
     write_rows(files[0], rows[0].keys(), rows)
+    slice_rows = [row for score in scores for row in _slice_rows(score)]
+    write_rows(files[2], ("case", "split", "axis", "slice", *_counts(scores[0].voxels)), slice_rows)
+    means = {name: vars(interval) for name, interval in evaluation.means().items()}
     summary: dict[str, Any] = {
         "patients": rows,
         "mean_dice": evaluation.mean_dice,
         "mean_iou": evaluation.mean_iou,
+        "means": means,
         "caveats": evaluation.caveats,
-        "settings": loaded.record.settings.model_dump(),
+        "settings": record.settings.model_dump(),
         # Of a run that goes on training, what was scored may not be what it keeps in the end.
-        "kept_epoch": loaded.record.kept_epoch,
-        "kept_components": loaded.record.kept_components,
-        "digests": {score.case: loaded.record.digests[score.case] for score in scores},
+        "kept_epoch": record.kept_epoch,
+        "kept_components": record.kept_components,
+        "filled_holes": record.filled_holes,
+        "digests": {score.case: record.digests[score.case] for score in scores},
     }
     if several:
         label_rows = [row for score in scores for row in _label_rows(score, note)]
-        columns = ("case", "split", "label", *_figures(scores[0].voxels), "note")
-        write_rows(files[2], columns, label_rows)
-        means = {"mean_label_dice": evaluation.mean_label_dice, "mean_label_iou": evaluation.mean_label_iou}
-        summary |= {"labels": label_rows, **means}
+        columns = ("case", "split", "label", *_figures(scores[0].whole), "note")
+        write_rows(files[3], columns, label_rows)
+        write_rows(
+            files[4],
+            ("case", "split", "true_label", "found_label", "voxels"),
+            [
+                {"case": score.case, "split": score.split, "true_label": true, "found_label": found, "voxels": voxels}
+                for score in scores
+                for (true, found), voxels in score.confusion.items()
+            ],
+        )
+        summary |= {
+            "labels": label_rows,
+            "mean_label_dice": evaluation.mean_label_dice,
+            "mean_label_iou": evaluation.mean_label_iou,
+        }
     write_text(files[1], json.dumps(summary, indent=1))
     return evaluation
 
 
 def _row(score: PatientScore, note: str) -> dict[str, Any]:
-    row = {"case": score.case, "split": score.split, **_figures(score.voxels)}
+    row = {"case": score.case, "split": score.split, **_figures(score.whole)}
+    row[_BATCH_AVERAGED] = round(score.batch_averaged_dice, 6)
     if score.label_dice is not None and score.label_iou is not None:
         row |= {"label_dice": round(score.label_dice, 6), "label_iou": round(score.label_iou, 6)}
     return row | {"note": note}
@@ -289,12 +277,23 @@ def _row(score: PatientScore, note: str) -> dict[str, Any]:
 
 def _label_rows(score: PatientScore, note: str) -> list[dict[str, Any]]:
     return [
-        {"case": score.case, "split": score.split, "label": value, **_figures(voxels), "note": note}
-        for value, voxels in (score.labels or {}).items()
+        {"case": score.case, "split": score.split, "label": value, **_figures(of_label), "note": note}
+        for value, of_label in (score.labels or {}).items()
     ]
 
 
-def _figures(voxels: Overlap) -> dict[str, Any]:
+def _slice_rows(score: PatientScore) -> Iterator[dict[str, Any]]:
+    for axis, of_axis in score.slices.items():
+        for index, voxels in of_axis.items():
+            yield {"case": score.case, "split": score.split, "axis": axis, "slice": index, **_counts(voxels)}
+
+
+def _figures(of: Agreement) -> dict[str, Any]:
+    counts = _counts(of.voxels)
+    return counts | {measure.name: round(getattr(of, measure.name), 6) for measure in MEASURES}
+
+
+def _counts(voxels: Overlap) -> dict[str, Any]:
     return {
         "dice": round(voxels.dice, 6),
         "iou": round(voxels.iou, 6),

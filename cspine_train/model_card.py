@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,7 +10,8 @@ from typing import Any
 
 from cspine_data import Preprocessing
 from cspine_train.pictures import PLANES
-from cspine_train.run_folder import CARD_NAME, EVALUATION_FOLDER, METRICS_NAME, RECORD_NAME, write_text
+from cspine_train.recorded import recorded_evaluations
+from cspine_train.run_folder import CARD_NAME, METRICS_NAME, RECORD_NAME, write_text
 from cspine_train.settings import RunRecord
 
 _MARKS = re.compile(r"([\\`*_\[\]<>|~$&])")
@@ -104,12 +103,13 @@ def _marked(record: RunRecord) -> str:
 
 
 def _kept(record: RunRecord) -> str:
-    most = record.kept_components
-    if most is None:
-        return ""
-    which = "component alone" if most == 1 else "components alone"
-    number = "" if most == 1 else f"{most} "
-    return f", of each prediction the {number}largest connected {which}, as was chosen on the validation patients"
+    most, steps = record.kept_components, []
+    if most is not None:
+        which = "largest connected component alone" if most == 1 else f"{most} largest connected components alone"
+        steps.append(f"of each prediction the {which}")
+    if record.filled_holes:
+        steps.append("its holes filled")
+    return f", {', '.join(steps)}, as was chosen on the validation patients" if steps else ""
 
 
 def _planes(record: RunRecord) -> str:
@@ -222,16 +222,9 @@ def _table(scores: Mapping[str, Sequence[float]], what: str) -> str:
 def _scores(run: Path, record: RunRecord) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Iterate over the parts that were evaluated as the run predicts in the end, and their patients' rows."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for path in sorted((run / EVALUATION_FOLDER).glob("*.json")):
-        try:
-            evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            # Evaluations of an older cspine do not say; it evaluated finished runs as well as others.
-            same_weights = evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch
-            if same_weights and evaluation.get("kept_components") == record.kept_components:
-                for row in evaluation["patients"]:
-                    found.setdefault(row["split"], {})[row["case"]] = row
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            warnings.warn(f"{path}: is damaged and left out of the model card; evaluate again", stacklevel=2)
+    for _, evaluation in recorded_evaluations(run, record):
+        for row in evaluation["patients"]:
+            found.setdefault(row["split"], {})[row["case"]] = row
     for part in ("train", "validation", "test"):
         if part in found:
             yield part, list(found[part].values())

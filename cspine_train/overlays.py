@@ -1,21 +1,21 @@
-"""Which validation slices a run segments best and worst, and pictures of them."""
+"""Which slices a run segments best, worst and so-so, and pictures of them."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cspine_data import Cohort
-from cspine_train.evaluation import Segmented, segment_all
 from cspine_train.metrics import Overlap
-from cspine_train.pictures import SliceView, as_seen, draw_overlays, window_of
+from cspine_train.pictures import SliceView, as_seen, draw_overlays
 from cspine_train.prediction import LoadedRun
 from cspine_train.run_folder import OVERLAYS_FOLDER
+from cspine_train.segmented import Segmented, segment_all
 
 #: How many validation patients are looked at: whole volumes are predicted, and a few show what there is to see.
 MOST_PATIENTS = 8
@@ -24,23 +24,74 @@ _SHOWN = 4
 _APART_MM = 5.0
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
+    """What makes a slice worth a look: its name, and what to sort slices by, given the median Dice of all."""
+
     name: str
-    order: Callable[[Overlap], Any]
+    order: Callable[[Overlap, float], Any]
 
 
-_KINDS = (
-    _Kind("best", lambda voxels: (-voxels.dice, -voxels.true_positive)),
-    _Kind("worst", lambda voxels: (voxels.dice, -voxels.false_positive - voxels.false_negative)),
-)
+BEST = Kind("best", lambda voxels, _: (-voxels.dice, -voxels.true_positive))
+MEDIAN = Kind("median", lambda voxels, middle: (abs(voxels.dice - middle), -voxels.true_positive))
+WORST = Kind("worst", lambda voxels, _: (voxels.dice, -voxels.false_positive - voxels.false_negative))
+
+
+class Gallery:
+    """The slices worth a look among any number of patients, along some axes.
+
+    Only slices count in which something is labelled, or was found.
+    """
+
+    def __init__(self, axes: Sequence[int], kinds: Sequence[Kind]) -> None:
+        self._kinds = kinds
+        self._views: dict[int, dict[str, list[SliceView]]] = {axis: {kind.name: [] for kind in kinds} for axis in axes}
+        self._dice: dict[int, list[float]] = {axis: [] for axis in axes}
+
+    def add(self, segmented: Segmented) -> None:
+        """See one more patient; of all so far the slices are kept that may be shown."""
+        for axis, views in self._views.items():
+            self._dice[axis] += [voxels.dice for voxels in segmented.slices[axis].values()]
+            for kind in self._kinds:
+                views[kind.name] += extreme_slices(segmented, axis, self._order(kind, axis))
+                # The median still moves.
+                views[kind.name] = self._first(kind, axis, 4 * _SHOWN)
+
+    def draw(self, folder: Path, stem: str, of: str, notes: Sequence[str]) -> tuple[Path, ...]:
+        """Write a picture for each kind, ``<stem><kind>.png``, a row an axis; none where there is no slice.
+
+        Parameters
+        ----------
+        folder : Path
+            Where; it is made.
+        stem : str
+            What the pictures' names begin with.
+        of : str
+            Whose slices, for the title.
+        notes : sequence of str
+            What has to be said beside them.
+        """
+        files = []
+        for kind in self._kinds:
+            shown = [view for axis in self._views for view in self._first(kind, axis, _SHOWN)]
+            if shown:
+                folder.mkdir(exist_ok=True)
+                files.append(folder / f"{stem}{kind.name}.png")
+                draw_overlays(files[-1], shown, f"{kind.name} slices of {of}", notes)
+        return tuple(files)
+
+    def _order(self, kind: Kind, axis: int) -> Callable[[Overlap], Any]:
+        middle = median(self._dice[axis] or [0.0])
+        return lambda voxels: kind.order(voxels, middle)
+
+    def _first(self, kind: Kind, axis: int, count: int) -> list[SliceView]:
+        order = self._order(kind, axis)
+        return heapq.nsmallest(count, self._views[axis][kind.name], lambda view: order(view.voxels))
 
 
 def save_overlays(
     loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[Path, ...]:
     """Predict validation patients' volumes, and write pictures of their best and their worst slices along each axis.
-
-    Only slices count in which something is labelled, or was found. None is written where there is no such slice.
 
     Parameters
     ----------
@@ -65,27 +116,13 @@ def save_overlays(
     """
     record = loaded.record
     cases = record.validation[:MOST_PATIENTS]
-    found: dict[str, list[SliceView]] = {kind.name: [] for kind in _KINDS}
+    gallery = Gallery(record.settings.axes, (BEST, WORST))
     for segmented in segment_all(loaded, cohort, cases, progress):
-        for axis in record.settings.axes:
-            for kind in _KINDS:
-                found[kind.name] += extreme_slices(segmented, axis, kind.order)
-    folder = loaded.path / OVERLAYS_FOLDER
+        gallery.add(segmented)
     of = f"{len(record.validation)} validation patient{'s' if len(record.validation) > 1 else ''}"
     if len(cases) < len(record.validation):
         of = f"the first {len(cases)} of {of}"
-    files = []
-    for kind in _KINDS:
-        views = [view for axis in record.settings.axes for view in _chosen(found[kind.name], axis, kind)]
-        if views:
-            folder.mkdir(exist_ok=True)
-            files.append(folder / f"{kind.name}.png")
-            draw_overlays(files[-1], views, f"{kind.name} slices of {of}", record.caveats())
-    return tuple(files)
-
-
-def _chosen(views: list[SliceView], axis: int, kind: _Kind) -> list[SliceView]:
-    return heapq.nsmallest(_SHOWN, (view for view in views if view.axis == axis), lambda view: kind.order(view.voxels))
+    return gallery.draw(loaded.path / OVERLAYS_FOLDER, "", of, record.caveats())
 
 
 def extreme_slices(segmented: Segmented, axis: int, order: Callable[[Overlap], Any]) -> Iterator[SliceView]:
@@ -103,28 +140,28 @@ def extreme_slices(segmented: Segmented, axis: int, order: Callable[[Overlap], A
     first, second = (number for number in range(3) if number != axis)
     along_mm = segmented.spacing_mm[axis]
     spacing_mm = segmented.spacing_mm[second], segmented.spacing_mm[first]
-    window = window_of(segmented.image_xyz)
-    found_xyz, truth_xyz = segmented.found_xyz != 0, segmented.truth_xyz != 0
-    counts = slice_overlaps(found_xyz, truth_xyz, axis)
+    counts = segmented.slices[axis]
     chosen: list[int] = []
     for index in sorted(counts, key=lambda index: order(counts[index])):
         if any(abs(index - other) * along_mm < _APART_MM for other in chosen):
             continue
         chosen.append(index)
         image, found, truth = (
-            as_seen(np.take(volume, index, axis), axis) for volume in (segmented.image_xyz, found_xyz, truth_xyz)
+            as_seen(np.take(volume, index, axis), axis)
+            for volume in (segmented.image_xyz, segmented.found_xyz, segmented.truth_xyz)
         )
         count = segmented.image_xyz.shape[axis]
-        yield SliceView(segmented.case, axis, index, count, image, found, truth, spacing_mm, window, counts[index])
+        yield SliceView(
+            segmented.case,
+            axis,
+            index,
+            count,
+            image,
+            found != 0,
+            truth != 0,
+            spacing_mm,
+            segmented.window,
+            counts[index],
+        )
         if len(chosen) == _SHOWN:
             return
-
-
-def slice_overlaps(found: NDArray[np.bool_], truth: NDArray[np.bool_], axis: int) -> dict[int, Overlap]:
-    """Count how two masks of a volume overlap in each slice along an axis in which either marks anything, by index."""
-    across = tuple(number for number in range(3) if number != axis)
-    both, all_found, all_true = (np.count_nonzero(mask, axis=across) for mask in (found & truth, found, truth))
-    return {
-        int(index): Overlap(int(both[index]), int((all_found - both)[index]), int((all_true - both)[index]))
-        for index in np.flatnonzero(all_found + all_true)
-    }

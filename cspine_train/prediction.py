@@ -23,7 +23,7 @@ from cspine_data import (
     write_volume,
 )
 from cspine_train.classes import network_classes, stored_values
-from cspine_train.components import largest_components
+from cspine_train.components import tidied
 from cspine_train.errors import RunError
 from cspine_train.models import load_model, sides_of
 from cspine_train.run_folder import MODEL_FOLDER
@@ -156,7 +156,7 @@ def predict_volume(runs: Sequence[LoadedRun], volume: Volume) -> Volume:
     """Predict a volume that is in no store: prepared as in training, probabilities averaged over the runs.
 
     The average is compared with the average of the runs' thresholds; of several labels the likeliest is taken. Where
-    all runs keep equally many connected components, so many are kept, else all.
+    all runs do the same with connected components and holes, it is done, else nothing.
 
     Parameters
     ----------
@@ -193,11 +193,10 @@ def label_map(runs: Sequence[LoadedRun], total: NDArray[np.float32]) -> NDArray[
     """Return the label map that runs make together, (x, y, z), of the sum of their probabilities, (K, x, y, z)."""
     if len(total) == 1:
         mask = total[0] > sum(run.record.threshold for run in runs)
-        kept = {run.record.kept_components for run in runs}
-        # Runs that do not agree keep all.
-        most = kept.pop() if len(kept) == 1 else None
-        numbers = (largest_components(mask, most) if most else mask).astype(np.uint8)
-        return stored_values(numbers, runs[0].record.label_values)
+        ways = {(run.record.kept_components, run.record.filled_holes) for run in runs}
+        # Runs that do not agree leave it as it is.
+        mask = tidied(mask, *(ways.pop() if len(ways) == 1 else (None, False)))
+        return stored_values(mask.astype(np.uint8), runs[0].record.label_values)
     highest = len(runs) - total.sum(0)
     numbers = np.zeros(highest.shape, np.uint8)
     for number, of_label in enumerate(total, start=1):

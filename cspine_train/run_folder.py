@@ -20,6 +20,8 @@ CURVES_NAME = "curves.png"
 OVERLAYS_FOLDER = "overlays"
 #: What the model is, for people: Markdown with the head that the Hugging Face hub reads.
 CARD_NAME = "MODEL_CARD.md"
+#: All of an evaluation on one page that needs nothing beside it.
+REPORT_NAME = "report.html"
 #: What a killed run goes on from; needed for nothing else.
 CHECKPOINT_FOLDER = "checkpoints"
 #: Scores per patient, a file for what was scored.

@@ -74,6 +74,9 @@ class RunSettings(BaseModel):
     largest_components : int or None
         Keep at most so many connected components of a prediction, the largest, if that gives the validation patients a
         higher Dice on whole volumes; None keeps all. For binary labels.
+    fill_holes : bool
+        Fill the holes of a prediction, if that gives the validation patients a higher Dice on whole volumes. For binary
+        labels.
     folds, fold : int or None
         Cross-validation instead of the reference split.
     precision : str
@@ -106,6 +109,7 @@ class RunSettings(BaseModel):
     labels: Literal["binary", "stored"] = "binary"
     augment: Literal["none", "light", "reference", "strong"] = "light"
     largest_components: int | None = Field(default=None, ge=1)
+    fill_holes: bool = False
     seed: int = Field(default=0, ge=0)
     folds: int | None = Field(default=None, ge=3)
     fold: int = Field(default=0, ge=0)
@@ -125,9 +129,10 @@ class RunSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _components_are_of_one_label(self) -> Self:
-        if self.largest_components and self.labels == "stored":
-            raise ValueError("--largest-components is for binary labels; leave it out")
+    def _components_and_holes_are_of_one_label(self) -> Self:
+        for asked, option in ((self.largest_components, "--largest-components"), (self.fill_holes, "--fill-holes")):
+            if asked and self.labels == "stored":
+                raise ValueError(f"{option} is for binary labels; leave it out")
         return self
 
     @property
@@ -177,6 +182,8 @@ class RunRecord(BaseModel):
         taken.
     kept_components : int or None
         How many connected components of a prediction are kept at most, the largest; None where all are.
+    filled_holes : bool
+        Whether the holes of a prediction are filled then.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -202,6 +209,7 @@ class RunRecord(BaseModel):
     kept_dice: float | None = None
     threshold: float = Field(default=0.5, gt=0, lt=1)
     kept_components: int | None = Field(default=None, ge=1)
+    filled_holes: bool = False
 
     @property
     def split(self) -> Split:

@@ -24,7 +24,6 @@ from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, new
 from cspine_train.classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
-from cspine_train.evaluation import components_to_keep
 from cspine_train.loggers import Logged, check_loggers
 from cspine_train.machines import ONE_DEVICE, Machines, end_with_the_first, together
 from cspine_train.model_card import write_card
@@ -32,6 +31,7 @@ from cspine_train.models import build_model, sides_of
 from cspine_train.module import SliceSegmenter
 from cspine_train.overlays import save_overlays
 from cspine_train.pictures import draw_curves, never_fatal
+from cspine_train.postprocessing import chosen_postprocessing
 from cspine_train.prediction import load_run
 from cspine_train.progress import TerminalProgress
 from cspine_train.run_folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME
@@ -131,7 +131,7 @@ def train(
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None
     record = record.model_copy(update={"finished": True, **keeper.kept})
     if trainer.is_global_zero:
-        record = record.model_copy(update={"kept_components": _components(run, settings, cohort)})
+        record = record.model_copy(update=_postprocessing(run, settings, cohort))
         # Before the record says so: whoever finds a run finished finds all of it.
         _tell(run, record, cohort)
         save_record(run, record)
@@ -190,12 +190,13 @@ def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
     return settings.model_copy(update={"batch_size": settings.batch_size * sharing // trainer.world_size})
 
 
-def _components(run: Path, settings: RunSettings, cohort: Cohort) -> int | None:
-    """Return how many connected components of a prediction are kept; all where that cannot be found out."""
-    if settings.largest_components:
-        with never_fatal(f"{run}: --largest-components"), progress_bar("predicting validation volumes") as progress:
-            return components_to_keep(load_run(run), cohort, settings.largest_components, progress)
-    return None
+def _postprocessing(run: Path, settings: RunSettings, cohort: Cohort) -> dict[str, Any]:
+    """Return what the record says is done with predictions afterwards: nothing where that cannot be found out."""
+    if settings.largest_components or settings.fill_holes:
+        asked = "--largest-components" if settings.largest_components else "--fill-holes"
+        with never_fatal(f"{run}: {asked}"), progress_bar("predicting validation volumes") as progress:
+            return chosen_postprocessing(load_run(run), cohort, progress)
+    return {}
 
 
 def _tell(run: Path, record: RunRecord, cohort: Cohort) -> None:

@@ -1,4 +1,4 @@
-"""Keeping the largest connected components of a prediction, where validation is better for it."""
+"""Keeping the largest components of a prediction and filling its holes, where validation is better for it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from scipy import ndimage
 
 from cspine_data import Cohort, open_cohort, read_volume
 from cspine_train import LoadedRun, RunSettings, evaluate, load_run, predict_volume, train
-from cspine_train.components import largest_components
-from cspine_train.evaluation import components_to_keep, segment
+from cspine_train.components import common_box, filled, largest_components, tidied
 from cspine_train.metrics import overlap
 from cspine_train.model_card import write_card
+from cspine_train.postprocessing import chosen_postprocessing
+from cspine_train.segmented import Segmented, segment
 from cspine_train.settings import load_record
 from tests.test_training import SMALL
 
@@ -41,6 +42,33 @@ def test_components_touch_through_faces_and_the_first_of_equals_stays() -> None:
     mask = np.zeros((2, 2, 3), np.bool_)
     mask[0, 0, 0] = mask[1, 1, 0] = mask[0, 0, 2] = True
     assert np.argwhere(largest_components(mask, 1)).tolist() == [[0, 0, 0]]
+
+
+@given(st.integers(0, 2**32), st.floats(0.3, 0.9))
+def test_a_hole_is_what_no_path_leads_out_of(seed: int, share: float) -> None:
+    mask = np.random.default_rng(seed).random((5, 6, 7)) < share
+    outside, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    reached = (outside == outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
+    np.testing.assert_array_equal(filled(mask), ~reached)
+
+
+def test_what_is_tidied_is_first_parted_and_then_filled() -> None:
+    """A hollow cube and a speck within it: the speck goes, and the hole is whole."""
+    mask = np.ones((7, 7, 7), np.bool_)
+    mask[1:-1, 1:-1, 1:-1] = False
+    mask[3, 3, 3] = True
+    assert sizes(tidied(mask, None, fill=False)) == [343 - 125, 1]
+    assert sizes(tidied(mask, 1, fill=False)) == [343 - 125]
+    assert sizes(tidied(mask, 1, fill=True)) == [343]
+    assert not tidied(np.zeros((2, 2, 2), np.bool_), 3, fill=True).any()
+
+
+def test_the_box_of_masks_holds_what_each_marks() -> None:
+    one, other = np.zeros((2, 5, 6, 7), np.bool_)
+    assert common_box(one, other) is None
+    one[1, 2, 3] = other[3, 0, 3] = True
+    assert common_box(one, other) == (slice(1, 4), slice(0, 3), slice(3, 4))
+    assert common_box(one, np.zeros_like(one)) == (slice(1, 2), slice(2, 3), slice(3, 4))
 
 
 def changes(loaded: LoadedRun, cohort: Cohort, cases: Sequence[str], most: int) -> float:
@@ -71,12 +99,33 @@ def test_so_many_are_kept_if_validation_is_better_for_it(part: str, run: Path, p
     cases = loaded.record.split.cases(part)
     outcomes = set()
     for most in sorted({1, loaded.record.kept_components or 1, 99}):
-        record = loaded.record.model_copy(update={"validation": cases})
+        settings = loaded.record.settings.model_copy(update={"largest_components": most})
+        record = loaded.record.model_copy(update={"validation": cases, "settings": settings})
         better = changes(loaded, cohort, cases, most) > 0
-        assert components_to_keep(replace(loaded, record=record), cohort, most) == (most if better else None)
+        chosen = chosen_postprocessing(replace(loaded, record=record), cohort)
+        assert chosen == {"kept_components": most if better else None, "filled_holes": False}
         outcomes.add(better)
     assert False in outcomes
     assert part == "train" or True in outcomes
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_holes_are_filled_if_validation_is_better_for_it(
+    helps: bool, run: Path, phantom_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is found is hollow; what is true is hollow too, or is not."""
+    loaded, cohort = load_run(run), open_cohort(phantom_store)
+    settings = loaded.record.settings.model_copy(update={"largest_components": 1, "fill_holes": True})
+    asked = replace(loaded, record=loaded.record.model_copy(update={"settings": settings}))
+    cube = np.ones((7, 7, 7), np.bool_)
+    shell = cube & ~ndimage.binary_erosion(cube)
+    patient = Segmented("A", cube, (1.0, 1.0, 1.0), shell, cube if helps else shell)
+    monkeypatch.setattr("cspine_train.postprocessing.segment_all", lambda *_: iter([patient]))
+    with caplog.at_level("INFO", logger="cspine_train"):
+        chosen = chosen_postprocessing(asked, cohort)
+    # One component is all there is, so keeping one changes nothing and is not done.
+    assert chosen == {"kept_components": None, "filled_holes": helps}
+    assert [message.endswith("so it is done") for message in caplog.messages] == [helps, False, False]
 
 
 def test_a_run_records_and_tells_what_it_chose(run: Path) -> None:
@@ -94,7 +143,7 @@ def test_where_it_cannot_be_found_out_all_are_kept_and_the_run_is_finished(
     def fail(*_: object) -> None:
         raise MemoryError("no memory for this volume")
 
-    monkeypatch.setattr("cspine_train.training.components_to_keep", fail)
+    monkeypatch.setattr("cspine_train.training.chosen_postprocessing", fail)
     settings = RunSettings(**{**SMALL, "epochs": 1, "pixel_mm": 12.0}, largest_components=7)
     with pytest.warns(UserWarning, match="--largest-components: could not be made .no memory for this volume"):
         record = train(phantom_store, tmp_path / "run", settings)

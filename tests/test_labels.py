@@ -23,7 +23,7 @@ from cspine_train.batches import SliceBatches
 from cspine_train.classes import class_numbers, label_values, stored_values, unknown_labels, unknown_told
 from cspine_train.cli import main as train_main
 from cspine_train.confusion import confusion, mean_label_dice
-from cspine_train.metrics import Overlap, label_overlaps, mean_over_labels, overlap
+from cspine_train.metrics import MEASURES, Overlap, agreement, label_agreements, mean_over_labels, overlap
 from cspine_train.prediction import LoadedRun, predict_files
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.transforms import masks_to_network
@@ -42,6 +42,9 @@ def stand_in(**values: tuple[int, ...]) -> Any:
         path="s.zarr", record=lambda case, _: SimpleNamespace(label_voxels=dict.fromkeys(values[case], 9))
     )
 
+
+MM = (1.0, 1.0, 1.0)
+MISSED = agreement(np.zeros((1, 1, 1), np.bool_), np.ones((1, 1, 1), np.bool_), MM)
 
 # Values and numbers
 
@@ -125,14 +128,19 @@ def test_batches_hold_the_labels_that_slices_hold(pixel_mm: float | None, phanto
 
 
 def test_labels_are_scored_by_value_and_averaged_over_those_a_patient_has() -> None:
-    truth = np.array([1, 1, 5, 5, 0, 0, 9])
-    found = np.array([1, 0, 5, 5, 5, 7, 0])
-    overlaps = label_overlaps(found, truth)
-    assert overlaps == {1: Overlap(1, 0, 1), 5: Overlap(2, 1, 0), 7: Overlap(0, 1, 0), 9: Overlap(0, 0, 1)}
+    truth = np.array([1, 1, 5, 5, 0, 0, 9]).reshape(1, 1, 7)
+    found = np.array([1, 0, 5, 5, 5, 7, 0]).reshape(1, 1, 7)
+    overlaps = label_agreements(found, truth, MM)
+    assert {value: of.voxels for value, of in overlaps.items()} == {
+        1: Overlap(1, 0, 1),
+        5: Overlap(2, 1, 0),
+        7: Overlap(0, 1, 0),
+        9: Overlap(0, 0, 1),
+    }
     assert mean_over_labels(overlaps, "dice") == pytest.approx((2 / 3 + 4 / 5 + 0) / 3)
     assert mean_over_labels(overlaps, "iou") == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
-    assert mean_over_labels(label_overlaps(found, truth * 0), "dice") == 0
-    assert mean_over_labels(label_overlaps(found * 0, truth * 0), "dice") == 1
+    assert mean_over_labels(label_agreements(found, truth * 0, MM), "dice") == 0
+    assert mean_over_labels(label_agreements(found * 0, truth * 0, MM), "dice") == 1
 
 
 @given(st.integers(2, 4), st.integers(0, 999), st.lists(st.integers(0, 2), min_size=3, max_size=3))
@@ -153,8 +161,8 @@ def test_validation_counts_what_evaluation_counts(labels: int, seed: int, unknow
     truth, found = truth * inside, found * inside
     expected = []
     for patient in range(3):
-        overlaps = label_overlaps(found[numbers == patient], truth[numbers == patient])
-        missed = {100 + n: Overlap(0, 0, 1) for n in range(unknown[patient])}
+        overlaps = label_agreements(found[numbers == patient], truth[numbers == patient], MM)
+        missed = {100 + n: MISSED for n in range(unknown[patient])}
         expected.append(mean_over_labels(overlaps | missed, "dice"))
     assert mean_label_dice(counts, unknown) == pytest.approx(np.mean(expected))
 
@@ -262,16 +270,17 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
         again = smp.from_pretrained(str(run / "model")).eval()(image)
         torch.testing.assert_close(again, loaded.network(image), atol=1e-4, rtol=1e-4)
     scored = called("evaluate", run)
-    assert scored.output.split()[:8] == ["patient", "split", "Dice", "IoU", "Dice", "of", "labels", "IoU"]
+    assert scored.output.splitlines()[0].endswith("surface Dice at 1 mm  Dice of labels  IoU of labels")
     called("predict", phantom_folder / "CS_04.nrrd", "--run", run, "--run", run, "-o", tmp_path / "p.nrrd")
     found, truth = read_volume(tmp_path / "p.nrrd"), read_volume(phantom_folder / "CS_04S-label.nrrd")
     assert found.array.dtype == np.uint8
-    overlaps = label_overlaps(found.array, truth.array)
+    overlaps = label_agreements(found.array, truth.array, found.geometry.spacing_mm)
     assert len(np.unique(found.array)) > 1
     with (run / "evaluation" / "test-labels.csv").open() as file:
         rows = list(csv.DictReader(file))
     columns = ["case", "split", "label", "dice", "iou"]
     columns += [f"{kind}_voxels" for kind in ("true_positive", "false_positive", "false_negative")]
+    columns += [measure.name for measure in MEASURES[2:]]
     assert list(rows[0]) == [*columns, "note"]
     assert {int(row["label"]): float(row["dice"]) for row in rows} == {
         value: pytest.approx(voxels.dice, abs=1e-6) for value, voxels in overlaps.items()
@@ -279,7 +288,7 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     with (run / "evaluation" / "test.csv").open() as file:
         (row,) = csv.DictReader(file)
     del columns[2]
-    assert list(row) == [*columns, "label_dice", "label_iou", "note"]
+    assert list(row) == [*columns, "batch_averaged_dice", "label_dice", "label_iou", "note"]
     assert float(row["dice"]) == pytest.approx(overlap(found.array > 0, truth.array > 0).dice, abs=1e-6)
     assert float(row["label_dice"]) == pytest.approx(mean_over_labels(overlaps, "dice"), abs=1e-6)
     summary = json.loads((run / "evaluation" / "test.json").read_text())
@@ -334,7 +343,7 @@ def test_a_label_that_no_training_case_has_counts_as_missed(tmp_path: Path, seri
     assert (record.train, record.validation, record.label_values) == (("A", "B"), ("C",), (1, 3, 300))
     score, _ = evaluate(tmp_path / "run", ("validation", "test")).scores
     assert score.labels[-9].dice == 0
-    assert score.labels[-9].false_negative > 0
+    assert score.labels[-9].voxels.false_negative > 0
     # Its voxels are at the network's own pixels, so that validation has counted what evaluation does.
     assert record.kept_dice == pytest.approx(score.label_dice, abs=1e-6)
     assert score.label_dice == pytest.approx(score.labels[3].dice / 2)

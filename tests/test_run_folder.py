@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,13 @@ from markdown_it import MarkdownIt
 from cspine_data import open_cohort
 from cspine_train import RunError, RunSettings, evaluate, load_run, train
 from cspine_train.loggers import Logged, _Log
-from cspine_train.metrics import Overlap, overlap
+from cspine_train.metrics import Overlap, overlap, slice_overlaps
 from cspine_train.model_card import escaped, write_card
 from cspine_train.module import SliceSegmenter
-from cspine_train.overlays import _KINDS, extreme_slices, save_overlays, slice_overlaps
+from cspine_train.overlays import BEST, WORST, extreme_slices, save_overlays
 from cspine_train.pictures import SliceView, as_seen, draw_curves, draw_overlays
 from cspine_train.progress import Pace
+from cspine_train.segmented import Segmented
 from cspine_train.settings import RunRecord, load_record, save_record
 from tests.conftest import Stopped
 
@@ -280,17 +280,14 @@ def test_slices_are_counted_as_each_alone_would_be(axis: int, seed: int) -> None
 
 
 def test_the_first_slices_are_chosen_and_none_beside_them(run: Path, phantom_store: Path) -> None:
-    best, worst = (kind.order for kind in _KINDS)
+    best, worst = (lambda voxels, kind=kind: kind.order(voxels, 0.0) for kind in (BEST, WORST))
     truth = np.zeros((30, 8, 8), bool)
     truth[5:25, 2:6, 2:6] = True
     found = truth.copy()
     found[10, 2, 2] = False
     found[11] = False
     found[2, 0, 0] = True
-    segmented = SimpleNamespace(
-        case="A", image_xyz=np.arange(30 * 64.0).reshape(30, 8, 8), spacing_mm=(2.5, 1.0, 3.0), found_xyz=found,
-        truth_xyz=truth,
-    )  # fmt: skip
+    segmented = Segmented("A", np.arange(30 * 64.0).reshape(30, 8, 8), (2.5, 1.0, 3.0), found, truth)
     views = list(extreme_slices(segmented, 0, worst))
     assert [view.index for view in views[:3]] == [11, 2, 5], "a missed slice before a stray voxel; 10 lies beside 11"
     assert views[0].voxels == Overlap(0, 0, 16)
@@ -298,9 +295,7 @@ def test_the_first_slices_are_chosen_and_none_beside_them(run: Path, phantom_sto
     np.testing.assert_array_equal(views[0].image_hw, as_seen(segmented.image_xyz[11], 0))
     assert next(iter(extreme_slices(segmented, 0, best))).voxels.dice == 1
     empty = np.zeros_like(truth)
-    assert not list(
-        extreme_slices(SimpleNamespace(**{**vars(segmented), "found_xyz": empty, "truth_xyz": empty}), 0, best)
-    )
+    assert not list(extreme_slices(dataclasses.replace(segmented, found_xyz=empty, truth_xyz=empty), 0, best))
 
 
 def view(case: str = "A", found: bool = True) -> SliceView:

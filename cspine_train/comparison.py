@@ -1,0 +1,182 @@
+"""Whether one model is better than another: the same patients, compared in pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cspine_train.errors import RunError
+from cspine_train.intervals import MeanInterval, mean_interval
+from cspine_train.metrics import MEASURES
+from cspine_train.recorded import recorded_evaluations
+from cspine_train.settings import RunRecord, load_record
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model beside the first of a comparison, over the patients that all of them have scores of.
+
+    Attributes
+    ----------
+    name : str
+        The run's folder, or what the folders of a model's folds have in common.
+    runs : tuple of Path
+        One, or one a fold.
+    scores : dict
+        The measure by patient.
+    mean : MeanInterval
+        Over these patients.
+    difference : MeanInterval or None
+        From the first model, patient by patient; None for the first.
+    better, worse : int
+        How many patients have a higher and a lower figure than with the first model.
+    p : float or None
+        Of Wilcoxon's signed-rank test of the differences (1945), two-sided, after Holm's correction (1979) for as many
+        comparisons as there are; None for the first and where there are fewer than two patients.
+    """
+
+    name: str
+    runs: tuple[Path, ...]
+    scores: Mapping[str, float]
+    mean: MeanInterval
+    difference: MeanInterval | None = None
+    better: int = 0
+    worse: int = 0
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models beside each other, what they were compared by, and what has to be said beside it."""
+
+    models: tuple[Compared, ...]
+    measure: str
+    patients: tuple[str, ...]
+    caveats: tuple[str, ...]
+
+
+def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dice") -> Comparison:
+    """Compare evaluated runs over the patients that all of them have.
+
+    Runs that differ in nothing but the fold that tests are one model, whose patients are those of all its folds.
+
+    Parameters
+    ----------
+    runs : sequence of str or Path
+        Run folders, evaluated. The model of the first is what others are compared with.
+    split : str
+        ``train``, ``validation`` or ``test``.
+    measure : str
+        One of `MEASURES`, by name.
+
+    Raises
+    ------
+    RunError
+        If a run was not evaluated on that part, a fold is given twice, there is one model alone, or no patient is
+        common to all.
+    """
+    if measure not in {known.name for known in MEASURES}:
+        raise RunError(f"{measure}: no measure; choose from {', '.join(known.name for known in MEASURES)}")
+    records = {Path(run): load_record(Path(run)) for run in runs}
+    models = [(folders, _scores(folders, records, split, measure)) for folders in _models(records)]
+    if len(models) < 2:
+        raise RunError("one model alone cannot be compared; name a run of another (folds of one model are one)")
+    patients = [case for case in models[0][1] if all(case in scores for _, scores in models)]
+    if not patients:
+        raise RunError(f"no {split} patient is common to all of these runs; compare runs of the same folds")
+    caveats = list(dict.fromkeys(caveat for record in records.values() for caveat in record.caveats()))
+    left_out = {case for _, scores in models for case in scores} - set(patients)
+    if left_out:
+        caveats.append(f"left out, as not all models have scores of them: {', '.join(sorted(left_out))}")
+    if any(record.settings.folds for record in records.values()):
+        caveats.append("folds share training patients, which the test takes for independent")
+    if len(patients) < 6:
+        caveats.append(f"{len(patients)} patients are too few for the test ever to find a difference at 5 %")
+    first = [models[0][1][case] for case in patients]
+    compared = [_beside(folders, {case: scores[case] for case in patients}, first) for folders, scores in models]
+    return Comparison(tuple(_corrected(compared)), measure, tuple(patients), tuple(caveats))
+
+
+def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:
+    """Group runs that differ in their fold alone, in the order of each model's first."""
+    groups: dict[str, list[Path]] = {}
+    for path, record in records.items():
+        alike = record.settings.model_dump(exclude={"fold"} if record.settings.folds else set())
+        key = json.dumps([alike, record.weights_used, record.preprocessing.model_dump(mode="json")], sort_keys=True)
+        # Runs of one split are models of their own, however alike: seeds, machines and stores may differ.
+        groups.setdefault(key if record.settings.folds else str(path), []).append(path)
+    for paths in groups.values():
+        folds = [records[path].settings.fold for path in paths]
+        if len(set(folds)) < len(folds):
+            raise RunError(f"{paths[-1]}: is of a fold that another of these runs is of too; name each fold once")
+    return [tuple(paths) for paths in groups.values()]
+
+
+def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: str, measure: str) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for folder in folders:
+        of_run = {
+            row["case"]: row[measure]
+            for _, evaluation in recorded_evaluations(folder, records[folder])
+            for row in evaluation["patients"]
+            if row["split"] == split and measure in row
+        }
+        if not of_run:
+            raise RunError(f"{folder}: has no {split} scores; run cspine-train evaluate {folder} --split {split}")
+        scores |= of_run
+    return scores
+
+
+def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float]) -> Compared:
+    differences = [figure - other for figure, other in zip(scores.values(), first, strict=True)]
+    name = folders[0].name
+    if len(folders) > 1:
+        alike = os.path.commonprefix([folder.name for folder in folders])  # noqa: RUF071
+        name = f"{alike.rstrip('-_. ')} ({len(folders)} folds)"
+    return Compared(
+        name,
+        tuple(folders),
+        scores,
+        mean_interval(list(scores.values())),
+        mean_interval(differences),
+        sum(difference > 0 for difference in differences),
+        sum(difference < 0 for difference in differences),
+        signed_rank_p(differences),
+    )
+
+
+def _corrected(compared: Sequence[Compared]) -> list[Compared]:
+    """Correct the tests for their number, and leave the first, which is compared with itself, without one."""
+    others = compared[1:]
+    corrected = iter(holm([one.p for one in others if one.p is not None]))
+    return [
+        replace(compared[0], difference=None, p=None),
+        *(replace(one, p=None if one.p is None else next(corrected)) for one in others),
+    ]
+
+
+def signed_rank_p(differences: Sequence[float]) -> float | None:
+    """Return the two-sided p of Wilcoxon's signed-rank test (1945); None of fewer than two differences.
+
+    Differences of nothing are left out; where there is nothing else p is 1.
+    """
+    if len(differences) < 2:
+        return None
+    if not any(differences):
+        return 1.0
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(differences, zero_method="wilcox", method="auto").pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for their number, in the order given (Holm 1979)."""
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected

@@ -1,0 +1,143 @@
+"""All that is known of a run on one page, which needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cspine_train.intervals import MeanInterval
+from cspine_train.metrics import MEASURES, Measure
+from cspine_train.pictures import PLANES
+from cspine_train.recorded import recorded_evaluations
+from cspine_train.run_folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, write_text
+from cspine_train.settings import RunRecord
+
+#: Plots of slices on the page: those of the lowest Dice, of however many patients.
+MOST_PLOTS = 48
+_SHOWN: tuple[Measure, ...] = (*MEASURES, Measure("batch_averaged_dice", "batch-averaged Dice"))
+
+
+def write_report(run: Path, record: RunRecord) -> Path:
+    """Write a run's `report.html` from what lies in its folder: scores, slices, overlays, curves.
+
+    Only evaluations count that are of what the run keeps. Names and notes are shown as text, whatever is in them.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    record : RunRecord
+        Its record.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(loader=PackageLoader("cspine_train", ""), autoescape=True, undefined=StrictUndefined)
+    settings = record.settings
+    planes = ", ".join(PLANES[axis] for axis in settings.axes)
+    text = pages.get_template("report.html.jinja").render(
+        title=f"{settings.model}, {settings.encoder}, {planes} slices, {settings.variant}",
+        caveats=record.caveats(),
+        parts=[_part(run, name, evaluation) for name, evaluation in recorded_evaluations(run, record)],
+        training=[
+            *_pictures([(run / CURVES_NAME, "loss, validation Dice and learning rate by epoch")]),
+            *_pictures(
+                (run / OVERLAYS_FOLDER / f"{kind}.png", f"validation slices that came out {kind}")
+                for kind in ("best", "worst")
+            ),
+        ],
+    )
+    write_text(run / REPORT_NAME, text)
+    return run / REPORT_NAME
+
+
+def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    folder = run / EVALUATION_FOLDER
+    patients = [
+        {"case": row["case"], "figures": [_told(measure, row.get(measure.name)) for measure in _SHOWN]}
+        for row in evaluation["patients"]
+    ]
+    # Evaluations of an older cspine have no intervals.
+    known = evaluation.get("means", {})
+    means = [(measure, MeanInterval(**known[measure.name]) if measure.name in known else None) for measure in _SHOWN]
+    plots = sorted(_plots(_rows(folder / f"{name}-slices.csv")), key=lambda plot: plot["lowest"])
+    return {
+        "title": f"{name.replace('-', ' and ')} patients".capitalize(),
+        "headings": [measure.heading for measure in _SHOWN],
+        "patients": patients,
+        "means": [_told(measure, interval.mean if interval else None) for measure, interval in means],
+        "intervals": [interval.between(measure.digits) if interval else "" for measure, interval in means],
+        "confusion": _confusion(_rows(folder / f"{name}-confusion.csv")),
+        "pictures": _pictures(
+            (folder / f"{name}-{kind}.png", f"slices of {kind} Dice") for kind in ("best", "median", "worst")
+        ),
+        "plots": plots[:MOST_PLOTS],
+        "left_out": max(0, len(plots) - MOST_PLOTS),
+    }
+
+
+def _told(measure: Measure, figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.{measure.digits}f}"
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _pictures(named: Iterable[tuple[Path, str]]) -> list[dict[str, str]]:
+    return [
+        {"data": base64.b64encode(path.read_bytes()).decode(), "told": told} for path, told in named if path.exists()
+    ]
+
+
+def _plots(rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+    """Iterate over a curve of Dice by slice for each patient and axis, on a field of 285 x 95 from (30, 5)."""
+    curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for row in rows:
+        curves.setdefault((row["case"], int(row["axis"])), []).append((int(row["slice"]), float(row["dice"])))
+    for (case, axis), points in curves.items():
+        first, last = points[0][0], points[-1][0]
+        step = 285 / max(1, last - first)
+        path, before = "", None
+        for index, dice in points:
+            # A gap where nothing is marked.
+            command = "L" if before == index - 1 else "M"
+            path += f"{command}{30 + (index - first) * step:.1f} {100 - 95 * dice:.1f}"
+            before = index
+        mean = sum(dice for _, dice in points) / len(points)
+        told = f"{case}, {PLANES[axis]}: mean {mean:.3f} over {len(points)} slices"
+        yield {"told": told, "path": path, "first": first, "last": last, "lowest": mean}
+
+
+def _confusion(rows: Sequence[Mapping[str, str]]) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    voxels: dict[int, dict[int, int]] = {}
+    for row in rows:
+        of_true = voxels.setdefault(int(row["true_label"]), {})
+        of_true[int(row["found_label"])] = of_true.get(int(row["found_label"]), 0) + int(row["voxels"])
+    found = sorted({value for of_true in voxels.values() for value in of_true})
+    # Of what is nothing only what was taken for something is counted: no row, as there is no whole to be a share of.
+    labels = [value for value in sorted(voxels) if value]
+    return {
+        "found": ["none" if value == 0 else value for value in found],
+        "rows": [
+            {
+                "value": value,
+                "voxels": sum(voxels[value].values()),
+                "shares": [
+                    {
+                        "told": f"{100 * voxels[value].get(other, 0) / sum(voxels[value].values()):.1f}",
+                        "own": value == other,
+                    }
+                    for other in found
+                ],
+            }
+            for value in labels
+        ],
+    }

@@ -1,0 +1,153 @@
+"""One page that tells all of a run, whatever its names hold."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+from cspine_data import open_cohort
+from cspine_train import RunSettings, train
+from cspine_train.metrics import MEASURES
+from cspine_train.report import MOST_PLOTS, write_report
+from cspine_train.settings import load_record, save_record
+from tests.test_comparison import evaluated
+from tests.test_training import SMALL
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;{{ 7 * 7 }}"
+
+
+class Page(HTMLParser):
+    """The tags, attributes and text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(data.strip())
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "labels"
+    settings = RunSettings(**{**SMALL, "epochs": 1, "axes": (0, 1), "labels": "stored"})
+    train(phantom_store, folder, settings)
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_evaluation_writes_all_that_the_page_shows(
+    run: Path, phantom_store: Path, run_train: Callable[..., Result]
+) -> None:
+    done = run_train("evaluate", run)
+    assert done.exit_code == 0, done.output
+    folder = run / "evaluation"
+    named = {"test.csv", "test.json", "test-slices.csv", "test-labels.csv", "test-confusion.csv"}
+    assert {f"wrote {folder / name}" for name in named} | {f"wrote {run / 'report.html'}"} <= set(
+        done.output.splitlines()
+    )
+    (row,) = rows_of(folder / "test.csv")
+    means = json.loads((folder / "test.json").read_text())["means"]
+    for measure in MEASURES:
+        assert means[measure.name]["mean"] == pytest.approx(float(row[measure.name]), abs=1e-6)
+        # Of one patient nothing is known about the next.
+        assert means[measure.name]["low"] is None
+    # Slices and the volume hold the same voxels, along each axis.
+    slices = rows_of(folder / "test-slices.csv")
+    for axis in "01":
+        for count in ("true_positive_voxels", "false_positive_voxels", "false_negative_voxels"):
+            assert sum(int(s[count]) for s in slices if s["axis"] == axis) == int(row[count])
+    # So do the pairs of true and found labels.
+    confusion = rows_of(folder / "test-confusion.csv")
+    truth = open_cohort(phantom_store).label_xyz(row["case"], "n4")
+    for value in np.unique(truth[truth != 0]):
+        assert sum(int(r["voxels"]) for r in confusion if r["true_label"] == str(value)) == np.count_nonzero(
+            truth == value
+        )
+    missed = sum(int(r["voxels"]) for r in confusion if r["found_label"] == "0")
+    assert missed == int(row["false_negative_voxels"])
+
+    page = Page(run / "report.html")
+    assert f"{float(row['surface_dice_1mm']):.4f}" in page.texts
+    assert all(measure.heading in page.texts for measure in MEASURES)
+    assert len(page.of("svg")) == 2
+    pictures = [attributes["src"] for attributes in page.of("img")]
+    assert [picture is not None and picture.startswith("data:image/png;base64,") for picture in pictures] == [True] * 6
+    best = (folder / "test-best.png").read_bytes()
+    assert any(base64.b64decode(str(picture).partition(",")[2]) == best for picture in pictures)
+    assert all(attributes["alt"] for attributes in page.of("img"))
+
+
+def test_the_page_needs_nothing_beside_it(run: Path) -> None:
+    write_report(run, load_record(run))
+    page = Page(run / "report.html")
+    assert not page.of("script")
+    assert not page.of("link")
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            assert name != "href"
+            assert name != "src" or str(value).startswith("data:")
+    text = (run / "report.html").read_text()
+    assert "url(" not in text
+    assert re.search("default-src 'none'", text)
+
+
+def test_names_are_shown_as_text(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "run", {HOSTILE: 0.5})
+    record = load_record(run).model_copy(update={"notes": (HOSTILE,)})
+    save_record(run, record)
+    (run / "evaluation" / "test-slices.csv").write_text(
+        "case,split,axis,slice,dice\n" + f'"{HOSTILE.replace(chr(34), chr(34) * 2)}",test,0,3,0.5\n'
+    )
+    write_report(run, record)
+    page = Page(run / "report.html")
+    assert not page.of("img")
+    assert page.texts.count(HOSTILE) == 1
+    assert f"data: {HOSTILE}" in page.texts
+    (plot,) = page.of("svg")
+    assert str(plot["aria-label"]).startswith(f"{HOSTILE}, sagittal: mean 0.500")
+
+
+def test_without_an_evaluation_the_page_says_what_to_do(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "run", {})
+    (run / "evaluation" / "test.json").unlink()
+    write_report(run, load_record(run))
+    assert "cspine-train evaluate RUN" in Page(run / "report.html").texts
+
+
+def test_of_many_patients_the_lowest_are_plotted(tmp_path: Path) -> None:
+    dice = {f"P{number:03}": number / 100 for number in range(60, 0, -1)}
+    run = evaluated(tmp_path / "run", dice)
+    rows = [f"{case},test,2,{index},{figure}" for case, figure in dice.items() for index in (4, 5, 9)]
+    (run / "evaluation" / "test-slices.csv").write_text("\n".join(["case,split,axis,slice,dice", *rows]))
+    write_report(run, load_record(run))
+    plots = [str(attributes["aria-label"]) for attributes in Page(run / "report.html").of("svg")]
+    assert len(plots) == MOST_PLOTS
+    assert plots[0] == "P001, axial: mean 0.010 over 3 slices"
+    assert plots[-1].startswith("P048")
+    text = (run / "report.html").read_text()
+    assert "The 48 lowest of\n60 are shown." in text
+    # A gap where nothing is marked: two strokes.
+    assert re.findall('class="curve" d="([^"]*)"', text)[0] == "M30.0 99.0L87.0 99.0M315.0 99.0"
