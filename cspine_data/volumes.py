@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import _nifti, _nrrd
+from cspine_data import _dicom, _nifti, _nrrd
 from cspine_data._bounded import stored_bytes
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry
@@ -69,12 +69,12 @@ def label_name(volume: Path) -> str:
 
 
 def read_volume(path: str | Path) -> Volume:
-    """Read a NRRD (``.nrrd``, ``.nhdr``) or NIfTI (``.nii``, ``.nii.gz``) file.
+    """Read a NRRD (``.nrrd``, ``.nhdr``) or NIfTI (``.nii``, ``.nii.gz``) file, or a folder of DICOM slices.
 
     Parameters
     ----------
     path : str or Path
-        The file.
+        The file; or the folder that one DICOM series lies in, a file a slice.
 
     Returns
     -------
@@ -84,7 +84,8 @@ def read_volume(path: str | Path) -> Volume:
     Raises
     ------
     InputError
-        If the file is missing, not a 3-D scalar volume, truncated or damaged.
+        If the file is missing, not a 3-D scalar volume, truncated or damaged; if a folder holds no DICOM series or
+        several, or slices are missing.
 
     Examples
     --------
@@ -92,8 +93,12 @@ def read_volume(path: str | Path) -> Volume:
     >>> volume.array.shape, volume.geometry.orientation_code  # doctest: +SKIP
     ((50, 118, 128), 'LPS')
     """
-    path = _existing(path)
+    path = Path(path)
     try:
+        if path.is_dir():
+            array, geometry = _dicom.read(path)
+            return Volume(array, geometry, path)
+        path = _existing(path)
         if _is_nifti(path):
             array, nifti = _nifti.read(path)
             return Volume(array, nifti.geometry, path, nifti.assumed_orientation)

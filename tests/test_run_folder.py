@@ -489,6 +489,6 @@ def test_a_damaged_evaluation_is_left_out_of_the_card(damage: str, run: Path, tm
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "evaluation").mkdir(exist_ok=True)
     (copy / "evaluation" / "old.json").write_text(damage)
-    with pytest.warns(UserWarning, match="old.json: is damaged and left out of the model card; evaluate again"):
+    with pytest.warns(UserWarning, match="old.json: is damaged and left out; evaluate again"):
         write_card(copy, load_record(copy))
     assert (copy / "MODEL_CARD.md").read_text().startswith("---")

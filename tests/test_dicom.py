@@ -1,0 +1,241 @@
+"""Folders of DICOM slices, in any order and orientation, whole or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    MRImageStorage,
+    RLELossless,
+    generate_uid,
+)
+
+from cspine_data import Geometry, InputError, Volume, read_volume
+from cspine_data.geometry import as_rows
+
+Changed = Callable[[int, dict[str, Any]], dict[str, Any]]
+
+
+def volume_of(rng: np.random.Generator, size: tuple[int, int, int]) -> Volume:
+    """A volume on a grid that lies in any way, right-handed or not: DICOM's are all right-handed once sorted."""
+    rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    if np.linalg.det(rotation) < 0:
+        rotation[:, 0] *= -1
+    geometry = Geometry(
+        size=size,
+        spacing_mm=tuple(rng.uniform(0.3, 5, 3).tolist()),
+        directions=as_rows(rotation),
+        origin_mm=tuple(rng.uniform(-200, 200, 3).tolist()),
+    )
+    return Volume(rng.integers(0, 4096, size).astype(rng.choice(["<i2", "<u2"])), geometry)
+
+
+def write_series(
+    folder: Path, volume: Volume, change: Changed = lambda number, tags: tags, compressed: bool = False
+) -> list[Path]:
+    """Write a volume as DICOM, a file a slice along the last axis; names are in no order of place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    geometry = volume.geometry
+    order = np.random.default_rng(0).permutation(geometry.size[2])
+    paths = []
+    for number, index in enumerate(order.tolist()):
+        tags = {
+            "SeriesInstanceUID": "1.2.826.0.1.3680043.2.1125.1",
+            "ImagePositionPatient": texts(geometry.positions_mm(np.array([[0, 0, index]]))[0]),
+            "ImageOrientationPatient": texts(geometry.direction_matrix[:, :2].T.ravel()),
+            "PixelSpacing": texts([geometry.spacing_mm[1], geometry.spacing_mm[0]]),
+            "PatientName": "Secret^Name",
+            "InstanceNumber": index,
+        }
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.SOPClassUID, dataset.SOPInstanceUID = MRImageStorage, generate_uid()
+        pixels = np.ascontiguousarray(volume.array[:, :, index].T)
+        dataset.set_pixel_data(pixels, "MONOCHROME2", 16)
+        for name, value in change(index, tags).items():
+            setattr(dataset, name, value)
+        if compressed:
+            dataset.compress(RLELossless)
+        paths.append(folder / f"{number:04}.dcm")
+        dataset.save_as(paths[-1], enforce_file_format=True)
+    return paths
+
+
+def texts(numbers: Iterable[float]) -> list[str]:
+    """Numbers as DICOM keeps them: sixteen letters."""
+    return [f"{number:.9g}"[:16] for number in numbers]
+
+
+@given(seed=st.integers(0, 2**32), compressed=st.booleans())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_series_comes_back_as_it_went(seed: int, compressed: bool, tmp_path: Path) -> None:
+    """Oblique, turned and flipped grids of any spacing; files in any order."""
+    rng = np.random.default_rng(seed)
+    folder = tmp_path / str(seed) / str(compressed)
+    volume = volume_of(rng, (5, 4, 3))
+    write_series(folder, volume, compressed=compressed)
+    read = read_volume(folder)
+    assert read.geometry.same_grid(volume.geometry, 1e-3)
+    np.testing.assert_allclose(read.geometry.spacing_mm, volume.geometry.spacing_mm, rtol=1e-5)
+    np.testing.assert_array_equal(read.array, volume.array)
+    assert read.array.dtype == volume.array.dtype
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> tuple[Path, Volume]:
+    volume = volume_of(np.random.default_rng(0), (6, 5, 7))
+    write_series(tmp_path / "series", volume)
+    return tmp_path / "series", volume
+
+
+def test_itk_reads_the_same(series: tuple[Path, Volume]) -> None:
+    folder, _ = series
+    image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    read = read_volume(folder)
+    ours, itks = (np.asarray(grid) for grid in (read.geometry.spacing_mm, image.GetSpacing()))
+    np.testing.assert_allclose(ours, itks, rtol=1e-5)
+    np.testing.assert_allclose(read.geometry.origin_mm, image.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(read.geometry.direction_matrix.ravel(), image.GetDirection(), atol=1e-5)
+    np.testing.assert_array_equal(read.array.T, sitk.GetArrayFromImage(image))
+
+
+def test_what_is_no_dicom_file_is_passed_over(series: tuple[Path, Volume], tmp_path: Path) -> None:
+    folder, volume = series
+    (folder / "README.txt").write_text("not an image")
+    (folder / "within").mkdir()
+    (folder / "DICOMDIR").write_bytes(b"")
+    outside = write_series(tmp_path / "other", volume)[0]
+    (folder / "link.dcm").symlink_to(outside)
+    np.testing.assert_array_equal(read_volume(folder).array, volume.array)
+
+
+def of(index: int, **tags: Any) -> Changed:
+    """Change tags of one slice."""
+    return lambda number, own: own | (tags if number == index else {})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (of(2, SeriesInstanceUID="1.2.3"), r"series: holds 2 DICOM series \(6, 1 files\); put each into its own"),
+        (of(2, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "is of another grid than .*; take localisers out"),
+        (of(2, PixelSpacing=[9, 9]), "is of another grid than"),
+        (of(2, ImagePositionPatient=[0, 0]), "dcm: does not say where it lies in the patient; convert"),
+        (of(2, ImagePositionPatient=["1e9", 0, 0]), "misses slices|shifted against each other|that no scanner gives"),
+        (of(2, NumberOfFrames=3), "dcm: holds 3 frames; convert the series to NIfTI"),
+    ],
+)  # fmt: skip
+def test_what_is_no_series_is_refused(change: Changed, told: str, tmp_path: Path) -> None:
+    write_series(tmp_path / "series", volume_of(np.random.default_rng(0), (6, 5, 7)), change)
+    with pytest.raises(InputError, match=told):
+        read_volume(tmp_path / "series")
+
+
+def test_slices_missing_or_there_twice_are_refused(series: tuple[Path, Volume]) -> None:
+    folder, _ = series
+    paths = sorted(folder.iterdir())
+    # Neither the first nor the last, without which nothing is missing.
+    one = max(paths[:3], key=lambda path: -abs(pydicom.dcmread(path).InstanceNumber - 3))
+    copy = folder / "again.dcm"
+    copy.write_bytes(one.read_bytes())
+    with pytest.raises(InputError, match="holds 1 slices at places where there is another; give one echo"):
+        read_volume(folder)
+    copy.unlink()
+    one.unlink()
+    with pytest.raises(InputError, match=r"misses slices \(they lie .* mm apart\); fetch the whole series"):
+        read_volume(folder)
+    for path in list(folder.iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match="holds a single DICOM slice"):
+        read_volume(folder)
+
+
+def test_damaged_files_are_named(series: tuple[Path, Volume], tmp_path: Path) -> None:
+    folder, _ = series
+    path = sorted(folder.iterdir())[1]
+    whole = path.read_bytes()
+    for length in (140, len(whole) - 20):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            InputError, match=rf"{path.name}: (is no readable DICOM image|cannot be decoded|holds \d+ bytes)"
+        ):
+            read_volume(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="empty: holds no DICOM file; give the folder"):
+        read_volume(empty)
+
+
+def test_a_header_that_claims_more_than_the_file_holds_takes_no_memory(series: tuple[Path, Volume]) -> None:
+    """Rows and columns, two bytes each, set to 65,535: 8 GB a slice."""
+    folder, _ = series
+    path = sorted(folder.iterdir())[0]
+    content = bytearray(path.read_bytes())
+    for tag in (b"\x28\x00\x10\x00US\x02\x00", b"\x28\x00\x11\x00US\x02\x00"):
+        at = content.index(tag) + len(tag)
+        content[at : at + 2] = b"\xff\xff"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="holds [0-9]+ bytes, too few for the 8589672450 its header claims"):
+        read_volume(folder)
+
+
+@given(at=st.integers(0, 10**6), value=st.integers(0, 255))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_byte_is_read_or_refused(at: int, value: int, series: tuple[Path, Volume]) -> None:
+    folder, _ = series
+    path = sorted(folder.iterdir())[0]
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    content[at % len(content)] = value
+    path.write_bytes(content)
+    # Anything else that is raised fails the test.
+    with suppress(InputError):
+        assert read_volume(folder).array.ndim == 3
+    path.write_bytes(whole)
+
+
+def test_each_slice_is_scaled_by_its_own_header(tmp_path: Path) -> None:
+    """As some scanners have it."""
+    volume = volume_of(np.random.default_rng(0), (6, 5, 4))
+    write_series(tmp_path / "series", volume, lambda n, tags: tags | {"RescaleSlope": n + 0.5, "RescaleIntercept": -n})
+    read = read_volume(tmp_path / "series")
+    expected = volume.array * (np.arange(4) + 0.5) - np.arange(4)
+    # Which end of the stack comes first is the grid's to say.
+    turned = (
+        read.array
+        if np.allclose(read.geometry.origin_mm, volume.geometry.origin_mm, atol=1e-3)
+        else read.array[..., ::-1]
+    )
+    np.testing.assert_allclose(turned, expected, rtol=1e-6)
+    assert read.array.dtype == np.float32
+
+
+def test_codecs_that_are_missing_and_deflated_files_are_told(series: tuple[Path, Volume]) -> None:
+    folder, _ = series
+    path = sorted(folder.iterdir())[0]
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    dataset.PixelData = pydicom.encaps.encapsulate([b"no codestream at all"])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(path)
+    with pytest.raises(InputError, match=r"dcm: cannot be decoded; pip install 'cspine\[dicom\]' brings codecs"):
+        read_volume(folder)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.PixelData = b"\0\0"
+    dataset.save_as(path)
+    with pytest.raises(InputError, match="dcm: is deflated; convert the series"):
+        read_volume(folder)
