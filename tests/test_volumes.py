@@ -218,7 +218,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(InputError, match="is neither NRRD nor NIfTI by its name"):
         read_volume(tmp_path / "x.txt")
-    with pytest.raises(InputError, match=r"end it with \.nrrd, \.nii or \.nii\.gz"):
+    with pytest.raises(InputError, match=r"end it with \.nrrd, \.nii, \.nii\.gz or \.seg\.nrrd"):
         write_volume(tmp_path / "x.mha", ball()[0])
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
@@ -328,3 +328,29 @@ def test_nifti_voxels_are_those_that_itk_reads(code, swapped, scaling, tmp_path:
     assert found.dtype == expected.dtype
     assert found.dtype.isnative
     np.testing.assert_array_equal(found, expected)
+
+
+def test_segments_are_named_and_coloured_as_slicer_reads_them(tmp_path: Path) -> None:
+    """Read by slicerio; and by ourselves, as the label map that it was."""
+    import slicerio
+
+    _, label = ball()
+    path = tmp_path / "ball.seg.nrrd"
+    write_volume(path, label, {1: "C1 \natlas:=x", 4: "not there"})
+    segmentation = slicerio.read_segmentation(str(path))
+    told = {segment["labelValue"]: segment["name"] for segment in segmentation["segments"]}
+    assert told == {1: "C1 atlas:=x", 3: "label 3", 4: "not there"}
+    assert len({tuple(segment["color"]) for segment in segmentation["segments"]}) == 3
+    np.testing.assert_array_equal(segmentation["voxels"], label.array)
+    core, _ = slicerio.extract_segments(segmentation, [("C1 atlas:=x", 7)])["voxels"], None
+    np.testing.assert_array_equal(core == 7, label.array == 1)
+    again = read_volume(path)
+    np.testing.assert_array_equal(again.array, label.array)
+    assert again.geometry.same_grid(label.geometry, 1e-6)
+
+
+def test_segments_are_made_of_label_maps_alone(tmp_path: Path) -> None:
+    image, _ = ball()
+    with pytest.raises(InputError, match="is to hold segments, and what is to be written is no label map; end"):
+        write_volume(tmp_path / "x.seg.nrrd", Volume(image.array.astype(np.float32), image.geometry))
+    assert not list(tmp_path.iterdir())
