@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cspine_data.schema import CaseRecord
     from cspine_data.splits import Split
     from cspine_data.verification import Damage, verify
-    from cspine_data.volumes import Volume, label_name, read_volume, volume_suffix, write_volume
+    from cspine_data.volumes import Volume, content_digest, label_name, read_volume, volume_suffix, write_volume
 
 _HOME = {
     "bias": ("BiasParameters", "bias_parameters"),
@@ -51,7 +51,7 @@ _HOME = {
     "schema": ("CaseRecord",),
     "splits": ("Split",),
     "verification": ("Damage", "verify"),
-    "volumes": ("Volume", "label_name", "read_volume", "volume_suffix", "write_volume"),
+    "volumes": ("Volume", "content_digest", "label_name", "read_volume", "volume_suffix", "write_volume"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -84,6 +84,7 @@ __all__ = [
     "__version__",
     "bias_parameters",
     "collect_garbage",
+    "content_digest",
     "describe_problem",
     "find_cases",
     "label_name",

@@ -69,7 +69,7 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
         If it holds no series or several, slices are missing, there twice, of several frames or not parallel, or a file
         is damaged.
     """
-    slices = [_header(path) for path in _files(folder)]
+    slices = [_header(path) for path in files(folder)]
     if not slices:
         raise InputError(folder, "holds no DICOM file", "give the folder that the series' files lie in")
     series = Counter(one.series for one in slices)
@@ -92,7 +92,8 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
     return array, geometry
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files(folder: Path) -> Iterator[Path]:
+    """Iterate over a folder's DICOM files, by name."""
     home = folder.resolve()
     paths = sorted(folder.iterdir())
     if len(paths) > _MOST_FILES:

@@ -72,9 +72,13 @@ class Levels(BaseModel):
 
     def encode(self, normalised: NDArray[np.float32]) -> NDArray[np.int16]:
         """Return the level nearest to each value."""
-        levels = normalised * np.float32(1 / self.scale)
-        np.rint(levels, out=levels)
-        return np.clip(levels, -_HIGHEST_LEVEL, _HIGHEST_LEVEL, out=levels).astype(np.int16)
+        levels = np.empty(normalised.shape, np.int16)
+        # Plane by plane: a large volume is there once more in single precision otherwise.
+        for plane, out in zip(np.atleast_2d(normalised), np.atleast_2d(levels), strict=True):
+            exact = plane * np.float32(1 / self.scale)
+            np.rint(exact, out=exact)
+            out[...] = np.clip(exact, -_HIGHEST_LEVEL, _HIGHEST_LEVEL, out=exact)
+        return levels
 
     def decode(self, levels: NDArray[np.int16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Return the values that levels stand for, float32; in `out`, of their shape, where that is given."""

@@ -203,6 +203,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         air_level=corrected.air_level,
         tissue_threshold=corrected.tissue_threshold,
         tissue_fraction=prepared.tissue_fraction,
+        tissue_percentiles=prepared.tissue_percentiles,
         log_bias_deviation=corrected.log_bias_deviation,
         axes=job.axes,
         label_voxels=label_voxels,

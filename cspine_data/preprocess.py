@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from cspine_data.volumes import Volume, check_image
 
 # Some 4 GB a worker at 14 to 20 bytes a voxel: a mistyped spacing should not take the machine down.
 _MOST_VOXELS = 2**28
+_TISSUE_PERCENTILES = (2, 10, 25, 50, 75, 90, 98)
 # Below that nothing is left to see; who asks for it mistook a unit.
 _FEWEST_ALONG_AXIS = 4
 
@@ -165,9 +166,26 @@ class PreparedVolume:
     levels_xyz: NDArray[np.int16]
     levels: Levels
 
+    @property
+    def tissue_percentiles(self) -> tuple[float, ...]:
+        """Where percentiles 2, 10, 25, 50, 75, 90 and 98 of its tissue lie on the networks' scale; none of air."""
+        # Of every other voxel along each axis: an eighth of the time, and the same to a hundredth.
+        sparse = self.corrected.image_xyz[::2, ::2, ::2]
+        found = sparse[sparse > self.corrected.tissue_threshold]
+        if not found.size:
+            return ()
+        at = self.normalisation.apply(np.percentile(found, _TISSUE_PERCENTILES))
+        return tuple(round(float(value), 4) for value in at.ravel())
+
     def normalised_xyz(self) -> NDArray[np.float32]:
         """Return what a network sees: float32, (x, y, z), exactly as the store's slices give it."""
         return self.levels.decode(self.levels_xyz)
+
+    def without_intensities(self) -> PreparedVolume:
+        """Return it without the source's intensities, which neither a network nor the way back to the grid needs."""
+        # Of the same shape, and no memory.
+        nothing = np.broadcast_to(np.float32(0), self.corrected.image_xyz.shape)
+        return replace(self, corrected=replace(self.corrected, image_xyz=nothing))
 
     def label_on_network_grid(self, label_xyz: NDArray[Any]) -> NDArray[Any]:
         """Bring a label map from the source's voxels to the network's grid, (x, y, z); no value is invented."""

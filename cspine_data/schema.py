@@ -135,8 +135,8 @@ class CaseRecord(BaseModel):
         What the 16-bit numbers of the slices stand for.
     air_level, tissue_threshold, log_bias_deviation : float
         See `CorrectedVolume`.
-    tissue_fraction : float
-        See `PreparedVolume`.
+    tissue_fraction, tissue_percentiles : float, tuple of float
+        See `PreparedVolume`; an older cspine kept no percentiles.
     axes : tuple of int
         The axes along which slices are stored.
     label_voxels : dict
@@ -171,6 +171,7 @@ class CaseRecord(BaseModel):
     air_level: float
     tissue_threshold: float
     tissue_fraction: float
+    tissue_percentiles: tuple[float, ...] = ()
     log_bias_deviation: float
     axes: tuple[int, ...]
     label_voxels: dict[int, int]

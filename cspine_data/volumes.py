@@ -183,9 +183,12 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
 
 
 def content_digest(path: Path) -> str:
-    """Return the SHA-256, in hex, of everything a volume is read from: its file, and a detached header's data."""
+    """Return the SHA-256, in hex, of everything a volume is read from: its file, or all of a folder's DICOM files.
+
+    A detached header's data are part of it.
+    """
     digest = hashlib.sha256()
-    for part in _parts(_existing(path)):
+    for part in _dicom.files(path) if path.is_dir() else _parts(_existing(path)):
         stored_bytes(path, part)
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

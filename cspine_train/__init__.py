@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from cspine_train.errors import CspineTrainError, ModelError, RunError
     from cspine_train.evaluation import Evaluation, PatientScore, evaluate
     from cspine_train.machines import Machines
-    from cspine_train.prediction import LoadedRun, load_run, predict_files, predict_volume
+    from cspine_train.prediction import LoadedRun, Prediction, load_run, predict, predict_volume
+    from cspine_train.prediction_files import Options, Predicted, find_volumes, predict_files
     from cspine_train.settings import RunRecord, RunSettings
     from cspine_train.training import train
 
@@ -22,7 +23,8 @@ _HOME = {
     "errors": ("CspineTrainError", "ModelError", "RunError"),
     "evaluation": ("Evaluation", "PatientScore", "evaluate"),
     "machines": ("Machines",),
-    "prediction": ("LoadedRun", "load_run", "predict_files", "predict_volume"),
+    "prediction": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
+    "prediction_files": ("Options", "Predicted", "find_volumes", "predict_files"),
     "settings": ("RunRecord", "RunSettings"),
     "training": ("train",),
 }
@@ -35,13 +37,18 @@ __all__ = [
     "LoadedRun",
     "Machines",
     "ModelError",
+    "Options",
     "PatientScore",
+    "Predicted",
+    "Prediction",
     "RunError",
     "RunRecord",
     "RunSettings",
     "compare",
     "evaluate",
+    "find_volumes",
     "load_run",
+    "predict",
     "predict_files",
     "predict_volume",
     "train",

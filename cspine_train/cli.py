@@ -10,13 +10,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from cspine_data.terminal import CommandGroup, print_table, progress_bar
 from cspine_train.errors import CspineTrainError, ModelError
 from cspine_train.waiting import stay_awake
+
+if TYPE_CHECKING:
+    from cspine_train.prediction_files import Predicted
 
 AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 
@@ -46,6 +49,14 @@ def _weights(_context: click.Context, _option: click.Parameter, given: Sequence[
         if not case:
             raise click.BadParameter(f"{one!r} is not of the form CASE=WEIGHT, such as CS_01=2")
     return weights
+
+
+def _fusion_weights(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[float, ...] | None:
+    """Read W,W,..., a number for each run."""
+    try:
+        return None if given is None else tuple(float(weight) for weight in given.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{given!r} is not of the form W,W, such as 2,1,1, a number for each --run") from None
 
 
 def _devices(_context: click.Context, _option: click.Parameter, given: str) -> int | Literal["auto"]:
@@ -107,10 +118,10 @@ def main() -> None:
     help="Share of the steps, the first ones, that see pixels larger by half.",
 )  # fmt: skip
 @click.option("--compile/--no-compile", default=False, help="Let torch.compile make the steps; slow to begin with.")
-@click.option("--context", type=click.IntRange(0), default=0, help="Neighbouring slices seen on each side (2.5-D).")
+@click.option("--context", type=click.IntRange(0, 64), default=0, help="Neighbouring slices seen on each side (2.5-D).")
 @click.option(
     "--pixel-mm",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0.05),
     help="Pixel size for the network; slices keep theirs by default.",
 )
 @click.option(
@@ -301,38 +312,61 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
 @main.command()
 @click.argument("volumes", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
-    "--run",
-    "runs",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
+    "--run", "runs", type=click.Path(path_type=Path), multiple=True, required=True,
     help="Trained run; several are fused.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True,
+    help="File, by its ending NRRD, NIfTI or named segments (.seg.nrrd); or folder for several volumes.",
+)  # fmt: skip
+@click.option("--weights", callback=_fusion_weights, metavar="W,W,...", help="What each run counts; alike by default.")
+@click.option(
+    "--mirror", is_flag=True, help="Average with what is found with left and right exchanged; twice the time."
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="File, or folder for several volumes."
-)
-def predict(volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path) -> None:
-    """Segment VOLUMES, which are in no store and need no label map, each on its own grid."""
-    from cspine_data import describe_problem
-    from cspine_train.prediction import load_run, predict_files
+    "--format", "ending", type=click.Choice(["nrrd", "nii.gz", "nii", "seg.nrrd"]),
+    help="Of label maps in a folder; each that of its volume by default.",
+)  # fmt: skip
+@click.option("--probability", is_flag=True, help="Write how likely each voxel is vertebra, too.")
+@click.option("--pictures", is_flag=True, help="Draw slices along each axis, and an animation through them, too.")
+def predict(
+    volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path, weights: tuple[float, ...] | None, mirror: bool,
+    ending: str | None, probability: bool, pictures: bool,
+) -> None:  # fmt: skip
+    """Segment VOLUMES, which are in no store and need no label map, each on its own grid.
+
+    NRRD or NIfTI files, folders of them, or folders of DICOM slices. The same command again goes on where it stopped.
+    """
+    from cspine_train.prediction import load_run
+    from cspine_train.prediction_files import Options, find_volumes, predict_files
 
     loaded = [load_run(path) for path in runs]
     for caveat in dict.fromkeys(caveat for one in loaded for caveat in one.record.caveats()):
         click.echo(f"note: {caveat}", err=True)
+    options = Options(weights, mirror, ending, probability, pictures)
     failed = 0
-    for volume, outcome in predict_files(loaded, volumes, output):
-        if isinstance(outcome, Path):
-            click.echo(f"wrote {outcome}")
-        else:
-            failed += 1
-            told = (
-                str(outcome)
-                if isinstance(outcome, CspineTrainError)
-                else describe_problem(volume.name, outcome).message
-            )
-            click.echo(f"failed: {told}", err=True)
+    with progress_bar("predicting") as progress:
+        for done in predict_files(loaded, find_volumes(volumes), output, options, progress):
+            failed += done.error is not None
+            _tell_of(done)
     if failed:
         raise SystemExit(1)
+
+
+def _tell_of(done: Predicted) -> None:
+    """Print what became of a volume, and what is to be said of it."""
+    from cspine_data import describe_problem
+
+    if done.error is not None:
+        own = isinstance(done.error, CspineTrainError)
+        told = str(done.error) if own else describe_problem(done.volume.name, done.error).message
+        click.echo(f"failed: {told}", err=True)
+        return
+    agreement = "" if done.agreement is None else f", agreement {done.agreement:.3f}"
+    verb = "there already:" if done.already else "wrote"
+    click.echo(f"{verb} {done.label} (expected Dice {done.expected_dice:.3f}{agreement})")
+    for warning in done.warnings:
+        click.echo(f"warning: {done.volume}: {warning}; look before you count", err=True)
 
 
 @main.command()

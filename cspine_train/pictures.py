@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLANES = ("sagittal", "coronal", "axial")
-# What lies at the left, right, top and bottom of a slice as radiologists see it, by axis.
-_BORDERS = ("APSI", "RLSI", "RLAP")
+#: What lies at the left, right, top and bottom of a slice as radiologists see it, by axis.
+BORDERS = ("APSI", "RLSI", "RLAP")
 # Okabe and Ito (2008): told apart by the colour-blind, and on grey.
 _TRUTH, _FOUND, _KEPT = "#56B4E9", "#E69F00", "#009E73"
 _WINDOW = (1.0, 98.0)
@@ -148,7 +148,7 @@ def _show(axes: Axes, view: SliceView) -> None:
     axes.set_ylim(height * down_mm, 0)
     places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
     sides = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
-    for letter, (x_at, y_at), (across, along) in zip(_BORDERS[view.axis], places, sides, strict=True):
+    for letter, (x_at, y_at), (across, along) in zip(BORDERS[view.axis], places, sides, strict=True):
         axes.text(
             x_at, y_at, letter, transform=axes.transAxes, ha=across, va=along, color="white", fontsize=8,
             path_effects=[withStroke(linewidth=1.5, foreground="black")],

@@ -10,9 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from cspine_data import Preprocessing, Split
 from cspine_train.errors import RunError
+from cspine_train.likeness import CohortLooks
 from cspine_train.run_folder import RECORD_NAME, write_text
 
 RECORD_VERSION = 1
+# Beyond these a record asks for more memory than anybody has: somebody may have written it who wants that.
+_MOST_CONTEXT = 64
+_LEAST_PIXEL_MM = 0.05
+_MOST_LABELS = 255
+_Side = Annotated[int, Field(gt=0, le=1 << 14)]
 #: See `SegmentationLoss`.
 LossName = Literal["dice", "dice_bce", "dice_focal", "tversky"]
 
@@ -97,9 +103,9 @@ class RunSettings(BaseModel):
     clip_norm: float | None = Field(default=None, gt=0)
     average: float = Field(default=0, ge=0, lt=1)
     compile: bool = False
-    context: int = Field(default=0, ge=0)
+    context: int = Field(default=0, ge=0, le=_MOST_CONTEXT)
     coarse_share: float = Field(default=0, ge=0, le=1)
-    pixel_mm: float | None = Field(default=None, gt=0)
+    pixel_mm: float | None = Field(default=None, ge=_LEAST_PIXEL_MM)
     size_hw: tuple[PositiveInt, PositiveInt] | None = None
     crop_margin_mm: float | None = Field(default=None, ge=0)
     empty_share: float = Field(default=0.25, ge=0)
@@ -166,6 +172,8 @@ class RunRecord(BaseModel):
         is a sigmoid's, as are binary labels, for which there are none.
     label_meaning : dict
         What the values of a label map that the run predicts mean.
+    cohort_looks : CohortLooks or None
+        What training volumes look like, so that a volume that is unlike them can be told; an older cspine kept none.
     digests : dict
         The store's digest of every case of the run.
     versions : dict
@@ -192,14 +200,15 @@ class RunRecord(BaseModel):
     store: str
     settings: RunSettings
     weights_used: str
-    size_hw: tuple[int, int]
+    size_hw: tuple[_Side, _Side]
     preprocessing: Preprocessing
     notes: tuple[str, ...] = ()
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
-    label_values: tuple[int, ...] = ()
+    label_values: tuple[int, ...] = Field(default=(), max_length=_MOST_LABELS)
     label_meaning: dict[int, str] = Field(default_factory=lambda: {0: "background", 1: "vertebra"})
+    cohort_looks: CohortLooks | None = None
     digests: dict[str, str]
     versions: dict[str, str]
     processes: int = 1

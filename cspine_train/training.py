@@ -24,6 +24,7 @@ from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, new
 from cspine_train.classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
+from cspine_train.likeness import CohortLooks
 from cspine_train.loggers import Logged, check_loggers
 from cspine_train.machines import ONE_DEVICE, Machines, end_with_the_first, together
 from cspine_train.model_card import write_card
@@ -220,7 +221,7 @@ def _fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     """Return what a run's record says of its patients; refuse patients that were prepared in different ways."""
     cases = (*split.train, *split.validation, *split.test)
     first = cohort.record(cases[0], variant)
-    digests = {}
+    digests, looks = {}, CohortLooks.of(cohort.record(case, variant) for case in split.train)
     for case in cases:
         record = cohort.record(case, variant)
         digests[case] = record.digest
@@ -230,7 +231,7 @@ def _fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
                 "run cspine-data prepare with the same options over all of them"
             )
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
-    what = {"preprocessing": first.preprocessing, "notes": cohort.notes, "digests": digests}
+    what = {"preprocessing": first.preprocessing, "notes": cohort.notes, "digests": digests, "cohort_looks": looks}
     return {"store": cohort.location, **what, **parts}
 
 

@@ -24,7 +24,8 @@ from cspine_train.classes import class_numbers, label_values, stored_values, unk
 from cspine_train.cli import main as train_main
 from cspine_train.confusion import confusion, mean_label_dice
 from cspine_train.metrics import MEASURES, Overlap, agreement, label_agreements, mean_over_labels, overlap
-from cspine_train.prediction import LoadedRun, predict_files
+from cspine_train.prediction import LoadedRun
+from cspine_train.prediction_files import predict_files
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.transforms import masks_to_network
 from tests.conftest import ball

@@ -596,7 +596,7 @@ def test_the_command_line_evaluates_and_predicts(
 ) -> None:
     scored = run_train("evaluate", trained)
     assert scored.exit_code == 0
-    assert scored.output.splitlines()[0].split() == ["patient", "split", "Dice", "IoU"]
+    assert scored.output.startswith("patient  split  Dice    IoU     Hausdorff 95 %, mm  average surface distance")
     assert re.search(r"CS_04 +test +0\.\d{4}", scored.output)
     assert "note: encoder tu-mobilenetv3_small_100 started from random weights" in scored.output
     assert "note: data: synthetic" in scored.output
@@ -610,10 +610,11 @@ def test_the_command_line_evaluates_and_predicts(
     )  # fmt: skip
     assert several.exit_code == 1
     assert "bad.nrrd: is no readable NRRD file" in several.output
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["CS_02-label.nrrd", "CS_03-label.nrrd"]
+    predicted = ["CS_02-label.nrrd", "CS_03-label.nrrd", "predictions.csv"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == predicted
     again = run_train("predict", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path / "out")
     assert again.exit_code == 1
-    assert "CS_02-label.nrrd: is there already; remove it or choose another -o" in again.output
+    assert "CS_02-label.nrrd: is there already, and not of these runs; remove it or choose another -o" in again.output
     twice = run_train(
         "predict", phantom_folder / "CS_02.nrrd", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path
     )
@@ -653,7 +654,7 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--pixel-mm", "-1"), "-1.0 is not in the range x>0"),
+        (("--pixel-mm", "-1"), "-1.0 is not in the range x>=0.05"),
         (("--learning-rate", "nan"), "--learning-rate: Input should be a finite number"),
         (("--crop-margin-mm", "inf"), "--crop-margin-mm: Input should be a finite number"),
         (("--fold", "1"), "a fold needs --folds, the number of all"),
@@ -680,7 +681,7 @@ def test_what_cannot_hold_a_prediction_is_refused(
     assert not list(tmp_path.iterdir())
     dotted = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "masks_v1.2")
     assert dotted.exit_code == 0
-    assert len(list((tmp_path / "masks_v1.2").iterdir())) == 2
+    assert len(list((tmp_path / "masks_v1.2").glob("*-label.nrrd"))) == 2
 
 
 def test_a_store_that_moved_is_asked_for(trained: Path, tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""In what a volume is unlike those that a run was trained on: a network marks something in any volume, of any organ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from cspine_data import CaseRecord, Geometry, PreparedVolume
+
+_SIDES = ("left-right", "front-back", "feet-head")
+# Beyond what training volumes span by this factor.
+_FACTOR = 1.5
+# Each left out in turn, spine14's fourteen volumes leave the others' range by at most 0.4 of its width; its test case
+# with another contrast, reversed or strongly noisy leaves it by 1.1 to 3.9.
+_WIDTHS = 0.75
+# The least width: a few volumes of one protocol hardly differ.
+_LEAST_WIDTH = 0.5
+_TILTED_DEGREES = 15.0
+_LIKE_CT = -500.0
+
+
+class CohortLooks(BaseModel):
+    """The range, over a run's training volumes, of what is known of each without looking at its label map.
+
+    Attributes
+    ----------
+    ranges : dict
+        Lowest and highest, by the names that `looks_of` gives.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    ranges: dict[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, records: Iterable[CaseRecord]) -> CohortLooks:
+        """Return the ranges over volumes of a store."""
+        looks = [looks_of_record(record) for record in records]
+        names = set.intersection(*(set(one) for one in looks)) if looks else set()
+        values = {name: [one[name] for one in looks] for name in sorted(names)}
+        return cls(ranges={name: (min(of_name), max(of_name)) for name, of_name in values.items()})
+
+
+def looks_of(prepared: PreparedVolume) -> dict[str, float]:
+    """Return what can be compared of a volume: voxel sizes, extents, tilt, and how its tissue's intensities lie."""
+    corrected = prepared.corrected
+    shape = corrected.image_xyz.shape
+    return _looks(
+        corrected.geometry, corrected.spacing_mm, shape, corrected.air_level, prepared.tissue_fraction,
+        prepared.tissue_percentiles,
+    )  # fmt: skip
+
+
+def looks_of_record(record: CaseRecord) -> dict[str, float]:
+    """Return the same of a stored case; stores of an older cspine know nothing of intensities."""
+    return _looks(
+        record.geometry, record.spacing_xyz_mm, record.size_xyz, record.air_level, record.tissue_fraction,
+        record.tissue_percentiles,
+    )  # fmt: skip
+
+
+def _looks(
+    geometry: Geometry,
+    spacing_mm: Iterable[float],
+    shape: Iterable[int],
+    air_level: float,
+    tissue_fraction: float,
+    percentiles: Iterable[float],
+) -> dict[str, float]:
+    looks = {f"voxel {side}": mm for side, mm in zip(_SIDES, spacing_mm, strict=True)}
+    looks |= {f"extent {side}": mm * n for side, mm, n in zip(_SIDES, spacing_mm, shape, strict=True)}
+    cosines = np.abs(geometry.direction_matrix).max(0)
+    looks["tilt"] = float(np.degrees(np.arccos(np.clip(cosines.min(), 0, 1))))
+    looks["air"] = air_level
+    values = list(percentiles)
+    if values:
+        looks["tissue"] = tissue_fraction
+        looks |= {f"intensity {number}": value for number, value in enumerate(values)}
+    return looks
+
+
+def differences(cohort: CohortLooks | None, looks: Mapping[str, float]) -> tuple[str, ...]:
+    """Tell in what a volume is unlike a run's training volumes, a line each; nothing of a run that does not know them.
+
+    Parameters
+    ----------
+    cohort : CohortLooks or None
+        What the run's record says.
+    looks : dict
+        What `looks_of` gives.
+    """
+    return tuple(_differences(cohort.ranges, looks)) if cohort else ()
+
+
+def _differences(ranges: Mapping[str, tuple[float, float]], looks: Mapping[str, float]) -> Iterator[str]:
+    if looks["air"] < _LIKE_CT <= ranges.get("air", (0.0, 0.0))[0]:
+        yield "it is dark as CT is dark, and training volumes are not"
+    for name in (f"{what} {side}" for what in ("voxel", "extent") for side in _SIDES):
+        low, high = ranges.get(name, (0.0, np.inf))
+        if not low / _FACTOR <= looks[name] <= high * _FACTOR:
+            what, side = name.split()
+            told = "voxels measure" if what == "voxel" else "it reaches over"
+            yield f"{told} {looks[name]:.3g} mm {side}, in training {low:.3g} to {high:.3g} mm"
+    if looks["tilt"] > ranges.get("tilt", (0.0, np.inf))[1] + _TILTED_DEGREES:
+        yield f"its grid is tilted by {looks['tilt']:.0f} degrees, in training by at most {ranges['tilt'][1]:.0f}"
+    of_tissue = (name for name in looks if name == "tissue" or name.startswith("intensity"))
+    if any(_beyond(ranges[name], looks[name]) > _WIDTHS for name in of_tissue if name in ranges):
+        yield (
+            "its tissue's intensities are distributed otherwise than in training (another contrast, sequence, field or "
+            "noise)"
+        )
+
+
+def _beyond(within: tuple[float, float], value: float) -> float:
+    """Return how far a value lies beyond a range, in widths of that."""
+    low, high = within
+    return max(low - value, value - high) / max(high - low, _LEAST_WIDTH)

@@ -1,0 +1,244 @@
+"""Files and folders to predict: what is in them, where results go, and what is done already."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cspine_data import (
+    CspineDataError,
+    Volume,
+    content_digest,
+    find_cases,
+    label_name,
+    read_volume,
+    volume_suffix,
+    write_volume,
+)
+from cspine_train.errors import RunError
+from cspine_train.overview import draw_overview
+from cspine_train.prediction import LoadedRun, check_runs, predict
+from cspine_train.run_folder import MODEL_FOLDER
+
+#: What was predicted into a folder, a row a volume.
+INDEX_NAME = "predictions.csv"
+#: Endings of label maps that can be asked for.
+FORMATS = ("nrrd", "nii.gz", "nii", "seg.nrrd")
+_COLUMNS = ("volume", "label", "expected_dice", "agreement", "warnings", "volume_sha256", "made_by")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How volumes are predicted, and what is written of each.
+
+    Attributes
+    ----------
+    weights, mirror
+        See `predict`.
+    format : str or None
+        Ending of the label maps in a folder, one of `FORMATS`; None gives each that of its volume.
+    probability : bool
+        Write ``<volume>-probability.nrrd`` too.
+    pictures : bool
+        Write ``<volume>-axis0.png`` and ``.gif``, and those of the other axes, too.
+    """
+
+    weights: tuple[float, ...] | None = None
+    mirror: bool = False
+    format: str | None = None
+    probability: bool = False
+    pictures: bool = False
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What became of one volume: `label` was written, or was there `already`; or `error` says why not."""
+
+    volume: Path
+    label: Path | None = None
+    expected_dice: float | None = None
+    agreement: float | None = None
+    warnings: tuple[str, ...] = ()
+    already: bool = False
+    error: Exception | None = None
+
+
+def find_volumes(sources: Sequence[Path]) -> list[Path]:
+    """Return the volumes that files and folders name: a folder of volumes stands for all of them but label maps.
+
+    A folder that holds no NRRD and no NIfTI file is taken for a DICOM series.
+    """
+    found = []
+    for source in sources:
+        if source.is_dir() and any(volume_suffix(path) for path in source.iterdir() if path.is_file()):
+            found += [case.volume for case in find_cases(source).cases]
+        else:
+            found.append(source)
+    return found
+
+
+def predict_files(
+    runs: Sequence[LoadedRun],
+    volumes: Sequence[Path],
+    output: Path,
+    options: Options | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Iterator[Predicted]:
+    """Predict files one after the other; one that fails does not stop the rest.
+
+    In a folder, `predictions.csv` says what was predicted from which bytes by which runs; what stands there and is
+    there is not predicted again, so that a stopped command goes on when it is given again.
+
+    Parameters
+    ----------
+    runs : sequence of LoadedRun
+        One or more, fused.
+    volumes : sequence of Path
+        NRRD or NIfTI files, or folders of DICOM slices.
+    output : Path
+        A file for one volume; for several a folder, in which each label map has its volume's name with ``-label``.
+    options : Options
+        How, and what else is written.
+    progress : callable, optional
+        Called with (volumes done, volumes, name of the last).
+
+    Raises
+    ------
+    RunError
+        If the runs tell different labels apart, weights do not fit, two volumes would be written to one file, or
+        `output` is no name for what is predicted. A file that is there and that these runs did not write is left alone,
+        and named as the reason.
+    """
+    options = options or Options()
+    check_runs(runs, options.weights)
+    to_file = _to_file(volumes, output)
+    targets = [output if to_file else output / _name(volume, options) for volume in volumes]
+    if len(set(targets)) < len(targets):
+        raise RunError(f"{output}: two of the volumes have the same name; predict them into two folders")
+    index = _Index(None if to_file else output / INDEX_NAME, made_by(runs, options))
+    for number, (volume, target) in enumerate(zip(volumes, targets, strict=True), start=1):
+        try:
+            yield index.known(volume, target) or _predicted(runs, volume, target, options, index)
+        # PyTorch tells of missing memory by a RuntimeError; networks of one size assert it.
+        except (CspineDataError, RunError, OSError, MemoryError, RuntimeError, AssertionError) as error:
+            yield Predicted(volume, error=error)
+        if progress:
+            progress(number, len(volumes), volume.name)
+
+
+def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
+    """Return a digest of all that decides what is predicted of a volume, and what is written of it."""
+    digest = hashlib.sha256(json.dumps(vars(options), sort_keys=True).encode())
+    for run in runs:
+        for path in sorted((run.path / MODEL_FOLDER).iterdir()):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        record = run.record
+        parts = record.settings, record.preprocessing
+        kept = (record.size_hw, record.label_values, record.threshold, record.kept_components, record.filled_holes)
+        digest.update(json.dumps([*(part.model_dump(mode="json") for part in parts), kept], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _to_file(volumes: Sequence[Path], output: Path) -> bool:
+    if len(volumes) > 1 and (volume_suffix(output) or output.is_file()):
+        raise RunError(f"{output}: cannot hold what is predicted; give a folder for several volumes")
+    if len(volumes) == 1 and output.suffix and not volume_suffix(output) and not output.is_dir():
+        wanted = "a name that ends in .nrrd, .nii, .nii.gz or .seg.nrrd, or a folder that exists"
+        raise RunError(f"{output}: cannot hold what is predicted; give {wanted}")
+    return len(volumes) == 1 and bool(volume_suffix(output))
+
+
+def _name(volume: Path, options: Options) -> str:
+    name = label_name(volume)
+    return name if options.format is None else f"{_stem(Path(name))}.{options.format}"
+
+
+def _stem(path: Path) -> str:
+    return path.name[: len(path.name) - len(volume_suffix(path))]
+
+
+def _predicted(runs: Sequence[LoadedRun], path: Path, target: Path, options: Options, index: _Index) -> Predicted:
+    if target.exists():
+        raise RunError(f"{target}: is there already, and not of these runs; remove it or choose another -o")
+    volume = read_volume(path)
+    prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
+    beside = target.parent / _stem(target).removesuffix("-label")
+    if prediction.probability is not None:
+        write_volume(beside.with_name(f"{beside.name}-probability.nrrd"), prediction.probability)
+    if options.pictures:
+        truth = _truth_of(path)
+        fits = truth is not None and truth.geometry.same_grid(volume.geometry)
+        draw_overview(beside, volume, prediction.label, truth if fits else None)
+    done = Predicted(path, target, prediction.expected_dice, prediction.agreement, prediction.warnings)
+    index.add(done)
+    # Last: whoever finds the label map finds all.
+    write_volume(target, prediction.label, runs[0].record.label_meaning)
+    return done
+
+
+def _truth_of(path: Path) -> Volume | None:
+    """Return the label map that lies beside a volume, if one does and can be read; it is for a picture only."""
+    try:
+        labels = [case.label for case in find_cases(path.parent).cases if case.volume == path and case.label]
+        return read_volume(labels[0]) if labels else None
+    except CspineDataError:
+        return None
+
+
+class _Index:
+    """What was predicted into a folder, by the label map's name; nothing is kept of a single file."""
+
+    def __init__(self, path: Path | None, made_by: str) -> None:
+        self._path = path
+        self._made_by = made_by
+        self._rows: dict[str, dict[str, str]] = {}
+        if path and path.exists():
+            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                # A row that a killed command left unfinished lacks its end.
+                rows = [row for row in csv.DictReader(file) if row.get("made_by") and row.get("label")]
+            self._rows = {row["label"]: row for row in rows if (path.parent / Path(row["label"]).name).exists()}
+            self._write(self._rows.values())
+
+    def known(self, volume: Path, target: Path) -> Predicted | None:
+        """Return what was found of a volume before; None where it is to be predicted."""
+        row = self._rows.get(target.name)
+        if not row or not target.exists() or row["made_by"] != self._made_by:
+            return None
+        if row["volume_sha256"] != content_digest(volume):
+            raise RunError(f"{target}: was predicted from another {volume.name}; remove it or choose another -o")
+        expected, agreement = (float(row[name]) if row[name] else None for name in ("expected_dice", "agreement"))
+        warnings = tuple(row["warnings"].split("; ")) if row["warnings"] else ()
+        return Predicted(volume, target, expected, agreement, warnings, already=True)
+
+    def add(self, done: Predicted) -> None:
+        """Tell of a label map that is about to be written: where one is found, it has its row."""
+        if self._path is None or done.label is None:
+            return
+        row = {
+            "volume": done.volume.name,
+            "label": done.label.name,
+            "expected_dice": f"{done.expected_dice:.4f}",
+            "agreement": "" if done.agreement is None else f"{done.agreement:.4f}",
+            "warnings": "; ".join(done.warnings),
+            "volume_sha256": content_digest(done.volume),
+            "made_by": self._made_by,
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._path.exists():
+            self._write([])
+        with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.DictWriter(file, _COLUMNS).writerow(row)
+
+    def _write(self, rows: Iterable[Mapping[str, str]]) -> None:
+        assert self._path is not None  # noqa: S101
+        temporary = self._path.with_name(f".{self._path.name}")
+        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self._path)

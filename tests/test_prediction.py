@@ -1,0 +1,391 @@
+"""From files and folders to label maps: fused, mirrored, sure or not, once and no more."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cspine_data import Geometry, Orientation, Volume, open_cohort, preprocess_volume, read_volume, write_volume
+from cspine_train import RunError, RunSettings, load_run, predict, predict_volume, train
+from cspine_train.likeness import CohortLooks, differences, looks_of, looks_of_record
+from cspine_train.metrics import overlap
+from cspine_train.overview import draw_overview
+from cspine_train.prediction import LoadedRun, expected_dice
+from cspine_train.prediction_files import find_volumes
+from cspine_train.settings import save_record
+from tests.conftest import ball, write_case
+from tests.test_dicom import write_series
+from tests.test_labels import a_run
+from tests.test_training import SMALL
+
+
+@pytest.fixture(scope="module")
+def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that marks something, trained as briefly as can be."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr("cspine_train.training.save_overlays", lambda *_: ())
+        train(phantom_store, folder, RunSettings(**{**SMALL, "pixel_mm": 6.0, "variant": "raw"}))
+    return folder
+
+
+# Fused, mirrored
+
+
+class Gives(torch.nn.Module):
+    """Stands where a network does: the same probability everywhere, or left of the middle alone."""
+
+    def __init__(self, probability: float, left_alone: bool = False) -> None:
+        super().__init__()
+        self.device = torch.nn.Parameter(torch.zeros(1))
+        self.encoder = torch.nn.Identity()
+        self.encoder.output_stride = 1
+        self.logit = float(np.log(probability / (1 - probability)))
+        self.left_alone = left_alone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = torch.full_like(images[:, :1], self.logit)
+        if self.left_alone:
+            # Rows of coronal slices run from the patient's right to the left.
+            logits[:, :, : images.shape[2] // 2] = -100
+        return logits
+
+
+def gives(probability: float, threshold: float = 0.5, left_alone: bool = False) -> LoadedRun:
+    made = a_run(Gives(probability, left_alone), (), (1,))
+    record = made.record.model_copy(update={"threshold": threshold, "size_hw": (1, 1)})
+    return replace(made, record=record)
+
+
+def test_runs_count_what_they_are_told_to() -> None:
+    image, _ = ball()
+    runs = [gives(0.9), gives(0.2)]
+    for weights, probability in ((None, 0.55), ((3.0, 1.0), 0.725), ((0.0, 2.0), 0.2)):
+        found = predict(runs, image, weights, with_probability=True)
+        assert found.probability is not None
+        np.testing.assert_allclose(found.probability.array, probability, rtol=1e-5)
+        assert found.probability.geometry == image.geometry
+        assert (found.label.array == (probability > 0.5)).all()
+        # One marks all, the other nothing.
+        assert found.agreement == 0
+    thresholds = [gives(0.5, 0.3), gives(0.5, 0.8)]
+    assert predict_volume(thresholds, image, (1.0, 1.0)).array.max() == 0
+    assert predict_volume(thresholds, image, (4.0, 1.0)).array.min() == 1
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 2.0, 3.0), (-1.0, 2.0), (0.0, 0.0), (float("nan"), 1.0)])
+def test_weights_that_do_not_fit_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(RunError, match=r"^weights .*: give one for each of the 2 runs, none negative, some positive$"):
+        predict([gives(0.9), gives(0.2)], ball()[0], weights)
+
+
+def test_mirrored_what_is_found_on_the_left_is_found_on_the_right() -> None:
+    image, _ = ball()
+    asked = gives(0.9, left_alone=True)
+    plain, both = (predict([asked], image, mirror=mirror, with_probability=True) for mirror in (False, True))
+    assert plain.probability is not None
+    assert both.probability is not None
+    half = image.array.shape[0] // 2
+    np.testing.assert_allclose(plain.probability.array[:half], 0, atol=1e-6)
+    np.testing.assert_allclose(plain.probability.array[half:], 0.9, rtol=1e-5)
+    np.testing.assert_allclose(both.probability.array, 0.45, rtol=1e-5)
+    assert (plain.agreement, both.agreement) == (None, 0)
+
+
+# How sure
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_the_expected_dice_is_what_truths_drawn_from_the_probabilities_have(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    probabilities = rng.beta(0.3, 0.6, (12, 13, 14)).astype(np.float32)
+    mask = probabilities > rng.uniform(0.3, 0.7)
+    drawn = [overlap(mask, rng.random(mask.shape) < probabilities).dice for _ in range(40)]
+    # Weights change nothing; labels are added up.
+    split = np.stack([probabilities * 0.25, probabilities * 0.75]) * 3
+    for total, weight in ((probabilities[None], 1), (split, 3)):
+        assert expected_dice(total, weight, mask) == pytest.approx(np.mean(drawn), abs=0.02)
+
+
+def test_where_nothing_is_marked_it_depends_on_how_sure_that_is() -> None:
+    nothing = np.zeros((4, 4, 4), np.bool_)
+    assert expected_dice(np.full((1, 4, 4, 4), 0.3, np.float32), 1, nothing) == 0
+    assert expected_dice(np.full((1, 4, 4, 4), 1e-6, np.float32), 1, nothing) == 1
+
+
+# Unlike training
+
+
+def test_a_volume_like_those_in_training_is_not_warned_of(run: Path, phantom_store: Path, phantom_folder: Path) -> None:
+    loaded, cohort = load_run(run), open_cohort(phantom_store)
+    for case in loaded.record.train:
+        stored = looks_of_record(cohort.record(case, "raw"))
+        source = preprocess_volume(read_volume(phantom_folder / f"{case}.nrrd"), loaded.record.preprocessing)
+        assert looks_of(source) == pytest.approx(stored)
+        assert differences(loaded.record.cohort_looks, stored) == ()
+
+
+def changed(volume: Volume, **of_grid: object) -> Volume:
+    return Volume(volume.array, volume.geometry.model_copy(update=of_grid))
+
+
+def left_right(volume: Volume) -> int:
+    """Return which index axis runs from side to side."""
+    return Orientation.of(volume.geometry).axes[0]
+
+
+def along(volume: Volume, mm: float) -> tuple[float, ...]:
+    """Return a volume's spacing, another one from side to side."""
+    return tuple(mm if axis == left_right(volume) else own for axis, own in enumerate(volume.geometry.spacing_mm))
+
+
+def thin(volume: Volume) -> tuple[np.ndarray, Geometry]:
+    """Return a third of the slices from side to side."""
+    array = volume.array.take(range(volume.array.shape[left_right(volume)] // 3), left_right(volume))
+    return array, volume.geometry.model_copy(update={"size": array.shape})
+
+
+def inverted(volume: Volume) -> Volume:
+    brightest = volume.array.max()
+    return Volume(np.where(volume.array > 60, brightest - volume.array, volume.array), volume.geometry)
+
+
+def tilted(volume: Volume) -> Volume:
+    c, s = np.cos(0.5), np.sin(0.5)
+    return changed(volume, directions=((c, -s, 0.0), (s, c, 0.0), (0.0, 0.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda v: changed(v, spacing_mm=along(v, 9.0)), "voxels measure 9 mm left-right, in training"),
+        (lambda v: Volume(*thin(v)), "it reaches over .* mm left-right, in training"),
+        (tilted, "its grid is tilted by 29 degrees, in training by at most"),
+        (inverted, "its tissue's intensities are distributed otherwise than in training"),
+        (lambda v: Volume(v.array - 1000, v.geometry), "it is dark as CT is dark, and training volumes are not"),
+        (lambda v: replace(v, assumed_orientation=True), "it does not say how it lies in the patient, and was taken"),
+    ],
+)  # fmt: skip
+def test_in_what_a_volume_is_unlike_training_is_told(
+    change: Callable[[Volume], Volume], told: str, run: Path, phantom_folder: Path
+) -> None:
+    volume = read_volume(phantom_folder / "CS_02.nrrd")
+    assert predict([load_run(run)], volume).warnings == ()
+    warnings = predict([load_run(run)], change(volume)).warnings
+    assert any(re.match(told, warning) for warning in warnings), warnings
+
+
+def test_of_a_run_that_does_not_know_its_cohort_nothing_is_told() -> None:
+    assert differences(None, {"air": -1000.0}) == ()
+    assert CohortLooks.of([]).ranges == {}
+
+
+# Files
+
+
+def labels(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: read_volume(path).array for path in folder.glob("*-label.*")}
+
+
+def test_a_folder_is_predicted_once_and_goes_on_where_it_was_killed(
+    run: Path, phantom_folder: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    """Killed after its first label map, and given again; label maps of the folder are no volumes to predict."""
+    command = [sys.executable, "-m", "cspine_train", "predict", str(phantom_folder), "--run", str(run), "-o"]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("*-label.nrrd")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in labels(tmp_path / "out")}
+    assert before
+    # What a kill in the middle of a row leaves.
+    with (tmp_path / "out" / "predictions.csv").open("a") as index:
+        index.write("CS_09.nrrd,CS_09-lab")
+    again = run_train("predict", phantom_folder, "--run", run, "-o", tmp_path / "out")
+    assert again.exit_code == 0, again.output
+    assert again.output.count("there already:") == len(before)
+    assert again.output.count("wrote") == 4 - len(before)
+    assert run_train("predict", phantom_folder, "--run", run, "-o", tmp_path / "whole").exit_code == 0
+    for name, array in labels(tmp_path / "whole").items():
+        np.testing.assert_array_equal(array, labels(tmp_path / "out")[name])
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == then for name, then in before.items())
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["volume"] for row in rows) == [f"CS_0{number}.nrrd" for number in range(1, 5)]
+    assert all(0 <= float(row["expected_dice"]) <= 1 for row in rows)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_what_other_runs_or_other_bytes_gave_is_left_alone(
+    run: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    source, out = tmp_path / "raw", tmp_path / "out"
+    volume = write_case(source, "A", label=False)
+    asked = ("predict", source, "--run", run, "-o", out)
+    assert run_train(*asked).exit_code == 0
+    found = (out / "A-label.nrrd").read_bytes()
+    assert "there already: " in run_train(*asked).output
+    mirrored = run_train(*asked, "--mirror")
+    assert mirrored.exit_code == 1
+    assert "A-label.nrrd: is there already, and not of these runs; remove it or choose another -o" in mirrored.output
+    write_volume(volume, ball(seed=5)[0])
+    other = run_train(*asked)
+    assert other.exit_code == 1
+    assert "A-label.nrrd: was predicted from another A.nrrd; remove it or choose another -o" in other.output
+    assert (out / "A-label.nrrd").read_bytes() == found
+
+
+def test_dicom_gives_the_mask_that_nrrd_gives(run: Path, tmp_path: Path, run_train: Callable[..., Result]) -> None:
+    """Through the command line, into named segments; a DICOM folder has as many voxels as its slices."""
+    image, _ = ball()
+    # A stack of slices along the patient's left-right axis, as sagittal series are.
+    turned = Geometry(
+        size=image.array.shape[1:] + image.array.shape[:1],
+        spacing_mm=(1.0, 1.0, 1.5),
+        directions=((0, 0, 1), (1, 0, 0), (0, 1, 0)),
+        origin_mm=image.geometry.origin_mm,
+    )
+    stacked = Volume(np.ascontiguousarray(np.moveaxis(image.array, 0, 2)), turned)
+    write_series(tmp_path / "series", stacked)
+    write_volume(tmp_path / "a.nrrd", image)
+    # Whatever the network makes of a ball, some of it is above the middle.
+    middle = float(np.median(predict([load_run(run)], image, with_probability=True).probability.array))
+    sensitive = shutil.copytree(run, tmp_path / "sensitive")
+    save_record(sensitive, load_run(run).record.model_copy(update={"threshold": middle}))
+    done = run_train(
+        "predict",
+        tmp_path / "series",
+        tmp_path / "a.nrrd",
+        "--run",
+        sensitive,
+        "--format",
+        "seg.nrrd",
+        "-o",
+        tmp_path / "out",
+    )
+    assert done.exit_code == 0, done.output
+    one, other = (read_volume(tmp_path / "out" / f"{name}-label.seg.nrrd") for name in ("series", "a"))
+    np.testing.assert_array_equal(np.moveaxis(one.array, 2, 0), other.array)
+    assert other.array.any()
+    import slicerio
+
+    (segment,) = slicerio.read_segmentation(str(tmp_path / "out" / "a-label.seg.nrrd"))["segments"]
+    assert (segment["name"], segment["labelValue"]) == ("vertebra", 1)
+
+
+def test_folders_name_their_volumes(tmp_path: Path) -> None:
+    write_case(tmp_path / "raw", "A")
+    write_case(tmp_path / "raw", "B", label=False)
+    (tmp_path / "dicom").mkdir()
+    named = find_volumes([tmp_path / "raw", tmp_path / "dicom", tmp_path / "x.nii"])
+    assert named == [tmp_path / "raw" / "A.nrrd", tmp_path / "raw" / "B.nrrd", tmp_path / "dicom", tmp_path / "x.nii"]
+
+
+def test_probabilities_and_pictures_lie_beside_the_label_map(
+    run: Path, phantom_folder: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    done = run_train(
+        "predict",
+        phantom_folder / "CS_02.nrrd",
+        "--run",
+        run,
+        "--probability",
+        "--pictures",
+        "-o",
+        tmp_path / "m.nii.gz",
+    )
+    assert done.exit_code == 0, done.output
+    pictures = {f"m-axis{axis}.{kind}" for axis in range(3) for kind in ("png", "gif")}
+    assert {path.name for path in tmp_path.iterdir()} == {"m.nii.gz", "m-probability.nrrd", *pictures}
+    probability, label = read_volume(tmp_path / "m-probability.nrrd"), read_volume(tmp_path / "m.nii.gz")
+    np.testing.assert_array_equal(probability.array > load_run(run).record.threshold, label.array != 0)
+
+
+def test_pictures_show_each_side_where_it_belongs(tmp_path: Path) -> None:
+    """2 x 1 x 0.5 mm; the left, back, upper eighth is marked; stored upside down. All of it is true."""
+    array = np.full((10, 20, 40), 50, np.int16)
+    array[0, 0, 0] = 100
+    label = np.zeros(array.shape, np.uint8)
+    label[5:, 10:, :20] = 1
+    flipped = Geometry(
+        size=array.shape, spacing_mm=(2.0, 1.0, 0.5), directions=((1, 0, 0), (0, 1, 0), (0, 0, -1)), origin_mm=(0, 0, 0)
+    )
+    volume, found = Volume(array, flipped), Volume(label, flipped)
+    truth = Volume(np.ones_like(label), flipped)
+    files = draw_overview(tmp_path / "x", volume, found, truth)
+    assert len(files) == 6
+    for axis, frames in enumerate(array.shape):
+        with Image.open(tmp_path / f"x-axis{axis}.gif") as animation:
+            assert animation.n_frames == frames
+            animation.seek(animation.n_frames - 1)
+            frame = np.asarray(animation.convert("RGB")).astype(int)
+        # 20 mm along each axis: a square.
+        assert frame.shape[:2] == (320, 320)
+        orange = (frame[..., 0] - frame[..., 2]) > 40
+        height, width = orange.shape
+        quarters = [
+            orange[a : a + height // 2, b : b + width // 2].mean() for a in (0, height // 2) for b in (0, width // 2)
+        ]
+        # Sagittal: up and back; coronal: up and the patient's left; axial: back and left.
+        expected = {0: 1, 1: 1, 2: 3}[axis]
+        assert quarters[expected] > 0.8
+        assert max(q for number, q in enumerate(quarters) if number != expected) < 0.1
+        blue = (frame[..., 2] - frame[..., 0]) > 100
+        assert blue[0].mean() > 0.5
+        assert blue[:, 0].mean() > 0.5
+        with Image.open(tmp_path / f"x-axis{axis}.png") as sheet:
+            assert sheet.size[0] > 3 * 320
+
+
+# Not what it was
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"settings": {"context": 10**9}}, "settings.context: Input should be less than or equal to 64"),
+        ({"settings": {"pixel_mm": 1e-9}}, "settings.pixel_mm: Input should be greater than or equal to 0.05"),
+        ({"size_hw": [10**9, 10**9]}, "size_hw.0: Input should be less than or equal to 16384"),
+        ({"label_values": list(range(1, 100_000))}, "label_values: Tuple should have at most 255 items"),
+    ],
+)
+def test_a_record_that_asks_for_absurd_sizes_is_refused(
+    change: dict[str, object], told: str, run: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    content = json.loads((copy / "run.json").read_text())
+    for name, value in change.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    (copy / "run.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=rf"run.json: is damaged \({told}"):
+        load_run(copy)
+
+
+@pytest.mark.parametrize("name", ["run.json", "model/model.safetensors", "model"])
+def test_a_run_that_leads_out_of_its_folder_is_refused(name: str, run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / name).rename(tmp_path / "outside")
+    (copy / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(RunError, match="leads out of the run folder; copy the run whole, without links"):
+        load_run(copy)
