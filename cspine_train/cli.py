@@ -370,6 +370,20 @@ def _tell_of(done: Predicted) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A name that ends in .onnx.")
+def export(run: Path, output: Path) -> None:
+    """Write RUN's network as ONNX, with what it takes to feed it."""
+    from cspine_train.exporting import export_onnx
+    from cspine_train.prediction import load_run
+
+    loaded = load_run(run)
+    any_size = export_onnx(loaded, output)
+    height, width = loaded.record.size_hw
+    click.echo(f"wrote {output}, for slices of {'any size' if any_size else f'{height} x {width} pixels'}")
+
+
+@main.command()
 def models() -> None:
     """List the architectures and encoders that can be asked for."""
     from cspine_train.models import architectures, encoders
