@@ -101,7 +101,7 @@ def read_volume(path: str | Path) -> Volume:
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        if path.is_dir() and not volume_suffix(path):
             array, geometry = _dicom.read(path)
             return Volume(array, geometry, path)
         path = _existing(path)
@@ -188,7 +188,7 @@ def content_digest(path: Path) -> str:
     A detached header's data are part of it.
     """
     digest = hashlib.sha256()
-    for part in _dicom.files(path) if path.is_dir() else _parts(_existing(path)):
+    for part in _dicom.files(path) if path.is_dir() and not volume_suffix(path) else _parts(_existing(path)):
         stored_bytes(path, part)
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

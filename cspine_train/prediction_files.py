@@ -167,6 +167,7 @@ def _predicted(runs: Sequence[LoadedRun], path: Path, target: Path, options: Opt
         raise RunError(f"{target}: is there already, and not of these runs; remove it or choose another -o")
     volume = read_volume(path)
     prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
+    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / _stem(target).removesuffix("-label")
     if prediction.probability is not None:
         write_volume(beside.with_name(f"{beside.name}-probability.nrrd"), prediction.probability)

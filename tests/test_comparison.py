@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, wilcoxon
 
@@ -111,6 +111,7 @@ def test_few_patients_find_nothing_and_that_is_said(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(-0.2, 0.2).map(lambda d: round(d, 3)), min_size=2, max_size=30))
+@settings(deadline=None)
 def test_p_is_that_of_scipy_and_one_where_nothing_differs(differences: list[float]) -> None:
     expected = float(wilcoxon(differences).pvalue) if any(differences) else 1.0
     assert signed_rank_p(differences) == pytest.approx(expected)
@@ -118,6 +119,7 @@ def test_p_is_that_of_scipy_and_one_where_nothing_differs(differences: list[floa
 
 
 @given(st.lists(st.floats(0, 1), max_size=9))
+@settings(deadline=None)
 def test_holm_is_between_no_correction_and_bonferroni(p_values: list[float]) -> None:
     corrected = holm(p_values)
     for p, more in zip(p_values, corrected, strict=True):
