@@ -12,7 +12,7 @@ from cspine_data import CaseRecord, Geometry, PreparedVolume
 _SIDES = ("left-right", "front-back", "feet-head")
 # Beyond what training volumes span by this factor.
 _FACTOR = 1.5
-# Each left out in turn, spine14's fourteen volumes leave the others' range by at most 0.2 of its width; its test case
+# Each left out in turn, spine14's fourteen volumes leave the others' range by at most 0.25 of its width; its test case
 # with another contrast, reversed or strongly noisy leaves it by 0.8 to 3.1.
 _WIDTHS = 0.75
 # The least width: a few volumes of one protocol hardly differ.
