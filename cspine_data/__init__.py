@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from cspine_data.schema import CaseRecord
     from cspine_data.splits import Split
     from cspine_data.verification import Damage, verify
-    from cspine_data.volumes import Volume, content_digest, label_name, read_volume, volume_suffix, write_volume
+    from cspine_data.volumes import (
+        Volume,
+        content_digest,
+        label_name,
+        read_volume,
+        volume_stem,
+        volume_suffix,
+        write_volume,
+    )
 
 _HOME = {
     "bias": ("BiasParameters", "bias_parameters"),
@@ -51,7 +59,9 @@ _HOME = {
     "schema": ("CaseRecord",),
     "splits": ("Split",),
     "verification": ("Damage", "verify"),
-    "volumes": ("Volume", "content_digest", "label_name", "read_volume", "volume_suffix", "write_volume"),
+    "volumes": (
+        "Volume", "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_volume",
+    ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -96,6 +106,7 @@ __all__ = [
     "remove_cases",
     "repair",
     "verify",
+    "volume_stem",
     "volume_suffix",
     "write_volume",
 ]

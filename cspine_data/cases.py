@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import CspineDataError, InputError, describe_os_error, printable
 from cspine_data.geometry import Geometry
-from cspine_data.volumes import Volume, check_image, content_digest, read_volume, stem, volume_suffix
+from cspine_data.volumes import Volume, check_image, content_digest, read_volume, volume_stem, volume_suffix
 
 #: A line of text beside the volumes that says what they are.
 NOTE_FILE = "COHORT.txt"
@@ -216,23 +216,23 @@ def _volume_files(folder: Path) -> tuple[list[Path], list[Problem]]:
     problem = "is called like a volume and is no file; fetch the file behind it, or remove it"
     return (
         [path for path in named if path.is_file()],
-        [Problem(stem(path), f"{path}: {problem}") for path in named if not path.is_file()],
+        [Problem(volume_stem(path), f"{path}: {problem}") for path in named if not path.is_file()],
     )
 
 
 def _is_label(path: Path) -> bool:
-    return path.name.lower().endswith(_SEGMENTATION) or stem(path).lower().endswith(_LABEL_ENDING)
+    return path.name.lower().endswith(_SEGMENTATION) or volume_stem(path).lower().endswith(_LABEL_ENDING)
 
 
 def _cases_beside_labels(folder: Path) -> Found:
     files, problems = _volume_files(folder)
     volumes = [path for path in files if not _is_label(path)]
-    names = {stem(path) for path in volumes}
+    names = {volume_stem(path) for path in volumes}
     labels: dict[str, list[Path]] = {}
     for path in files:
         if not _is_label(path):
             continue
-        name = stem(path)
+        name = volume_stem(path)
         if name.lower().endswith(_LABEL_ENDING):
             name = name[: -len(_LABEL_ENDING)]
             if name not in names and name[-1:] in ("S", "s"):
@@ -243,12 +243,14 @@ def _cases_beside_labels(folder: Path) -> Found:
             problems.append(Problem(name, f"{path}: is a label map without a volume; put {name}.nrrd beside it"))
     found: list[tuple[str, Path, Path | None]] = []
     for path in volumes:
-        claims = labels.get(stem(path), [])
+        claims = labels.get(volume_stem(path), [])
         if len(claims) > 1:
             both = " and ".join(str(claim) for claim in claims)
-            problems.append(Problem(stem(path), f"{both}: are both label maps of {stem(path)!r}; keep one of them"))
+            problems.append(
+                Problem(volume_stem(path), f"{both}: are both label maps of {volume_stem(path)!r}; keep one of them")
+            )
         else:
-            found.append((stem(path), path, claims[0] if claims else None))
+            found.append((volume_stem(path), path, claims[0] if claims else None))
     return found, problems
 
 
@@ -261,15 +263,17 @@ def _nnunet_cases(folder: Path) -> Found:
             files, odd = _volume_files(folder / labels)
             problems += odd
             for path in files:
-                label_files.setdefault(stem(path), []).append(path)
+                label_files.setdefault(volume_stem(path), []).append(path)
         if not (folder / images).is_dir():
             continue
         files, odd = _volume_files(folder / images)
         problems += odd
         for path in files:
-            match = _NNUNET_CHANNEL.match(stem(path))
+            match = _NNUNET_CHANNEL.match(volume_stem(path))
             if match is None:
-                problems.append(Problem(stem(path), f"{path}: has no channel number; name it {stem(path)}_0000"))
+                problems.append(
+                    Problem(volume_stem(path), f"{path}: has no channel number; name it {volume_stem(path)}_0000")
+                )
             elif match["channel"] != "0000":
                 message = f"{path}: is a second channel; one channel is used, leave it out"
                 problems.append(Problem(match["case"], message))

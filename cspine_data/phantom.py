@@ -12,7 +12,7 @@ from cspine_data._anatomy import PhantomCase, make_case
 from cspine_data.cases import NOTE_FILE, cohort_note
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, as_rows
-from cspine_data.volumes import Volume, stem, volume_suffix, write_volume
+from cspine_data.volumes import Volume, volume_stem, volume_suffix, write_volume
 
 #: Folder, beside the volumes, of the natural logarithms of the fields that the volumes were multiplied by.
 TRUTH_FOLDER = "truth"
@@ -66,7 +66,7 @@ def make_phantom_cohort(
     names = [f"CS_{number:0{digits}d}" for number in range(1, cases + 1)]
     if folder.is_dir():
         known = {name for number in names for name in (number, f"{number}S-label")}
-        others = [file for file in folder.iterdir() if volume_suffix(file) and stem(file) not in known]
+        others = [file for file in folder.iterdir() if volume_suffix(file) and volume_stem(file) not in known]
         if others:
             raise InputError(folder, f"holds other volumes ({sorted(others)[0].name})", "choose an empty folder")
         if any(map(volume_suffix, folder.iterdir())) and not (cohort_note(folder) or "").startswith(_NOTE):

@@ -56,7 +56,7 @@ class Volume:
         return str(self.path) if self.path else "volume"
 
 
-def stem(path: Path) -> str:
+def volume_stem(path: Path) -> str:
     """Return a file's name without the suffixes of a volume: ``VB2_02.nii.gz`` is ``VB2_02``."""
     suffix = volume_suffix(path)
     return path.name[: len(path.name) - len(suffix)]
@@ -71,7 +71,7 @@ def volume_suffix(path: Path) -> str:
 def label_name(volume: Path) -> str:
     """Return the file name of a volume's label map, as `find_cases` pairs them: ``X-label.nrrd`` for ``X.nrrd``."""
     suffix = ".nrrd" if volume_suffix(volume).lower() in (".nhdr", "") else volume_suffix(volume)
-    return f"{stem(volume)}-label{suffix}"
+    return f"{volume_stem(volume)}-label{suffix}"
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -101,7 +101,7 @@ def read_volume(path: str | Path) -> Volume:
     """
     path = Path(path)
     try:
-        if path.is_dir() and not volume_suffix(path):
+        if _is_series(path):
             array, geometry = _dicom.read(path)
             return Volume(array, geometry, path)
         path = _existing(path)
@@ -188,7 +188,7 @@ def content_digest(path: Path) -> str:
     A detached header's data are part of it.
     """
     digest = hashlib.sha256()
-    for part in _dicom.files(path) if path.is_dir() and not volume_suffix(path) else _parts(_existing(path)):
+    for part in _dicom.files(path) if _is_series(path) else _parts(_existing(path)):
         stored_bytes(path, part)
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -209,6 +209,11 @@ def _existing(path: str | Path) -> Path:
     if not volume_suffix(path):
         raise InputError(path, "is neither NRRD nor NIfTI by its name", f"give one of {', '.join(SUFFIXES[1:])}")
     return path
+
+
+def _is_series(path: Path) -> bool:
+    """Whether a path is to be read as a folder of DICOM slices; a folder that is named like a file is neither."""
+    return path.is_dir() and not volume_suffix(path)
 
 
 def _is_nifti(path: Path) -> bool:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +14,7 @@ import click
 
 from cspine_data.terminal import CommandGroup, print_table, progress_bar
 from cspine_train.errors import CspineTrainError, ModelError
+from cspine_train.option_values import case_weights_of, devices_of, size_of, weights_of
 from cspine_train.waiting import stay_awake
 
 if TYPE_CHECKING:
@@ -35,46 +34,6 @@ class TrainCommandGroup(CommandGroup):
     """The same one-line errors, for the training package's own as well."""
 
     expected = (*CommandGroup.expected, CspineTrainError)
-
-
-def _weights(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, float]:
-    """Read CASE=WEIGHT."""
-    weights = {}
-    for one in given:
-        case, _, weight = one.rpartition("=")
-        try:
-            weights[case] = float(weight)
-        except ValueError:
-            case = ""
-        if not case:
-            raise click.BadParameter(f"{one!r} is not of the form CASE=WEIGHT, such as CS_01=2")
-    return weights
-
-
-def _fusion_weights(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[float, ...] | None:
-    """Read W,W,..., a number for each run."""
-    try:
-        return None if given is None else tuple(float(weight) for weight in given.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{given!r} is not of the form W,W, such as 2,1,1, a number for each --run") from None
-
-
-def _devices(_context: click.Context, _option: click.Parameter, given: str) -> int | Literal["auto"]:
-    if given == "auto":
-        return "auto"
-    if not re.fullmatch("[1-9][0-9]{0,3}", given):
-        raise click.BadParameter(f"{given!r} is neither auto nor a number from 1")
-    return int(given)
-
-
-def _size(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[int, int] | None:
-    """Read H,W, or one number for both."""
-    if given is None:
-        return None
-    sides = given.split(",")
-    if len(sides) > 2 or not all(re.fullmatch("[1-9][0-9]{0,5}", side) for side in sides):
-        raise click.BadParameter(f"{given!r} is not of the form H,W, such as 256,192, or one number for both")
-    return int(sides[0]), int(sides[-1])
 
 
 @click.group(cls=TrainCommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -125,7 +84,7 @@ def main() -> None:
     help="Pixel size for the network; slices keep theirs by default.",
 )
 @click.option(
-    "--size", "size_hw", metavar="H,W", callback=_size,
+    "--size", "size_hw", metavar="H,W", callback=size_of,
     help="Pixels of a training slice, one number or two; cropped about its centre, but never what is labelled. The "
     "smallest that holds every slice by default.",
 )  # fmt: skip
@@ -140,7 +99,7 @@ def main() -> None:
     help="Empty slices in an epoch, as a share of labelled ones.",
 )
 @click.option(
-    "--case-weight", "case_weights", metavar="CASE=WEIGHT", multiple=True, callback=_weights,
+    "--case-weight", "case_weights", metavar="CASE=WEIGHT", multiple=True, callback=case_weights_of,
     help="How often CASE's slices are seen, others being 1; 0 leaves them out. May be given more than once.",
 )  # fmt: skip
 @click.option(
@@ -180,7 +139,7 @@ def main() -> None:
     help="How often, within an epoch, to write what a killed run goes on from.",
 )  # fmt: skip
 @click.option(
-    "--devices", default="1", callback=_devices, help="GPUs, or processes where there are none; auto: all GPUs."
+    "--devices", default="1", callback=devices_of, help="GPUs, or processes where there are none; auto: all GPUs."
 )
 @click.option("--nodes", type=click.IntRange(1), default=1, help="Machines; see docs/distributed.md.")
 @click.option("--strategy", type=click.Choice(["auto", "ddp"]), default="auto", help="How devices work together.")
@@ -262,13 +221,13 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
     shown = ("dice", "iou", "hausdorff95_mm", "average_surface_distance_mm", "surface_dice_1mm")
-    measures, means = [measure for measure in MEASURES if measure.name in shown], evaluation.means()
+    measures, means = [measure for measure in MEASURES if measure.name in shown], evaluation.means
     columns = ["patient", "split", *(measure.heading for measure in measures)]
     rows = [
-        [score.case, score.split, *(f"{getattr(score.whole, m.name):.{m.digits}f}" for m in measures)]
+        [score.case, score.split, *(m.figure(getattr(score.whole, m.name)) for m in measures)]
         for score in evaluation.scores
     ]
-    rows.append([f"mean of {len(rows)}", "", *(f"{means[m.name].mean:.{m.digits}f}" for m in measures)])
+    rows.append([f"mean of {len(rows)}", "", *(m.figure(means[m.name].mean) for m in measures)])
     if evaluation.mean_label_dice is not None:
         columns += ["Dice of labels", "IoU of labels"]
         for row, of in zip(rows, [*evaluation.scores], strict=False):
@@ -291,10 +250,9 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
 def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
     """Compare evaluated RUNS with the first, patient by patient; runs that differ in their fold are one model."""
     from cspine_train.comparison import compare as compare_runs
-    from cspine_train.metrics import MEASURES
 
     comparison = compare_runs(runs, split, measure)
-    (of,) = (known for known in MEASURES if known.name == measure)
+    of = comparison.measure
     columns = ["model", "patients", f"mean {of.heading}", "difference", "higher", "lower", "p"]
     rows = []
     for model in comparison.models:
@@ -319,7 +277,7 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
     "-o", "--output", type=click.Path(path_type=Path), required=True,
     help="File, by its ending NRRD, NIfTI or named segments (.seg.nrrd); or folder for several volumes.",
 )  # fmt: skip
-@click.option("--weights", callback=_fusion_weights, metavar="W,W,...", help="What each run counts; alike by default.")
+@click.option("--weights", callback=weights_of, metavar="W,W,...", help="What each run counts; alike by default.")
 @click.option(
     "--mirror", is_flag=True, help="Average with what is found with left and right exchanged; twice the time."
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cspine_train.errors import RunError
 from cspine_train.intervals import MeanInterval, mean_interval
-from cspine_train.metrics import MEASURES
+from cspine_train.metrics import MEASURES, Measure
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.settings import RunRecord, load_record
 
@@ -53,7 +53,7 @@ class Comparison:
     """Models beside each other, what they were compared by, and what has to be said beside it."""
 
     models: tuple[Compared, ...]
-    measure: str
+    measure: Measure
     patients: tuple[str, ...]
     caveats: tuple[str, ...]
 
@@ -78,8 +78,9 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
         If a run was not evaluated on that part, a fold is given twice, there is one model alone, or no patient is
         common to all.
     """
-    if measure not in {known.name for known in MEASURES}:
-        raise RunError(f"{measure}: no measure; choose from {', '.join(known.name for known in MEASURES)}")
+    known = {one.name: one for one in MEASURES}
+    if measure not in known:
+        raise RunError(f"{measure}: no measure; choose from {', '.join(known)}")
     records = {Path(run): load_record(Path(run)) for run in runs}
     models = [(folders, _scores(folders, records, split, measure)) for folders in _models(records)]
     if len(models) < 2:
@@ -97,7 +98,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
         caveats.append(f"{len(patients)} patients are too few for the test ever to find a difference at 5 %")
     first = [models[0][1][case] for case in patients]
     compared = [_beside(folders, {case: scores[case] for case in patients}, first) for folders, scores in models]
-    return Comparison(tuple(_corrected(compared)), measure, tuple(patients), tuple(caveats))
+    return Comparison(tuple(_corrected(compared)), known[measure], tuple(patients), tuple(caveats))
 
 
 def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:

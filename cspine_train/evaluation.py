@@ -91,11 +91,24 @@ class PatientScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run's scores, what has to be said beside them, and where they were written."""
+    """A run's scores, what has to be said beside them, and where they were written.
+
+    Attributes
+    ----------
+    scores : tuple of PatientScore
+        A score a patient.
+    caveats : tuple of str
+        What has to be said beside them.
+    files : tuple of Path
+        Where they were written.
+    means : dict
+        Each of `MEASURES`, and the batch-averaged Dice, averaged over patients, by name.
+    """
 
     scores: tuple[PatientScore, ...]
     caveats: tuple[str, ...]
     files: tuple[Path, ...]
+    means: Mapping[str, MeanInterval]
 
     @property
     def mean_dice(self) -> float:
@@ -117,13 +130,13 @@ class Evaluation:
         """Mean intersection over union over the labels of each patient, averaged over them; None for binary ones."""
         return _mean(score.label_iou for score in self.scores)
 
-    def means(self) -> dict[str, MeanInterval]:
-        """Return each of `MEASURES`, and the batch-averaged Dice, averaged over patients, by name."""
-        means = {m.name: mean_interval([getattr(score.whole, m.name) for score in self.scores]) for m in MEASURES}
-        return means | {_BATCH_AVERAGED: mean_interval([score.batch_averaged_dice for score in self.scores])}
-
 
 _BATCH_AVERAGED = "batch_averaged_dice"
+
+
+def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
+    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores]) for m in MEASURES}
+    return means | {_BATCH_AVERAGED: mean_interval([score.batch_averaged_dice for score in scores])}
 
 
 def _mean(figures: Iterable[float | None]) -> float | None:
@@ -225,13 +238,13 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
     several = bool(record.label_values)
     endings = (".csv", ".json", "-slices.csv", *(("-labels.csv", "-confusion.csv") if several else ()))
     files = tuple(folder / f"{name}{ending}" for ending in endings)
-    evaluation = Evaluation(scores, record.caveats(), files)
+    evaluation = Evaluation(scores, record.caveats(), files, _means(scores))
     note = "; ".join(evaluation.caveats)
     rows = [_row(score, note) for score in scores]
     write_rows(files[0], rows[0].keys(), rows)
     slice_rows = [row for score in scores for row in _slice_rows(score)]
     write_rows(files[2], ("case", "split", "axis", "slice", *_counts(scores[0].voxels)), slice_rows)
-    means = {name: vars(interval) for name, interval in evaluation.means().items()}
+    means = {name: vars(interval) for name, interval in evaluation.means.items()}
     summary: dict[str, Any] = {
         "patients": rows,
         "mean_dice": evaluation.mean_dice,

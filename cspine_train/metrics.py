@@ -59,6 +59,10 @@ class Measure(NamedTuple):
         """The name for people, with the unit."""
         return f"{self.told}, {self.unit}" if self.unit else self.told
 
+    def figure(self, value: float) -> str:
+        """Return a value for people."""
+        return f"{value:.{self.digits}f}"
+
 
 #: What an `Agreement` is told by, in the order of tables.
 MEASURES = (

@@ -46,11 +46,16 @@ class Gallery:
         self._kinds = kinds
         self._views: dict[int, dict[str, list[SliceView]]] = {axis: {kind.name: [] for kind in kinds} for axis in axes}
         self._dice: dict[int, list[float]] = {axis: [] for axis in axes}
+        self._middle = dict.fromkeys(axes, 0.0)
 
     def add(self, segmented: Segmented) -> None:
         """See one more patient; of all so far the slices are kept that may be shown."""
         for axis, views in self._views.items():
-            self._dice[axis] += [voxels.dice for voxels in segmented.slices[axis].values()]
+            dice = self._dice[axis]
+            dice += [voxels.dice for voxels in segmented.slices[axis].values()]
+            # Once a patient, and of what is nearly in order already: there may be ten thousand of them.
+            dice.sort()
+            self._middle[axis] = median(dice) if dice else 0.0
             for kind in self._kinds:
                 views[kind.name] += extreme_slices(segmented, axis, self._order(kind, axis))
                 # The median still moves.
@@ -80,7 +85,7 @@ class Gallery:
         return tuple(files)
 
     def _order(self, kind: Kind, axis: int) -> Callable[[Overlap], Any]:
-        middle = median(self._dice[axis] or [0.0])
+        middle = self._middle[axis]
         return lambda voxels: kind.order(voxels, middle)
 
     def _first(self, kind: Kind, axis: int, count: int) -> list[SliceView]:

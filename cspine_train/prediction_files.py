@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cspine_data import (
     find_cases,
     label_name,
     read_volume,
+    volume_stem,
     volume_suffix,
     write_volume,
 )
@@ -26,8 +28,6 @@ from cspine_train.run_folder import MODEL_FOLDER
 
 #: What was predicted into a folder, a row a volume.
 INDEX_NAME = "predictions.csv"
-#: Endings of label maps that can be asked for.
-FORMATS = ("nrrd", "nii.gz", "nii", "seg.nrrd")
 _COLUMNS = ("volume", "label", "expected_dice", "agreement", "warnings", "volume_sha256", "made_by")
 
 
@@ -40,7 +40,7 @@ class Options:
     weights, mirror
         See `predict`.
     format : str or None
-        Ending of the label maps in a folder, one of `FORMATS`; None gives each that of its volume.
+        Ending of the label maps in a folder, such as ``seg.nrrd``; None gives each that of its volume.
     probability : bool
         Write ``<volume>-probability.nrrd`` too.
     pictures : bool
@@ -119,10 +119,11 @@ def predict_files(
     targets = [output if to_file else output / _name(volume, options) for volume in volumes]
     if len(set(targets)) < len(targets):
         raise RunError(f"{output}: two of the volumes have the same name; predict them into two folders")
+    truths = _truths(volumes) if options.pictures else {}
     index = _Index(None if to_file else output / INDEX_NAME, made_by(runs, options))
     for number, (volume, target) in enumerate(zip(volumes, targets, strict=True), start=1):
         try:
-            yield index.known(volume, target) or _predicted(runs, volume, target, options, index)
+            yield index.known(volume, target) or _predicted(runs, volume, target, options, index, truths.get(volume))
         # PyTorch tells of missing memory by a RuntimeError; networks of one size assert it.
         except (CspineDataError, RunError, OSError, MemoryError, RuntimeError, AssertionError) as error:
             yield Predicted(volume, error=error)
@@ -155,26 +156,22 @@ def _to_file(volumes: Sequence[Path], output: Path) -> bool:
 
 def _name(volume: Path, options: Options) -> str:
     name = label_name(volume)
-    return name if options.format is None else f"{_stem(Path(name))}.{options.format}"
+    return name if options.format is None else f"{volume_stem(Path(name))}.{options.format}"
 
 
-def _stem(path: Path) -> str:
-    return path.name[: len(path.name) - len(volume_suffix(path))]
-
-
-def _predicted(runs: Sequence[LoadedRun], path: Path, target: Path, options: Options, index: _Index) -> Predicted:
+def _predicted(
+    runs: Sequence[LoadedRun], path: Path, target: Path, options: Options, index: _Index, truth: Path | None
+) -> Predicted:
     if target.exists():
         raise RunError(f"{target}: is there already, and not of these runs; remove it or choose another -o")
     volume = read_volume(path)
     prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / _stem(target).removesuffix("-label")
+    beside = target.parent / volume_stem(target).removesuffix("-label")
     if prediction.probability is not None:
         write_volume(beside.with_name(f"{beside.name}-probability.nrrd"), prediction.probability)
     if options.pictures:
-        truth = _truth_of(path)
-        fits = truth is not None and truth.geometry.same_grid(volume.geometry)
-        draw_overview(beside, volume, prediction.label, truth if fits else None)
+        draw_overview(beside, volume, prediction.label, _read_truth(truth, volume) if truth else None)
     done = Predicted(path, target, prediction.expected_dice, prediction.agreement, prediction.warnings)
     index.add(done)
     # Last: whoever finds the label map finds all.
@@ -182,13 +179,22 @@ def _predicted(runs: Sequence[LoadedRun], path: Path, target: Path, options: Opt
     return done
 
 
-def _truth_of(path: Path) -> Volume | None:
-    """Return the label map that lies beside a volume, if one does and can be read; it is for a picture only."""
-    try:
-        labels = [case.label for case in find_cases(path.parent).cases if case.volume == path and case.label]
-        return read_volume(labels[0]) if labels else None
-    except CspineDataError:
-        return None
+def _truths(volumes: Sequence[Path]) -> dict[Path, Path]:
+    """Return the label maps that lie beside volumes; they are for pictures only."""
+    labels: dict[Path, Path] = {}
+    for folder in {volume.parent for volume in volumes}:
+        with suppress(CspineDataError):
+            labels |= {case.volume: case.label for case in find_cases(folder).cases if case.label}
+    return labels
+
+
+def _read_truth(path: Path, volume: Volume) -> Volume | None:
+    """Return a label map; None where it cannot be read or lies on another grid."""
+    with suppress(CspineDataError):
+        truth = read_volume(path)
+        if truth.geometry.same_grid(volume.geometry):
+            return truth
+    return None
 
 
 class _Index:

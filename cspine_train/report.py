@@ -79,7 +79,7 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _told(measure: Measure, figure: float | None) -> str:
-    return "" if figure is None else f"{figure:.{measure.digits}f}"
+    return "" if figure is None else measure.figure(figure)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

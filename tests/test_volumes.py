@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cspine_data import InputError, Volume, read_volume, write_volume
-from cspine_data.volumes import content_digest, label_name, stem
+from cspine_data.volumes import content_digest, label_name, volume_stem
 from tests.conftest import ball, geometry
 from tests.test_geometry import grids
 
@@ -251,8 +251,8 @@ def test_written_files_hold_geometry_and_voxels_only(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert stem(Path("a/VB2_02.nii.gz")) == "VB2_02"
-    assert stem(Path("x.seg.nrrd")) == "x"
+    assert volume_stem(Path("a/VB2_02.nii.gz")) == "VB2_02"
+    assert volume_stem(Path("x.seg.nrrd")) == "x"
     assert label_name(Path("a/b.nii.gz")) == "b-label.nii.gz"
     assert label_name(Path("a/b.nhdr")) == "b-label.nrrd"
     assert geometry((1, 1, 1)).orientation_code == "LPS"
