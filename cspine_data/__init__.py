@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cspine_data.bias import BiasParameters, bias_parameters
-    from cspine_data.cases import Case, Listing, Problem, describe_problem, find_cases
+    from cspine_data.cases import Case, Listing, Problem, describe_problem, find_cases, volumes_in
     from cspine_data.cohort import Cohort, open_cohort
     from cspine_data.dataset import SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.errors import (
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bias": ("BiasParameters", "bias_parameters"),
-    "cases": ("Case", "Listing", "Problem", "describe_problem", "find_cases"),
+    "cases": ("Case", "Listing", "Problem", "describe_problem", "find_cases", "volumes_in"),
     "cohort": ("Cohort", "open_cohort"),
     "dataset": ("SliceDataset", "SlicePlace", "VolumeDataset"),
     "errors": (
@@ -108,6 +108,7 @@ __all__ = [
     "verify",
     "volume_stem",
     "volume_suffix",
+    "volumes_in",
     "write_volume",
 ]
 

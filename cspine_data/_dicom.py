@@ -26,8 +26,11 @@ _MARK_AT, _MARK = 128, b"DICM"
 _TAGS = [
     "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
     "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "RescaleSlope", "RescaleIntercept",
+    "PhotometricInterpretation",
 ]  # fmt: skip
 _DEFLATED = "1.2.840.10008.1.2.1.99"
+# A list of files, which lies beside them on a disk that was handed out: called DICOMDIR.
+_DIRECTORY = "1.2.840.10008.1.3.10"
 # Headers round positions; a missing slice doubles a gap.
 _UNEVEN = 0.1
 _TILT_MM = 0.1
@@ -69,7 +72,7 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
         If it holds no series or several, slices are missing, there twice, of several frames or not parallel, or a file
         is damaged.
     """
-    slices = [_header(path) for path in files(folder)]
+    slices = [one for path in files(folder) if (one := _header(path))]
     if not slices:
         raise InputError(folder, "holds no DICOM file", "give the folder that the series' files lie in")
     series = Counter(one.series for one in slices)
@@ -119,12 +122,16 @@ def _untrusted(path: Path, problem: str, remedy: str) -> Iterator[None]:
             raise InputError(path, problem, remedy) from None
 
 
-def _header(path: Path) -> _Slice:
+def _header(path: Path) -> _Slice | None:
+    """Return what a file says of its slice; None of a list of files."""
     import pydicom
 
     length = stored_bytes(path, path)
     with _untrusted(path, "is no readable DICOM image", _FETCH):
-        if pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID == _DEFLATED:
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
+            return None
+        if meta.TransferSyntaxUID == _DEFLATED:
             # It would be inflated whole, to whatever it becomes.
             raise InputError(path, "is deflated", _CONVERT)
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
@@ -133,6 +140,9 @@ def _header(path: Path) -> _Slice:
         scaling = float(header.get("RescaleSlope") or 1), float(header.get("RescaleIntercept") or 0)
         series = str(header.SeriesInstanceUID)
         compressed = bool(header.file_meta.TransferSyntaxUID.is_compressed)
+        inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
+    if inverted:
+        raise InputError(path, "is stored inverted (MONOCHROME1)", _CONVERT)
     if frames > 1:
         raise InputError(path, f"holds {frames} frames", _CONVERT)
     if colours > 1:

@@ -108,6 +108,14 @@ def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
     return _listing(*_cases_beside_labels(folder), source=folder)
 
 
+def volumes_in(folder: str | Path) -> list[Path]:
+    """Return what is called like a volume in a folder, by name; label maps are none, by the naming of `find_cases`."""
+    folder = Path(folder)
+    within = [folder / name for name in ("imagesTr", "imagesTs") if (folder / name).is_dir()] or [folder]
+    named = (path for home in within for path in sorted(home.iterdir()))
+    return [path for path in named if volume_suffix(path) and path.name[0] != "." and not _is_label(path)]
+
+
 def is_case_id(name: str) -> bool:
     """Tell whether something can be the id of a case, and so the name of its folder on any file system."""
     fits = _FITS_A_FOLDER_NAME.fullmatch(name) and printable(name) == name

@@ -168,14 +168,18 @@ class PreparedVolume:
 
     @property
     def tissue_percentiles(self) -> tuple[float, ...]:
-        """Where percentiles 2, 10, 25, 50, 75, 90 and 98 of its tissue lie on the networks' scale; none of air."""
+        """Where percentiles 2, 10, 25, 50, 75, 90 and 98 of its tissue lie, in standard deviations from the mean.
+
+        However it is normalised: matched to a standard, all volumes would be alike. None of air.
+        """
         # Of every other voxel along each axis: an eighth of the time, and the same to a hundredth.
         sparse = self.corrected.image_xyz[::2, ::2, ::2]
         found = sparse[sparse > self.corrected.tissue_threshold]
-        if not found.size:
+        deviation = float(found.std(dtype=np.float64)) if found.size else 0.0
+        if not deviation:
             return ()
-        at = self.normalisation.apply(np.percentile(found, _TISSUE_PERCENTILES))
-        return tuple(round(float(value), 4) for value in at.ravel())
+        at = (np.percentile(found, _TISSUE_PERCENTILES) - found.mean(dtype=np.float64)) / deviation
+        return tuple(round(float(value), 4) for value in at)
 
     def normalised_xyz(self) -> NDArray[np.float32]:
         """Return what a network sees: float32, (x, y, z), exactly as the store's slices give it."""

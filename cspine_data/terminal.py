@@ -37,11 +37,16 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def say(line: str, *, err: bool = False) -> None:
+    """Print a line that may name files, which may be called anything."""
+    click.echo(printable(line), err=err)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with aligned columns, whole lines wherever the output goes."""
     widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(columns)]
     for row in (columns, *rows):
-        click.echo(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tempfile
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,8 +238,9 @@ def _segment_fields(path: Path, array: NDArray[Any], segments: Mapping[int, str]
     }
     values = sorted({*segments, *np.unique(array).tolist()} - {0})
     for number, value in enumerate(values):
-        # In one line: names come from files.
+        # In one line: names come from files. A header is ASCII; of accented letters the letter is left.
         name = printable(" ".join(segments.get(value, f"label {value}").split()))
+        name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode() or f"label {value}"
         fields |= {
             f"Segment{number}_{field}": text
             for field, text in (
@@ -270,10 +272,9 @@ def _write_nrrd(path: Path, volume: Volume, fields: Mapping[str, str]) -> None:
     }
     buffer = io.BytesIO()
     nrrd.write(buffer, volume.array, header, compression_level=4, index_order="F")
-    content = buffer.getbuffer()
-    end = bytes(content[:4096]).index(b"\n\n")
-    # pynrrd's comments hold the date, by which equal volumes would differ.
-    kept = [line for line in bytes(content[:end]).split(b"\n") if not line.startswith(b"#")]
+    buffer.seek(0)
     with path.open("wb") as file:
-        file.write(b"\n".join(kept))
-        file.write(content[end:])
+        # The header ends with an empty line. pynrrd's comments hold the date, by which equal volumes would differ.
+        file.writelines(line for line in iter(buffer.readline, b"\n") if not line.startswith(b"#"))
+        file.write(b"\n")
+        file.write(buffer.getbuffer()[buffer.tell() :])

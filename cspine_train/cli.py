@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cspine_data.terminal import CommandGroup, print_table, progress_bar
+from cspine_data.terminal import CommandGroup, print_table, progress_bar, say
 from cspine_train.errors import CspineTrainError, ModelError
 from cspine_train.option_values import case_weights_of, devices_of, size_of, weights_of
 from cspine_train.waiting import stay_awake
@@ -241,6 +241,10 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
         click.echo(f"note: {caveat}")
     for file in evaluation.files:
         click.echo(f"wrote {file}")
+    for problem in evaluation.failed:
+        say(f"failed: {problem.message}", err=True)
+    if evaluation.failed:
+        raise SystemExit(1)
 
 
 @main.command()
@@ -259,7 +263,7 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
         row = [model.name, str(len(model.scores)), model.mean.told(of.digits)]
         if model.difference is not None:
             p = "" if model.p is None else f"{model.p:.2g}"
-            row += [model.difference.told(of.digits, sign=True), str(model.better), str(model.worse), p]
+            row += [model.difference.told(of.digits, sign=True), str(model.higher), str(model.lower), p]
         rows.append(row + [""] * (len(columns) - len(row)))
     print_table(columns, rows)
     click.echo("in brackets: 95 % intervals, by bootstrap over patients; p: Wilcoxon's signed-rank test, after Holm")
@@ -318,13 +322,13 @@ def _tell_of(done: Predicted) -> None:
     if done.error is not None:
         own = isinstance(done.error, CspineTrainError)
         told = str(done.error) if own else describe_problem(done.volume.name, done.error).message
-        click.echo(f"failed: {told}", err=True)
+        say(f"failed: {told}", err=True)
         return
     agreement = "" if done.agreement is None else f", agreement {done.agreement:.3f}"
     verb = "there already:" if done.already else "wrote"
-    click.echo(f"{verb} {done.label} (expected Dice {done.expected_dice:.3f}{agreement})")
+    say(f"{verb} {done.label} (expected Dice {done.expected_dice:.3f}{agreement})")
     for warning in done.warnings:
-        click.echo(f"warning: {done.volume}: {warning}; look before you count", err=True)
+        say(f"warning: {done.volume}: {warning}; look before you count", err=True)
 
 
 @main.command()

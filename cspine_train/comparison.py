@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from cspine_train.intervals import MeanInterval, mean_interval
 from cspine_train.metrics import MEASURES, Measure
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.settings import RunRecord, load_record
+
+#: With fewer patients that differ the smallest p that the test can give is above 5 %.
+FEWEST_PATIENTS = 6
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Compared:
         Over these patients.
     difference : MeanInterval or None
         From the first model, patient by patient; None for the first.
-    better, worse : int
+    higher, lower : int
         How many patients have a higher and a lower figure than with the first model.
     p : float or None
         Of Wilcoxon's signed-rank test of the differences (1945), two-sided, after Holm's correction (1979) for as many
@@ -43,8 +47,8 @@ class Compared:
     scores: Mapping[str, float]
     mean: MeanInterval
     difference: MeanInterval | None = None
-    better: int = 0
-    worse: int = 0
+    higher: int = 0
+    lower: int = 0
     p: float | None = None
 
 
@@ -94,10 +98,11 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
         caveats.append(f"left out, as not all models have scores of them: {', '.join(sorted(left_out))}")
     if any(record.settings.folds for record in records.values()):
         caveats.append("folds share training patients, which the test takes for independent")
-    if len(patients) < 6:
-        caveats.append(f"{len(patients)} patients are too few for the test ever to find a difference at 5 %")
     first = [models[0][1][case] for case in patients]
     compared = [_beside(folders, {case: scores[case] for case in patients}, first) for folders, scores in models]
+    differ = max(one.higher + one.lower for one in compared[1:])
+    if differ < FEWEST_PATIENTS:
+        caveats.append(f"{differ} patients that differ are too few for the test ever to find a difference at 5 %")
     return Comparison(tuple(_corrected(compared)), known[measure], tuple(patients), tuple(caveats))
 
 
@@ -106,7 +111,8 @@ def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:
     groups: dict[str, list[Path]] = {}
     for path, record in records.items():
         alike = record.settings.model_dump(exclude={"fold"} if record.settings.folds else set())
-        key = json.dumps([alike, record.weights_used, record.preprocessing.model_dump(mode="json")], sort_keys=True)
+        fed = record.preprocessing.model_dump(mode="json"), record.digests
+        key = json.dumps([alike, record.weights_used, *fed], sort_keys=True)
         # Runs of one split are models of their own, however alike: seeds, machines and stores may differ.
         groups.setdefault(key if record.settings.folds else str(path), []).append(path)
     for paths in groups.values():
@@ -132,13 +138,10 @@ def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: s
 
 
 def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float]) -> Compared:
-    differences = [figure - other for figure, other in zip(scores.values(), first, strict=True)]
-    name = folders[0].name
-    if len(folders) > 1:
-        alike = os.path.commonprefix([folder.name for folder in folders])  # noqa: RUF071
-        name = f"{alike.rstrip('-_. ')} ({len(folders)} folds)"
+    # As figures are recorded: equal differences of these have to be equal, or the test takes one for larger.
+    differences = [round(figure - other, 6) for figure, other in zip(scores.values(), first, strict=True)]
     return Compared(
-        name,
+        _told(folders),
         tuple(folders),
         scores,
         mean_interval(list(scores.values())),
@@ -147,6 +150,15 @@ def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequenc
         sum(difference < 0 for difference in differences),
         signed_rank_p(differences),
     )
+
+
+def _told(folders: Sequence[Path]) -> str:
+    if len(folders) == 1:
+        return folders[0].name
+    # As runs are named that are given no name.
+    names = {re.sub(r"-fold\d+of\d+", "", folder.name) for folder in folders}
+    alike = names.pop() if len(names) == 1 else os.path.commonprefix([f.name for f in folders])  # noqa: RUF071
+    return f"{alike.rstrip('-_. ') or folders[0].name} ({len(folders)} folds)"
 
 
 def _corrected(compared: Sequence[Compared]) -> list[Compared]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import open_cohort
+from cspine_data import CspineDataError, Problem, open_cohort
 from cspine_train.errors import RunError
 from cspine_train.intervals import MeanInterval, mean_interval
 from cspine_train.metrics import (
@@ -30,7 +30,7 @@ from cspine_train.pictures import never_fatal
 from cspine_train.prediction import LoadedRun, load_run
 from cspine_train.report import write_report
 from cspine_train.run_folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, write_rows, write_text
-from cspine_train.segmented import Segmented, segment_all
+from cspine_train.segmented import Segmented, check_trained_on, segment
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,15 @@ class Evaluation:
         Where they were written.
     means : dict
         Each of `MEASURES`, and the batch-averaged Dice, averaged over patients, by name.
+    failed : tuple of Problem
+        Patients whose volumes could not be read from the store, and are in no figure.
     """
 
     scores: tuple[PatientScore, ...]
     caveats: tuple[str, ...]
     files: tuple[Path, ...]
     means: Mapping[str, MeanInterval]
+    failed: tuple[Problem, ...] = ()
 
     @property
     def mean_dice(self) -> float:
@@ -177,24 +180,35 @@ def evaluate(
     RunError
         If the run cannot be used, the parts hold no patient, or the store holds other data than it was trained on.
     CspineDataError
-        If the store cannot be used.
+        If the store cannot be used, or none of the patients; where only some cannot, the others are scored.
     """
     loaded = load_run(run)
     record = loaded.record
+    splits = tuple(dict.fromkeys(splits))
     wanted = [(part, case) for part in splits for case in record.split.cases(part)]
     if not wanted:
         raise RunError(f"{run}: has no {' or '.join(splits)} patients; choose another --split")
     if store is None and "://" not in record.store and not Path(record.store).exists():
         raise RunError(f"{record.store}: is not there any more; say with --store where the store of {run} is now")
     cohort = open_cohort(store or record.store)
+    for _, case in wanted:
+        check_trained_on(loaded, cohort, case)
     gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST))
-    scores = []
-    segmented = segment_all(loaded, cohort, [case for _, case in wanted], progress)
-    for (part, _), volume in zip(wanted, segmented, strict=True):
-        scores.append(score_patient(volume, part, loaded))
-        gallery.add(volume)
+    scores, failed = [], []
+    for number, (part, case) in enumerate(wanted, start=1):
+        try:
+            volume = segment(loaded, cohort, case)
+        except CspineDataError as error:
+            failed.append(Problem(case, str(error)))
+            if len(failed) == len(wanted):
+                raise
+        else:
+            scores.append(score_patient(volume, part, loaded))
+            gallery.add(volume)
+        if progress:
+            progress(number, len(wanted), case)
     name = "-".join(splits)
-    evaluation = _written(loaded, name, tuple(scores))
+    evaluation = _written(loaded, name, tuple(scores), tuple(failed))
     files = [*evaluation.files]
     with never_fatal(f"{loaded.path / EVALUATION_FOLDER}: pictures"):
         of = f"{len(scores)} {' and '.join(splits)} patient{'s' if len(scores) > 1 else ''}"
@@ -210,7 +224,7 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
     """Return how well a patient's volume was segmented by a run."""
     found, truth, spacing_mm = segmented.found_xyz, segmented.truth_xyz, segmented.spacing_mm
     several = bool(loaded.record.label_values)
-    slices = {axis: segmented.slices[axis] for axis in loaded.record.settings.axes}
+    slices = segmented.slices
     labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
     return PatientScore(
         segmented.case,
@@ -226,19 +240,26 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
 def _confusion(found: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[tuple[int, int], int]]:
     """Iterate over (true value, found value) and in how many voxels they meet, but for the background's with itself."""
     marked = (found != 0) | (truth != 0)
-    pairs, counts = np.unique(np.stack([truth[marked], found[marked]]), axis=1, return_counts=True)
-    for (true, was), count in zip(pairs.T, counts, strict=True):
-        yield (int(true), int(was)), int(count)
+    values = np.union1d(truth[marked], found[marked])
+    # As one number each: numpy takes a hundred times as long to count pairs.
+    numbers = np.searchsorted(values, truth[marked]) * len(values) + np.searchsorted(values, found[marked])
+    for pair, count in enumerate(np.bincount(numbers).tolist()):
+        if count:
+            true, was = divmod(pair, len(values))
+            yield (int(values[true]), int(values[was])), count
 
 
-def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> Evaluation:
+def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...], failed: tuple[Problem, ...]) -> Evaluation:
     folder = loaded.path / EVALUATION_FOLDER
     folder.mkdir(exist_ok=True)
     record = loaded.record
     several = bool(record.label_values)
     endings = (".csv", ".json", "-slices.csv", *(("-labels.csv", "-confusion.csv") if several else ()))
     files = tuple(folder / f"{name}{ending}" for ending in endings)
-    evaluation = Evaluation(scores, record.caveats(), files, _means(scores))
+    caveats = record.caveats()
+    if failed:
+        caveats += (f"not scored, as the store is damaged: {', '.join(problem.case for problem in failed)}",)
+    evaluation = Evaluation(scores, caveats, files, _means(scores), failed)
     note = "; ".join(evaluation.caveats)
     rows = [_row(score, note) for score in scores]
     write_rows(files[0], rows[0].keys(), rows)
@@ -250,6 +271,7 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...]) -> 
         "mean_dice": evaluation.mean_dice,
         "mean_iou": evaluation.mean_iou,
         "means": means,
+        "failed": {problem.case: problem.message for problem in failed},
         "caveats": evaluation.caveats,
         "settings": record.settings.model_dump(),
         # Of a run that goes on training, what was scored may not be what it keeps in the end.

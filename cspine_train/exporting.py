@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import tempfile
@@ -70,7 +71,8 @@ def export_onnx(loaded: LoadedRun, output: Path) -> bool:
         raise RunError(f"ONNX needs {', '.join(missing)}; pip install 'cspine[onnx]'")
     if output.suffix.lower() != ".onnx":
         raise RunError(f"{output}: is no name for an ONNX file; end it with .onnx")
-    network = _Probabilities(loaded.network).cpu().eval()
+    # Of a copy: whoever loaded the run goes on with it where it is.
+    network = _Probabilities(copy.deepcopy(loaded.network)).cpu().eval()
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=_folder(output)) as folder:
         reasons = []
         for any_size in (True, False):
@@ -146,6 +148,8 @@ def _describe(loaded: LoadedRun, file: Path, any_size: bool) -> None:
         "settings": record.settings.model_dump(mode="json", exclude={"case_weights", "weights"}),
         "size_hw": record.size_hw,
         "sizes": f"multiples of {sides.multiple}, at least size_hw" if any_size else "size_hw alone",
+        "margin": "slices in the middle, the rest of a slice's lowest value",
+        "beyond_the_ends": "the first and the last slice stand in for neighbours that are missing",
         "threshold": record.threshold,
         "label_values": record.label_values,
         "label_meaning": record.label_meaning,

@@ -21,7 +21,7 @@ from cspine_train.errors import RunError
 from cspine_train.likeness import differences, looks_of
 from cspine_train.metrics import Overlap
 from cspine_train.models import load_model, sides_of
-from cspine_train.run_folder import MODEL_FOLDER, RECORD_NAME
+from cspine_train.run_folder import MODEL_FOLDER
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.transforms import fixed_size, from_network, network_shape, to_network, with_context
 
@@ -189,9 +189,6 @@ def load_run(path: str | Path) -> LoadedRun:
     record = load_record(path)
     if not (path / MODEL_FOLDER).is_dir():
         raise RunError(f"{path}: has no trained model yet; run cspine-train run again to go on")
-    for inside in (path / RECORD_NAME, *(path / MODEL_FOLDER).iterdir()):
-        if not inside.resolve().is_relative_to(path.resolve()):
-            raise RunError(f"{inside}: leads out of the run folder; copy the run whole, without links")
     settings, outputs = record.settings, network_classes(record.label_values)
     network = load_model(settings.model, settings.encoder, path / MODEL_FOLDER, settings.channels, outputs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -267,10 +264,9 @@ def predict(
 class _Fused:
     """Probabilities that are added up, and how the masks that they are made of agree."""
 
-    total: NDArray[np.float32]
-
     def __init__(self, several: bool) -> None:
         self._several = several
+        self._total: NDArray[np.float32] | None = None
         self._masks: list[tuple[NDArray[np.uint8], int]] = []
         self._dice: list[float] = []
 
@@ -285,10 +281,15 @@ class _Fused:
             self._masks.append((mask, count))
         if weight != 1:
             found *= np.float32(weight)
-        if hasattr(self, "total"):
-            self.total += found
+        if self._total is None:
+            self._total = found
         else:
-            self.total = found
+            self._total += found
+
+    @property
+    def total(self) -> NDArray[np.float32]:
+        assert self._total is not None  # noqa: S101
+        return self._total
 
     def agreement(self) -> float | None:
         return mean(self._dice) if self._dice else None

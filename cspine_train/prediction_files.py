@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from cspine_data import (
     CspineDataError,
@@ -19,6 +22,7 @@ from cspine_data import (
     read_volume,
     volume_stem,
     volume_suffix,
+    volumes_in,
     write_volume,
 )
 from cspine_train.errors import RunError
@@ -28,6 +32,7 @@ from cspine_train.run_folder import MODEL_FOLDER
 
 #: What was predicted into a folder, a row a volume.
 INDEX_NAME = "predictions.csv"
+_LOCK_NAME = ".predictions.lock"
 _COLUMNS = ("volume", "label", "expected_dice", "agreement", "warnings", "volume_sha256", "made_by")
 
 
@@ -70,14 +75,11 @@ class Predicted:
 def find_volumes(sources: Sequence[Path]) -> list[Path]:
     """Return the volumes that files and folders name: a folder of volumes stands for all of them but label maps.
 
-    A folder that holds no NRRD and no NIfTI file is taken for a DICOM series.
+    A folder that holds no NRRD and no NIfTI volume is taken for a DICOM series.
     """
-    found = []
+    found: list[Path] = []
     for source in sources:
-        if source.is_dir() and any(volume_suffix(path) for path in source.iterdir() if path.is_file()):
-            found += [case.volume for case in find_cases(source).cases]
-        else:
-            found.append(source)
+        found += (volumes_in(source) if source.is_dir() else ()) or [source]
     return found
 
 
@@ -90,8 +92,8 @@ def predict_files(
 ) -> Iterator[Predicted]:
     """Predict files one after the other; one that fails does not stop the rest.
 
-    In a folder, `predictions.csv` says what was predicted from which bytes by which runs; what stands there and is
-    there is not predicted again, so that a stopped command goes on when it is given again.
+    `predictions.csv` beside the label maps says what was predicted from which bytes by which runs; what stands there
+    and is there is not predicted again, so that a stopped command goes on when it is given again.
 
     Parameters
     ----------
@@ -109,26 +111,36 @@ def predict_files(
     Raises
     ------
     RunError
-        If the runs tell different labels apart, weights do not fit, two volumes would be written to one file, or
-        `output` is no name for what is predicted. A file that is there and that these runs did not write is left alone,
-        and named as the reason.
+        If the runs tell different labels apart, weights do not fit, two volumes would be written to one file, `output`
+        is no name for what is predicted or is a folder of volumes, or another command predicts into it. A file that is
+        there and that these runs did not write is left alone, and named as the reason.
     """
     options = options or Options()
     check_runs(runs, options.weights)
     to_file = _to_file(volumes, output)
     targets = [output if to_file else output / _name(volume, options) for volume in volumes]
-    if len(set(targets)) < len(targets):
+    if len({_beside(target) for target in targets}) < len(targets):
         raise RunError(f"{output}: two of the volumes have the same name; predict them into two folders")
+    homes = {volume.resolve().parent for volume in volumes if volume.is_file()}
+    if not to_file and output.resolve() in homes:
+        raise RunError(f"{output}: holds volumes, and what is predicted could be taken for some; choose another -o")
     truths = _truths(volumes) if options.pictures else {}
-    index = _Index(None if to_file else output / INDEX_NAME, made_by(runs, options))
-    for number, (volume, target) in enumerate(zip(volumes, targets, strict=True), start=1):
-        try:
-            yield index.known(volume, target) or _predicted(runs, volume, target, options, index, truths.get(volume))
-        # PyTorch tells of missing memory by a RuntimeError; networks of one size assert it.
-        except (CspineDataError, RunError, OSError, MemoryError, RuntimeError, AssertionError) as error:
-            yield Predicted(volume, error=error)
-        if progress:
-            progress(number, len(volumes), volume.name)
+    home = output.parent if to_file else output
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(home / _LOCK_NAME, blocking=False).acquire()
+    except Timeout:
+        raise RunError(f"{home}: another command predicts into it; wait for that, or choose another -o") from None
+    with lock:
+        index = _Index(home / INDEX_NAME, made_by(runs, options))
+        for number, (volume, target) in enumerate(zip(volumes, targets, strict=True), start=1):
+            try:
+                yield _predicted(runs, volume, target, options, index, truths.get(volume))
+            # A volume can be anything, and networks and codecs have errors of their own: the others go on.
+            except Exception as error:  # noqa: BLE001
+                yield Predicted(volume, error=error)
+            if progress:
+                progress(number, len(volumes), volume.name)
 
 
 def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
@@ -155,25 +167,39 @@ def _to_file(volumes: Sequence[Path], output: Path) -> bool:
 
 
 def _name(volume: Path, options: Options) -> str:
-    name = label_name(volume)
+    # The folder that somebody stands in has a name too.
+    name = label_name(Path(os.path.abspath(volume)))  # noqa: PTH100
     return name if options.format is None else f"{volume_stem(Path(name))}.{options.format}"
+
+
+def _beside(target: Path) -> Path:
+    """Return what the names begin with of all that is written of a volume, beside its label map."""
+    stem = volume_stem(target)
+    return target.parent / (stem.removesuffix("-label") or stem)
 
 
 def _predicted(
     runs: Sequence[LoadedRun], path: Path, target: Path, options: Options, index: _Index, truth: Path | None
 ) -> Predicted:
-    if target.exists():
-        raise RunError(f"{target}: is there already, and not of these runs; remove it or choose another -o")
+    digest = content_digest(path)
+    known = index.known(path, target, digest)
+    if known and target.exists():
+        return known
+    probability_file = _beside(target).with_name(f"{_beside(target).name}-probability.nrrd")
+    for file in (target, *((probability_file,) if options.probability else ())):
+        # What a row tells of was begun by a command that was killed.
+        if file.exists() and not known:
+            raise RunError(f"{file}: is there already, and not of these runs; remove it or choose another -o")
     volume = read_volume(path)
     prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / volume_stem(target).removesuffix("-label")
-    if prediction.probability is not None:
-        write_volume(beside.with_name(f"{beside.name}-probability.nrrd"), prediction.probability)
-    if options.pictures:
-        draw_overview(beside, volume, prediction.label, _read_truth(truth, volume) if truth else None)
+    if content_digest(path) != digest:
+        raise RunError(f"{path}: was changed while it was read; give the command again when it is whole")
     done = Predicted(path, target, prediction.expected_dice, prediction.agreement, prediction.warnings)
-    index.add(done)
+    index.add(done, digest)
+    if prediction.probability is not None:
+        write_volume(probability_file, prediction.probability)
+    if options.pictures:
+        draw_overview(_beside(target), volume, prediction.label, _read_truth(truth, volume) if truth else None)
     # Last: whoever finds the label map finds all.
     write_volume(target, prediction.label, runs[0].record.label_meaning)
     return done
@@ -198,54 +224,75 @@ def _read_truth(path: Path, volume: Volume) -> Volume | None:
 
 
 class _Index:
-    """What was predicted into a folder, by the label map's name; nothing is kept of a single file."""
+    """What is predicted into a folder, by the label map's name; a row is written before its label map is.
 
-    def __init__(self, path: Path | None, made_by: str) -> None:
+    Parameters
+    ----------
+    path : Path
+        The index.
+    made_by : str
+        See `made_by`.
+    """
+
+    def __init__(self, path: Path, made_by: str) -> None:
         self._path = path
         self._made_by = made_by
         self._rows: dict[str, dict[str, str]] = {}
-        if path and path.exists():
-            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                # A row that a killed command left unfinished lacks its end.
-                rows = [row for row in csv.DictReader(file) if row.get("made_by") and row.get("label")]
-            self._rows = {row["label"]: row for row in rows if (path.parent / Path(row["label"]).name).exists()}
-            self._write(self._rows.values())
-
-    def known(self, volume: Path, target: Path) -> Predicted | None:
-        """Return what was found of a volume before; None where it is to be predicted."""
-        row = self._rows.get(target.name)
-        if not row or not target.exists() or row["made_by"] != self._made_by:
-            return None
-        if row["volume_sha256"] != content_digest(volume):
-            raise RunError(f"{target}: was predicted from another {volume.name}; remove it or choose another -o")
-        expected, agreement = (float(row[name]) if row[name] else None for name in ("expected_dice", "agreement"))
-        warnings = tuple(row["warnings"].split("; ")) if row["warnings"] else ()
-        return Predicted(volume, target, expected, agreement, warnings, already=True)
-
-    def add(self, done: Predicted) -> None:
-        """Tell of a label map that is about to be written: where one is found, it has its row."""
-        if self._path is None or done.label is None:
+        if not path.exists():
             return
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        # What a killed command left unfinished, or a spreadsheet has changed, is nobody's.
+        self._rows = {row["label"]: row for row in rows if _is_whole(row)}
+        if len(self._rows) < len(rows):
+            self._write()
+
+    def known(self, volume: Path, target: Path, digest: str) -> Predicted | None:
+        """Return what these runs found of a volume before; None where nothing is known."""
+        row = self._rows.get(target.name)
+        if not row or row["made_by"] != self._made_by:
+            return None
+        if row["volume_sha256"] != digest:
+            if not target.exists():
+                return None
+            raise RunError(f"{target}: was predicted from another {volume.name}; remove it or choose another -o")
+        agreement = float(row["agreement"]) if row["agreement"] else None
+        warnings = tuple(row["warnings"].split("; ")) if row["warnings"] else ()
+        return Predicted(volume, target, float(row["expected_dice"]), agreement, warnings, already=True)
+
+    def add(self, done: Predicted, digest: str) -> None:
+        """Tell of a label map that is about to be written."""
+        assert done.label  # noqa: S101
         row = {
             "volume": done.volume.name,
             "label": done.label.name,
             "expected_dice": f"{done.expected_dice:.4f}",
             "agreement": "" if done.agreement is None else f"{done.agreement:.4f}",
             "warnings": "; ".join(done.warnings),
-            "volume_sha256": content_digest(done.volume),
+            "volume_sha256": digest,
             "made_by": self._made_by,
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._path.exists():
-            self._write([])
+        again = done.label.name in self._rows
+        self._rows[done.label.name] = row
+        if again or not self._path.exists():
+            self._write()
+            return
+        # A line, not the whole: there may be ten thousand.
         with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.DictWriter(file, _COLUMNS).writerow(row)
 
-    def _write(self, rows: Iterable[Mapping[str, str]]) -> None:
-        assert self._path is not None  # noqa: S101
+    def _write(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}")
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self._rows.values())
         temporary.replace(self._path)
+
+
+def _is_whole(row: Mapping[str, str | None]) -> bool:
+    try:
+        float(row["expected_dice"] or ""), float(row["agreement"] or 0)
+    except (KeyError, ValueError):
+        return False
+    return all(row.get(name) is not None for name in _COLUMNS) and bool(row["label"] and row["made_by"])

@@ -18,7 +18,8 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
     Those of weights that a run did not keep, or of other postprocessing, are left out; so are damaged ones, with a
     warning.
     """
-    for path in sorted((run / EVALUATION_FOLDER).glob("*.json")):
+    # One that begins with a dot was being written when its process was killed.
+    for path in sorted((run / EVALUATION_FOLDER).glob("[!.]*.json")):
         try:
             evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             # Evaluations of an older cspine do not say; it evaluated finished runs as well as others.
@@ -26,7 +27,7 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
             steps = evaluation.get("kept_components"), evaluation.get("filled_holes", False)
             current = same_weights and steps == (record.kept_components, record.filled_holes)
             for row in evaluation["patients"]:
-                row["case"], row["split"], row["dice"] + 0.0
+                "".join((row["case"], row["split"])), row["dice"] + 0.0
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             warnings.warn(f"{path}: is damaged and left out; evaluate again", stacklevel=2)
         else:

@@ -30,6 +30,8 @@ class Segmented:
         Voxel spacing along x, y and z.
     found_xyz, truth_xyz : ndarray
         Label values that were found, and those that are true; 0 is none.
+    axes : tuple of int
+        The axes along whose slices the run looks.
     """
 
     case: str
@@ -37,12 +39,13 @@ class Segmented:
     spacing_mm: tuple[float, float, float]
     found_xyz: NDArray[Any]
     truth_xyz: NDArray[Any]
+    axes: tuple[int, ...] = (0, 1, 2)
 
     @cached_property
     def slices(self) -> Mapping[int, Mapping[int, Overlap]]:
-        """How both overlap in each slice in which either marks anything, by axis and index."""
+        """How both overlap in each slice in which either marks anything, by the run's axes and index."""
         found, truth = self.found_xyz != 0, self.truth_xyz != 0
-        return {axis: slice_overlaps(found, truth, axis) for axis in range(3)}
+        return {axis: slice_overlaps(found, truth, axis) for axis in self.axes}
 
     @cached_property
     def window(self) -> tuple[float, float]:
@@ -60,8 +63,24 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     CspineDataError
         If the store cannot be used.
     """
+    check_trained_on(loaded, cohort, case)
     variant = loaded.record.settings.variant
-    stored = cohort.record(case, variant)
+    prepared = cohort.prepared(case, variant)
+    found = label_map([loaded], loaded.on_source_grid(prepared))
+    corrected = prepared.corrected
+    truth, axes = cohort.label_xyz(case, variant), loaded.record.settings.axes
+    return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, truth, axes)
+
+
+def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:
+    """Refuse other data of a case than a run was trained with.
+
+    Raises
+    ------
+    RunError
+        If the store holds such.
+    """
+    stored = cohort.record(case, loaded.record.settings.variant)
     if stored.digest != loaded.record.digests.get(case):
         now, then = stored.preprocessing, loaded.record.preprocessing
         if now != then:
@@ -70,10 +89,6 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
                 f"{then.description}; prepare it so again, or train anew"
             )
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
-    prepared = cohort.prepared(case, variant)
-    found = label_map([loaded], loaded.on_source_grid(prepared))
-    corrected = prepared.corrected
-    return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, cohort.label_xyz(case, variant))
 
 
 def segment_all(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +13,22 @@ import pytest
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import false_discovery_control, wilcoxon
+from scipy.stats import false_discovery_control, rankdata, wilcoxon
 
 from cspine_data import Preprocessing
 from cspine_train import RunError, compare
+from cspine_train.cli import default_run_name
 from cspine_train.comparison import holm, signed_rank_p
 from cspine_train.settings import RunRecord, RunSettings, save_record
 
 
-def evaluated(folder: Path, dice: Mapping[str, float], split: str = "test", **settings: object) -> Path:
+def evaluated(folder: Path, dice: Mapping[str, float], split: str = "test", data: str = "", **settings: object) -> Path:
     """Make what a comparison reads of a run folder: its record, and an evaluation."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(
         store="s.zarr", settings=RunSettings(**settings), weights_used="none", size_hw=(32, 32),
-        preprocessing=Preprocessing(bias=None), notes=("synthetic",), train=(), validation=(), test=(), digests={},
+        preprocessing=Preprocessing(bias=None), notes=("synthetic",), train=(), validation=(), test=(),
+        digests={"P0": data},
         versions={},
     )  # fmt: skip
     save_record(folder, record)
@@ -49,7 +53,7 @@ def test_patients_are_compared_in_pairs(tmp_path: Path, run_train: Callable[...,
     assert (first.difference, first.p, first.mean.mean) == (None, None, pytest.approx(0.87))
     assert second.difference is not None
     assert second.difference.mean == pytest.approx(np.mean(gains))
-    assert (second.better, second.worse, third.better, third.worse) == (6, 1, 0, 7)
+    assert (second.higher, second.lower, third.higher, third.lower) == (6, 1, 0, 7)
     # By hand: the smallest of seven ranks is negative, 2 of 128 signs are as far out on each side; all seven, 1 of 128.
     assert second.p == pytest.approx(4 / 128)
     assert third.p == pytest.approx(2 * 2 / 128)
@@ -79,9 +83,9 @@ def test_the_folds_of_a_model_are_one(tmp_path: Path) -> None:
     comparison = compare([*one, *other])
     assert [model.name for model in comparison.models] == ["one-fold (2 folds)", "other-fold (2 folds)"]
     assert comparison.patients == tuple(PATIENTS)
-    assert comparison.models[1].better == 8
+    assert comparison.models[1].higher == 8
     assert any("folds share training patients" in caveat for caveat in comparison.caveats)
-    again = evaluated(tmp_path / "again", PATIENTS, folds=3, fold=1)
+    again = evaluated(tmp_path / "again", dict(list(PATIENTS.items())[4:]), folds=3, fold=1)
     with pytest.raises(RunError, match="again: is of a fold that another of these runs is of too; name each"):
         compare([*one, again])
 
@@ -107,15 +111,69 @@ def test_few_patients_find_nothing_and_that_is_said(tmp_path: Path) -> None:
     ]
     comparison = compare(runs)
     assert comparison.models[1].p == pytest.approx(2 / 32)
-    assert "5 patients are too few for the test ever to find a difference at 5 %" in comparison.caveats
+    assert "5 patients that differ are too few for the test ever to find a difference at 5 %" in comparison.caveats
 
 
-@given(st.lists(st.floats(-0.2, 0.2).map(lambda d: round(d, 3)), min_size=2, max_size=30))
+def test_folds_are_called_what_their_folders_have_in_common(tmp_path: Path) -> None:
+    """By the names that runs are given by themselves; other data are another model, whatever the settings."""
+    models = []
+    for data, rate in (("now", 1e-4), ("now", 1e-3), ("then", 1e-4)):
+        for fold in range(3):
+            named = default_run_name(RunSettings(folds=3, fold=fold, learning_rate=rate))
+            of_fold = {f"P{number}": 0.5 + rate for number in range(fold, 9, 3)}
+            models.append(
+                evaluated(tmp_path / data / named, of_fold, data=data, folds=3, fold=fold, learning_rate=rate)
+            )
+    comparison = compare(models)
+    first, second, third = (model.name for model in comparison.models)
+    assert (first, third) == ("unet-resnet18-axis0-n4-seed0 (3 folds)",) * 2
+    assert second.startswith("unet-resnet18-axis0-n4-seed0-")
+    assert second != first
+    elsewhere = [evaluated(tmp_path / f"{fold}x", {"Q": 0.9}, folds=3, fold=fold) for fold in range(2)]
+    other = evaluated(tmp_path / "y", {"Q": 0.9})
+    assert compare([*elsewhere, other]).models[0].name == "0x (2 folds)"
+
+
+def exact_p(differences: Sequence[float]) -> float:
+    """The signed-rank test by its definition: how many of all signs give a sum of ranks as far out."""
+    ranks = rankdata(np.abs(differences))
+    middle = ranks.sum() / 2
+    own = abs(ranks[np.asarray(differences) > 0].sum() - middle)
+    sums = [sum(rank for rank, taken in zip(ranks, signs, strict=True) if taken)
+            for signs in product((0, 1), repeat=len(ranks))]  # fmt: skip
+    return float(np.mean([abs(one - middle) >= own - 1e-9 for one in sums]))
+
+
+@given(st.lists(st.floats(0.01, 0.2), min_size=2, max_size=9, unique=True), st.integers(0, 511))
 @settings(deadline=None)
-def test_p_is_that_of_scipy_and_one_where_nothing_differs(differences: list[float]) -> None:
-    expected = float(wilcoxon(differences).pvalue) if any(differences) else 1.0
-    assert signed_rank_p(differences) == pytest.approx(expected)
+def test_p_is_what_all_signs_give(sizes: list[float], signs: int) -> None:
+    differences = [size * (1 if signs >> place & 1 else -1) for place, size in enumerate(sizes)]
+    assert signed_rank_p(differences) == pytest.approx(exact_p(differences))
+    assert signed_rank_p([*differences, 0.0]) == pytest.approx(exact_p(differences))
+    assert signed_rank_p([0.0, 0.0]) == 1
     assert signed_rank_p(differences[:1]) is None
+
+
+def test_differences_that_are_equal_but_for_rounding_are_ties(tmp_path: Path) -> None:
+    """Distances come in steps of a grid: 3.3 - 2.3 is not 1.1 - 0.1 in floating point."""
+    first = {f"P{number}": round(0.3 * number, 6) for number in range(1, 9)}
+    steps = [1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0]
+    second = {case: round(figure + step, 6) for (case, figure), step in zip(first.items(), steps, strict=True)}
+    comparison = compare([evaluated(tmp_path / "a", first), evaluated(tmp_path / "b", second)])
+    expected = float(wilcoxon(steps).pvalue)
+    assert comparison.models[1].p == pytest.approx(expected)
+    assert len({b - a for a, b in zip(first.values(), second.values(), strict=True)}) > 2
+
+
+def test_an_evaluation_that_was_being_written_is_none(tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path / name, PATIENTS) for name in "ab"]
+    (runs[0] / "evaluation" / ".test.json").write_text('{"patients": [{"case": "P1", "sp')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(compare(runs).patients) == 8
+    (runs[0] / "evaluation" / "other.json").write_text('{"patients": [{"case": ["P1"], "split": "test", "dice": 1}]}')
+    with pytest.warns(UserWarning, match="other.json: is damaged and left out; evaluate again"):
+        assert len(compare(runs).patients) == 8
 
 
 @given(st.lists(st.floats(0, 1), max_size=9))

@@ -117,7 +117,12 @@ def test_what_is_no_dicom_file_is_passed_over(series: tuple[Path, Volume], tmp_p
     folder, volume = series
     (folder / "README.txt").write_text("not an image")
     (folder / "within").mkdir()
-    (folder / "DICOMDIR").write_bytes(b"")
+    listing = pydicom.Dataset()
+    listing.file_meta = pydicom.dataset.FileMetaDataset()
+    listing.file_meta.MediaStorageSOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
+    listing.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    listing.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    listing.save_as(folder / "DICOMDIR", enforce_file_format=True)
     outside = write_series(tmp_path / "other", volume)[0]
     (folder / "link.dcm").symlink_to(outside)
     np.testing.assert_array_equal(read_volume(folder).array, volume.array)
@@ -136,6 +141,7 @@ def of(index: int, **tags: Any) -> Changed:
         (of(2, PixelSpacing=[9, 9]), "is of another grid than"),
         (of(2, ImagePositionPatient=[0, 0]), "dcm: does not say where it lies in the patient; convert"),
         (of(2, ImagePositionPatient=["1e9", 0, 0]), "misses slices|shifted against each other|that no scanner gives"),
+        (of(2, PhotometricInterpretation="MONOCHROME1"), "dcm: is stored inverted .MONOCHROME1.; convert"),
         (of(2, NumberOfFrames=3), "dcm: holds 3 frames; convert the series to NIfTI"),
     ],
 )  # fmt: skip

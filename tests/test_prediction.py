@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -234,7 +235,8 @@ def test_a_folder_is_predicted_once_and_goes_on_where_it_was_killed(
         rows = list(csv.DictReader(file))
     assert sorted(row["volume"] for row in rows) == [f"CS_0{number}.nrrd" for number in range(1, 5)]
     assert all(0 <= float(row["expected_dice"]) <= 1 for row in rows)
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    left = {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")}
+    assert left == {".predictions.lock"}
 
 
 def test_what_other_runs_or_other_bytes_gave_is_left_alone(
@@ -295,11 +297,105 @@ def test_dicom_gives_the_mask_that_nrrd_gives(run: Path, tmp_path: Path, run_tra
 
 
 def test_folders_name_their_volumes(tmp_path: Path) -> None:
-    write_case(tmp_path / "raw", "A")
-    write_case(tmp_path / "raw", "B", label=False)
-    (tmp_path / "dicom").mkdir()
-    named = find_volumes([tmp_path / "raw", tmp_path / "dicom", tmp_path / "x.nii"])
-    assert named == [tmp_path / "raw" / "A.nrrd", tmp_path / "raw" / "B.nrrd", tmp_path / "dicom", tmp_path / "x.nii"]
+    """Two label maps of one volume, a link to nowhere and a label map in a DICOM folder hide nothing."""
+    raw, dicom, nnunet = tmp_path / "raw", tmp_path / "dicom", tmp_path / "nnunet"
+    write_case(raw, "A")
+    write_case(raw, "B", label=False)
+    for label in ("B-label.nrrd", "BS-label.nrrd"):
+        (raw / label).touch()
+    (raw / "D.nrrd").symlink_to(tmp_path / "nowhere")
+    dicom.mkdir()
+    (dicom / "spine-label.nrrd").touch()
+    (nnunet / "imagesTr").mkdir(parents=True)
+    (nnunet / "imagesTr" / "P_0000.nii.gz").touch()
+    named = find_volumes([raw, dicom, nnunet, tmp_path / "x.nii"])
+    volumes = [raw / "A.nrrd", raw / "B.nrrd", raw / "D.nrrd"]
+    assert named == [*volumes, dicom, nnunet / "imagesTr" / "P_0000.nii.gz", tmp_path / "x.nii"]
+
+
+def test_one_file_is_predicted_once(run: Path, tmp_path: Path, run_train: Callable[..., Result]) -> None:
+    volume = write_case(tmp_path / "raw", "A", label=False)
+    asked = ("predict", volume, "--run", run, "--probability", "-o", tmp_path / "out" / "mask.nrrd")
+    assert run_train(*asked).exit_code == 0
+    again = run_train(*asked)
+    assert again.exit_code == 0
+    assert "there already: " in again.output
+    # As when a command is killed between the two files.
+    (tmp_path / "out" / "mask.nrrd").unlink()
+    assert "wrote" in run_train(*asked).output
+    (tmp_path / "out" / "predictions.csv").unlink()
+    refused = run_train(*asked)
+    assert refused.exit_code == 1
+    assert "mask.nrrd: is there already, and not of these runs" in refused.output
+
+
+def test_whatever_goes_wrong_with_one_volume_the_others_go_on(
+    run: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody foresaw; a file that changes while it is read; a name that no terminal should be given."""
+    read = read_volume
+
+    def reads(path: Path) -> Volume:
+        volume = read(path)
+        if path.name == "A.nrrd":
+            raise ZeroDivisionError("by accident")
+        if path.name == "B.nrrd":
+            write_volume(path, ball(seed=7)[0])
+        return volume
+
+    monkeypatch.setattr("cspine_train.prediction_files.read_volume", reads)
+    for name in ("A", "B", "C\x1b[31m"):
+        write_case(tmp_path / "raw", name, label=False)
+    done = run_train("predict", tmp_path / "raw", "--run", run, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "A.nrrd: failed unexpectedly (ZeroDivisionError: by accident)" in done.output
+    assert "B.nrrd: was changed while it was read; give the command again when it is whole" in done.output
+    assert "wrote" in done.output
+    assert "\x1b" not in done.output
+    assert set(labels(tmp_path / "out")) == {"C\x1b[31m-label.nrrd"}
+
+
+def test_what_is_written_of_two_volumes_never_meets(
+    run: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    volume = write_case(tmp_path / "raw", "A", label=False)
+    other = tmp_path / "A.nii.gz"
+    write_volume(other, read_volume(volume))
+    both = run_train("predict", volume, other, "--run", run, "-o", tmp_path / "out")
+    assert "out: two of the volumes have the same name; predict them into two folders" in both.output
+    beside = run_train("predict", tmp_path / "raw", "--run", run, "-o", tmp_path / "raw")
+    assert "raw: holds volumes, and what is predicted could be taken for some; choose another -o" in beside.output
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".predictions.lock"):
+        waiting = run_train("predict", volume, "--run", run, "-o", tmp_path / "out")
+    assert waiting.exit_code == 1
+    assert "out: another command predicts into it; wait for that, or choose another -o" in waiting.output
+    assert list(tmp_path.glob("*/A-label*")) == []
+
+
+def test_an_index_that_a_spreadsheet_has_changed_is_nobodys(
+    run: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    asked = ("predict", write_case(tmp_path / "raw", "A", label=False), "--run", run, "-o", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    assert run_train(*asked).exit_code == 0
+    index = tmp_path / "out" / "predictions.csv"
+    expected = next(csv.DictReader(index.open()))["expected_dice"]
+    index.write_text(index.read_text().replace(expected, f'"{expected.replace(".", ",")}"'))
+    refused = run_train(*asked)
+    assert refused.exit_code == 1
+    assert "A-label.nrrd: is there already, and not of these runs" in refused.output
+
+
+def test_the_folder_that_one_stands_in_has_a_name(
+    run: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_series(tmp_path / "series", ball()[0])
+    monkeypatch.chdir(tmp_path / "series")
+    done = run_train("predict", ".", "--run", run, "--probability", "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"series-label.nrrd", "series-probability.nrrd"} <= written
 
 
 def test_probabilities_and_pictures_lie_beside_the_label_map(
@@ -317,7 +413,8 @@ def test_probabilities_and_pictures_lie_beside_the_label_map(
     )
     assert done.exit_code == 0, done.output
     pictures = {f"m-axis{axis}.{kind}" for axis in range(3) for kind in ("png", "gif")}
-    assert {path.name for path in tmp_path.iterdir()} == {"m.nii.gz", "m-probability.nrrd", *pictures}
+    index = {"predictions.csv", ".predictions.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"m.nii.gz", "m-probability.nrrd", *pictures, *index}
     probability, label = read_volume(tmp_path / "m-probability.nrrd"), read_volume(tmp_path / "m.nii.gz")
     np.testing.assert_array_equal(probability.array > load_run(run).record.threshold, label.array != 0)
 
@@ -382,7 +479,7 @@ def test_a_record_that_asks_for_absurd_sizes_is_refused(
         load_run(copy)
 
 
-@pytest.mark.parametrize("name", ["run.json", "model/model.safetensors", "model"])
+@pytest.mark.parametrize("name", ["run.json", "model/model.safetensors", "model", "metrics.csv", "curves.png"])
 def test_a_run_that_leads_out_of_its_folder_is_refused(name: str, run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / name).rename(tmp_path / "outside")

@@ -257,3 +257,15 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         for threads in ("1", "2", "4")
     }  # fmt: skip
     assert len(found) == 1
+
+
+def test_where_tissue_lies_is_told_whatever_it_is_normalised_by() -> None:
+    """Matched to a standard, a reversed contrast would lie where every other does."""
+    image, _ = ball()
+    reversed_too = Volume(np.where(image.array > 60, image.array.max() + 60 - image.array, image.array), image.geometry)
+    told = {}
+    for name, standard in (("zscore", None), ("percentile", None), ("nyul", tuple(range(11)))):
+        how = Preprocessing(bias=None, normalisation=name, standard=standard)
+        told[name] = [preprocess_volume(one, how).tissue_percentiles for one in (image, reversed_too)]
+    assert told["zscore"] == told["percentile"] == told["nyul"]
+    assert told["nyul"][0] != told["nyul"][1]

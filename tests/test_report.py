@@ -6,6 +6,8 @@ import base64
 import csv
 import json
 import re
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cspine_data import open_cohort
 from cspine_train import RunSettings, train
+from cspine_train.evaluation import _confusion
 from cspine_train.metrics import MEASURES
 from cspine_train.report import MOST_PLOTS, write_report
 from cspine_train.settings import load_record, save_record
@@ -48,8 +53,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "labels"
-    settings = RunSettings(**{**SMALL, "epochs": 1, "axes": (0, 1), "labels": "stored"})
-    train(phantom_store, folder, settings)
+    train(phantom_store, folder, RunSettings(**{**SMALL, "epochs": 1, "axes": (0, 1), "labels": "stored"}))
     return folder
 
 
@@ -151,3 +155,30 @@ def test_of_many_patients_the_lowest_are_plotted(tmp_path: Path) -> None:
     assert "The 48 lowest of\n60 are shown." in text
     # A gap where nothing is marked: two strokes.
     assert re.findall('class="curve" d="([^"]*)"', text)[0] == "M30.0 99.0L87.0 99.0M315.0 99.0"
+
+
+def test_a_patient_that_cannot_be_read_is_named_and_the_others_are_scored(
+    run: Path, phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    copy, store = shutil.copytree(run, tmp_path / "run"), shutil.copytree(phantom_store, tmp_path / "s.zarr")
+    record = load_record(copy)
+    damaged = record.train[0]
+    (chunk,) = (store / "cases" / damaged / record.digests[damaged] / "volume" / "0").glob("c/0/0/0")
+    chunk.write_bytes(b"\0" * chunk.stat().st_size)
+    done = run_train("evaluate", copy, "--store", store, "--split", "train", "--split", "train")
+    assert done.exit_code == 1
+    assert f"note: not scored, as the store is damaged: {damaged}" in done.output
+    assert re.search(rf"failed: .*{damaged}.*is damaged", done.output)
+    assert [row["case"] for row in rows_of(copy / "evaluation" / "train.csv")] == list(record.train[1:])
+    assert damaged in json.loads((copy / "evaluation" / "train.json").read_text())["failed"]
+
+
+@given(st.integers(0, 2**32), st.sampled_from([np.uint8, np.int16, np.int32]))
+@settings(deadline=None)
+def test_confusion_counts_pairs_of_any_values(seed: int, dtype: type) -> None:
+    rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
+    values = np.array([0, 1, 2, limits.min, limits.max], dtype)
+    found, truth = rng.choice(values, (2, 4, 3, 5))
+    expected = Counter(zip(truth.ravel().tolist(), found.ravel().tolist(), strict=True))
+    del expected[0, 0]
+    assert dict(_confusion(found, truth)) == dict(expected)

@@ -349,6 +349,19 @@ def test_segments_are_named_and_coloured_as_slicer_reads_them(tmp_path: Path) ->
     assert again.geometry.same_grid(label.geometry, 1e-6)
 
 
+def test_as_many_segments_as_a_spine_has_and_names_of_any_language(tmp_path: Path) -> None:
+    import slicerio
+
+    image, _ = ball()
+    array = (np.arange(image.array.size) % 25).reshape(image.array.shape).astype(np.uint8)
+    names = {value: f"Wirbelk\u00f6rper {value}" for value in range(1, 25)} | {24: "\u690e\u9aa8"}
+    write_volume(tmp_path / "x.seg.nrrd", Volume(array, image.geometry), names)
+    segments = slicerio.read_segmentation(str(tmp_path / "x.seg.nrrd"))["segments"]
+    told = {segment["labelValue"]: segment["name"] for segment in segments}
+    assert told == {value: f"Wirbelkorper {value}" for value in range(1, 24)} | {24: "label 24"}
+    np.testing.assert_array_equal(read_volume(tmp_path / "x.seg.nrrd").array, array)
+
+
 def test_segments_are_made_of_label_maps_alone(tmp_path: Path) -> None:
     image, _ = ball()
     with pytest.raises(InputError, match="is to hold segments, and what is to be written is no label map; end"):
