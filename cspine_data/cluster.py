@@ -1,4 +1,4 @@
-"""Jobs side by side on a Dask cluster: local processes that listen on loopback only, or a running scheduler's."""
+"""Work side by side on a Dask cluster: local processes that listen on loopback only, or a running scheduler's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,17 +17,41 @@ from cspine_data.cases import Problem, describe_problem
 from cspine_data.errors import InputError
 from cspine_data.jobs import Job
 
-# Rule of the house: parallelism is over cases, so everything below a worker runs on one thread.
-_ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS", "NUMEXPR_NUM_THREADS",
-     "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1",
+_THREADS = (
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS", "NUMEXPR_NUM_THREADS",
+    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
 )  # fmt: skip
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 # With 2 workers Dask opens some 45 files in this process.
 _FILES, _FILES_A_WORKER = 64, 16
 _STARTS = 3
 _DIED = "its worker process died (out of memory?); use fewer --workers, or a machine with more memory"
-_POLL_S, _LOOK_S, _PATIENCE_S = 0.01, 2.0, 60.0
+_NO_WORKER = "no worker process is left to do it; see what ended them, then run it again"
+# Looked for more and more seldom while nothing ends: a hundred times a second is a tenth of a core.
+_POLL_S, _LONGEST_POLL_S, _LOOK_S, _PATIENCE_S = 0.01, 0.5, 2.0, 60.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who works.
+
+    Attributes
+    ----------
+    number : int or None
+        Local worker processes; by default one a core.
+    scheduler : str or None
+        Address of a running scheduler, whose workers are used instead.
+    threads : int
+        Of numeric libraries in each local worker. One, where parallelism is over cases.
+    resource : str or None
+        What a task takes one of, where any worker of the scheduler has it (``dask worker --resources``).
+    """
+
+    number: int | None = None
+    scheduler: str | None = None
+    threads: int = 1
+    resource: str | None = None
 
 
 def run_jobs(
@@ -35,7 +61,7 @@ def run_jobs(
     workers: int | None,
     scheduler: str | None,
 ) -> Iterator[list[tuple[Job, Result | Problem]]]:
-    """Do the jobs on a Dask cluster, the largest first, and yield those that ended: their results, or problems.
+    """Do the jobs side by side, the largest first, and yield those that ended: their results, or problems.
 
     Parameters
     ----------
@@ -45,54 +71,102 @@ def run_jobs(
         What to do.
     store : Path
         Where to, as the workers see it.
-    workers : int, optional
-        Local worker processes; by default one a core.
-    scheduler : str, optional
-        Address of a running scheduler to use instead.
+    workers, scheduler
+        See `Workers`.
 
     Raises
     ------
     InputError
         If the scheduler cannot be reached, or has no workers; if local ones cannot be started.
     """
-    if not jobs:
+    ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
+
+    def do(job: Job) -> Result | Problem:
+        return work(job, str(store))
+
+    yield from side_by_side(do, ordered, _lost, Workers(workers, scheduler))
+
+
+def _lost(job: Job, reason: str | Exception) -> Problem:
+    if isinstance(reason, Exception):
+        return describe_problem(job.case.id, reason)
+    return Problem(job.case.id, f"{job.case.volume}: {reason}")
+
+
+def side_by_side(
+    work: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    lost: Callable[[Task, str | Exception], Result],
+    workers: Workers,
+) -> Iterator[list[tuple[Task, Result]]]:
+    """Do tasks on a Dask cluster, in their order, and yield those that ended, each with its result.
+
+    A task whose worker died is done once more, alone, when the others have ended.
+
+    Parameters
+    ----------
+    work : callable
+        Does one task in a worker; both are sent there. It returns something small, and never raises.
+    tasks : sequence
+        What to do.
+    lost : callable
+        The result of a task that could not be done, given the task and the reason, as a sentence or an exception.
+    workers : Workers
+        Who does it.
+
+    Raises
+    ------
+    InputError
+        If the scheduler cannot be reached, or has no workers; if local ones cannot be started.
+    """
+    if not tasks:
         return
     from distributed.scheduler import KilledWorker
 
-    ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
-    with _cluster(min(workers or _cores(), len(jobs)), scheduler) as client:
+    with _cluster(workers, len(tasks)) as client:
+        submit = partial(client.submit, work, pure=False, **_asked_of_workers(client, workers.resource))
         suspects = []
-        for ended in _as_they_end(client, work, ordered, store):
-            suspects += [job for job, outcome in ended if isinstance(outcome, KilledWorker)]
-            yield [(job, outcome) for job, outcome in ended if not isinstance(outcome, KilledWorker)]
-        # Dask blames every case that waited on a worker that died. Alone, only the guilty one dies again.
+        for ended in _as_they_end(client, submit, tasks, lost):
+            suspects += [task for task, outcome in ended if isinstance(outcome, KilledWorker)]
+            yield [(task, outcome) for task, outcome in ended if not isinstance(outcome, KilledWorker)]
+        # Dask blames every task that waited on a worker that died. Alone, only the guilty one dies again.
         for suspect in suspects:
-            for ended in _as_they_end(client, work, [suspect], store):
+            for ended in _as_they_end(client, submit, [suspect], lost):
                 yield [
-                    (job, _problem(job, _DIED) if isinstance(outcome, KilledWorker) else outcome)
-                    for job, outcome in ended
+                    (task, lost(task, _DIED) if isinstance(outcome, KilledWorker) else outcome)
+                    for task, outcome in ended
                 ]
 
 
+def _asked_of_workers(client: Any, resource: str | None) -> dict[str, Any]:
+    known = client.scheduler_info(n_workers=-1)["workers"].values()
+    return {"resources": {resource: 1}} if any(resource in worker["resources"] for worker in known) else {}
+
+
 def _as_they_end(
-    client: Any, work: Callable[[Job, str], Any], jobs: Sequence[Job], store: Path
-) -> Iterator[list[tuple[Job, Any]]]:
-    """Do jobs and yield those that ended, until there is none, or no worker that could do the rest."""
+    client: Any,
+    submit: Callable[[Task], Any],
+    tasks: Sequence[Task],
+    lost: Callable[[Task, str | Exception], Any],
+) -> Iterator[list[tuple[Task, Any]]]:
+    """Do tasks and yield those that ended, until there is none, or no worker that could do the rest."""
     from distributed import as_completed
 
-    futures = {client.submit(work, job, str(store), pure=False): job for job in jobs}
+    futures = {submit(task): task for task in tasks}
     ended = as_completed(futures, loop=client.loop)
     forsaken_since: float | None = None
-    looked = time.monotonic()
+    looked, pause = time.monotonic(), _POLL_S
     while futures:
         batch = ended.next_batch(block=False)
         if batch:
-            yield [(futures[future], _outcome(future, futures[future])) for future in batch]
+            pause = _POLL_S
+            yield [(futures[future], _outcome(future, futures[future], lost)) for future in batch]
             for future in batch:
                 del futures[future]
                 future.release()
             continue
-        time.sleep(_POLL_S)
+        time.sleep(pause)
+        pause = min(1.1 * pause, _LONGEST_POLL_S)
         if time.monotonic() - looked < _LOOK_S:
             continue
         looked = time.monotonic()
@@ -101,13 +175,8 @@ def _as_they_end(
         elif forsaken_since is None:
             forsaken_since = looked
         elif looked - forsaken_since > _PATIENCE_S:
-            problem = "no worker process is left to prepare it; see what ended them, then run it again"
-            yield [(job, _problem(job, problem)) for job in futures.values()]
+            yield [(task, lost(task, _NO_WORKER)) for task in futures.values()]
             return
-
-
-def _problem(job: Job, problem: str) -> Problem:
-    return Problem(job.case.id, f"{job.case.volume}: {problem}")
 
 
 def check_workers(workers: int | None) -> None:
@@ -122,8 +191,8 @@ def check_workers(workers: int | None) -> None:
         raise InputError(f"workers {workers}", "are too few", "give 1 or more")
 
 
-def _outcome(future: Any, job: Job) -> Any:
-    """Return a job's result, its problem, or Dask's word that its worker died."""
+def _outcome(future: Any, task: Task, lost: Callable[[Task, str | Exception], Any]) -> Any:
+    """Return a task's result, what it is when lost, or Dask's word that its worker died."""
     from distributed import CancelledError
     from distributed.scheduler import KilledWorker
 
@@ -132,17 +201,18 @@ def _outcome(future: Any, job: Job) -> Any:
     except KilledWorker as error:
         return error
     except CancelledError:
-        return _problem(job, "the scheduler went away meanwhile; run it again when it is back")
+        return lost(task, "the scheduler went away meanwhile; run it again when it is back")
     except Exception as error:  # noqa: BLE001 - a worker of another version, for example
-        return describe_problem(job.case.id, error)
+        return lost(task, error)
 
 
 @contextmanager
-def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
+def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
     """Open a client of a running scheduler, or of local worker processes that listen on loopback only."""
     import dask
     from distributed import Client
 
+    scheduler = workers.scheduler
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=10, set_as_default=False)
@@ -155,20 +225,26 @@ def _cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
                 raise InputError(f"scheduler {scheduler}", "has no workers", "start some, then run it again") from None
             yield client
         return
-    _raise_open_files(workers)
+    number = min(workers.number or _cores(), tasks)
+    _raise_open_files(number)
     settings = {
-        "distributed.nanny.pre-spawn-environ": _ONE_THREAD,
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, str(workers.threads)),
         "distributed.scheduler.allowed-failures": 0,
+        # None waits at a worker, to be blamed or held up there while others are free.
+        "distributed.scheduler.worker-saturation": 1.0,
         # A worker holds nothing but its one job: to pause it would be to wait for ever. Past its limit it is ended.
         "distributed.worker.memory.target": False,
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
+        # Clocks and samplers of its own, in every process, are a tenth of a core on two.
+        "distributed.admin.tick.interval": "1s",
+        "distributed.worker.profile.enabled": False,
         "distributed.admin.log-format": "%(message)s",
         "logging": {"distributed": "critical"},
     }
     with dask.config.set(settings):
         with _held_interrupts():
-            cluster = _local_cluster(workers)
+            cluster = _local_cluster(number)
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
 

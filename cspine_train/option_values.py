@@ -8,6 +8,9 @@ from typing import Literal
 
 import click
 
+#: Which axes a model is for, by what users write.
+AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
+
 
 def case_weights_of(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, float]:
     """Read CASE=WEIGHT."""
@@ -48,3 +51,34 @@ def size_of(_context: click.Context, _option: click.Parameter, given: str | None
     if len(sides) > 2 or not all(re.fullmatch("[1-9][0-9]{0,5}", side) for side in sides):
         raise click.BadParameter(f"{given!r} is not of the form H,W, such as 256,192, or one number for both")
     return int(sides[0]), int(sides[-1])
+
+
+def list_of(_context: click.Context, option: click.Parameter, given: str) -> tuple[str, ...]:
+    """Read A,B,..., each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
+    if not all(names):
+        raise click.BadParameter(f"{given!r} is not of the form A,B, names with commas between them")
+    return names
+
+
+def folds_of(_context: click.Context, _option: click.Parameter, given: str) -> int | None:
+    """Read a number from 3, or reference."""
+    if given == "reference":
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,3}", given) or int(given) < 3:
+        raise click.BadParameter(f"{given!r} is neither reference nor a number from 3")
+    return int(given)
+
+
+def weights_by_encoder(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+    """Read imagenet or none, for all encoders, and ENCODER=FILE."""
+    weights = {}
+    for one in given:
+        encoder, equals, start = one.rpartition("=")
+        if not equals and start in ("imagenet", "none"):
+            weights[""] = start
+        elif encoder and start:
+            weights[encoder] = start
+        else:
+            raise click.BadParameter(f"{one!r} is neither imagenet, none, nor of the form ENCODER=FILE")
+    return weights

@@ -32,18 +32,16 @@ def write_report(run: Path, record: RunRecord) -> Path:
     record : RunRecord
         Its record.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    pages = Environment(loader=PackageLoader("cspine_train", ""), autoescape=True, undefined=StrictUndefined)
     settings = record.settings
     planes = ", ".join(PLANES[axis] for axis in settings.axes)
-    text = pages.get_template("report.html.jinja").render(
+    text = page(
+        "report.html.jinja",
         title=f"{settings.model}, {settings.encoder}, {planes} slices, {settings.variant}",
         caveats=record.caveats(),
         parts=[_part(run, name, evaluation) for name, evaluation in recorded_evaluations(run, record)],
         training=[
-            *_pictures([(run / CURVES_NAME, "loss, validation Dice and learning rate by epoch")]),
-            *_pictures(
+            *embedded_pictures([(run / CURVES_NAME, "loss, validation Dice and learning rate by epoch")]),
+            *embedded_pictures(
                 (run / OVERLAYS_FOLDER / f"{kind}.png", f"validation slices that came out {kind}")
                 for kind in ("best", "worst")
             ),
@@ -51,6 +49,14 @@ def write_report(run: Path, record: RunRecord) -> Path:
     )
     write_text(run / REPORT_NAME, text)
     return run / REPORT_NAME
+
+
+def page(template: str, **known: Any) -> str:
+    """Return a page of one of the package's templates; whatever it is given is shown as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(loader=PackageLoader("cspine_train", ""), autoescape=True, undefined=StrictUndefined)
+    return pages.get_template(template).render(**known)
 
 
 def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,15 +68,15 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
     # Evaluations of an older cspine have no intervals.
     known = evaluation.get("means", {})
     means = [(measure, MeanInterval(**known[measure.name]) if measure.name in known else None) for measure in _SHOWN]
-    plots = sorted(_plots(_rows(folder / f"{name}-slices.csv")), key=lambda plot: plot["lowest"])
+    plots = sorted(slice_plots(read_rows(folder / f"{name}-slices.csv")), key=lambda plot: plot["lowest"])
     return {
         "title": f"{name.replace('-', ' and ')} patients".capitalize(),
         "headings": [measure.heading for measure in _SHOWN],
         "patients": patients,
         "means": [_told(measure, interval.mean if interval else None) for measure, interval in means],
         "intervals": [interval.between(measure.digits) if interval else "" for measure, interval in means],
-        "confusion": _confusion(_rows(folder / f"{name}-confusion.csv")),
-        "pictures": _pictures(
+        "confusion": _confusion(read_rows(folder / f"{name}-confusion.csv")),
+        "pictures": embedded_pictures(
             (folder / f"{name}-{kind}.png", f"slices of {kind} Dice") for kind in ("best", "median", "worst")
         ),
         "plots": plots[:MOST_PLOTS],
@@ -82,20 +88,22 @@ def _told(measure: Measure, figure: float | None) -> str:
     return "" if figure is None else measure.figure(figure)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return a table's rows; none of a file that is not there."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def _pictures(named: Iterable[tuple[Path, str]]) -> list[dict[str, str]]:
+def embedded_pictures(named: Iterable[tuple[Path, str]]) -> list[dict[str, str]]:
+    """Return pictures as a page holds them, with what is told of each; those alone that are there."""
     return [
         {"data": base64.b64encode(path.read_bytes()).decode(), "told": told} for path, told in named if path.exists()
     ]
 
 
-def _plots(rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+def slice_plots(rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
     """Iterate over a curve of Dice by slice for each patient and axis, on a field of 285 x 95 from (30, 5)."""
     curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for row in rows:

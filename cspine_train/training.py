@@ -19,18 +19,19 @@ from lightning.pytorch.callbacks import Callback
 from cspine_data import Cohort, Split, open_cohort
 from cspine_data.terminal import progress_bar
 from cspine_train.allocator import keep_large_blocks
+from cspine_train.arithmetic import precision_of
 from cspine_train.callbacks import Curves, Keep, Plateau, Stop
 from cspine_train.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import RunError
-from cspine_train.likeness import CohortLooks
 from cspine_train.loggers import Logged, check_loggers
 from cspine_train.machines import ONE_DEVICE, Machines, end_with_the_first, together
 from cspine_train.model_card import write_card
 from cspine_train.models import build_model, sides_of
 from cspine_train.module import SliceSegmenter
 from cspine_train.overlays import save_overlays
+from cspine_train.patients import split_of, what_is_fed
 from cspine_train.pictures import draw_curves, never_fatal
 from cspine_train.postprocessing import chosen_postprocessing
 from cspine_train.prediction import load_run
@@ -93,8 +94,8 @@ def train(
     """
     check_loggers(loggers)
     run, cohort = Path(run), open_cohort(store)
-    split = _split(cohort, settings)
-    fed = _fed(cohort, split, settings.variant)
+    split = split_of(cohort, settings)
+    fed = what_is_fed(cohort, split, settings.variant)
     _quieten()
     trainer = _trainer(run, settings, checkpoint_minutes, machines)
     if not trainer.is_global_zero:
@@ -217,24 +218,6 @@ def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> N
         raise RunError(f"{store}: no slice to train on is labelled along axis {axes}; choose {other}")
 
 
-def _fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
-    """Return what a run's record says of its patients; refuse patients that were prepared in different ways."""
-    cases = (*split.train, *split.validation, *split.test)
-    first = cohort.record(cases[0], variant)
-    digests, looks = {}, CohortLooks.of(cohort.record(case, variant) for case in split.train)
-    for case in cases:
-        record = cohort.record(case, variant)
-        digests[case] = record.digest
-        if record.preprocessing != first.preprocessing:
-            raise RunError(
-                f"{cohort.path}: holds {first.case} and {case} as {variant}, prepared in different ways; "
-                "run cspine-data prepare with the same options over all of them"
-            )
-    parts = {"train": split.train, "validation": split.validation, "test": split.test}
-    what = {"preprocessing": first.preprocessing, "notes": cohort.notes, "digests": digests, "cohort_looks": looks}
-    return {"store": cohort.location, **what, **parts}
-
-
 def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, machines: Machines) -> lightning.Trainer:
     plateau = [Plateau(), Stop()] if settings.schedule == "plateau" else []
     callbacks = [*plateau, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
@@ -243,7 +226,7 @@ def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, machin
         gradient_clip_val=settings.clip_norm,
         accelerator="auto",
         **machines.options(),
-        precision=_precision(settings.precision),
+        precision=precision_of(settings.precision),
         callbacks=callbacks,
         plugins=[DurableCheckpoints()],
         logger=False,
@@ -251,31 +234,6 @@ def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, machin
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-
-
-def _precision(asked: str) -> Any:
-    if asked == "auto":
-        on_gpu = torch.cuda.is_available()
-        fast = torch.cuda.is_bf16_supported() if on_gpu else "avx512_bf16" in _cpu_flags()
-        return "bf16-mixed" if fast else "32-true"
-    return "bf16-mixed" if asked == "bf16" else "32-true"
-
-
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _split(cohort: Cohort, settings: RunSettings) -> Split:
-    split = cohort.split(folds=settings.folds, fold=settings.fold, variant=settings.variant)
-    if not split.train or not split.validation:
-        raise RunError(
-            f"{cohort.path}: has too few labelled cases to train and validate on "
-            f"({len(split.train)} and {len(split.validation)}); prepare at least three"
-        )
-    return split
 
 
 def _earlier(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:

@@ -134,7 +134,7 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
         threading.Timer(3, cluster.scale, (0,)).start()
         (((_, problem),),) = run_jobs(wait, [job], tmp_path, None, address)
         assert isinstance(problem, Problem)
-        assert "A.nrrd: no worker process is left to prepare it; see what ended them" in problem.message
+        assert "A.nrrd: no worker process is left to do it; see what ended them" in problem.message
 
 
 def open_files(soft: int, hard: int) -> Callable[[], None]:

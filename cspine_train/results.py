@@ -1,0 +1,108 @@
+"""What came out of a study: one tidy table, a row for each patient of each cell."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cspine_train.metrics import MEASURES
+from cspine_train.recorded import recorded_evaluations
+from cspine_train.run_folder import METRICS_NAME, write_rows
+from cspine_train.settings import RunRecord, load_record
+from cspine_train.study import RUNS_FOLDER, is_done
+from cspine_train.study_plan import Cell, Plan, start_told
+
+#: The table, for people and programs of all kinds, and with its types.
+RESULTS_NAME, PARQUET_NAME = "results.csv", "results.parquet"
+FIGURES = (*(measure.name for measure in MEASURES), "batch_averaged_dice")
+
+
+class Condition(NamedTuple):
+    """What is compared in a study; its folds and seeds are one condition."""
+
+    model: str
+    encoder: str
+    variant: str
+    axes: str
+    epochs: int
+    batch_size: int
+
+
+def condition_of(row: Mapping[str, Any]) -> Condition:
+    """Return the condition that a row of the table belongs to."""
+    encoder = f"{row['encoder']} ({row['weights']})"
+    return Condition(row["model"], encoder, row["variant"], row["axes"], row["epochs"], row["batch_size"])
+
+
+def study_rows(study: Path, plan: Plan) -> list[dict[str, Any]]:
+    """Return the table's rows: every figure of every test patient of the cells that are done, in the plan's order."""
+    return [row for cell in plan.cells if is_done(study, cell) for row in _rows(study / RUNS_FOLDER / cell.name, cell)]
+
+
+def _rows(run: Path, cell: Cell) -> Iterator[dict[str, Any]]:
+    record = load_record(run)
+    settings = record.settings
+    known = {
+        "model": settings.model,
+        "encoder": settings.encoder,
+        "weights": start_told(settings),
+        "variant": settings.variant,
+        "axes": "".join(map(str, settings.axes)),
+        "folds": settings.folds,
+        "fold": settings.fold if settings.folds else None,
+        "seed": settings.seed,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "kept_epoch": record.kept_epoch,
+        "validation_dice": record.kept_dice,
+        "train_seconds": train_seconds(run),
+    }
+    for name, evaluation in recorded_evaluations(run, record):
+        if name == "test":
+            for row in evaluation["patients"]:
+                figures = {figure: float(row[figure]) for figure in FIGURES if figure in row}
+                yield known | {"patient": str(row["case"])} | figures | {"cell": cell.name, "note": _note(record)}
+
+
+def _note(record: RunRecord) -> str:
+    return "; ".join(record.caveats())
+
+
+def train_seconds(run: Path) -> float:
+    """Return how long a run's epochs took, over all its interruptions."""
+    with (run / METRICS_NAME).open(newline="", encoding="utf-8") as file:
+        return sum(float(row["seconds"]) for row in csv.DictReader(file))
+
+
+def scores(rows: Sequence[Mapping[str, Any]], figure: str = "dice") -> dict[Condition, dict[str, float]]:
+    """Return a figure of each patient under each condition, averaged over seeds."""
+    seeds: dict[Condition, dict[str, list[float]]] = {}
+    for row in rows:
+        if figure in row:
+            seeds.setdefault(condition_of(row), {}).setdefault(row["patient"], []).append(row[figure])
+    return {
+        condition: {patient: sum(values) / len(values) for patient, values in patients.items()}
+        for condition, patients in seeds.items()
+    }
+
+
+def write_results(study: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Path, Path]:
+    """Write the table as CSV and as Parquet, each in one step."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    words, numbers = pa.string(), pa.int64()
+    types = {
+        "model": words, "encoder": words, "weights": words, "variant": words, "axes": words, "folds": numbers,
+        "fold": numbers, "seed": numbers, "epochs": numbers, "batch_size": numbers, "kept_epoch": numbers,
+        "validation_dice": pa.float64(), "train_seconds": pa.float64(), "patient": words,
+        **dict.fromkeys(FIGURES, pa.float64()), "cell": words, "note": words,
+    }  # fmt: skip
+    write_rows(study / RESULTS_NAME, types, rows)
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(types.items()))
+    temporary = study / f".{PARQUET_NAME}"
+    parquet.write_table(table, temporary)
+    temporary.replace(study / PARQUET_NAME)
+    return study / RESULTS_NAME, study / PARQUET_NAME

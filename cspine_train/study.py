@@ -1,0 +1,216 @@
+"""Many runs, side by side, each done once: trained, evaluated, and recorded if it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from cspine_data import Workers, side_by_side
+from cspine_train.errors import CspineTrainError, RunError
+from cspine_train.machines import end_with_the_first
+from cspine_train.recorded import recorded_evaluations
+from cspine_train.run_folder import write_rows
+from cspine_train.settings import RunRecord, load_record
+from cspine_train.study_plan import Cell, Plan, save_plan
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+#: The run folders of a study's cells, and what their processes said.
+RUNS_FOLDER, LOGS_FOLDER = "runs", "logs"
+#: Which cells failed when the study was last run, and why.
+FAILURES_NAME = "failures.csv"
+_LOCK_NAME = ".lock"
+_GPU = "GPU"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: how long it took, and why it failed, if it did."""
+
+    cell: Cell
+    seconds: float
+    failure: str | None = None
+
+
+def is_done(study: Path, cell: Cell) -> bool:
+    """Return whether a cell is trained and its test patients are scored."""
+    folder = study / RUNS_FOLDER / cell.name
+    try:
+        record = load_record(folder)
+    except RunError:
+        return False
+    return record.finished and _is_scored(folder, record)
+
+
+def _is_scored(run: Path, record: RunRecord) -> bool:
+    """Return whether all test patients of a run are scored."""
+    return any(name == "test" and not one.get("failed") for name, one in recorded_evaluations(run, record))
+
+
+def run_study(
+    plan: Plan,
+    study: str | Path,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    ended: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Train and evaluate the cells of a plan that are not done, and return what became of them.
+
+    A cell that fails is recorded in `failures.csv`, and the others go on; given again, so does what was stopped.
+
+    Parameters
+    ----------
+    plan : Plan
+        The cells, and the store as every worker sees it.
+    study : str or Path
+        The study's folder.
+    workers : int, optional
+        Runs at a time, each in a process of its own: by default one a GPU; without any, see `processes_here`.
+    scheduler : str, optional
+        Address of a running Dask scheduler whose workers do it instead; they must see the same paths. Where any has
+        the resource ``GPU``, a cell takes one.
+    ended : callable, optional
+        Called with each outcome.
+
+    Raises
+    ------
+    RunError
+        If another process runs this study.
+    CspineDataError
+        If the workers cannot be had.
+    """
+    folder = Path(study).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / _LOCK_NAME, blocking=False).acquire()
+    except Timeout:
+        raise RunError(f"{study}: is being run by another process; wait for it, or choose another -o") from None
+    with lock:
+        save_plan(folder, plan)
+        _record_failures(folder, [])
+        to_do = [cell for cell in plan.cells if not is_done(folder, cell)]
+        number, threads, gpus = processes_here(workers, len(to_do))
+        how = _How(str(folder), plan.store, () if scheduler else gpus)
+        outcomes: list[Outcome] = []
+        for batch in side_by_side(how, to_do, _lost, Workers(number, scheduler, threads, resource=_GPU)):
+            for _, outcome in batch:
+                outcomes.append(outcome)
+                if outcome.failure:
+                    _record_failures(folder, outcomes)
+                if ended:
+                    ended(outcome)
+        return outcomes
+
+
+def processes_here(workers: int | None, cells: int) -> tuple[int, int, tuple[str, ...]]:
+    """Return how many runs go side by side on this machine, the threads of each, and the GPUs that they share out.
+
+    One a GPU; without any one for each four cores, as more threads than that wait for each other.
+    """
+    gpus = _gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number = max(1, min(workers or len(gpus) or -(-cores // 4), cells))
+    return number, max(1, cores // number), gpus
+
+
+def _gpus() -> tuple[str, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
+
+
+@dataclass(frozen=True)
+class _How:
+    """Does a cell in a worker, in a process of its own: its memory is given back, and it alone dies of a lack of it."""
+
+    study: str
+    store: str
+    gpus: tuple[str, ...]
+
+    def __call__(self, cell: Cell) -> Outcome:
+        """Train and evaluate a cell."""
+        started = time.monotonic()
+        log = Path(self.study, LOGS_FOLDER, f"{cell.name}.txt")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        run = Path(self.study, RUNS_FOLDER, cell.name)
+        request = {"store": self.store, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
+        with log.open("ab") as told:
+            command = [sys.executable, "-m", "cspine_train", "cell"]
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, env=self._environment()
+            )
+            with process:
+                assert process.stdin and process.stdout  # noqa: S101, PT018
+                # A pipe that ends when the worker does, however that comes about.
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+                answer = process.stdout.read()
+        return Outcome(cell, time.monotonic() - started, _failure(answer, process.returncode, log))
+
+    def _environment(self) -> dict[str, str]:
+        if not self.gpus:
+            return dict(os.environ)
+        from distributed import get_worker
+
+        worker: Worker = get_worker()
+        return os.environ | {"CUDA_VISIBLE_DEVICES": self.gpus[int(worker.name) % len(self.gpus)]}
+
+
+def _failure(answer: bytes, status: int, log: Path) -> str | None:
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name} (out of memory?); use fewer --workers"
+    try:
+        return json.loads(answer)["failure"]  # type: ignore[no-any-return]
+    except (ValueError, LookupError, TypeError):
+        return f"its process ended with status {status}; {log} may say why"
+
+
+def do_cell(request: dict[str, Any]) -> str | None:
+    """Train and evaluate a cell in the process that was started for it; return why it failed, if it did.
+
+    It ends when the process does that started it.
+    """
+    end_with_the_first()
+    from cspine_data import CspineDataError, describe_problem
+    from cspine_train.evaluation import evaluate
+    from cspine_train.settings import RunSettings
+    from cspine_train.training import train
+
+    run = Path(request["run"])
+    try:
+        record = train(request["store"], run, RunSettings(**request["settings"]))
+        if not _is_scored(run, record):
+            failed = evaluate(run, ("test",), request["store"]).failed
+            return failed[0].message if failed else None
+    except (CspineTrainError, CspineDataError) as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - one cell fails, the others go on
+        import traceback
+
+        traceback.print_exc()
+        return describe_problem(run.name, error).message
+    return None
+
+
+def _lost(cell: Cell, reason: str | Exception) -> Outcome:
+    told = reason if isinstance(reason, str) else f"failed unexpectedly ({type(reason).__name__}: {reason})"
+    return Outcome(cell, 0.0, told)
+
+
+def _record_failures(study: Path, outcomes: Sequence[Outcome]) -> None:
+    failed = [{"cell": one.cell.name, "reason": one.failure} for one in outcomes if one.failure]
+    write_rows(study / FAILURES_NAME, ("cell", "reason"), failed)

@@ -1,0 +1,187 @@
+"""The commands that run a study and show what came out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cspine_data.terminal import print_table, progress_bar, say
+from cspine_train.errors import ModelError
+from cspine_train.option_values import AXES, folds_of, list_of, weights_by_encoder
+from cspine_train.recipe_options import recipe_options, settings_of
+
+if TYPE_CHECKING:
+    from cspine_train.settings import RunSettings
+    from cspine_train.study import Outcome
+    from cspine_train.study_plan import Grid, Plan
+
+
+@click.command()
+@click.option("--store", default="data/cspine.zarr", help="What to train on: a folder or a URL.")
+@click.option("--models", callback=list_of, default="unet,fpn,linknet,pspnet", help="Architectures.")
+@click.option(
+    "--encoders", callback=list_of, default="random,resnet50,inceptionv4",
+    help="Encoders; NAME:random starts from random weights, and random is resnet50:random.",
+)  # fmt: skip
+@click.option(
+    "--weights", callback=weights_by_encoder, multiple=True, metavar="imagenet|none|ENCODER=FILE",
+    help="What the other encoders start from; imagenet by default. May be given more than once.",
+)  # fmt: skip
+@click.option("--variants", callback=list_of, default="n4,raw", help="Bias field corrected, or not.")
+@click.option("--axes", callback=list_of, default="0,1,2", help="Of the slices; 012 is one model for all three.")
+@click.option("--folds", callback=folds_of, default="reference", help="Cross-validate in so many, or reference split.")
+@click.option("--seeds", type=click.IntRange(1), default=1, help="Runs of each, from seed 0 on.")
+@click.option(
+    "--from", "queue", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A queue of the reference study (done,model,encoder,axis,epochs,batch) instead of models, encoders, axes.",
+)  # fmt: skip
+@recipe_options
+@click.option("--workers", type=click.IntRange(1), help="Runs at a time; by default one a GPU, or one for four cores.")
+@click.option("--scheduler", help="Address of a running Dask scheduler whose workers do it instead.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show what would be done and what it costs, and end.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The study's folder.")
+def study(
+    store: str, models: Sequence[str], encoders: Sequence[str], weights: dict[str, str], variants: Sequence[str],
+    axes: Sequence[str], folds: int | None, seeds: int, queue: Path | None, workers: int | None,
+    scheduler: str | None, only_plan: bool, output: Path, **recipe: Any,
+) -> None:  # fmt: skip
+    """Train and evaluate a grid of models; the same command again goes on where it stopped.
+
+    A cell that is done is never repeated, and a changed option repeats what it touches. The default grid is the
+    reference study's: 72 cells.
+    """
+    from cspine_data import open_cohort
+    from cspine_train.study import is_done, run_study
+    from cspine_train.study_plan import Grid, plan_study
+    from cspine_train.study_report import write_outcome
+
+    unknown = [axis for axis in axes if axis not in AXES]
+    if unknown:
+        raise click.UsageError(f"--axes {unknown[0]}: is none of {', '.join(AXES)}")
+    grid = Grid(models, encoders, weights, variants, [AXES[axis] for axis in axes], folds, seeds)
+    cohort = open_cohort(store)
+    plan = plan_study(cohort, _asked(grid, queue, settings_of(**recipe)))
+    to_do = [cell for cell in plan.cells if not is_done(output, cell)]
+    _tell_plan(plan, len(to_do))
+    if to_do:
+        _tell_cost(cohort, to_do)
+    if only_plan:
+        return
+    failed: list[Outcome] = []
+    with progress_bar("cells") as progress:
+        done = len(plan.cells) - len(to_do)
+
+        def ended(outcome: Outcome) -> None:
+            nonlocal done
+            done += 1
+            if outcome.failure:
+                failed.append(outcome)
+                say(f"failed: {outcome.cell.name}: {outcome.failure}", err=True)
+            elif progress is None:
+                click.echo(f"done {done} of {len(plan.cells)}: {outcome.cell.name} ({outcome.seconds:.0f} s)")
+            if progress:
+                progress(done, len(plan.cells), outcome.cell.name)
+
+        run_study(plan, output, workers, scheduler, ended)
+    for file in write_outcome(output):
+        say(f"wrote {file}")
+    if not to_do:
+        click.echo(f"nothing to do: all {len(plan.cells)} cells of {output} are done")
+    if failed:
+        click.echo(
+            f"{len(failed)} of {len(plan.cells)} cells failed; give the command again to try them again", err=True
+        )
+        raise SystemExit(1)
+
+
+def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSettings]:
+    if queue is None:
+        return grid.settings(recipe)
+    from cspine_train.study_plan import queued
+
+    settings, done = queued(queue, grid, recipe)
+    if done:
+        click.echo(f"note: {done} lines of {queue} say that they are done, and are left out")
+    return settings
+
+
+def _tell_plan(plan: Plan, to_do: int) -> None:
+    cells = [cell.settings for cell in plan.cells]
+    click.echo(f"{len(cells)} cells, {len(cells) - to_do} of them done")
+    for name, values in {
+        "models": [one.model for one in cells],
+        "encoders": [
+            f"{one.encoder} from {one.weights if one.weights != 'none' else 'random'} weights" for one in cells
+        ],
+        "variants": [one.variant for one in cells],
+        "axes": ["".join(map(str, one.axes)) for one in cells],
+        "folds": [f"{one.fold} of {one.folds}" if one.folds else "reference split" for one in cells],
+        "seeds": [str(one.seed) for one in cells],
+        "epochs": [str(one.epochs) for one in cells],
+    }.items():
+        click.echo(f"  {name}: {', '.join(dict.fromkeys(values))}")
+
+
+def _tell_cost(cohort: Any, to_do: Sequence[Any]) -> None:
+    from cspine_train.study_cost import check_weights, costs, hours_told
+
+    try:
+        check_weights(to_do)
+    except ModelError as error:
+        for line in error.details:
+            click.echo(line, err=True)
+        raise
+    with progress_bar("timing a step of each network") as progress:
+        found = costs(cohort, to_do, progress)
+    rows: dict[tuple[str, ...], list[Any]] = {}
+    for cell in to_do:
+        one = cell.settings
+        rows.setdefault((one.model, one.encoder, "".join(map(str, one.axes))), []).append(found[cell.name])
+    columns = ("model", "encoder", "axis", "cells", "slices an epoch", "time, at most")
+    table = []
+    for named, group in rows.items():
+        known = [cost.seconds for cost in group if cost.seconds is not None]
+        time_told = hours_told(sum(known)) if len(known) == len(group) else "cannot take a step"
+        table.append((*named, str(len(group)), str(max(cost.slices for cost in group)), time_told))
+    print_table(columns, table)
+    total = sum(cost.seconds or 0 for cost in found.values())
+    click.echo(f"to do: {len(to_do)} cells, about {hours_told(total)} on this machine, less where training stops early")
+
+
+@click.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "form", type=click.Choice(["markdown", "csv", "latex", "html"]), default="markdown",
+    help="csv is the cells alone, a row each.",
+)  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="A file; printed by default.")
+def table(study: Path, form: str, output: Path | None) -> None:
+    """Show what came out of STUDY so far: each cell beside the published figure, what is better, and how sure."""
+    from cspine_train.run_folder import write_text
+    from cspine_train.study_report import study_findings
+    from cspine_train.tables import rendered
+
+    text = rendered(study_findings(study)[0], form)
+    if output is None:
+        for line in text.splitlines():
+            say(line)
+        return
+    write_text(output, text)
+    say(f"wrote {output}")
+
+
+@click.command(hidden=True)
+def cell() -> None:
+    """Train and evaluate one cell of a study; the process that starts this says which, on standard input."""
+    from cspine_train.study import do_cell
+
+    # What else is said there is no answer.
+    answer, sys.stdout = sys.stdout, sys.stderr
+    failure = do_cell(json.loads(sys.stdin.buffer.readline()))
+    answer.write(json.dumps({"failure": failure}))
+    answer.flush()

@@ -1,0 +1,180 @@
+"""How long the runs of a study will take here: found out by a step of each of its networks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cspine_data import Cohort
+from cspine_train.allocator import keep_large_blocks
+from cspine_train.arithmetic import precision_of
+from cspine_train.classes import label_values, network_classes
+from cspine_train.datamodule import CohortSlices
+from cspine_train.errors import CspineTrainError, ModelError
+from cspine_train.models import build_model, encoders, sides_of
+from cspine_train.patients import split_of
+from cspine_train.settings import RunSettings
+from cspine_train.study_plan import Cell
+from cspine_train.transforms import Sides
+from cspine_train.weights import weights_at_hand
+
+# Without going back through the network, and in an inference mode.
+_SEEN_SHARE = 1 / 3
+_START_S = 10.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes.
+
+    Attributes
+    ----------
+    slices : int
+        Training slices in an epoch.
+    seconds : float or None
+        About how long training and evaluation take, with as many epochs as there may be; None where the network cannot
+        take a step, which the run itself will say.
+    """
+
+    slices: int
+    seconds: float | None
+
+
+def check_weights(cells: Sequence[Cell]) -> None:
+    """Refuse a study whose encoders cannot all start from what was asked for.
+
+    Raises
+    ------
+    ModelError
+        If weights cannot be had or do not fit; its details say why, encoder by encoder.
+    """
+    asked: dict[tuple[str, str], set[tuple[str, int]]] = {}
+    for cell in cells:
+        one = cell.settings
+        if one.weights != "none":
+            asked.setdefault((one.encoder, one.weights), set()).add((one.model, one.channels))
+    reasons = {key: reason for key, ways in asked.items() if (reason := _why_not(*key, sorted(ways)))}
+    if not reasons:
+        return
+    named = ", ".join(encoder for encoder, _ in reasons)
+    at_hand = ", ".join(weights_at_hand(encoders()))
+    raise ModelError(
+        f"weights of {named}: cannot be had, and a study never mixes them; give --weights none, which starts all from "
+        f"random ones, --weights {next(iter(reasons))[0]}=FILE for each"
+        + (f", or only --encoders whose weights are at hand ({at_hand})" if at_hand else ""),
+        [f"{encoder} from {weights}: {reason}" for (encoder, weights), reason in reasons.items()],
+    )
+
+
+def _why_not(encoder: str, weights: str, ways: Sequence[tuple[str, int]]) -> str:
+    """Return why an encoder cannot start from weights; nothing where it can, or cannot be built at all."""
+    for model, channels in ways:
+        try:
+            build_model(model, encoder, "none", channels)
+        except ModelError:
+            # That is no matter of weights; the run will say so.
+            continue
+        try:
+            build_model(model, encoder, weights, channels)
+        except ModelError as error:
+            return str(error)
+        return ""
+    return ""
+
+
+def costs(
+    cohort: Cohort, cells: Sequence[Cell], progress: Callable[[int, int, str], None] | None = None
+) -> dict[str, Cost]:
+    """Estimate what each cell takes on this machine, from a timed step of each different network.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        What they will be fed.
+    cells : sequence of Cell
+        The runs.
+    progress : callable, optional
+        Called with (cells estimated, cells, name).
+    """
+    keep_large_blocks()
+    timed: dict[tuple[Any, ...], _Timed] = {}
+    found = {}
+    for number, cell in enumerate(cells, start=1):
+        found[cell.name] = _cost(cohort, cell.settings, timed)
+        if progress:
+            progress(number, len(cells), cell.name)
+    return found
+
+
+@dataclass
+class _Timed:
+    """What is known of a network: what sizes it takes, and how long a step takes for a pixel; None where it cannot."""
+
+    sides: Sides
+    seconds_a_pixel: float | None
+
+
+def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _Timed]) -> Cost:
+    split = split_of(cohort, settings)
+    classes = network_classes(values := label_values(cohort, split, settings))
+    key = settings.model, settings.encoder, settings.channels, classes, settings.precision
+    network = None
+    try:
+        if key not in timed:
+            network, _ = build_model(settings.model, settings.encoder, "none", settings.channels, classes)
+            timed[key] = _Timed(sides_of(network), None)
+        data = CohortSlices(cohort, split, settings, 0, timed[key].sides, values)
+    except CspineTrainError:
+        return Cost(0, None)
+    size_hw = data.crop_hw or data.size_hw
+    if network is not None:
+        timed[key].seconds_a_pixel = _seconds_a_pixel(network, settings, size_hw)
+    slices = len(data.train_dataloader()) * settings.batch_size
+    a_pixel = timed[key].seconds_a_pixel
+    if a_pixel is None:
+        return Cost(slices, None)
+    seen_pixels = math.prod(data.steps(half=False).validation_hw) * _SEEN_SHARE
+    validated, tested = (
+        len(cohort.slices(settings.axes, cases=cases, variant=settings.variant)) if cases else 0
+        for cases in (split.validation, split.test)
+    )
+    pixels = float(settings.epochs * slices * math.prod(size_hw))
+    pixels += (settings.epochs * validated + tested) * seen_pixels
+    return Cost(slices, _START_S + a_pixel * pixels)
+
+
+def _seconds_a_pixel(network: nn.Module, settings: RunSettings, size_hw: tuple[int, int]) -> float | None:
+    """Return how long a training step takes for each of a batch's pixels; None where it cannot be taken."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Two: batch normalisation cannot do with one. More would take longer to find out the same.
+    images = torch.zeros((2, settings.channels, *size_hw))
+    half = "bf16" in precision_of(settings.precision)
+    try:
+        network = network.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.to(device, memory_format=torch.channels_last)
+        for _ in range(2):
+            # The first makes what the second finds made.
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+                loss = network(images).float().mean()
+            loss.backward()
+            loss.item()
+            seconds = time.perf_counter() - started
+    # Whatever a layer provokes with a shape that it was not made for, and missing memory.
+    except (RuntimeError, ValueError, AssertionError, MemoryError):
+        return None
+    return seconds / (len(images) * math.prod(size_hw))
+
+
+def hours_told(seconds: float) -> str:
+    """Return a time as people say it: ``3 h 20 min``, ``4 min``."""
+    minutes = max(1, round(seconds / 60))
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,0 +1,132 @@
+"""All that came out of a study, written into its folder: the tidy table, tables to read, and one page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from cspine_train.report import embedded_pictures, page, read_rows, slice_plots
+from cspine_train.results import scores, study_rows, write_results
+from cspine_train.run_folder import EVALUATION_FOLDER, METRICS_NAME, REPORT_NAME, write_text
+from cspine_train.study import FAILURES_NAME, RUNS_FOLDER
+from cspine_train.study_plan import Plan, load_plan
+from cspine_train.tables import MARKDOWN, Findings, Table, findings, rendered
+
+#: The tables, for people.
+TABLES_NAME = "tables.md"
+
+
+def study_findings(study: str | Path) -> tuple[Findings, list[dict[str, Any]], Plan]:
+    """Return what is known of a study so far: findings, the tidy table's rows, and what was planned.
+
+    Raises
+    ------
+    RunError
+        If the folder is no study.
+    """
+    folder = Path(study)
+    plan = load_plan(folder)
+    rows = study_rows(folder, plan)
+    done = {row["cell"] for row in rows}
+    return findings(rows, [cell.name for cell in plan.cells if cell.name not in done]), rows, plan
+
+
+def write_outcome(study: str | Path) -> tuple[Path, ...]:
+    """Write `results.csv`, `results.parquet`, `tables.md` and `report.html` into a study's folder.
+
+    Raises
+    ------
+    RunError
+        If the folder is no study.
+    """
+    folder = Path(study)
+    found, rows, plan = study_findings(folder)
+    written = write_results(folder, rows)
+    write_text(folder / TABLES_NAME, rendered(found, MARKDOWN))
+    write_text(folder / REPORT_NAME, _page(folder, plan, found, rows))
+    return *written, folder / TABLES_NAME, folder / REPORT_NAME
+
+
+def _page(study: Path, plan: Plan, found: Findings, rows: Sequence[Mapping[str, Any]]) -> str:
+    from markupsafe import Markup
+
+    script = files("cspine_train").joinpath("study.js").read_text(encoding="utf-8")
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    return page(
+        "study.html.jinja",
+        title=f"Study of {len(plan.cells)} cells, {len(cells)} of them done",
+        answer=found.answer,
+        caveats=found.caveats,
+        tables=[*found.tables, *_failures(study), _costs(rows)],
+        patients=list(_patients(rows)),
+        curves=list(_curves(study, cells)),
+        shown=list(_shown(study, rows)),
+        # Ours, and known to the browser by its digest: no other is run.
+        script=Markup(script),  # noqa: S704
+        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _failures(study: Path) -> Iterator[Table]:
+    failed = read_rows(study / FAILURES_NAME)
+    if failed:
+        yield Table("Cells that failed", ("cell", "reason"), tuple((row["cell"], row["reason"]) for row in failed))
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> Table:
+    of_cell = {row["cell"]: row for row in rows}
+    told = tuple(
+        (cell, str((row["kept_epoch"] or 0) + 1), f"{row['validation_dice']:.4f}", f"{row['train_seconds'] / 60:.1f}")
+        for cell, row in of_cell.items()
+    )
+    total = sum(row["train_seconds"] for row in of_cell.values()) / 3600
+    note = f"All epochs together took {total:.2f} hours."
+    return Table("What each cell took", ("cell", "kept epoch", "validation Dice", "minutes"), told, (note,))
+
+
+def _patients(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for condition, of_patients in scores(rows).items():
+        dots = [
+            {"x": f"{10 + 300 * dice:.1f}", "told": f"{patient}: {dice:.4f}"} for patient, dice in of_patients.items()
+        ]
+        yield {
+            "told": f"{condition.model}, {condition.encoder}, {condition.variant}, axis {condition.axes}",
+            "dots": dots,
+        }
+
+
+def _curves(study: Path, cells: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for cell in cells:
+        with (study / RUNS_FOLDER / cell / METRICS_NAME).open(newline="", encoding="utf-8") as file:
+            dice = [float(row["valid_dice"]) for row in csv.DictReader(file)]
+        step = 285 / max(1, len(dice) - 1)
+        path = " ".join(f"{'L' if n else 'M'}{30 + n * step:.1f} {100 - 95 * d:.1f}" for n, d in enumerate(dice))
+        # Of one epoch a point would not be seen.
+        path += " h3" if len(dice) == 1 else ""
+        yield {"told": f"{cell}: {max(dice):.3f}", "last": len(dice), "path": path}
+
+
+def _shown(study: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Iterate over the best, the median and the worst cell: their pictures and slices."""
+    dice: dict[str, list[float]] = {}
+    for row in rows:
+        dice.setdefault(row["cell"], []).append(row["dice"])
+    means = {cell: sum(figures) / len(figures) for cell, figures in dice.items()}
+    order = sorted(means, key=lambda cell: -means[cell])
+    places = {"Best": 0, "Median": len(order) // 2, "Worst": len(order) - 1} if order else {}
+    for kind, place in places.items():
+        cell = order[place]
+        folder = study / RUNS_FOLDER / cell / EVALUATION_FOLDER
+        yield {
+            "title": f"{kind} cell",
+            "told": f"{cell}: mean Dice {means[cell]:.4f}",
+            "pictures": embedded_pictures(
+                (folder / f"test-{which}.png", f"slices of {which} Dice") for which in ("best", "median", "worst")
+            ),
+            "plots": list(slice_plots(read_rows(folder / "test-slices.csv"))),
+        }

@@ -1,0 +1,221 @@
+"""A study's figures as tables, and these as Markdown, CSV, LaTeX or HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from cspine_train.intervals import MeanInterval, mean_interval
+from cspine_train.pictures import PLANES
+from cspine_train.published import PublishedCell, published_percent
+from cspine_train.ranking import Contrast, Level, Ranked, Scores, contrasts, levels, n4_answer, ranked
+from cspine_train.results import Condition, scores
+from cspine_train.study_plan import RANDOM, RANDOM_ENCODER, RANDOM_TOLD
+
+MARKDOWN, CSV, LATEX, HTML = "markdown", "csv", "latex", "html"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, what stands above the columns, rows of text, and what has to be said beneath."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a study's figures say.
+
+    Attributes
+    ----------
+    answer : str
+        Whether N4 helps, in a sentence.
+    cells : tuple of Table
+        The reference study's tables: for the slices of each axis its conditions, beside what it published.
+    factors, pairs, ranking : Table
+        Levels of each factor; their differences; all conditions beside the best.
+    caveats : tuple of str
+        What has to be said beside every figure.
+    """
+
+    answer: str
+    cells: tuple[Table, ...]
+    factors: Table
+    pairs: Table
+    ranking: Table
+    caveats: tuple[str, ...]
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Every table, in order."""
+        return tuple(table for table in (*self.cells, self.factors, self.pairs, self.ranking) if table.rows)
+
+
+def findings(rows: Sequence[Mapping[str, Any]], unfinished: Sequence[str] = ()) -> Findings:
+    """Tell what came out of a study.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        What `study_rows` returns.
+    unfinished : sequence of str
+        Cells that are not done.
+    """
+    dice, batch_averaged = scores(rows), scores(rows, "batch_averaged_dice")
+    compared = contrasts(dice)
+    caveats = list(dict.fromkeys(part for row in rows for part in row["note"].split("; ")))
+    if any(row["encoder"] == RANDOM_ENCODER and row["weights"] == RANDOM for row in rows):
+        caveats.append(RANDOM_TOLD)
+    patients = {row["patient"] for row in rows}
+    if len(patients) == 1:
+        caveats.append("one test patient: no interval and no test can tell how the next one would come out")
+    if any(row["folds"] for row in rows):
+        caveats.append("folds share training patients, which tests and intervals take for independent")
+    if unfinished:
+        caveats.append(f"{len(unfinished)} cells are not done, and in no figure")
+    axes = dict.fromkeys(condition.axes for condition in dice)
+    recipes = {(condition.epochs, condition.batch_size) for condition in dice}
+    return Findings(
+        n4_answer(compared),
+        tuple(_cells(axis, dice, batch_averaged, len(recipes) > 1) for axis in axes),
+        _levels(levels(dice)),
+        _pairs(compared),
+        _ranking(ranked(dice)),
+        tuple(caveats),
+    )
+
+
+def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool) -> Table:
+    own = [condition for condition in dice if condition.axes == axes]
+    columns = (
+        "model", "encoder", "variant", *(("epochs", "batch") if recipes else ()), "patients", "Dice",
+        "batch-averaged Dice, %", "published, %", "difference",
+    )  # fmt: skip
+    rows = []
+    for condition in own:
+        known = [*condition[:3], *(map(str, condition[4:]) if recipes else ())]
+        of_patients = list(dice[condition].values())
+        percent = 100 * mean(batch_averaged[condition].values())
+        there = published_percent().get(_published(condition))
+        beside = ("", "") if there is None else (f"{there:.0f}", f"{percent - there:+.1f}")
+        rows.append((*known, str(len(of_patients)), mean_interval(of_patients).told(), f"{percent:.1f}", *beside))
+    planes = ", ".join(PLANES[int(axis)] for axis in axes)
+    return Table(
+        f"Axis {axes} ({planes} slices)",
+        columns,
+        tuple(rows),
+        (
+            "Dice: over whole volumes, mean over patients, in brackets its 95 % interval by bootstrap over patients.",
+            "Published: the reference study's figure of one other patient, averaged over batches, as the column before "
+            "it; what it calls random names no encoder.",
+        ),
+    )
+
+
+def _published(condition: Condition) -> PublishedCell:
+    encoder, _, start = condition.encoder.partition(" ")
+    of_random = {f"({RANDOM})": RANDOM if encoder == RANDOM_ENCODER else "", "(imagenet)": encoder}
+    return PublishedCell(condition.axes, condition.model, of_random.get(start, ""), condition.variant)
+
+
+def _levels(found: Sequence[Level]) -> Table:
+    rows = tuple((one.factor, one.name, one.mean.told(), str(one.conditions)) for one in found)
+    note = "Over the conditions that are there with every level of the factor; the best of each first."
+    return Table("What is better", ("factor", "level", "mean Dice", "conditions of each"), rows, (note,))
+
+
+def _pairs(found: Sequence[Contrast]) -> Table:
+    rows = tuple(
+        (
+            one.factor, one.better, one.worse, one.difference.told(sign=True),
+            f"{one.patients_higher} of {one.patients}", f"{one.pairs_higher} of {one.pairs}",
+            "" if one.p is None else f"{one.p:.2g}", "yes" if one.sure else "not decided",
+        )
+        for one in found
+    )  # fmt: skip
+    columns = ("factor", "higher", "lower", "difference of Dice", "patients", "pairs", "p", "sure")
+    note = (
+        "Patient by patient, over pairs of conditions that differ in nothing else. p: Wilcoxon's signed-rank test over "
+        "patients, two-sided, after Holm's correction for all rows of this table."
+    )
+    return Table("By how much, and how sure", columns, rows, (note,))
+
+
+def _ranking(found: Sequence[Ranked]) -> Table:
+    rows = tuple(
+        (
+            str(place), one.condition.model, one.condition.encoder, one.condition.variant, one.condition.axes,
+            one.mean.told(), _difference(one.difference), "" if one.p is None else f"{one.p:.2g}",
+        )
+        for place, one in enumerate(found, start=1)
+    )  # fmt: skip
+    columns = ("place", "model", "encoder", "variant", "axis", "Dice", "beside the best", "p")
+    note = (
+        "Chosen and judged on the same patients, the best looks better than it is. p: as above, corrected for the rows "
+        "of this table."
+    )
+    return Table("All conditions", columns, rows, (note,))
+
+
+def _difference(interval: MeanInterval | None) -> str:
+    return "" if interval is None else interval.told(sign=True)
+
+
+def rendered(found: Findings, form: str) -> str:
+    """Return findings as text: ``markdown``, ``csv`` (the cells alone, a row each), ``latex`` or ``html``."""
+    if form == CSV:
+        return _csv(found.cells)
+    return {MARKDOWN: _markdown, LATEX: _latex, HTML: _html}[form](found)
+
+
+def _csv(cells: Sequence[Table]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for number, table in enumerate(cells):
+        if not number:
+            writer.writerow(("table", *table.columns))
+        writer.writerows((table.title, *row) for row in table.rows)
+    return text.getvalue()
+
+
+def _markdown(found: Findings) -> str:
+    from tabulate import tabulate
+
+    def safe(text: str) -> str:
+        return text.replace("|", "\\|").replace("<", "&lt;")
+
+    parts = [found.answer, *(f"- {safe(caveat)}" for caveat in found.caveats), ""]
+    for table in found.tables:
+        rows = [[safe(cell) for cell in row] for row in table.rows]
+        grid = tabulate(rows, table.columns, tablefmt="github", disable_numparse=True)
+        parts += [f"## {table.title}", "", grid, "", *table.notes, ""]
+    return "\n".join(parts)
+
+
+def _latex(found: Findings) -> str:
+    from tabulate import tabulate
+
+    parts = [f"% {line}" for line in (found.answer, *found.caveats)]
+    for table in found.tables:
+        grid = tabulate(table.rows, table.columns, tablefmt="latex_booktabs", disable_numparse=True)
+        parts += [f"% {table.title}", *(f"% {note}" for note in table.notes), grid]
+    return "\n".join(parts) + "\n"
+
+
+def _html(found: Findings) -> str:
+    from html import escape
+
+    from tabulate import tabulate
+
+    parts = [f"<p>{escape(line)}</p>" for line in (found.answer, *found.caveats)]
+    for table in found.tables:
+        grid = tabulate(table.rows, table.columns, tablefmt="html", disable_numparse=True)
+        parts += [f"<h2>{escape(table.title)}</h2>", str(grid), *(f"<p>{escape(note)}</p>" for note in table.notes)]
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,319 @@
+"""Studies: what is planned, what is done once, what goes on where something was killed."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from click.testing import Result
+from distributed import LocalCluster
+from pyarrow import parquet
+
+from cspine_data import Cohort, Preprocessing, open_cohort, prepare
+from cspine_train import RunError, RunSettings, evaluate, train
+from cspine_train.metrics import MEASURES
+from cspine_train.results import write_results
+from cspine_train.study import is_done, processes_here
+from cspine_train.study_cost import costs
+from cspine_train.study_plan import Grid, load_plan, plan_study, queued
+from tests.test_report import Page
+
+PATIENCE_S = 240
+RECIPE = RunSettings(epochs=1, pixel_mm=6.0, learning_rate=3e-3, schedule="onecycle", precision="32")
+TINY = ("--epochs", 1, "--pixel-mm", 6, "--learning-rate", 3e-3, "--schedule", "onecycle", "--precision", "32")
+#: Two cells: with N4 and without.
+ASKED = ("--models", "unet", "--encoders", "tu-mobilenetv3_small_100:random", "--axes", "2", *TINY)
+
+
+@pytest.fixture(scope="module")
+def cohort(phantom_store: Path) -> Cohort:
+    return open_cohort(phantom_store)
+
+
+def names(cohort: Cohort, grid: Grid, recipe: RunSettings = RECIPE) -> set[str]:
+    return {cell.name for cell in plan_study(cohort, grid.settings(recipe)).cells}
+
+
+# Planned
+
+
+def test_the_default_grid_is_the_72_cells_of_the_reference_study(cohort: Cohort) -> None:
+    plan = plan_study(cohort, Grid().settings(RECIPE))
+    cells = [(c.settings.axes, c.settings.model, c.settings.encoder, c.settings.variant) for c in plan.cells]
+    assert (len(plan.cells), len(set(cells))) == (72, 48)
+    started = {(cell.settings.encoder, cell.settings.weights) for cell in plan.cells}
+    assert started == {("resnet50", "none"), ("resnet50", "imagenet"), ("inceptionv4", "imagenet")}
+    # Random and resnet50 are the same then, and done once.
+    assert len(names(cohort, Grid(weights={"": "none"}))) == 48
+    assert len(names(cohort, Grid(folds=4, seeds=2))) == 72 * 8
+
+
+def test_a_changed_parameter_touches_what_it_changes(cohort: Cohort, phantom_folder: Path, tmp_path: Path) -> None:
+    grid = Grid(models=("unet", "fpn"), encoders=("random",))
+    planned = names(cohort, grid)
+    assert not planned & names(cohort, grid, RECIPE.model_copy(update={"epochs": 2}))
+    assert planned < names(cohort, Grid(models=("unet", "fpn", "linknet"), encoders=("random",), seeds=2))
+    # Uncorrected volumes prepared in another way.
+    store = shutil.copytree(cohort.path, tmp_path / "s.zarr")
+    prepare(phantom_folder, store, preprocessing=Preprocessing(bias=None, normalisation="percentile"))
+    kept = planned & names(open_cohort(store), grid)
+    assert kept == {name for name in planned if "-n4-" in name}
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"one")
+    from_file = Grid(models=("unet",), weights={"resnet50": str(weights)}, encoders=("resnet50",))
+    before = names(cohort, from_file)
+    assert all("-resnet50-weights-" in name for name in before)
+    weights.write_bytes(b"two")
+    assert not before & names(cohort, from_file)
+
+
+def test_a_queue_of_the_reference_study(cohort: Cohort, tmp_path: Path) -> None:
+    queue = tmp_path / "pipeline.csv"
+    queue.write_text(
+        "done,model,encoder,axis,epochs,batch\nno,fpn,inceptionv4,0,100,8\nyes,unet,resnet50,1,100,8\nno, unet,,2,3,4\n"
+    )
+    settings, done = queued(queue, Grid(variants=("n4",)), RECIPE)
+    assert done == 1
+    first, second = settings
+    assert (first.model, first.encoder, first.weights, first.axes) == ("fpn", "inceptionv4", "imagenet", (0,))
+    assert (first.epochs, first.batch_size, first.pixel_mm) == (100, 8, 6)
+    assert (second.encoder, second.weights, second.axes, second.epochs, second.batch_size) == (
+        "resnet50", "none", (2,), 3, 4,
+    )  # fmt: skip
+    assert len(plan_study(cohort, settings).cells) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "is no queue; its first line has to be done,model,encoder,axis,epochs,batch, then a line a run"),
+        ("model,axis\nunet,0\n", "is no queue; its first line has to be done"),
+        (
+            "done,model,encoder,axis,epochs,batch\nmaybe,unet,resnet50,0,1,1\n",
+            "line 2: done is 'maybe'; write yes or no",
+        ),
+        ("done,model,encoder,axis,epochs,batch\nno,unet,resnet50,3,1,1\n", "line 2: axis is '3'; write one of 0, 1, 2"),
+        (
+            "done,model,encoder,axis,epochs,batch\nno,unet,resnet50,0,many,1\n",
+            "line 2: epochs: Input should be a valid",
+        ),
+        ("done,model,encoder,axis,epochs,batch\nno,unet,resnet50,0\n", "line 2: epochs: Input should be a valid"),
+    ],
+)
+def test_what_is_no_queue_is_told_by_its_line(content: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text(content)
+    with pytest.raises(RunError, match=rf"q.csv: {told}"):
+        queued(tmp_path / "q.csv", Grid(), RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--axes", "0,3"), "--axes 3: is none of 0, 1, 2, 012"),
+        (("--models", "unet,,fpn"), "'unet,,fpn' is not of the form A,B, names with commas between them"),
+        (("--folds", "2"), "'2' is neither reference nor a number from 3"),
+        (("--weights", "resnet50"), "'resnet50' is neither imagenet, none, nor of the form ENCODER=FILE"),
+        (("--variants", "n5"), "holds no variant 'n5'; the store holds n4, raw"),
+        (("--encoders", "resnet50:none"), "encoder 'resnet50:none': is no NAME and no NAME:random; give files by"),
+        (("--weights", "resnet50=nowhere.pth"), "nowhere.pth: cannot be read (No such file or directory); check the"),
+        (("--folds", "9"), "9 folds: cannot be made of 4 labelled cases"),
+        (("--labels", "stored", "--fill-holes"), "--fill-holes is for binary labels; leave it out"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_and_nothing_is_written(
+    options: tuple[str, ...], told: str, phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    refused = run_train("study", "--store", phantom_store, "-o", tmp_path / "study", *options)
+    assert refused.exit_code != 0
+    assert told in " ".join(refused.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_variants_of_other_patients_are_not_compared(
+    phantom_folder: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    store = tmp_path / "s.zarr"
+    some = shutil.copytree(phantom_folder, tmp_path / "some", ignore=shutil.ignore_patterns("CS_01*"))
+    prepare(phantom_folder, store, preprocessing=Preprocessing(bias=None), axes="2")
+    prepare(some, store, preprocessing=Preprocessing(bias=None, normalisation="percentile"), axes="2")
+    told = "holds CS_02 and CS_01 as raw, prepared in different ways|holds CS_01 and CS_02 as raw, prepared"
+    with pytest.raises(RunError, match=told):
+        plan_study(open_cohort(store), Grid(variants=("raw",), axes=((2,),)).settings(RECIPE))
+
+
+def test_weights_that_cannot_be_had_are_told_before_anything_starts(
+    phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    asked = ("study", "--store", phantom_store, "-o", tmp_path / "study", "--models", "unet", *TINY)
+    refused = run_train(*asked, "--encoders", "random,test_no_such,tu-resnet10t", "--plan")
+    assert refused.exit_code == 1
+    assert "tu-resnet10t from imagenet: encoder 'tu-resnet10t': its ImageNet weights" in refused.output
+    assert "weights of tu-resnet10t: cannot be had, and a study never mixes them; give --weights none" in refused.output
+    assert "--weights tu-resnet10t=FILE for each" in refused.output
+    assert not list(tmp_path.iterdir())
+    allowed = run_train(*asked, "--encoders", "tu-tf_efficientnet_lite0", "--axes", "2", "--plan")
+    assert allowed.exit_code == 0, allowed.output
+
+
+def test_costs_are_those_of_a_timed_step_times_the_pixels(cohort: Cohort) -> None:
+    encoders = ("tu-mobilenetv3_small_100:random",)
+    cells = [
+        *plan_study(cohort, Grid(("unet",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
+        *plan_study(cohort, Grid(("unet",), encoders, variants=("raw",), axes=((2,),)).settings(
+            RECIPE.model_copy(update={"epochs": 9}))).cells,
+        *plan_study(cohort, Grid(("nosuch",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
+    ]  # fmt: skip
+    once, nine, none = costs(cohort, cells).values()
+    assert once.seconds is not None
+    assert nine.seconds is not None
+    # Starting and testing are done once.
+    assert once.seconds < nine.seconds < 9 * once.seconds
+    assert once.slices == nine.slices > 0
+    assert none.seconds is None
+
+
+# Done
+
+
+def cells_of(study: Path) -> dict[str, Path]:
+    return {cell.settings.variant: study / "runs" / cell.name for cell in load_plan(study).cells}
+
+
+def command(store: Path, study: Path, *options: Any) -> list[str]:
+    asked = ("study", "--store", store, "--workers", 2, "-o", study, *ASKED, *options)
+    return [sys.executable, "-m", "cspine_train", *map(str, asked)]
+
+
+def cells_running(process: psutil.Process) -> list[psutil.Process]:
+    return [
+        child for child in process.children(recursive=True) if child.is_running() and "cell" in child.cmdline()[-1:]
+    ]
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def training(study: Path) -> list[Path]:
+    return list((study / "runs").glob("*/run.json"))
+
+
+def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
+    phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    """SIGKILL of the command, whose processes end with it; of one worker and of another's run; then undisturbed."""
+    study = tmp_path / "study"
+    first = subprocess.Popen(command(phantom_store, study), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(training(study)) == 2)
+    everybody = psutil.Process(first.pid).children(recursive=True)
+    assert len(cells_running(psutil.Process(first.pid))) == 2
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in everybody))
+
+    second = subprocess.Popen(command(phantom_store, study), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    one, other = wait_until(lambda: (found := cells_running(psutil.Process(second.pid)))[1:] and found)
+    refused = run_train("study", "--store", phantom_store, *ASKED, "-o", study)
+    assert "is being run by another process; wait for it, or choose another -o" in refused.output
+    worker = one.parent()
+    other.kill()
+    worker.kill()
+    # A run ends with its worker, and another worker does it again.
+    wait_until(lambda: not one.is_running() or one.status() == psutil.STATUS_ZOMBIE)
+    output, errors = second.communicate(timeout=PATIENCE_S)
+    assert second.returncode == 1, output + errors
+    assert "its process was ended by SIGKILL (out of memory?); use fewer --workers" in errors
+    assert "1 of 2 cells failed; give the command again to try them again" in errors
+    with (study / "failures.csv").open() as file:
+        (failure,) = csv.DictReader(file)
+    (done,) = (cell for cell in load_plan(study).cells if is_done(study, cell))
+    assert failure["cell"] in {cell.name for cell in load_plan(study).cells} - {done.name}
+    before = {path: path.stat().st_mtime_ns for path in (study / "runs" / done.name).rglob("*") if path.is_file()}
+
+    third = subprocess.run(
+        command(phantom_store, study), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert third.returncode == 0, third.stderr
+    assert "2 cells, 1 of them done" in third.stdout
+    assert "done 2 of 2: " in third.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (study / "failures.csv").read_text().splitlines() == ["cell,reason"]
+
+    # What a run and an evaluation by hand give.
+    settings = next(cell.settings for cell in load_plan(study).cells if cell.settings.variant == "raw")
+    threads = torch.get_num_threads()
+    # As many as each of two workers has on this machine: sums of another order end elsewhere.
+    torch.set_num_threads(processes_here(2, 2)[1])
+    train(phantom_store, tmp_path / "alone", settings)
+    scores = evaluate(tmp_path / "alone").scores
+    torch.set_num_threads(threads)
+    with (study / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["variant"] for row in rows} == {"n4", "raw"}
+    for score in scores:
+        (row,) = (r for r in rows if (r["patient"], r["variant"]) == (score.case, "raw"))
+        for measure in MEASURES:
+            assert float(row[measure.name]) == pytest.approx(getattr(score.whole, measure.name), abs=1e-6)
+        assert row["note"].startswith("encoder tu-mobilenetv3_small_100 started from random weights; data: synthetic")
+    assert parquet.read_table(study / "results.parquet").num_rows == len(rows)
+
+    told = run_train("table", study)
+    assert told.exit_code == 0
+    assert "Does N4 help? The evidence does not decide" in told.output
+    assert "## Axis 2 (axial slices)" in told.output
+    page = Page(study / "report.html")
+    assert len(page.of("img")) == 9
+    # A model that there is not, on a cluster whose worker has a GPU to give: what is done stays, what fails is named.
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, resources={"GPU": 1}, host="127.0.0.1", dashboard_address=None
+    ) as cluster:
+        more = run_train(
+            "study", "--store", phantom_store, *ASKED, "--models", "unet,nosuch", "-o", study,
+            "--scheduler", cluster.scheduler_address,
+        )  # fmt: skip
+    assert more.exit_code == 1
+    assert "4 cells, 2 of them done" in more.output
+    assert more.output.count("model 'nosuch': is not known; cspine-train models lists them") == 2
+    assert "note: 2 cells are not done" not in more.output
+    assert "2 cells are not done, and in no figure" in (study / "tables.md").read_text()
+    assert "nosuch" in (study / "report.html").read_text()
+
+
+def test_a_plan_that_was_tampered_with_is_refused(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is no study; make one with cspine-train study -o"):
+        load_plan(tmp_path)
+    plan = plan_study(cohort, Grid(("unet",), ("random",), axes=((2,),)).settings(RECIPE))
+    name = plan.cells[0].name
+    for content, told in (
+        (plan.model_dump_json().replace(name, "../../elsewhere"), "is damaged .*; give the study command again"),
+        (plan.model_dump_json()[:100], "is damaged"),
+        (
+            plan.model_dump_json().replace('"plan_version":1', '"plan_version":9'),
+            "was written by a newer cspine; install",
+        ),
+    ):
+        (tmp_path / "study.json").write_text(content)
+        with pytest.raises(RunError, match=told):
+            load_plan(tmp_path)
+
+
+def test_an_empty_table_has_its_columns(tmp_path: Path) -> None:
+    written = write_results(tmp_path, [])
+    assert "dice" in written[0].read_text().split(",")
+    assert "dice" in parquet.read_table(written[1]).column_names

@@ -1,0 +1,352 @@
+"""What a study's figures say: who is better, how sure that is, and how it is told."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import wilcoxon
+
+from cspine_data import Preprocessing
+from cspine_train.metrics import MEASURES
+from cspine_train.published import published_percent
+from cspine_train.ranking import contrasts, levels, n4_answer, ranked
+from cspine_train.results import FIGURES, Condition, scores, study_rows
+from cspine_train.run_folder import write_rows
+from cspine_train.settings import RunRecord, RunSettings, save_record
+from cspine_train.study_plan import Cell, Plan, save_plan
+from cspine_train.study_report import write_outcome
+from cspine_train.tables import findings, rendered
+
+HOSTILE = "<img src=x onerror=alert(1)>|\"'&{{ 7 * 7 }}_%"
+PATIENTS = tuple(f"P{number}" for number in range(8))
+
+
+def row(
+    model: str = "unet", variant: str = "n4", patient: str = "P0", dice: float = 0.9, **other: Any
+) -> dict[str, Any]:
+    known = {
+        "encoder": "resnet50",
+        "weights": "random",
+        "axes": "0",
+        "folds": None,
+        "fold": None,
+        "seed": 0,
+        "epochs": 9,
+        "batch_size": 8,
+        "kept_epoch": 3,
+        "validation_dice": 0.8,
+        "train_seconds": 60.0,
+        "cell": f"{model}-{variant}",
+        "note": "data: synthetic",
+    }
+    figures = dict.fromkeys(FIGURES, dice)
+    return known | figures | {"model": model, "variant": variant, "patient": patient} | other
+
+
+def grid(gain: dict[str, float], spread: float = 0.01) -> list[dict[str, Any]]:
+    """Two models, both variants, eight patients; `gain` is what N4 and fpn add, the spread is theirs by patient."""
+    rng = np.random.default_rng(0)
+    base = {patient: 0.8 + 0.02 * number for number, patient in enumerate(PATIENTS)}
+    of_patient = {name: rng.normal(0, spread, len(PATIENTS)) for name in gain}
+    rows = []
+    for model, variant, (number, patient) in product(("unet", "fpn"), ("n4", "raw"), enumerate(PATIENTS)):
+        dice = base[patient] + sum(gain[n] + of_patient[n][number] for n in gain if n in (model, variant))
+        rows.append(row(model, variant, patient, round(float(dice), 6)))
+    return rows
+
+
+def test_levels_are_compared_patient_by_patient_over_their_common_conditions() -> None:
+    rows = grid({"n4": 0.03, "fpn": 0.0})
+    # A condition without its twin is in no comparison of variants.
+    rows += [row("linknet", "n4", patient, 0.1) for patient in PATIENTS]
+    of_dice = scores(rows)
+    variant = next(one for one in contrasts(of_dice) if one.factor == "variant")
+    differences = [
+        np.mean(
+            [
+                of_dice[Condition(m, "resnet50 (random)", "n4", "0", 9, 8)][p]
+                - of_dice[Condition(m, "resnet50 (random)", "raw", "0", 9, 8)][p]
+                for m in ("unet", "fpn")
+            ]
+        )
+        for p in PATIENTS
+    ]
+    assert (variant.better, variant.worse, variant.pairs, variant.patients) == ("n4", "raw", 2, 8)
+    assert variant.difference.mean == pytest.approx(np.mean(differences))
+    assert (variant.patients_higher, variant.pairs_higher) == (sum(d > 0 for d in differences), 2)
+    # Three models have N4 alone in common: three pairs of models, one of variants.
+    found = contrasts(of_dice)
+    assert [one.factor for one in found] == ["model"] * 3 + ["variant"]
+    plain = float(wilcoxon(np.round(differences, 6)).pvalue)
+    assert plain <= variant.p <= 4 * plain
+    best = {one.factor: one for one in reversed(levels(of_dice))}
+    assert best["variant"].name == "n4"
+    assert best["model"].conditions == 1
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "answer"),
+    [
+        (
+            0.03,
+            0.005,
+            r"^Does N4 help\? Yes: Dice with N4 less Dice without is \+3\.\d\d points over 8 patients and 2 pairs",
+        ),
+        (-0.03, 0.005, r"^Does N4 help\? No, it harms: .* is -2\.\d\d points .* \(higher with N4 in 0 of 8 patients"),
+        (0.0, 0.02, r"^Does N4 help\? The evidence does not decide: .* 95 % interval -\d\.\d\d to \+\d\.\d\d, p = "),
+    ],
+)
+def test_whether_n4_helps_is_answered_or_said_to_be_undecided(gain: float, spread: float, answer: str) -> None:
+    assert re.match(answer, n4_answer(contrasts(scores(grid({"n4": gain}, spread)))))
+
+
+def test_few_patients_decide_nothing() -> None:
+    rows = grid({"n4": 0.05}, 0.001)
+    of_five = n4_answer(contrasts(scores([one for one in rows if one["patient"] < "P5"])))
+    assert of_five.startswith("Does N4 help? The evidence does not decide (fewer than 6 patients never can): ")
+    of_one = n4_answer(contrasts(scores([one for one in rows if one["patient"] == "P0"])))
+    assert "of one patient nothing is known about the next" in of_one
+    assert "interval" not in of_one
+    alone = n4_answer(contrasts(scores([one for one in rows if one["variant"] == "n4"])))
+    assert alone == "Does N4 help? Nothing can be said: no condition was run both with it and without."
+
+
+@given(st.lists(st.floats(0, 1).map(lambda d: round(d, 4)), min_size=8, max_size=8), st.randoms())
+def test_the_order_of_rows_changes_nothing(dice: list[float], random: Any) -> None:
+    rows = [
+        row("unet", variant, patient, one)
+        for (variant, patient), one in zip(product(("n4", "raw"), PATIENTS[:4]), dice, strict=True)
+    ]
+    shuffled = random.sample(rows, len(rows))
+    one, other = (contrasts(scores(r))[0] for r in (rows, shuffled))
+    assert one.p == pytest.approx(other.p)
+    assert one.difference.mean == pytest.approx(other.difference.mean)
+    if one.difference.mean:
+        assert one.better == other.better
+
+
+def test_seeds_of_a_patient_are_averaged_and_folds_are_one_condition() -> None:
+    rows = [
+        row(patient="P0", dice=0.8, seed=0),
+        row(patient="P0", dice=0.9, seed=1),
+        row(patient="P1", dice=0.7, fold=1),
+    ]
+    (of_patients,) = scores(rows).values()
+    assert of_patients == pytest.approx({"P0": 0.85, "P1": 0.7})
+
+
+def test_conditions_are_ranked_beside_the_best() -> None:
+    found = ranked(scores(grid({"n4": 0.03, "fpn": 0.02})))
+    assert [one.condition[:3:2] for one in found] == [("fpn", "n4"), ("unet", "n4"), ("fpn", "raw"), ("unet", "raw")]
+    assert found[0].difference is found[0].p is None
+    assert all(one.difference.mean < 0 for one in found[1:])
+    assert ranked({}) == []
+
+
+def test_the_published_figures_are_72_and_stand_beside_the_same_cell() -> None:
+    published = published_percent()
+    assert len(published) == 72
+    assert published["0", "unet", "random", "n4"] == 75
+    rows = [
+        row(dice=0.8),
+        row(variant="raw", dice=0.8),
+        row(encoder="inceptionv4", weights="imagenet", dice=0.8),
+        row(encoder="inceptionv4", weights="random", dice=0.8),
+        row(encoder="tu-resnet10t", dice=0.8),
+    ]
+    (table,) = findings(rows).cells
+    assert [told[-2:] for told in table.rows] == [("75", "+5.0"), ("84", "-4.0"), ("79", "+1.0"), ("", ""), ("", "")]
+    assert "random is resnet50 without pretrained weights" in rendered(findings(rows), "markdown")
+
+
+class Cells(HTMLParser):
+    """The text of each cell of an HTML page's tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cells:
+            self.cells[-1] += data
+
+
+def test_every_form_holds_the_same_cells_and_shows_names_as_text() -> None:
+    rows = [row(variant=variant, patient=patient, encoder=HOSTILE) for variant in ("n4", "raw") for patient in PATIENTS]
+    found = findings(rows)
+    encoder = f"{HOSTILE} (random)"
+    in_csv = list(csv.DictReader(io.StringIO(rendered(found, "csv"))))
+    assert [(line["encoder"], line["variant"]) for line in in_csv] == [(encoder, "n4"), (encoder, "raw")]
+    html = Cells(rendered(found, "html"))
+    assert "img" not in html.tags
+    assert sum(cell.strip() == encoder for cell in html.cells) == 4
+    markdown = rendered(found, "markdown")
+    assert "<img" not in markdown
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (9, 10, 5)
+    latex = rendered(found, "latex")
+    assert latex.count(r"\begin{tabular}") == 4
+    assert r"\_\%" in latex
+
+
+def study_of(folder: Path, name: str = "unet-n4", note: str = "synthetic") -> Path:
+    """Make what a study's outcome is made of: plans, and two runs that are trained and scored."""
+    cells = []
+    for variant in ("n4", "raw"):
+        settings = RunSettings(variant=variant, weights="none", encoder="resnet50", epochs=2)
+        cells.append(Cell(name=f"{name}-{variant}", settings=settings))
+        run = folder / "runs" / cells[-1].name
+        (run / "evaluation").mkdir(parents=True)
+        record = RunRecord(
+            store="s.zarr",
+            settings=settings,
+            weights_used="none",
+            size_hw=(32, 32),
+            notes=(note,),
+            train=(),
+            validation=(),
+            test=PATIENTS,
+            digests={},
+            versions={},
+            finished=True,
+            kept_epoch=1,
+            kept_dice=0.8,
+            preprocessing=Preprocessing(bias=None),
+        )
+        save_record(run, record)
+        write_rows(
+            run / "metrics.csv",
+            ("epoch", "valid_dice", "seconds"),
+            [{"epoch": n, "valid_dice": 0.5 + n / 10, "seconds": 30} for n in range(2)],
+        )
+        patients = [
+            {"case": p, "split": "test", **dict.fromkeys(FIGURES, 0.9 - n / 100)} for n, p in enumerate(PATIENTS)
+        ]
+        (run / "evaluation" / "test.json").write_text(json.dumps({"patients": patients, "kept_epoch": 1}))
+        write_rows(
+            run / "evaluation" / "test-slices.csv",
+            ("case", "split", "axis", "slice", "dice"),
+            [{"case": "P0", "split": "test", "axis": 0, "slice": n, "dice": 0.8} for n in range(5)],
+        )
+    save_plan(folder, Plan(store="s.zarr", cells=tuple(cells)))
+    return folder
+
+
+def test_the_table_has_a_row_for_each_patient_of_each_cell(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "study")
+    written = write_outcome(study)
+    assert [path.name for path in written] == ["results.csv", "results.parquet", "tables.md", "report.html"]
+    with written[0].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    assert {measure.name for measure in MEASURES} <= set(rows[0])
+    assert (rows[0]["train_seconds"], rows[0]["weights"], rows[0]["folds"]) == ("60.0", "random", "")
+    # An evaluation of weights that the run did not keep is none.
+    path = next((study / "runs").glob("*-n4/evaluation/test.json"))
+    path.write_text(path.read_text().replace('"kept_epoch": 1', '"kept_epoch": 0'))
+    plan = Plan(store="s", cells=(Cell(name="unet-n4-n4", settings=RunSettings()),))
+    assert study_rows(study, plan) == []
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of scripts, of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.script = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.found.append((f"/{tag}", {}))
+
+    def handle_data(self, data: str) -> None:
+        if self.found and self.found[-1][0] == "script":
+            self.script += data
+
+
+def test_the_page_needs_nothing_beside_it_and_runs_no_script_but_its_own(tmp_path: Path) -> None:
+    name = HOSTILE.replace("/", "").replace("<", "(")
+    study = study_of(tmp_path / "study", name, HOSTILE)
+    write_rows(study / "failures.csv", ("cell", "reason"), [{"cell": "c", "reason": HOSTILE}])
+    text = write_outcome(study)[-1].read_text(encoding="utf-8")
+    page = Page(text)
+    tags = [tag for tag, _ in page.found]
+    assert tags.count("script") == 1
+    assert "img" not in tags
+    assert not any(name in attributes for _, attributes in page.found for name in ("src", "href", "onerror", "onclick"))
+    policy = next(a["content"] for t, a in page.found if t == "meta" and "http-equiv" in a)
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert policy.endswith(f"script-src 'sha256-{digest}'")
+    assert "default-src 'none'" in policy
+    assert "{{ 7 * 7 }}" in text
+    assert tags.count("figure") == 2 + 2 + 3
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def seen_by_browser(page: Path) -> str:
+    """Return a page's document once a browser, as narrow as a telephone, has loaded it."""
+    assert CHROMIUM
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [CHROMIUM, *flags, profile, "--window-size=400,800", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="THE PAGE IS NOT TRIED: no Chromium is installed")
+def test_in_a_browser_the_page_sorts_and_filters(tmp_path: Path) -> None:
+    """A script that presses a heading by the keyboard's way, and types; what it finds is in the page's title."""
+    text = write_outcome(study_of(tmp_path / "study"))[-1].read_text(encoding="utf-8")
+    tried = """
+    <script>
+    const errors = []; addEventListener("error", (e) => errors.push(e.message));
+    addEventListener("load", () => {
+      const table = document.querySelectorAll("table.sortable")[0];
+      const order = () => Array.from(table.tBodies[0].rows, (row) => row.cells[2].textContent).join();
+      const press = table.querySelectorAll("thead button")[2];
+      const told = [];
+      press.focus(); told.push(document.activeElement === press);
+      press.click(); told.push(order()); press.click(); told.push(order());
+      told.push(table.querySelectorAll("th")[2].getAttribute("aria-sort"));
+      const box = document.getElementById("filter");
+      box.value = "RAW"; box.dispatchEvent(new Event("input"));
+      told.push(Array.from(table.tBodies[0].rows).filter((row) => !row.hidden).length);
+      told.push(document.documentElement.scrollWidth <= innerWidth);
+      document.body.dataset.told = JSON.stringify([...told, errors]);
+    });
+    </script></head>"""
+    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    (tmp_path / "tried.html").write_text(free.replace("</head>", tried, 1), encoding="utf-8")
+    dom = seen_by_browser(tmp_path / "tried.html")
+    (told,) = re.findall(r'data-told="(\[[^"]*\])"', dom.replace("&quot;", "'"))
+    assert told == "[true,'raw,n4','n4,raw','ascending',1,true,[]]"
+    # As it is delivered: its own script has run, which shows the box.
+    assert '<div class="find">' in seen_by_browser(tmp_path / "study" / "report.html")
