@@ -16,9 +16,10 @@ from cspine_train.option_values import AXES, folds_of, list_of, weights_by_encod
 from cspine_train.recipe_options import recipe_options, settings_of
 
 if TYPE_CHECKING:
+    from cspine_data import Cohort
     from cspine_train.settings import RunSettings
     from cspine_train.study import Outcome
-    from cspine_train.study_plan import Grid, Plan
+    from cspine_train.study_plan import Cell, Grid, Plan
 
 
 @click.command()
@@ -68,9 +69,13 @@ def study(
     plan = plan_study(cohort, _asked(grid, queue, settings_of(**recipe)))
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
     _tell_plan(plan, len(to_do))
+    if to_do and not only_plan:
+        _check_weights(to_do)
     if to_do:
         _tell_cost(cohort, to_do)
     if only_plan:
+        # Last: what it would cost is known all the same.
+        _check_weights(to_do)
         return
     failed: list[Outcome] = []
     with progress_bar("cells") as progress:
@@ -111,8 +116,12 @@ def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSetti
 
 
 def _tell_plan(plan: Plan, to_do: int) -> None:
+    from cspine_train.study_plan import RANDOM_ENCODER, RANDOM_TOLD
+
     cells = [cell.settings for cell in plan.cells]
     click.echo(f"{len(cells)} cells, {len(cells) - to_do} of them done")
+    if any((one.encoder, one.weights) == (RANDOM_ENCODER, "none") for one in cells):
+        click.echo(f"note: {RANDOM_TOLD}")
     for name, values in {
         "models": [one.model for one in cells],
         "encoders": [
@@ -127,15 +136,20 @@ def _tell_plan(plan: Plan, to_do: int) -> None:
         click.echo(f"  {name}: {', '.join(dict.fromkeys(values))}")
 
 
-def _tell_cost(cohort: Any, to_do: Sequence[Any]) -> None:
-    from cspine_train.study_cost import check_weights, costs, hours_told
+def _check_weights(to_do: Sequence[Cell]) -> None:
+    from cspine_train.study_cost import check_weights
 
     try:
         check_weights(to_do)
     except ModelError as error:
         for line in error.details:
-            click.echo(line, err=True)
+            say(line, err=True)
         raise
+
+
+def _tell_cost(cohort: Cohort, to_do: Sequence[Cell]) -> None:
+    from cspine_train.study_cost import costs, hours_told
+
     with progress_bar("timing a step of each network") as progress:
         found = costs(cohort, to_do, progress)
     rows: dict[tuple[str, ...], list[Any]] = {}
