@@ -91,6 +91,8 @@ def study(
                 click.echo(f"done {done} of {len(plan.cells)}: {outcome.cell.name} ({outcome.seconds:.0f} s)")
             if progress:
                 progress(done, len(plan.cells), outcome.cell.name)
+            # Whoever looks meanwhile sees what there is, and so does whoever kills this.
+            write_outcome(output)
 
         run_study(plan, output, workers, scheduler, ended)
     for file in write_outcome(output):

@@ -94,18 +94,20 @@ def findings(rows: Sequence[Mapping[str, Any]], unfinished: Sequence[str] = ()) 
 
 def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool) -> Table:
     own = [condition for condition in dice if condition.axes == axes]
+    published = {c: percent for c in own if (percent := published_percent().get(_published(c))) is not None}
     columns = (
         "model", "encoder", "variant", *(("epochs", "batch") if recipes else ()), "patients", "Dice",
-        "batch-averaged Dice, %", "published, %", "difference",
+        "batch-averaged Dice, %", *(("published, %", "difference") if published else ()),
     )  # fmt: skip
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for condition in own:
         known = [*condition[:3], *(map(str, condition[4:]) if recipes else ())]
         of_patients = list(dice[condition].values())
         percent = 100 * mean(batch_averaged[condition].values())
-        there = published_percent().get(_published(condition))
+        there = published.get(condition)
         beside = ("", "") if there is None else (f"{there:.0f}", f"{percent - there:+.1f}")
-        rows.append((*known, str(len(of_patients)), mean_interval(of_patients).told(), f"{percent:.1f}", *beside))
+        told = (str(len(of_patients)), mean_interval(of_patients).told(), f"{percent:.1f}")
+        rows.append((*known, *told, *(beside if published else ())))
     planes = ", ".join(PLANES[int(axis)] for axis in axes)
     return Table(
         f"Axis {axes} ({planes} slices)",
@@ -114,7 +116,9 @@ def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool) -> Ta
         (
             "Dice: over whole volumes, mean over patients, in brackets its 95 % interval by bootstrap over patients.",
             "Published: the reference study's figure of one other patient, averaged over batches, as the column before "
-            "it; what it calls random names no encoder.",
+            "it; what it calls random names no encoder."
+            if published
+            else "The reference study published no figure of these encoders and what they start from.",
         ),
     )
 

@@ -41,7 +41,7 @@ def run_of(folder: Path, model: str, encoder: str, labels: tuple[int, ...] = ())
 def test_onnxruntime_computes_the_same_and_the_file_says_how_to_feed_it(
     tmp_path: Path, run_train: Callable[..., Result]
 ) -> None:
-    loaded = run_of(tmp_path / "run", "unet", "tu-mobilenetv3_small_100", (3, 7))
+    loaded = run_of(tmp_path / "run", "unet", "tu-test_resnet", (3, 7))
     done = run_train("export", tmp_path / "run", "-o", tmp_path / "m.onnx")
     assert done.exit_code == 0, done.output
     assert done.output.splitlines()[-1] == f"wrote {tmp_path / 'm.onnx'}, for slices of any size"
@@ -61,7 +61,7 @@ def test_onnxruntime_computes_the_same_and_the_file_says_how_to_feed_it(
 
 
 def test_a_network_that_pools_whole_slices_takes_one_size(tmp_path: Path) -> None:
-    loaded = run_of(tmp_path / "run", "pspnet", "resnet18")
+    loaded = run_of(tmp_path / "run", "pspnet", "tu-test_resnet")
     assert not export_onnx(loaded, tmp_path / "m.onnx")
     slices = torch.randn(4, 3, 96, 64)
     with torch.inference_mode():
@@ -72,7 +72,7 @@ def test_a_network_that_pools_whole_slices_takes_one_size(tmp_path: Path) -> Non
 @pytest.mark.realdata
 def test_real_slices_give_the_same_probabilities(realdata: Path, tmp_path: Path) -> None:
     """All sagittal slices of a lumbar spine, through all of prediction, with onnxruntime in the network's place."""
-    loaded = run_of(tmp_path / "run", "linknet", "tu-mobilenetv3_small_100")
+    loaded = run_of(tmp_path / "run", "linknet", "tu-test_resnet")
     assert export_onnx(loaded, tmp_path / "m.onnx")
     volume = read_volume(realdata / "messy" / "lumbar_pir.nii.gz")
     prepared = preprocess_volume(volume, loaded.record.preprocessing)
@@ -91,7 +91,7 @@ def test_real_slices_give_the_same_probabilities(realdata: Path, tmp_path: Path)
 
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = run_of(tmp_path / "run", "unet", "tu-mobilenetv3_small_100")
+    loaded = run_of(tmp_path / "run", "unet", "tu-test_resnet")
     with pytest.raises(RunError, match=r"m\.pb: is no name for an ONNX file; end it with \.onnx"):
         export_onnx(loaded, tmp_path / "m.pb")
     monkeypatch.setattr("cspine_train.exporting.find_spec", lambda name: None if name == "onnxscript" else name)
