@@ -74,7 +74,8 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
     """
     slices = [one for path in files(folder) if (one := _header(path))]
     if not slices:
-        raise InputError(folder, "holds no DICOM file", "give the folder that the series' files lie in")
+        remedy = "give the folder that they lie in; folders in it are not searched"
+        raise InputError(folder, "holds no NRRD, NIfTI or DICOM file", remedy)
     series = Counter(one.series for one in slices)
     if len(series) > 1:
         counts = ", ".join(map(str, sorted(series.values(), reverse=True)))

@@ -26,7 +26,7 @@ class CommandGroup(click.Group):
         except BrokenPipeError:
             raise
         except self.expected as error:
-            raise click.ClickException(_one_line(error)) from None
+            raise click.ClickException(printable(_one_line(error))) from None
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cspine_data.terminal import CommandGroup, print_table, progress_bar, say
-from cspine_train.errors import CspineTrainError, ModelError
+from cspine_train.errors import CspineTrainError, ModelError, RunError
 from cspine_train.option_values import AXES, devices_of, weights_of
 from cspine_train.recipe_options import recipe_options, settings_of
 from cspine_train.study_cli import cell, study, table
@@ -82,10 +82,11 @@ def run(
     devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again goes on where it stopped."""
+    settings = settings_of(axes=AXES[axis], **options)
+    # Not before: PyTorch takes seconds to be imported.
     from cspine_train.machines import Machines, is_first
     from cspine_train.training import train
 
-    settings = settings_of(axes=AXES[axis], **options)
     folder = output or Path("runs") / default_run_name(settings)
     machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     try:
@@ -114,7 +115,6 @@ def run(
 @main.command(hidden=True)
 def join() -> None:
     """Train as one of several processes; the one that starts them says what, on standard input."""
-    from cspine_train.errors import RunError
     from cspine_train.training import join as join_run
 
     try:
@@ -217,12 +217,20 @@ def predict(
 
     NRRD or NIfTI files, folders of them, or folders of DICOM slices. The same command again goes on where it stopped.
     """
+    for path in volumes:
+        if not path.exists():
+            raise RunError(f"{path}: is not there; check the path")
+    if len({path.resolve() for path in runs}) < len(runs):
+        raise click.UsageError("a --run is given twice; --weights says what each counts")
+    from cspine_train.settings import load_record
+
+    for caveat in dict.fromkeys(caveat for path in runs for caveat in load_record(path).caveats()):
+        click.echo(f"note: trained: {caveat}", err=True)
+    # Not before: PyTorch takes seconds to be imported.
     from cspine_train.prediction import load_run
     from cspine_train.prediction_files import Options, find_volumes, predict_files
 
     loaded = [load_run(path) for path in runs]
-    for caveat in dict.fromkeys(caveat for one in loaded for caveat in one.record.caveats()):
-        click.echo(f"note: {caveat}", err=True)
     options = Options(weights, mirror, ending, probability, pictures)
     failed = 0
     with progress_bar("predicting") as progress:

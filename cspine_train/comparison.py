@@ -102,7 +102,9 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
     compared = [_beside(folders, {case: scores[case] for case in patients}, first) for folders, scores in models]
     differ = max(one.higher + one.lower for one in compared[1:])
     if differ < FEWEST_PATIENTS:
-        caveats.append(f"{differ} patients that differ are too few for the test ever to find a difference at 5 %")
+        caveats.append(
+            f"of too few patients, {differ}, do figures differ for the test ever to find a difference at 5 %"
+        )
     return Comparison(tuple(_corrected(compared)), known[measure], tuple(patients), tuple(caveats))
 
 

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from cspine_data import Preprocessing
-from cspine_train.pictures import PLANES
+from cspine_train.option_values import PLANES
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.run_folder import CARD_NAME, METRICS_NAME, RECORD_NAME, write_text
 from cspine_train.settings import RunRecord

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +61,23 @@ def build_model(
         If there is no such architecture or encoder, they do not go together, or the weights cannot be had or do not
         fit: `ModelError.details` then lists the tensors.
     """
+    check_names(model, encoder)
+    network = _create(model, encoder, None, channels, classes)
+
+    def in_colour() -> nn.Module:
+        return cast("nn.Module", _create(model, encoder, "imagenet", 3, classes).encoder)
+
+    return network, give_weights(cast("nn.Module", network.encoder), encoder, weights, in_colour)
+
+
+def check_names(model: str, encoder: str) -> None:
+    """Refuse what is no architecture, and what is no encoder of SMP's own; timm's are looked for when one is built.
+
+    Raises
+    ------
+    ModelError
+        If one of them is not known.
+    """
     if model not in architectures():
         raise ModelError(
             f"model {model!r}: is not known{meant(model, architectures())}; cspine-train models lists them"
@@ -70,12 +88,6 @@ def build_model(
         raise ModelError(
             f"encoder {encoder!r}: is not known{meant(encoder, encoders())}; cspine-train models lists them"
         )
-    network = _create(model, encoder, None, channels, classes)
-
-    def in_colour() -> nn.Module:
-        return cast("nn.Module", _create(model, encoder, "imagenet", 3, classes).encoder)
-
-    return network, give_weights(cast("nn.Module", network.encoder), encoder, weights, in_colour)
 
 
 def sides_of(network: nn.Module) -> Sides:
@@ -126,10 +138,18 @@ def save_model(network: Any, folder: Path) -> None:
     network.save_pretrained(unfinished)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "model.safetensors"):
+        # safetensors lets nobody else read it, wherever the rest of the folder can be read.
+        (unfinished / name).chmod(0o666 & ~_umask())
         (unfinished / name).replace(folder / name)
     for leftover in unfinished.iterdir():
         leftover.unlink()
     unfinished.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classes: int = 1) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import click
 
+#: What the slices along axes 0, 1 and 2 are called.
+PLANES = ("sagittal", "coronal", "axial")
 #: Which axes a model is for, by what users write.
 AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cspine_train.metrics import Overlap
 from cspine_train.module import MONITOR
+from cspine_train.option_values import PLANES
 from cspine_train.run_folder import CURVES_NAME, METRICS_NAME
 from cspine_train.settings import load_record
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLANES = ("sagittal", "coronal", "axial")
 #: What lies at the left, right, top and bottom of a slice as radiologists see it, by axis.
 BORDERS = ("APSI", "RLSI", "RLAP")
 # Okabe and Ito (2008): told apart by the colour-blind, and on grey.

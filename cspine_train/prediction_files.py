@@ -118,6 +118,8 @@ def predict_files(
     options = options or Options()
     check_runs(runs, options.weights)
     to_file = _to_file(volumes, output)
+    if to_file and options.format and not output.name.lower().endswith(f".{options.format}"):
+        raise RunError(f"{output}: is not called as --format {options.format} asks; leave that out, or change the name")
     targets = [output if to_file else output / _name(volume, options) for volume in volumes]
     if len({_beside(target) for target in targets}) < len(targets):
         raise RunError(f"{output}: two of the volumes have the same name; predict them into two folders")

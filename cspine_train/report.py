@@ -10,7 +10,7 @@ from typing import Any
 
 from cspine_train.intervals import MeanInterval
 from cspine_train.metrics import MEASURES, Measure
-from cspine_train.pictures import PLANES
+from cspine_train.option_values import PLANES
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.run_folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, write_text
 from cspine_train.settings import RunRecord

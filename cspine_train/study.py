@@ -17,11 +17,10 @@ from filelock import FileLock, Timeout
 
 from cspine_data import Workers, side_by_side
 from cspine_train.errors import CspineTrainError, RunError
-from cspine_train.machines import end_with_the_first
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.run_folder import write_rows
 from cspine_train.settings import RunRecord, load_record
-from cspine_train.study_plan import Cell, Plan, save_plan
+from cspine_train.study_plan import PLAN_NAME, Cell, Plan, save_plan
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -41,6 +40,25 @@ class Outcome:
     cell: Cell
     seconds: float
     failure: str | None = None
+
+
+def check_output(study: Path) -> None:
+    """Refuse a folder that holds something, and no study.
+
+    Raises
+    ------
+    RunError
+        If it does, or is a file.
+    """
+    if study.is_file() or (study.is_dir() and any(study.iterdir()) and not (study / PLAN_NAME).exists()):
+        raise RunError(f"{study}: is there and is no study; choose another folder with -o")
+
+
+def cells_of_others(study: Path, plan: Plan) -> int:
+    """Return how many run folders of a study a plan does not ask for."""
+    folder = study / RUNS_FOLDER
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return len(there - {cell.name for cell in plan.cells})
 
 
 def is_done(study: Path, cell: Cell) -> bool:
@@ -90,6 +108,7 @@ def run_study(
     CspineDataError
         If the workers cannot be had.
     """
+    check_output(Path(study))
     folder = Path(study).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -184,8 +203,10 @@ def do_cell(request: dict[str, Any]) -> str | None:
 
     It ends when the process does that started it.
     """
-    end_with_the_first()
     from cspine_data import CspineDataError, describe_problem
+    from cspine_train.machines import end_with_the_first
+
+    end_with_the_first()
     from cspine_train.evaluation import evaluate
     from cspine_train.settings import RunSettings
     from cspine_train.training import train

@@ -57,7 +57,7 @@ def study(
     reference study's: 72 cells.
     """
     from cspine_data import open_cohort
-    from cspine_train.study import is_done, run_study
+    from cspine_train.study import LOGS_FOLDER, cells_of_others, check_output, is_done, run_study
     from cspine_train.study_plan import Grid, plan_study
     from cspine_train.study_report import write_outcome
 
@@ -67,8 +67,11 @@ def study(
     grid = Grid(models, encoders, weights, variants, [AXES[axis] for axis in axes], folds, seeds)
     cohort = open_cohort(store)
     plan = plan_study(cohort, _asked(grid, queue, settings_of(**recipe)))
+    check_output(output)
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
     _tell_plan(plan, len(to_do))
+    if others := cells_of_others(output, plan):
+        click.echo(f"note: {output} holds {others} cells that are not of this grid: they stay, and are in no table")
     if to_do and not only_plan:
         _check_weights(to_do)
     if to_do:
@@ -77,6 +80,8 @@ def study(
         # Last: what it would cost is known all the same.
         _check_weights(to_do)
         return
+    if to_do:
+        click.echo(f"what each cell says, an epoch a line: {output / LOGS_FOLDER}")
     failed: list[Outcome] = []
     with progress_bar("cells") as progress:
         done = len(plan.cells) - len(to_do)
@@ -95,10 +100,11 @@ def study(
             write_outcome(output)
 
         run_study(plan, output, workers, scheduler, ended)
-    for file in write_outcome(output):
-        say(f"wrote {file}")
+    files = write_outcome(output)
     if not to_do:
         click.echo(f"nothing to do: all {len(plan.cells)} cells of {output} are done")
+    for file in files if to_do else ():
+        say(f"wrote {file}")
     if failed:
         click.echo(
             f"{len(failed)} of {len(plan.cells)} cells failed; give the command again to try them again", err=True
@@ -150,8 +156,9 @@ def _check_weights(to_do: Sequence[Cell]) -> None:
 
 
 def _tell_cost(cohort: Cohort, to_do: Sequence[Cell]) -> None:
-    from cspine_train.study_cost import costs, hours_told
+    from cspine_train.study_cost import check_names_of, costs, hours_told
 
+    check_names_of(to_do)
     with progress_bar("timing a step of each network") as progress:
         found = costs(cohort, to_do, progress)
     rows: dict[tuple[str, ...], list[Any]] = {}
@@ -161,11 +168,13 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell]) -> None:
     columns = ("model", "encoder", "axis", "cells", "slices an epoch", "time, at most")
     table = []
     for named, group in rows.items():
-        known = [cost.seconds for cost in group if cost.seconds is not None]
-        time_told = hours_told(sum(known)) if len(known) == len(group) else "cannot take a step"
+        cannot = any(cost.failure for cost in group)
+        time_told = "cannot be trained" if cannot else hours_told(sum(cost.seconds for cost in group))
         table.append((*named, str(len(group)), str(max(cost.slices for cost in group)), time_told))
     print_table(columns, table)
-    total = sum(cost.seconds or 0 for cost in found.values())
+    for failure in dict.fromkeys(cost.failure for cost in found.values() if cost.failure):
+        say(f"warning: {failure}", err=True)
+    total = sum(cost.seconds for cost in found.values())
     click.echo(f"to do: {len(to_do)} cells, about {hours_told(total)} on this machine, less where training stops early")
 
 

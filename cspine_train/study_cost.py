@@ -18,7 +18,7 @@ from cspine_train.arithmetic import precision_of
 from cspine_train.classes import label_values, network_classes
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import CspineTrainError, ModelError
-from cspine_train.models import build_model, encoders, sides_of
+from cspine_train.models import build_model, check_names, encoders, sides_of
 from cspine_train.patients import split_of
 from cspine_train.settings import RunSettings
 from cspine_train.study_plan import Cell
@@ -38,13 +38,27 @@ class Cost:
     ----------
     slices : int
         Training slices in an epoch.
-    seconds : float or None
-        About how long training and evaluation take, with as many epochs as there may be; None where the network cannot
-        take a step, which the run itself will say.
+    seconds : float
+        About how long training and evaluation take, with as many epochs as there may be.
+    failure : str or None
+        Why it cannot be trained, where that is seen already.
     """
 
     slices: int
-    seconds: float | None
+    seconds: float
+    failure: str | None = None
+
+
+def check_names_of(cells: Sequence[Cell]) -> None:
+    """Refuse a study of models or encoders that there are not.
+
+    Raises
+    ------
+    ModelError
+        If one is not known.
+    """
+    for model, encoder in dict.fromkeys((cell.settings.model, cell.settings.encoder) for cell in cells):
+        check_names(model, encoder)
 
 
 def check_weights(cells: Sequence[Cell]) -> None:
@@ -131,15 +145,18 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
             network, _ = build_model(settings.model, settings.encoder, "none", settings.channels, classes)
             timed[key] = _Timed(sides_of(network), None)
         data = CohortSlices(cohort, split, settings, 0, timed[key].sides, values)
-    except CspineTrainError:
-        return Cost(0, None)
+    except CspineTrainError as error:
+        return Cost(0, 0.0, str(error))
     size_hw = data.crop_hw or data.size_hw
     if network is not None:
         timed[key].seconds_a_pixel = _seconds_a_pixel(network, settings, size_hw)
     slices = len(data.train_dataloader()) * settings.batch_size
     a_pixel = timed[key].seconds_a_pixel
     if a_pixel is None:
-        return Cost(slices, None)
+        told = (
+            f"{settings.model} with encoder {settings.encoder!r}: cannot train on slices of {size_hw[0]} x {size_hw[1]}"
+        )
+        return Cost(slices, 0.0, f"{told}; choose another --size, --encoders or --models")
     seen_pixels = math.prod(data.steps(half=False).validation_hw) * _SEEN_SHARE
     validated, tested = (
         len(cohort.slices(settings.axes, cases=cases, variant=settings.variant)) if cases else 0

@@ -84,8 +84,8 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Table:
         (cell, str((row["kept_epoch"] or 0) + 1), f"{row['validation_dice']:.4f}", f"{row['train_seconds'] / 60:.1f}")
         for cell, row in of_cell.items()
     )
-    total = sum(row["train_seconds"] for row in of_cell.values()) / 3600
-    note = f"All epochs together took {total:.2f} hours."
+    total = sum(row["train_seconds"] for row in of_cell.values()) / 60
+    note = f"All epochs together took {total:.1f} minutes. Epochs are counted from 1."
     return Table("What each cell took", ("cell", "kept epoch", "validation Dice", "minutes"), told, (note,))
 
 

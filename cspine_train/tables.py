@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from cspine_train.intervals import MeanInterval, mean_interval
-from cspine_train.pictures import PLANES
+from cspine_train.option_values import PLANES
 from cspine_train.published import PublishedCell, published_percent
 from cspine_train.ranking import Contrast, Level, Ranked, Scores, contrasts, levels, n4_answer, ranked
 from cspine_train.results import Condition, scores

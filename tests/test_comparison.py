@@ -111,7 +111,9 @@ def test_few_patients_find_nothing_and_that_is_said(tmp_path: Path) -> None:
     ]
     comparison = compare(runs)
     assert comparison.models[1].p == pytest.approx(2 / 32)
-    assert "5 patients that differ are too few for the test ever to find a difference at 5 %" in comparison.caveats
+    assert (
+        "of too few patients, 5, do figures differ for the test ever to find a difference at 5 %" in comparison.caveats
+    )
 
 
 def test_folds_are_called_what_their_folders_have_in_common(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_damaged_files_are_named(series: tuple[Path, Volume], tmp_path: Path) ->
             read_volume(folder)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match="empty: holds no DICOM file; give the folder"):
+    with pytest.raises(InputError, match="empty: holds no NRRD, NIfTI or DICOM file; give the folder"):
         read_volume(empty)
 
 

@@ -42,7 +42,7 @@ def test_every_command_in_the_readme_exists() -> None:
                     option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
                 }
                 assert set(re.findall(r"(?<= )--?[a-z][\w-]*", match[3])) <= known
-    assert len(used) == 6
+    assert len(used) == 8
 
 
 def test_ci_runs_the_readmes_own_test_command() -> None:

@@ -355,6 +355,22 @@ def test_whatever_goes_wrong_with_one_volume_the_others_go_on(
     assert set(labels(tmp_path / "out")) == {"C\x1b[31m-label.nrrd"}
 
 
+def test_what_contradicts_itself_is_refused_at_once(
+    run: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    volume = write_case(tmp_path / "raw", "A", label=False)
+    for asked, told in (
+        ((volume, "--run", run, "--run", f"{run}/", "-o", "o"), "a --run is given twice; --weights says what each"),
+        ((tmp_path / "no.nrrd", "--run", run, "-o", "o"), "no.nrrd: is not there; check the path"),
+        ((volume, "--run", run, "--format", "seg.nrrd", "-o", tmp_path / "m.nrrd"),
+         "m.nrrd: is not called as --format seg.nrrd asks; leave that out, or change the name"),
+    ):  # fmt: skip
+        refused = run_train("predict", *asked)
+        assert refused.exit_code != 0
+        assert told in refused.output
+    assert not (tmp_path / "m.nrrd").exists()
+
+
 def test_what_is_written_of_two_volumes_never_meets(
     run: Path, tmp_path: Path, run_train: Callable[..., Result]
 ) -> None:
