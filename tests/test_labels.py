@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -272,7 +273,8 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
         torch.testing.assert_close(again, loaded.network(image), atol=1e-4, rtol=1e-4)
     scored = called("evaluate", run)
     assert scored.output.splitlines()[0].endswith("surface Dice at 1 mm  Dice of labels  IoU of labels")
-    called("predict", phantom_folder / "CS_04.nrrd", "--run", run, "--run", run, "-o", tmp_path / "p.nrrd")
+    twin = shutil.copytree(run, tmp_path / "twin")
+    called("predict", phantom_folder / "CS_04.nrrd", "--run", run, "--run", twin, "-o", tmp_path / "p.nrrd")
     found, truth = read_volume(tmp_path / "p.nrrd"), read_volume(phantom_folder / "CS_04S-label.nrrd")
     assert found.array.dtype == np.uint8
     overlaps = label_agreements(found.array, truth.array, found.geometry.spacing_mm)

@@ -607,12 +607,12 @@ def test_the_command_line_evaluates_and_predicts(
     (tmp_path / "bad.nrrd").write_text("no volume")
     several = run_train(
         "predict", phantom_folder / "CS_02.nrrd", tmp_path / "bad.nrrd", phantom_folder / "CS_03.nrrd",
-        "--run", trained, "--run", trained, "-o", tmp_path / "out",
+        "--run", trained, "--run", shutil.copytree(trained, tmp_path / "twin"), "-o", tmp_path / "out",
     )  # fmt: skip
     assert several.exit_code == 1
     assert "bad.nrrd: is no readable NRRD file" in several.output
     predicted = ["CS_02-label.nrrd", "CS_03-label.nrrd", "predictions.csv"]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == predicted
+    assert sorted(file.name for file in (tmp_path / "out").glob("[!.]*")) == predicted
     again = run_train("predict", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path / "out")
     assert again.exit_code == 1
     assert "CS_02-label.nrrd: is there already, and not of these runs; remove it or choose another -o" in again.output
@@ -642,7 +642,7 @@ def write_constant(path: Path) -> Path:
     [
         (("run", "--store", "nowhere"), "Error: nowhere: is no cspine store"),
         (("evaluate", "nowhere"), "Error: nowhere: is no run folder"),
-        (("predict", "x.nrrd", "--run", "nowhere", "-o", "y.nrrd"), "Error: nowhere: is no run folder"),
+        (("predict", ".", "--run", "nowhere", "-o", "y.nrrd"), "Error: nowhere: is no run folder"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_train: Callable[..., Result]) -> None:
