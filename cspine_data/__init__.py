@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cspine_data.bias import BiasParameters, bias_parameters
     from cspine_data.cases import Case, Listing, Problem, describe_problem, find_cases, volumes_in
-    from cspine_data.cluster import Workers, side_by_side
+    from cspine_data.cluster import Workers, side_by_side, usable_cores
     from cspine_data.cohort import Cohort, open_cohort
     from cspine_data.dataset import SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.errors import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _HOME = {
     "bias": ("BiasParameters", "bias_parameters"),
     "cases": ("Case", "Listing", "Problem", "describe_problem", "find_cases", "volumes_in"),
-    "cluster": ("Workers", "side_by_side"),
+    "cluster": ("Workers", "side_by_side", "usable_cores"),
     "cohort": ("Cohort", "open_cohort"),
     "dataset": ("SliceDataset", "SlicePlace", "VolumeDataset"),
     "errors": (
@@ -109,6 +109,7 @@ __all__ = [
     "remove_cases",
     "repair",
     "side_by_side",
+    "usable_cores",
     "verify",
     "volume_stem",
     "volume_suffix",

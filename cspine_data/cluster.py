@@ -225,7 +225,7 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
                 raise InputError(f"scheduler {scheduler}", "has no workers", "start some, then run it again") from None
             yield client
         return
-    number = min(workers.number or _cores(), tasks)
+    number = min(workers.number or usable_cores(), tasks)
     _raise_open_files(number)
     settings = {
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, str(workers.threads)),
@@ -301,5 +301,6 @@ def _raise_open_files(workers: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cspine_data.terminal import CommandGroup, print_table, progress_bar, say
-from cspine_train.errors import CspineTrainError, ModelError, RunError
+from cspine_train.errors import CspineTrainError, ModelError, RunError, error_told
 from cspine_train.option_values import AXES, devices_of, weights_of
 from cspine_train.recipe_options import recipe_options, settings_of
 from cspine_train.study_cli import cell, study, table
@@ -21,6 +21,7 @@ from cspine_train.waiting import stay_awake
 
 if TYPE_CHECKING:
     from cspine_train.prediction_files import Predicted
+    from cspine_train.settings import RunSettings
 
 
 class _Echo(logging.Handler):
@@ -243,12 +244,8 @@ def predict(
 
 def _tell_of(done: Predicted) -> None:
     """Print what became of a volume, and what is to be said of it."""
-    from cspine_data import describe_problem
-
     if done.error is not None:
-        own = isinstance(done.error, CspineTrainError)
-        told = str(done.error) if own else describe_problem(done.volume.name, done.error).message
-        say(f"failed: {told}", err=True)
+        say(f"failed: {error_told(done.volume.name, done.error)}", err=True)
         return
     agreement = "" if done.agreement is None else f", agreement {done.agreement:.3f}"
     verb = "there already:" if done.already else "wrote"
@@ -288,11 +285,9 @@ for command in (study, table, cell):
     main.add_command(command)
 
 
-def default_run_name(settings: Any) -> str:
+def default_run_name(settings: RunSettings) -> str:
     """Return the name of the folder, below `runs`, of a run that was given none."""
-    axes = "".join(map(str, settings.axes))
-    fold = f"-fold{settings.fold}of{settings.folds}" if settings.folds else ""
-    name = f"{settings.model}-{settings.encoder}-axis{axes}-{settings.variant}{fold}-seed{settings.seed}"
+    name = settings.run_name()
     named = {"model", "encoder", "axes", "variant", "folds", "fold", "seed"}
     others = settings.model_dump(exclude=named, exclude_defaults=True)
     if not others:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,8 +140,7 @@ def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: s
 
 
 def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float]) -> Compared:
-    # As figures are recorded: equal differences of these have to be equal, or the test takes one for larger.
-    differences = [round(figure - other, 6) for figure, other in zip(scores.values(), first, strict=True)]
+    differences = paired_differences(scores.values(), first)
     return Compared(
         _told(folders),
         tuple(folders),
@@ -165,12 +164,16 @@ def _told(folders: Sequence[Path]) -> str:
 
 def _corrected(compared: Sequence[Compared]) -> list[Compared]:
     """Correct the tests for their number, and leave the first, which is compared with itself, without one."""
-    others = compared[1:]
-    corrected = iter(holm([one.p for one in others if one.p is not None]))
-    return [
-        replace(compared[0], difference=None, p=None),
-        *(replace(one, p=None if one.p is None else next(corrected)) for one in others),
-    ]
+    tested = [replace(compared[0], difference=None, p=None), *compared[1:]]
+    return [replace(one, p=p) for one, p in zip(tested, holm([one.p for one in tested]), strict=True)]
+
+
+def paired_differences(figures: Iterable[float], others: Iterable[float]) -> list[float]:
+    """Return by how much figures are higher than others, pair by pair, to the six digits that figures are recorded to.
+
+    Equal differences of recorded figures are equal then, where the test would take one of them for larger.
+    """
+    return [round(figure - other, 6) for figure, other in zip(figures, others, strict=True)]
 
 
 def signed_rank_p(differences: Sequence[float]) -> float | None:
@@ -187,11 +190,12 @@ def signed_rank_p(differences: Sequence[float]) -> float | None:
     return float(wilcoxon(differences, zero_method="wilcox", method="auto").pvalue)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for their number, in the order given (Holm 1979)."""
-    corrected = [0.0] * len(p_values)
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Correct p values for their number, in the order given (Holm 1979); None, where nothing was tested, stays."""
+    corrected: list[float | None] = [None] * len(p_values)
+    tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+    for rank, (p, index) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
         corrected[index] = highest
     return corrected

@@ -28,6 +28,13 @@ class ModelError(CspineTrainError, ValueError):
         self.details = tuple(details)
 
 
+def error_told(name: str, error: Exception) -> str:
+    """Return one line on what went wrong with something of that name, whatever was raised."""
+    from cspine_data import describe_problem
+
+    return str(error) if isinstance(error, CspineTrainError) else describe_problem(name, error).message
+
+
 def meant(name: str, known: Iterable[str]) -> str:
     """Return the known name that is nearest to one that is not, in brackets; nothing where none is near."""
     near = difflib.get_close_matches(name, known, n=1)

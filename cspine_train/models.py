@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -137,19 +137,13 @@ def save_model(network: Any, folder: Path) -> None:
     unfinished = folder.with_name(f".{folder.name}")
     network.save_pretrained(unfinished)
     folder.mkdir(parents=True, exist_ok=True)
+    # safetensors lets nobody else read it, wherever the rest of the folder can be read.
+    shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
     for name in ("config.json", "model.safetensors"):
-        # safetensors lets nobody else read it, wherever the rest of the folder can be read.
-        (unfinished / name).chmod(0o666 & ~_umask())
         (unfinished / name).replace(folder / name)
     for leftover in unfinished.iterdir():
         leftover.unlink()
     unfinished.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classes: int = 1) -> nn.Module:

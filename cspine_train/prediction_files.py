@@ -11,8 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from cspine_data import (
     CspineDataError,
     Volume,
@@ -28,7 +26,7 @@ from cspine_data import (
 from cspine_train.errors import RunError
 from cspine_train.overview import draw_overview
 from cspine_train.prediction import LoadedRun, check_runs, predict
-from cspine_train.run_folder import MODEL_FOLDER
+from cspine_train.run_folder import MODEL_FOLDER, only_one
 
 #: What was predicted into a folder, a row a volume.
 INDEX_NAME = "predictions.csv"
@@ -129,11 +127,8 @@ def predict_files(
     truths = _truths(volumes) if options.pictures else {}
     home = output.parent if to_file else output
     home.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(home / _LOCK_NAME, blocking=False).acquire()
-    except Timeout:
-        raise RunError(f"{home}: another command predicts into it; wait for that, or choose another -o") from None
-    with lock:
+    told = f"{home}: another command predicts into it; wait for that, or choose another -o"
+    with only_one(home / _LOCK_NAME, told):
         index = _Index(home / INDEX_NAME, made_by(runs, options))
         for number, (volume, target) in enumerate(zip(volumes, targets, strict=True), start=1):
             try:

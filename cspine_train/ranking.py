@@ -8,7 +8,7 @@ from itertools import combinations
 from statistics import mean
 from typing import TypeVar
 
-from cspine_train.comparison import FEWEST_PATIENTS, holm, signed_rank_p
+from cspine_train.comparison import FEWEST_PATIENTS, holm, paired_differences, signed_rank_p
 from cspine_train.intervals import MeanInterval, mean_interval
 from cspine_train.results import Condition
 
@@ -128,7 +128,7 @@ def ranked(scores: Scores) -> list[Ranked]:
     order = sorted(figures, key=lambda condition: -mean(figures[condition]))
     found = []
     for condition in order:
-        differences = _differences(figures[condition], figures[order[0]])
+        differences = paired_differences(figures[condition], figures[order[0]])
         of_best = condition == order[0]
         found.append(
             Ranked(
@@ -152,7 +152,7 @@ def _contrast(
     means = [_over_blocks(scores, [block[name] for block in blocks], patients) for name in pair]
     if mean(means[1]) > mean(means[0]):
         pair, means = (pair[1], pair[0]), means[::-1]
-    differences = _differences(*means)
+    differences = paired_differences(*means)
     by_block = [
         round(sum(scores[block[pair[0]]][p] - scores[block[pair[1]]][p] for p in patients), 6) for block in blocks
     ]
@@ -188,16 +188,9 @@ def _over_blocks(scores: Scores, conditions: Sequence[Condition], patients: Sequ
     return [mean(scores[condition][patient] for condition in conditions) for patient in patients]
 
 
-def _differences(figures: Sequence[float], others: Sequence[float]) -> list[float]:
-    # As figures are recorded: equal differences of these have to be equal, or the test takes one for larger.
-    return [round(figure - other, 6) for figure, other in zip(figures, others, strict=True)]
-
-
 def _corrected(found: Sequence[Tested]) -> list[Tested]:
     """Correct the tests for their number."""
-    tested = [one.p for one in found if one.p is not None]
-    corrected = iter(holm(tested))
-    return [one if one.p is None else replace(one, p=next(corrected)) for one in found]
+    return [replace(one, p=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
 
 
 def n4_answer(found: Sequence[Contrast]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from cspine_train.intervals import MeanInterval
 from cspine_train.metrics import MEASURES, Measure
 from cspine_train.option_values import PLANES
 from cspine_train.recorded import recorded_evaluations
-from cspine_train.run_folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, write_text
+from cspine_train.run_folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.settings import RunRecord
 
 #: Plots of slices on the page: those of the lowest Dice, of however many patients.
@@ -86,14 +85,6 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
 
 def _told(measure: Measure, figure: float | None) -> str:
     return "" if figure is None else measure.figure(figure)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return a table's rows; none of a file that is not there."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def embedded_pictures(named: Iterable[tuple[Path, str]]) -> list[dict[str, str]]:

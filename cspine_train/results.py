@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cspine_train.metrics import MEASURES
-from cspine_train.recorded import recorded_evaluations
-from cspine_train.run_folder import METRICS_NAME, write_rows
-from cspine_train.settings import RunRecord, load_record
-from cspine_train.study import RUNS_FOLDER, is_done
+from cspine_train.run_folder import METRICS_NAME, read_rows, write_rows
+from cspine_train.settings import RunRecord
+from cspine_train.study import RUNS_FOLDER, what_came_out
 from cspine_train.study_plan import Cell, Plan, start_told
 
 #: The table, for people and programs of all kinds, and with its types.
@@ -38,18 +36,18 @@ def condition_of(row: Mapping[str, Any]) -> Condition:
 
 def study_rows(study: Path, plan: Plan) -> list[dict[str, Any]]:
     """Return the table's rows: every figure of every test patient of the cells that are done, in the plan's order."""
-    return [row for cell in plan.cells if is_done(study, cell) for row in _rows(study / RUNS_FOLDER / cell.name, cell)]
+    found = ((cell, what_came_out(study, cell)) for cell in plan.cells)
+    return [row for cell, known in found if known for row in _rows(study / RUNS_FOLDER / cell.name, cell, *known)]
 
 
-def _rows(run: Path, cell: Cell) -> Iterator[dict[str, Any]]:
-    record = load_record(run)
+def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     settings = record.settings
     known = {
         "model": settings.model,
         "encoder": settings.encoder,
         "weights": start_told(settings),
         "variant": settings.variant,
-        "axes": "".join(map(str, settings.axes)),
+        "axes": settings.axes_name,
         "folds": settings.folds,
         "fold": settings.fold if settings.folds else None,
         "seed": settings.seed,
@@ -57,23 +55,13 @@ def _rows(run: Path, cell: Cell) -> Iterator[dict[str, Any]]:
         "batch_size": settings.batch_size,
         "kept_epoch": record.kept_epoch,
         "validation_dice": record.kept_dice,
-        "train_seconds": train_seconds(run),
+        # Over all its interruptions.
+        "train_seconds": sum(float(row["seconds"]) for row in read_rows(run / METRICS_NAME)),
     }
-    for name, evaluation in recorded_evaluations(run, record):
-        if name == "test":
-            for row in evaluation["patients"]:
-                figures = {figure: float(row[figure]) for figure in FIGURES if figure in row}
-                yield known | {"patient": str(row["case"])} | figures | {"cell": cell.name, "note": _note(record)}
-
-
-def _note(record: RunRecord) -> str:
-    return "; ".join(record.caveats())
-
-
-def train_seconds(run: Path) -> float:
-    """Return how long a run's epochs took, over all its interruptions."""
-    with (run / METRICS_NAME).open(newline="", encoding="utf-8") as file:
-        return sum(float(row["seconds"]) for row in csv.DictReader(file))
+    beside = {"cell": cell.name, "note": "; ".join(record.caveats())}
+    for row in evaluation["patients"]:
+        figures = {figure: float(row[figure]) for figure in FIGURES if figure in row}
+        yield known | {"patient": str(row["case"])} | figures | beside
 
 
 def scores(rows: Sequence[Mapping[str, Any]], figure: str = "dice") -> dict[Condition, dict[str, float]]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cspine_train.errors import RunError
 
 #: What was asked and what was fed: JSON, see `RunRecord`.
 RECORD_NAME = "run.json"
@@ -37,6 +42,31 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8", newline="")
     temporary.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return a table's rows; none of a file that is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@contextmanager
+def only_one(lock: Path, told: str) -> Iterator[None]:
+    """Hold a lock as long as this lasts, or refuse with what is told where another process holds it.
+
+    Raises
+    ------
+    RunError
+        If one does.
+    """
+    try:
+        held = FileLock(lock, blocking=False).acquire()
+    except Timeout:
+        raise RunError(told) from None
+    with held:
+        yield
 
 
 def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -142,6 +142,17 @@ class RunSettings(BaseModel):
         return self
 
     @property
+    def axes_name(self) -> str:
+        """The axes as users write them: ``0``, or ``012``."""
+        return "".join(map(str, self.axes))
+
+    def run_name(self, start: str = "") -> str:
+        """Return what a run's folder is called for people; `start` says what its encoder starts from, if anything."""
+        fold = f"-fold{self.fold}of{self.folds}" if self.folds else ""
+        encoder = f"{self.encoder}-{start}" if start else self.encoder
+        return f"{self.model}-{encoder}-axis{self.axes_name}-{self.variant}{fold}-seed{self.seed}"
+
+    @property
     def channels(self) -> int:
         """How many slices the network sees at once."""
         return 2 * self.context + 1

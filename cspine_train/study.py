@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
-from cspine_data import Workers, side_by_side
-from cspine_train.errors import CspineTrainError, RunError
+from cspine_data import Workers, side_by_side, usable_cores
+from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.recorded import recorded_evaluations
-from cspine_train.run_folder import write_rows
+from cspine_train.run_folder import only_one, write_rows
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.study_plan import PLAN_NAME, Cell, Plan, save_plan
 
@@ -63,17 +61,23 @@ def cells_of_others(study: Path, plan: Plan) -> int:
 
 def is_done(study: Path, cell: Cell) -> bool:
     """Return whether a cell is trained and its test patients are scored."""
+    return what_came_out(study, cell) is not None
+
+
+def what_came_out(study: Path, cell: Cell) -> tuple[RunRecord, dict[str, Any]] | None:
+    """Return the record of a cell's run and the evaluation of all its test patients; None of one that is not done."""
     folder = study / RUNS_FOLDER / cell.name
     try:
         record = load_record(folder)
     except RunError:
-        return False
-    return record.finished and _is_scored(folder, record)
+        return None
+    evaluation = _test_scores(folder, record) if record.finished else None
+    return None if evaluation is None else (record, evaluation)
 
 
-def _is_scored(run: Path, record: RunRecord) -> bool:
-    """Return whether all test patients of a run are scored."""
-    return any(name == "test" and not one.get("failed") for name, one in recorded_evaluations(run, record))
+def _test_scores(run: Path, record: RunRecord) -> dict[str, Any] | None:
+    found = (one for name, one in recorded_evaluations(run, record) if name == "test" and not one.get("failed"))
+    return next(found, None)
 
 
 def run_study(
@@ -111,11 +115,8 @@ def run_study(
     check_output(Path(study))
     folder = Path(study).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / _LOCK_NAME, blocking=False).acquire()
-    except Timeout:
-        raise RunError(f"{study}: is being run by another process; wait for it, or choose another -o") from None
-    with lock:
+    told = f"{study}: is being run by another process; wait for it, or choose another -o"
+    with only_one(folder / _LOCK_NAME, told):
         save_plan(folder, plan)
         _record_failures(folder, [])
         to_do = [cell for cell in plan.cells if not is_done(folder, cell)]
@@ -138,7 +139,7 @@ def processes_here(workers: int | None, cells: int) -> tuple[int, int, tuple[str
     One a GPU; without any one for each four cores, as more threads than that wait for each other.
     """
     gpus = _gpus()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     number = max(1, min(workers or len(gpus) or -(-cores // 4), cells))
     return number, max(1, cores // number), gpus
 
@@ -203,7 +204,7 @@ def do_cell(request: dict[str, Any]) -> str | None:
 
     It ends when the process does that started it.
     """
-    from cspine_data import CspineDataError, describe_problem
+    from cspine_data import CspineDataError
     from cspine_train.machines import end_with_the_first
 
     end_with_the_first()
@@ -214,7 +215,7 @@ def do_cell(request: dict[str, Any]) -> str | None:
     run = Path(request["run"])
     try:
         record = train(request["store"], run, RunSettings(**request["settings"]))
-        if not _is_scored(run, record):
+        if _test_scores(run, record) is None:
             failed = evaluate(run, ("test",), request["store"]).failed
             return failed[0].message if failed else None
     except (CspineTrainError, CspineDataError) as error:
@@ -223,13 +224,12 @@ def do_cell(request: dict[str, Any]) -> str | None:
         import traceback
 
         traceback.print_exc()
-        return describe_problem(run.name, error).message
+        return error_told(run.name, error)
     return None
 
 
 def _lost(cell: Cell, reason: str | Exception) -> Outcome:
-    told = reason if isinstance(reason, str) else f"failed unexpectedly ({type(reason).__name__}: {reason})"
-    return Outcome(cell, 0.0, told)
+    return Outcome(cell, 0.0, reason if isinstance(reason, str) else error_told(cell.name, reason))
 
 
 def _record_failures(study: Path, outcomes: Sequence[Outcome]) -> None:

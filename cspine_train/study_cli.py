@@ -136,7 +136,7 @@ def _tell_plan(plan: Plan, to_do: int) -> None:
             f"{one.encoder} from {one.weights if one.weights != 'none' else 'random'} weights" for one in cells
         ],
         "variants": [one.variant for one in cells],
-        "axes": ["".join(map(str, one.axes)) for one in cells],
+        "axes": [one.axes_name for one in cells],
         "folds": [f"{one.fold} of {one.folds}" if one.folds else "reference split" for one in cells],
         "seeds": [str(one.seed) for one in cells],
         "epochs": [str(one.epochs) for one in cells],
@@ -164,7 +164,7 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell]) -> None:
     rows: dict[tuple[str, ...], list[Any]] = {}
     for cell in to_do:
         one = cell.settings
-        rows.setdefault((one.model, one.encoder, "".join(map(str, one.axes))), []).append(found[cell.name])
+        rows.setdefault((one.model, one.encoder, one.axes_name), []).append(found[cell.name])
     columns = ("model", "encoder", "axis", "cells", "slices an epoch", "time, at most")
     table = []
     for named, group in rows.items():

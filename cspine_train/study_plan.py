@@ -222,9 +222,7 @@ def start_told(settings: RunSettings) -> str:
 
 
 def _told(one: RunSettings) -> str:
-    axes = "".join(map(str, one.axes))
-    fold = f"-fold{one.fold}of{one.folds}" if one.folds else ""
-    named = f"{one.model}-{one.encoder}-{start_told(one)}-axis{axes}-{one.variant}{fold}-seed{one.seed}"
+    named = one.run_name(start_told(one))
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in named)
 
 

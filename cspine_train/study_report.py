@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cspine_train.report import embedded_pictures, page, read_rows, slice_plots
+from cspine_train.report import embedded_pictures, page, slice_plots
 from cspine_train.results import scores, study_rows, write_results
-from cspine_train.run_folder import EVALUATION_FOLDER, METRICS_NAME, REPORT_NAME, write_text
+from cspine_train.run_folder import EVALUATION_FOLDER, METRICS_NAME, REPORT_NAME, read_rows, write_text
 from cspine_train.study import FAILURES_NAME, RUNS_FOLDER
 from cspine_train.study_plan import Plan, load_plan
 from cspine_train.tables import MARKDOWN, Findings, Table, findings, rendered
@@ -102,8 +101,7 @@ def _patients(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _curves(study: Path, cells: Sequence[str]) -> Iterator[dict[str, Any]]:
     for cell in cells:
-        with (study / RUNS_FOLDER / cell / METRICS_NAME).open(newline="", encoding="utf-8") as file:
-            dice = [float(row["valid_dice"]) for row in csv.DictReader(file)]
+        dice = [float(row["valid_dice"]) for row in read_rows(study / RUNS_FOLDER / cell / METRICS_NAME)]
         step = 285 / max(1, len(dice) - 1)
         path = " ".join(f"{'L' if n else 'M'}{30 + n * step:.1f} {100 - 95 * d:.1f}" for n, d in enumerate(dice))
         # Of one epoch a point would not be seen.
