@@ -207,8 +207,8 @@ def n4_answer(found: Sequence[Contrast]) -> str:
         else (contrast.patients_lower, contrast.pairs_lower)
     )
     evidence = (
-        f"Dice with N4 less Dice without is {points:+.2f} points over {_counted(contrast.patients, 'patient')} and "
-        f"{_counted(contrast.pairs, 'pair')} of conditions (higher with N4 in {patients} of {contrast.patients} "
+        f"Dice with N4 less Dice without is {points:+.2f} points over {counted(contrast.patients, 'patient')} and "
+        f"{counted(contrast.pairs, 'pair')} of conditions (higher with N4 in {patients} of {contrast.patients} "
         f"patients, {pairs} of {contrast.pairs} pairs)"
     )
     if interval.low is not None and interval.high is not None:
@@ -225,5 +225,6 @@ def n4_answer(found: Sequence[Contrast]) -> str:
     return f"Does N4 help? The evidence does not decide{few}: {evidence}."
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """Return a number of things as people say it: ``1 cell``, ``2 cells``."""
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -27,6 +27,10 @@ class Condition(NamedTuple):
     epochs: int
     batch_size: int
 
+    def told(self) -> str:
+        """Return what it is, for people; its epochs and batch are where several differ in them."""
+        return f"{self.model}, {self.encoder}, {self.variant}, axis {self.axes}"
+
 
 def condition_of(row: Mapping[str, Any]) -> Condition:
     """Return the condition that a row of the table belongs to."""

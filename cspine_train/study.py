@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cspine_data import Workers, side_by_side, usable_cores
 from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.recorded import recorded_evaluations
-from cspine_train.run_folder import only_one, write_rows
+from cspine_train.run_folder import METRICS_NAME, only_one, read_rows, write_rows
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.study_plan import PLAN_NAME, Cell, Plan, save_plan
 
@@ -78,6 +78,11 @@ def what_came_out(study: Path, cell: Cell) -> tuple[RunRecord, dict[str, Any]] |
 def _test_scores(run: Path, record: RunRecord) -> dict[str, Any] | None:
     found = (one for name, one in recorded_evaluations(run, record) if name == "test" and not one.get("failed"))
     return next(found, None)
+
+
+def epochs_trained(study: Path, cells: Sequence[Cell]) -> int:
+    """Return how many epochs of these cells are trained by now."""
+    return sum(len(read_rows(study / RUNS_FOLDER / cell.name / METRICS_NAME)) for cell in cells)
 
 
 def run_study(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from cspine_train.settings import RunSettings
     from cspine_train.study import Outcome
     from cspine_train.study_plan import Cell, Grid, Plan
+
+# Between looks at how far cells have come, and between writings of what came out, in times that one took.
+_LOOK_S, _WRITING_PAUSES = 2.0, 50
 
 
 @click.command()
@@ -57,6 +63,7 @@ def study(
     reference study's: 72 cells.
     """
     from cspine_data import open_cohort
+    from cspine_train.ranking import counted
     from cspine_train.study import LOGS_FOLDER, cells_of_others, check_output, is_done, run_study
     from cspine_train.study_plan import Grid, plan_study
     from cspine_train.study_report import write_outcome
@@ -71,11 +78,11 @@ def study(
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
     _tell_plan(plan, len(to_do))
     if others := cells_of_others(output, plan):
-        click.echo(f"note: {output} holds {others} cells that are not of this grid: they stay, and are in no table")
+        click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids: they stay, and are in no table")
     if to_do and not only_plan:
         _check_weights(to_do)
     if to_do:
-        _tell_cost(cohort, to_do)
+        _tell_cost(cohort, to_do, workers)
     if only_plan:
         # Last: what it would cost is known all the same.
         _check_weights(to_do)
@@ -83,22 +90,25 @@ def study(
     if to_do:
         click.echo(f"what each cell says, an epoch a line: {output / LOGS_FOLDER}")
     failed: list[Outcome] = []
-    with progress_bar("cells") as progress:
-        done = len(plan.cells) - len(to_do)
+    left = {cell.name: cell for cell in to_do}
+    write_at = 0.0
 
-        def ended(outcome: Outcome) -> None:
-            nonlocal done
-            done += 1
-            if outcome.failure:
-                failed.append(outcome)
-                say(f"failed: {outcome.cell.name}: {outcome.failure}", err=True)
-            elif progress is None:
-                click.echo(f"done {done} of {len(plan.cells)}: {outcome.cell.name} ({outcome.seconds:.0f} s)")
-            if progress:
-                progress(done, len(plan.cells), outcome.cell.name)
-            # Whoever looks meanwhile sees what there is, and so does whoever kills this.
+    def ended(outcome: Outcome) -> None:
+        nonlocal write_at
+        del left[outcome.cell.name]
+        if outcome.failure:
+            failed.append(outcome)
+            say(f"failed: {outcome.cell.name}: {outcome.failure}", err=True)
+        else:
+            done = len(plan.cells) - len(left) - len(failed)
+            say(f"done {done} of {len(plan.cells)}: {outcome.cell.name} ({outcome.seconds:.0f} s)")
+        # Whoever looks meanwhile sees what there is; in a large study not all the time.
+        if left and (began := time.monotonic()) >= write_at:
             write_outcome(output)
+            ready = time.monotonic()
+            write_at = ready + _WRITING_PAUSES * (ready - began)
 
+    with _shown_by_epochs(output, plan.cells, left):
         run_study(plan, output, workers, scheduler, ended)
     files = write_outcome(output)
     if not to_do:
@@ -106,10 +116,44 @@ def study(
     for file in files if to_do else ():
         say(f"wrote {file}")
     if failed:
-        click.echo(
-            f"{len(failed)} of {len(plan.cells)} cells failed; give the command again to try them again", err=True
-        )
+        told = f"{len(failed)} of {counted(len(plan.cells), 'cell')} failed; give the command again to try again"
+        click.echo(told, err=True)
         raise SystemExit(1)
+
+
+@contextmanager
+def _shown_by_epochs(study: Path, cells: Sequence[Cell], left: Mapping[str, Cell]) -> Iterator[None]:
+    """Show on a terminal how many epochs of all cells are trained, as long as this lasts."""
+    from cspine_train.study import epochs_trained
+
+    epochs = sum(cell.settings.epochs for cell in cells)
+
+    with progress_bar("epochs") as progress:
+        if progress is None:
+            yield
+            return
+
+        def show() -> None:
+            to_do = list(left.values())
+            # A cell that is over has none to come, if it stopped early too.
+            over = epochs - sum(cell.settings.epochs for cell in to_do)
+            progress(over + epochs_trained(study, to_do), epochs, f"{len(cells) - len(to_do)} of {len(cells)} cells")
+
+        ended = Event()
+
+        def look() -> None:
+            while not ended.wait(_LOOK_S):
+                show()
+
+        show()
+        looking = Thread(target=look, daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            looking.join()
+            show()
 
 
 def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSettings]:
@@ -124,10 +168,11 @@ def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSetti
 
 
 def _tell_plan(plan: Plan, to_do: int) -> None:
+    from cspine_train.ranking import counted
     from cspine_train.study_plan import RANDOM_ENCODER, RANDOM_TOLD
 
     cells = [cell.settings for cell in plan.cells]
-    click.echo(f"{len(cells)} cells, {len(cells) - to_do} of them done")
+    click.echo(f"{counted(len(cells), 'cell')}, {len(cells) - to_do} of them done")
     if any((one.encoder, one.weights) == (RANDOM_ENCODER, "none") for one in cells):
         click.echo(f"note: {RANDOM_TOLD}")
     for name, values in {
@@ -155,12 +200,15 @@ def _check_weights(to_do: Sequence[Cell]) -> None:
         raise
 
 
-def _tell_cost(cohort: Cohort, to_do: Sequence[Cell]) -> None:
+def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> None:
+    from cspine_train.ranking import counted
+    from cspine_train.study import processes_here
     from cspine_train.study_cost import check_names_of, costs, hours_told
 
     check_names_of(to_do)
-    with progress_bar("timing a step of each network") as progress:
-        found = costs(cohort, to_do, progress)
+    side_by_side, threads, _ = processes_here(workers, len(to_do))
+    with progress_bar("timing steps of each network") as progress:
+        found = costs(cohort, to_do, threads, progress)
     rows: dict[tuple[str, ...], list[Any]] = {}
     for cell in to_do:
         one = cell.settings
@@ -169,13 +217,15 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell]) -> None:
     table = []
     for named, group in rows.items():
         cannot = any(cost.failure for cost in group)
-        time_told = "cannot be trained" if cannot else hours_told(sum(cost.seconds for cost in group))
+        time_told = "cannot be trained" if cannot else hours_told(sum(cost.seconds for cost in group) / side_by_side)
         table.append((*named, str(len(group)), str(max(cost.slices for cost in group)), time_told))
     print_table(columns, table)
     for failure in dict.fromkeys(cost.failure for cost in found.values() if cost.failure):
         say(f"warning: {failure}", err=True)
-    total = sum(cost.seconds for cost in found.values())
-    click.echo(f"to do: {len(to_do)} cells, about {hours_told(total)} on this machine, less where training stops early")
+    total = hours_told(sum(cost.seconds for cost in found.values()) / side_by_side)
+    how = f", {side_by_side} at a time" if side_by_side > 1 else ""
+    told = f"to do: {counted(len(to_do), 'cell')}, about {total} on this machine{how}, less where training stops early"
+    click.echo(told)
 
 
 @click.command()

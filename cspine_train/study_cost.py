@@ -1,4 +1,4 @@
-"""How long the runs of a study will take here: found out by a step of each of its networks."""
+"""How long the runs of a study will take here: found out by steps of each of its networks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from cspine_train.weights import weights_at_hand
 
 # Without going back through the network, and in an inference mode.
 _SEEN_SHARE = 1 / 3
-_START_S = 10.0
+# Beside the network a step has random changes, loss and optimiser, and a cell its start and pictures, a test patient
+# distances and pictures.
+_BESIDE_NETWORK, _START_S, _PATIENT_S = 1.2, 15.0, 2.0
+# What a layer takes for itself, however large its input is, is nothing beside this.
+_LONG_STEP_S = 0.5
+# The first makes what the others find made, and whatever else the machine does makes one longer, never shorter.
+_FEWEST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 4, 2.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Cost:
     slices : int
         Training slices in an epoch.
     seconds : float
-        About how long training and evaluation take, with as many epochs as there may be.
+        About how long training and evaluation take in a process, with as many epochs as there may be.
     failure : str or None
         Why it cannot be trained, where that is seen already.
     """
@@ -104,9 +110,12 @@ def _why_not(encoder: str, weights: str, ways: Sequence[tuple[str, int]]) -> str
 
 
 def costs(
-    cohort: Cohort, cells: Sequence[Cell], progress: Callable[[int, int, str], None] | None = None
+    cohort: Cohort,
+    cells: Sequence[Cell],
+    threads: int,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Cost]:
-    """Estimate what each cell takes on this machine, from a timed step of each different network.
+    """Estimate what each cell takes on this machine, from timed steps of each different network.
 
     Parameters
     ----------
@@ -114,44 +123,59 @@ def costs(
         What they will be fed.
     cells : sequence of Cell
         The runs.
+    threads : int
+        Of the process of each, see `processes_here`.
     progress : callable, optional
         Called with (cells estimated, cells, name).
     """
     keep_large_blocks()
     timed: dict[tuple[Any, ...], _Timed] = {}
     found = {}
-    for number, cell in enumerate(cells, start=1):
-        found[cell.name] = _cost(cohort, cell.settings, timed)
-        if progress:
-            progress(number, len(cells), cell.name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for number, cell in enumerate(cells, start=1):
+            found[cell.name] = _cost(cohort, cell.settings, timed)
+            if progress:
+                progress(number, len(cells), "")
+    finally:
+        torch.set_num_threads(before)
     return found
 
 
 @dataclass
 class _Timed:
-    """What is known of a network: what sizes it takes, and how long a step takes for a pixel; None where it cannot."""
+    """What is known of a network: what sizes it takes, and how long a step takes, for a pixel.
+
+    Of an image's size; None where it cannot take a step. Under no size, what holds for all of them.
+    """
 
     sides: Sides
-    seconds_a_pixel: float | None
+    seconds_a_pixel: dict[tuple[int, int] | None, float | None]
 
 
 def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _Timed]) -> Cost:
     split = split_of(cohort, settings)
     classes = network_classes(values := label_values(cohort, split, settings))
     key = settings.model, settings.encoder, settings.channels, classes, settings.precision
-    network = None
+
+    def network() -> nn.Module:
+        return build_model(settings.model, settings.encoder, "none", settings.channels, classes)[0]
+
     try:
         if key not in timed:
-            network, _ = build_model(settings.model, settings.encoder, "none", settings.channels, classes)
-            timed[key] = _Timed(sides_of(network), None)
+            timed[key] = _Timed(sides_of(network()), {})
         data = CohortSlices(cohort, split, settings, 0, timed[key].sides, values)
     except CspineTrainError as error:
         return Cost(0, 0.0, str(error))
     size_hw = data.crop_hw or data.size_hw
-    if network is not None:
-        timed[key].seconds_a_pixel = _seconds_a_pixel(network, settings, size_hw)
+    known = timed[key].seconds_a_pixel
+    if None not in known and size_hw not in known:
+        known[size_hw] = found = _seconds_a_pixel(network(), settings, size_hw)
+        if found is not None and found * settings.batch_size * math.prod(size_hw) > _LONG_STEP_S:
+            known[None] = found
     slices = len(data.train_dataloader()) * settings.batch_size
-    a_pixel = timed[key].seconds_a_pixel
+    a_pixel = known.get(size_hw, known.get(None))
     if a_pixel is None:
         told = (
             f"{settings.model} with encoder {settings.encoder!r}: cannot train on slices of {size_hw[0]} x {size_hw[1]}"
@@ -164,30 +188,30 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
     )
     pixels = float(settings.epochs * slices * math.prod(size_hw))
     pixels += (settings.epochs * validated + tested) * seen_pixels
-    return Cost(slices, _START_S + a_pixel * pixels)
+    return Cost(slices, _START_S + _PATIENT_S * len(split.test) + _BESIDE_NETWORK * a_pixel * pixels)
 
 
 def _seconds_a_pixel(network: nn.Module, settings: RunSettings, size_hw: tuple[int, int]) -> float | None:
     """Return how long a training step takes for each of a batch's pixels; None where it cannot be taken."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Two: batch normalisation cannot do with one. More would take longer to find out the same.
-    images = torch.zeros((2, settings.channels, *size_hw))
+    # As large a batch as it will be: what small ones spend between layers is not spent for each slice.
+    images = torch.zeros((max(2, settings.batch_size), settings.channels, *size_hw))
     half = "bf16" in precision_of(settings.precision)
     try:
         network = network.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.to(device, memory_format=torch.channels_last)
-        for _ in range(2):
-            # The first makes what the second finds made.
+        taken: list[float] = []
+        while len(taken) < _FEWEST_STEPS or (len(taken) < _MOST_STEPS and sum(taken) < _ENOUGH_S):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
                 loss = network(images).float().mean()
             loss.backward()
             loss.item()
-            seconds = time.perf_counter() - started
+            taken.append(time.perf_counter() - started)
     # Whatever a layer provokes with a shape that it was not made for, and missing memory.
     except (RuntimeError, ValueError, AssertionError, MemoryError):
         return None
-    return seconds / (len(images) * math.prod(size_hw))
+    return min(taken) / (len(images) * math.prod(size_hw))
 
 
 def hours_told(seconds: float) -> str:

@@ -9,8 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from cspine_train.ranking import counted
 from cspine_train.report import embedded_pictures, page, slice_plots
-from cspine_train.results import scores, study_rows, write_results
+from cspine_train.results import condition_of, scores, study_rows, write_results
 from cspine_train.run_folder import EVALUATION_FOLDER, METRICS_NAME, REPORT_NAME, read_rows, write_text
 from cspine_train.study import FAILURES_NAME, RUNS_FOLDER
 from cspine_train.study_plan import Plan, load_plan
@@ -55,16 +56,16 @@ def _page(study: Path, plan: Plan, found: Findings, rows: Sequence[Mapping[str, 
     from markupsafe import Markup
 
     script = files("cspine_train").joinpath("study.js").read_text(encoding="utf-8")
-    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    cells = {row["cell"]: _told(row) for row in rows}
     return page(
         "study.html.jinja",
-        title=f"Study of {len(plan.cells)} cells, {len(cells)} of them done",
+        title=f"Study of {counted(len(plan.cells), 'cell')}, {len(cells)} of them done",
         answer=found.answer,
         caveats=found.caveats,
         tables=[*found.tables, *_failures(study), _costs(rows)],
         patients=list(_patients(rows)),
         curves=list(_curves(study, cells)),
-        shown=list(_shown(study, rows)),
+        shown=list(_shown(study, rows, cells)),
         # Ours, and known to the browser by its digest: no other is run.
         script=Markup(script),  # noqa: S704
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -93,23 +94,25 @@ def _patients(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         dots = [
             {"x": f"{10 + 300 * dice:.1f}", "told": f"{patient}: {dice:.4f}"} for patient, dice in of_patients.items()
         ]
-        yield {
-            "told": f"{condition.model}, {condition.encoder}, {condition.variant}, axis {condition.axes}",
-            "dots": dots,
-        }
+        yield {"told": condition.told(), "dots": dots}
 
 
-def _curves(study: Path, cells: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for cell in cells:
+def _told(row: Mapping[str, Any]) -> str:
+    fold = f", fold {row['fold']} of {row['folds']}" if row["folds"] else ""
+    return f"{condition_of(row).told()}{fold}, seed {row['seed']}"
+
+
+def _curves(study: Path, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    for cell, told in cells.items():
         dice = [float(row["valid_dice"]) for row in read_rows(study / RUNS_FOLDER / cell / METRICS_NAME)]
         step = 285 / max(1, len(dice) - 1)
         path = " ".join(f"{'L' if n else 'M'}{30 + n * step:.1f} {100 - 95 * d:.1f}" for n, d in enumerate(dice))
         # Of one epoch a point would not be seen.
         path += " h3" if len(dice) == 1 else ""
-        yield {"told": f"{cell}: {max(dice):.3f}", "last": len(dice), "path": path}
+        yield {"told": f"{told}: {max(dice):.3f}", "last": len(dice), "path": path}
 
 
-def _shown(study: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _shown(study: Path, rows: Sequence[Mapping[str, Any]], cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Iterate over the best, the median and the worst cell: their pictures and slices."""
     dice: dict[str, list[float]] = {}
     for row in rows:
@@ -122,7 +125,7 @@ def _shown(study: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str,
         folder = study / RUNS_FOLDER / cell / EVALUATION_FOLDER
         yield {
             "title": f"{kind} cell",
-            "told": f"{cell}: mean Dice {means[cell]:.4f}",
+            "told": f"{cells[cell]}: mean Dice {means[cell]:.4f} ({RUNS_FOLDER}/{cell})",
             "pictures": embedded_pictures(
                 (folder / f"test-{which}.png", f"slices of {which} Dice") for which in ("best", "median", "worst")
             ),

@@ -12,7 +12,7 @@ from typing import Any
 from cspine_train.intervals import MeanInterval, mean_interval
 from cspine_train.option_values import PLANES
 from cspine_train.published import PublishedCell, published_percent
-from cspine_train.ranking import Contrast, Level, Ranked, Scores, contrasts, levels, n4_answer, ranked
+from cspine_train.ranking import Contrast, Level, Ranked, Scores, contrasts, counted, levels, n4_answer, ranked
 from cspine_train.results import Condition, scores
 from cspine_train.study_plan import RANDOM, RANDOM_ENCODER, RANDOM_TOLD
 
@@ -79,7 +79,8 @@ def findings(rows: Sequence[Mapping[str, Any]], unfinished: Sequence[str] = ()) 
     if any(row["folds"] for row in rows):
         caveats.append("folds share training patients, which tests and intervals take for independent")
     if unfinished:
-        caveats.append(f"{len(unfinished)} cells are not done, and in no figure")
+        are = "is" if len(unfinished) == 1 else "are"
+        caveats.append(f"{counted(len(unfinished), 'cell')} {are} not done, and in no figure")
     axes = dict.fromkeys(condition.axes for condition in dice)
     recipes = {(condition.epochs, condition.batch_size) for condition in dice}
     return Findings(

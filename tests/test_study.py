@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -32,8 +33,8 @@ from cspine_train.study_plan import Grid, load_plan, plan_study, queued
 from tests.test_report import Page
 
 PATIENCE_S = 240
-RECIPE = RunSettings(epochs=1, pixel_mm=6.0, learning_rate=3e-3, schedule="onecycle", precision="32")
-TINY = ("--epochs", 1, "--pixel-mm", 6, "--learning-rate", 3e-3, "--schedule", "onecycle", "--precision", "32")
+RECIPE = RunSettings(epochs=1, pixel_mm=12.0, learning_rate=3e-3, schedule="onecycle", precision="32")
+TINY = ("--epochs", 1, "--pixel-mm", 12, "--learning-rate", 3e-3, "--schedule", "onecycle", "--precision", "32")
 #: Two cells: with N4 and without.
 SMALLEST = "tu-mobilenetv3_small_100:random"
 ASKED = ("--models", "unet", "--encoders", SMALLEST, "--axes", "2", *TINY)
@@ -90,7 +91,7 @@ def test_a_queue_of_the_reference_study(cohort: Cohort, tmp_path: Path) -> None:
     assert done == 1
     first, second = settings
     assert (first.model, first.encoder, first.weights, first.axes) == ("fpn", "inceptionv4", "imagenet", (0,))
-    assert (first.epochs, first.batch_size, first.pixel_mm) == (100, 8, 6)
+    assert (first.epochs, first.batch_size, first.pixel_mm) == (100, 8, 12)
     assert (second.encoder, second.weights, second.axes, second.epochs, second.batch_size) == (
         "resnet50", "none", (2,), 3, 4,
     )  # fmt: skip
@@ -190,7 +191,9 @@ def test_costs_are_those_of_a_timed_step_times_the_pixels(cohort: Cohort) -> Non
             RECIPE.model_copy(update={"epochs": 9}))).cells,
         *plan_study(cohort, Grid(("nosuch",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
     ]  # fmt: skip
-    once, nine, none = costs(cohort, cells).values()
+    threads = torch.get_num_threads()
+    once, nine, none = costs(cohort, cells, threads + 1).values()
+    assert torch.get_num_threads() == threads
     # Starting and testing are done once.
     assert once.seconds < nine.seconds < 9 * once.seconds
     assert once.slices == nine.slices > 0
@@ -228,6 +231,13 @@ def wait_until(condition: Callable[[], Any]) -> Any:
     return found
 
 
+def what_comes(terminal: int) -> Iterator[bytes]:
+    # Linux says that nobody writes any more as an error.
+    with suppress(OSError):
+        while some := os.read(terminal, 4096):
+            yield some
+
+
 def training(study: Path) -> list[Path]:
     return list((study / "runs").glob("*/run.json"))
 
@@ -237,12 +247,21 @@ def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
 ) -> None:
     """SIGKILL of the command, whose processes end with it; of one worker and of another's run; then undisturbed."""
     study = tmp_path / "study"
-    first = subprocess.Popen(command(phantom_store, study), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    terminal, screen = os.openpty()
+    first = subprocess.Popen(command(phantom_store, study), stdout=subprocess.DEVNULL, stderr=screen)
+    os.close(screen)
+    shown: list[bytes] = []
+    reading = Thread(target=lambda: shown.extend(what_comes(terminal)))
+    reading.start()
     wait_until(lambda: len(training(study)) == 2)
     everybody = psutil.Process(first.pid).children(recursive=True)
     assert len(cells_running(psutil.Process(first.pid))) == 2
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
+    reading.join()
+    os.close(terminal)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(shown).decode())
+    assert re.search(r"epochs .* 0/2 .*0 of 2 cells", plain)
     wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in everybody))
 
     second = subprocess.Popen(command(phantom_store, study), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -257,7 +276,7 @@ def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
     output, errors = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 1, output + errors
     assert "its process was ended by SIGKILL (out of memory?); use fewer --workers" in errors
-    assert "1 of 2 cells failed; give the command again to try them again" in errors
+    assert "1 of 2 cells failed; give the command again to try again" in errors
     with (study / "failures.csv").open() as file:
         (failure,) = csv.DictReader(file)
     (done,) = (cell for cell in load_plan(study).cells if is_done(study, cell))
