@@ -169,12 +169,14 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
     except CspineTrainError as error:
         return Cost(0, 0.0, str(error))
     size_hw = data.crop_hw or data.size_hw
+    batches = data.train_dataloader()
+    batch_size = min(settings.batch_size, len(batches.batch_sampler.sampler))
     known = timed[key].seconds_a_pixel
     if None not in known and size_hw not in known:
-        known[size_hw] = found = _seconds_a_pixel(network(), settings, size_hw)
-        if found is not None and found * settings.batch_size * math.prod(size_hw) > _LONG_STEP_S:
+        known[size_hw] = found = _seconds_a_pixel(network(), settings, batch_size, size_hw)
+        if found is not None and found * batch_size * math.prod(size_hw) > _LONG_STEP_S:
             known[None] = found
-    slices = len(data.train_dataloader()) * settings.batch_size
+    slices = len(batches) * batch_size
     a_pixel = known.get(size_hw, known.get(None))
     if a_pixel is None:
         told = (
@@ -191,11 +193,13 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
     return Cost(slices, _START_S + _PATIENT_S * len(split.test) + _BESIDE_NETWORK * a_pixel * pixels)
 
 
-def _seconds_a_pixel(network: nn.Module, settings: RunSettings, size_hw: tuple[int, int]) -> float | None:
+def _seconds_a_pixel(
+    network: nn.Module, settings: RunSettings, batch_size: int, size_hw: tuple[int, int]
+) -> float | None:
     """Return how long a training step takes for each of a batch's pixels; None where it cannot be taken."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # As large a batch as it will be: what small ones spend between layers is not spent for each slice.
-    images = torch.zeros((max(2, settings.batch_size), settings.channels, *size_hw))
+    images = torch.zeros((max(2, batch_size), settings.channels, *size_hw))
     half = "bf16" in precision_of(settings.precision)
     try:
         network = network.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
