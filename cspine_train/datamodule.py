@@ -117,6 +117,10 @@ class CohortSlices(lightning.LightningDataModule):
             slices.case_numbers, self._weights, settings.balance,
         )  # fmt: skip
 
+    def slices_of_an_epoch(self) -> int:
+        """Return how many training slices an epoch draws."""
+        return len(self._sampler())
+
     def train_dataloader(self) -> BatchLoader:
         """Return an epoch's batches: labelled slices and a share of empty ones, shuffled."""
         settings, sampler = self._settings, self._sampler()

@@ -78,7 +78,7 @@ def study(
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
     _tell_plan(plan, len(to_do))
     if others := cells_of_others(output, plan):
-        click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids: they stay, and are in no table")
+        click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids, which stay and are in no table")
     if to_do and not only_plan:
         _check_weights(to_do)
     if to_do:

@@ -169,14 +169,13 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
     except CspineTrainError as error:
         return Cost(0, 0.0, str(error))
     size_hw = data.crop_hw or data.size_hw
-    batches = data.train_dataloader()
-    batch_size = min(settings.batch_size, len(batches.batch_sampler.sampler))
+    batch_size = min(settings.batch_size, data.slices_of_an_epoch())
     known = timed[key].seconds_a_pixel
     if None not in known and size_hw not in known:
         known[size_hw] = found = _seconds_a_pixel(network(), settings, batch_size, size_hw)
         if found is not None and found * batch_size * math.prod(size_hw) > _LONG_STEP_S:
             known[None] = found
-    slices = len(batches) * batch_size
+    slices = len(data.train_dataloader()) * batch_size
     a_pixel = known.get(size_hw, known.get(None))
     if a_pixel is None:
         told = (

@@ -158,10 +158,13 @@ def run_train() -> Callable[..., Result]:
     return lambda *arguments: CliRunner().invoke(train_main, [str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def without_overlays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `train` leave out its overlays, which are drawn as long as a tiny network trains."""
-    monkeypatch.setattr("cspine_train.training.save_overlays", lambda *_: ())
+@pytest.fixture(scope="module")
+def without_pictures() -> Iterator[None]:
+    """Let `train` leave out its pictures, which are drawn as long as a tiny network trains."""
+    with pytest.MonkeyPatch.context() as patches:
+        for place in ("callbacks.draw_curves", "training.draw_curves", "training.save_overlays"):
+            patches.setattr(f"cspine_train.{place}", lambda *_: ())
+        yield
 
 
 @pytest.fixture(scope="session")

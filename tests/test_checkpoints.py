@@ -26,7 +26,7 @@ from cspine_train.sampling import EpochSampler
 from cspine_train.settings import load_record
 from tests.conftest import Stopped
 
-pytestmark = pytest.mark.usefixtures("without_overlays")
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 #: Dropout draws in FPN; at every step there is a checkpoint.
 SMALL = {"model": "fpn", "encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 12.0, "precision": "32"}

@@ -24,6 +24,11 @@ from cspine_train.segmented import Segmented, segment
 from cspine_train.settings import load_record
 from tests.test_training import SMALL
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+#: So fine that more than one component is marked.
+FINE = {**SMALL, "pixel_mm": 3.0}
+
 
 def sizes(mask: NDArray[np.bool_]) -> list[int]:
     numbers, _ = ndimage.label(mask)
@@ -83,13 +88,13 @@ def changes(loaded: LoadedRun, cohort: Cohort, cases: Sequence[str], most: int) 
 
 
 @pytest.fixture(scope="module")
-def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory, without_pictures: None) -> Path:
     """A run that was asked to keep as many components as makes its validation better."""
     folder, cohort = tmp_path_factory.mktemp("runs"), open_cohort(phantom_store)
-    train(phantom_store, folder / "first", RunSettings(**SMALL))
+    train(phantom_store, folder / "first", RunSettings(**FINE))
     first = load_run(folder / "first")
     most = next(most for most in range(1, 100) if changes(first, cohort, first.record.validation, most) > 0)
-    train(phantom_store, folder / "second", RunSettings(**SMALL, largest_components=most))
+    train(phantom_store, folder / "second", RunSettings(**FINE, largest_components=most))
     return folder / "second"
 
 

@@ -37,6 +37,8 @@ from cspine_train.shares import Share, SharedBatches
 from tests.test_checkpoints import same, weights
 from tests.test_killed import processes
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 #: It has dropout, and does not magnify what is lost in rounding as deeper networks do in their first steps.
 OPTIONS = {"model": "pspnet", "encoder": "resnet18", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
 OPTIONS |= {"epochs": 2, "schedule": "onecycle", "learning_rate": 1e-4, "augment": "strong", "batch_size": 8}

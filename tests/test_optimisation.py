@@ -19,7 +19,7 @@ from cspine_train.optimisation import averaged, cosine_share, optimisation
 from tests.conftest import Stopped
 from tests.test_checkpoints import ALWAYS, SMALL, history, same, weights
 
-pytestmark = pytest.mark.usefixtures("without_overlays")
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def test_a_cosine_rises_quickly_and_falls_to_nothing() -> None:

@@ -39,12 +39,10 @@ from tests.test_training import SMALL
 
 
 @pytest.fixture(scope="module")
-def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory, without_pictures: None) -> Path:
     """A run that marks something, trained as briefly as can be."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr("cspine_train.training.save_overlays", lambda *_: ())
-        train(phantom_store, folder, RunSettings(**{**SMALL, "pixel_mm": 6.0, "variant": "raw"}))
+    train(phantom_store, folder, RunSettings(**{**SMALL, "variant": "raw"}))
     return folder
 
 
@@ -495,7 +493,7 @@ def test_a_record_that_asks_for_absurd_sizes_is_refused(
         load_run(copy)
 
 
-@pytest.mark.parametrize("name", ["run.json", "model/model.safetensors", "model", "metrics.csv", "curves.png"])
+@pytest.mark.parametrize("name", ["run.json", "model/model.safetensors", "model", "metrics.csv", "MODEL_CARD.md"])
 def test_a_run_that_leads_out_of_its_folder_is_refused(name: str, run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / name).rename(tmp_path / "outside")

@@ -43,24 +43,24 @@ from cspine_train.settings import load_record
 from cspine_train.transforms import Sides
 from tests.conftest import ball, write_case
 
-pytestmark = pytest.mark.usefixtures("without_overlays")
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 SMALL = {
     "encoder": "tu-mobilenetv3_small_100",
     "weights": "none",
     "epochs": 2,
-    "pixel_mm": 3.0,
+    "pixel_mm": 6.0,
     "learning_rate": 3e-3,
     "schedule": "onecycle",
     "precision": "32",
 }
 
 
-@pytest.fixture(scope="session")
-def trained(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def trained(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory, without_pictures: None) -> Path:
     """A run of a small model, two axes, neighbours as channels, a few epochs."""
     run = tmp_path_factory.mktemp("runs") / "trained"
-    train(phantom_store, run, RunSettings(**{**SMALL, "axes": (0, 2), "context": 1, "epochs": 3}))
+    train(phantom_store, run, RunSettings(**{**SMALL, "axes": (0, 2), "context": 1, "epochs": 3, "pixel_mm": 4.0}))
     return run
 
 
@@ -453,7 +453,7 @@ def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels
 
 def test_a_run_on_cropped_slices_predicts_whole_ones(phantom_store: Path, phantom_folder: Path, tmp_path: Path) -> None:
     cohort = open_cohort(phantom_store)
-    settings = RunSettings(**{**SMALL, "model": "pspnet", "epochs": 1, "size_hw": (32, 72)})
+    settings = RunSettings(**{**SMALL, "model": "pspnet", "epochs": 1, "size_hw": (32, 72), "pixel_mm": 3.0})
     whole = CohortSlices(
         cohort, cohort.split(variant="n4"), settings.model_copy(update={"size_hw": None}), sides=Sides(8, 8)
     )
