@@ -76,9 +76,9 @@ def weights_by_encoder(_context: click.Context, _option: click.Parameter, given:
     """Read imagenet or none, for all encoders, and ENCODER=FILE."""
     weights = {}
     for one in given:
-        encoder, equals, start = one.rpartition("=")
-        if not equals and start in ("imagenet", "none"):
-            weights[""] = start
+        encoder, equals, start = one.partition("=")
+        if not equals and encoder in ("imagenet", "none"):
+            weights[""] = encoder
         elif encoder and start:
             weights[encoder] = start
         else:

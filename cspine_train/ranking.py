@@ -8,7 +8,7 @@ from itertools import combinations
 from statistics import mean
 from typing import TypeVar
 
-from cspine_train.comparison import FEWEST_PATIENTS, holm, paired_differences, signed_rank_p
+from cspine_train.comparison import holm, paired_differences, signed_rank_p
 from cspine_train.intervals import MeanInterval, mean_interval
 from cspine_train.results import Condition
 
@@ -40,14 +40,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two levels of a factor, patient by patient.
+    """Two levels of a factor, patient by patient, over the pairs of conditions that differ in nothing else.
 
     Attributes
     ----------
     factor, better, worse : str
         Which two, the one of the higher mean first.
     difference : MeanInterval
-        Over patients, of each the mean over pairs of conditions that differ in nothing else.
+        Over patients, of each the mean over the pairs in which both conditions have it.
     pairs : int
         How many pairs there are.
     pairs_higher, pairs_lower : int
@@ -57,6 +57,8 @@ class Contrast:
     p : float or None
         Of Wilcoxon's signed-rank test over patients, two-sided, after Holm's correction for all contrasts of the
         study; None of one patient.
+    ranks_agree : bool
+        Whether the ranks that are tested are for the level of the higher mean.
     """
 
     factor: str
@@ -70,11 +72,12 @@ class Contrast:
     patients_higher: int
     patients_lower: int
     p: float | None
+    ranks_agree: bool
 
     @property
     def sure(self) -> bool:
-        """Whether the evidence decides."""
-        return self.p is not None and self.p < SURE
+        """Whether the evidence decides: the test is of ranks, and one patient may turn the mean against them."""
+        return self.p is not None and self.p < SURE and self.ranks_agree
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,15 @@ def levels(scores: Scores) -> list[Level]:
 
 
 def contrasts(scores: Scores) -> list[Contrast]:
-    """Compare every two levels of each factor, over the conditions that are there with all of its levels."""
+    """Compare every two levels of each factor, over the conditions and patients that are there with both."""
     found = []
     for factor in FACTORS:
-        blocks, patients = _complete(scores, factor)
-        if blocks and patients:
-            found += [_contrast(scores, factor, pair, blocks, patients) for pair in combinations(blocks[0], 2)]
+        names = dict.fromkeys(getattr(condition, factor) for condition in scores)
+        blocks = _blocks(scores, factor)
+        for pair in combinations(names, 2):
+            pairs = [(scores[block[pair[0]]], scores[block[pair[1]]]) for block in blocks if set(pair) <= block.keys()]
+            if pairs := [both for both in pairs if _common(both)]:
+                found.append(_contrast(factor, pair, pairs))
     return _corrected(found)
 
 
@@ -143,39 +149,54 @@ def ranked(scores: Scores) -> list[Ranked]:
 
 
 def _contrast(
-    scores: Scores,
-    factor: str,
-    pair: tuple[str, str],
-    blocks: Sequence[Mapping[str, Condition]],
-    patients: Sequence[str],
+    factor: str, pair: tuple[str, str], pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]
 ) -> Contrast:
-    means = [_over_blocks(scores, [block[name] for block in blocks], patients) for name in pair]
-    if mean(means[1]) > mean(means[0]):
-        pair, means = (pair[1], pair[0]), means[::-1]
-    differences = paired_differences(*means)
-    by_block = [
-        round(sum(scores[block[pair[0]]][p] - scores[block[pair[1]]][p] for p in patients), 6) for block in blocks
-    ]
+    of_patients: dict[str, list[float]] = {}
+    by_pair = []
+    for first, second in pairs:
+        both = _common((first, second))
+        differences = paired_differences([first[p] for p in both], [second[p] for p in both])
+        by_pair.append(round(mean(differences), 6))
+        for patient, difference in zip(both, differences, strict=True):
+            of_patients.setdefault(patient, []).append(difference)
+    differences = [round(mean(several), 6) for several in of_patients.values()]
+    if mean(differences) < 0:
+        pair = pair[1], pair[0]
+        differences, by_pair = [-one for one in differences], [-one for one in by_pair]
     return Contrast(
-        factor, *pair, mean_interval(differences),
-        len(blocks), *_signs(by_block), len(patients), *_signs(differences), signed_rank_p(differences),
+        factor, *pair, mean_interval(differences), len(by_pair), *_signs(by_pair), len(differences),
+        *_signs(differences), signed_rank_p(differences), _ranks(differences) > 0,
     )  # fmt: skip
+
+
+def _ranks(differences: Sequence[float]) -> float:
+    """Return by how much the ranks of what is higher outweigh those of what is lower."""
+    from scipy.stats import rankdata
+
+    told = [one for one in differences if one]
+    ranks = rankdata([abs(one) for one in told]).tolist()
+    return float(sum(rank if one > 0 else -rank for one, rank in zip(told, ranks, strict=True)))
 
 
 def _signs(differences: Sequence[float]) -> tuple[int, int]:
     return sum(one > 0 for one in differences), sum(one < 0 for one in differences)
 
 
-def _complete(scores: Scores, factor: str) -> tuple[list[dict[str, Condition]], list[str]]:
-    """Return the conditions that are there with every level of a factor, by level, and the patients they all have."""
+def _blocks(scores: Scores, factor: str) -> list[dict[str, Condition]]:
+    """Return the conditions that differ in a factor alone, by its level."""
     grouped: dict[tuple[object, ...], dict[str, Condition]] = {}
     for condition in scores:
         others = tuple(value for name, value in condition._asdict().items() if name != factor)
         grouped.setdefault(others, {})[getattr(condition, factor)] = condition
+    return list(grouped.values())
+
+
+def _complete(scores: Scores, factor: str) -> tuple[list[dict[str, Condition]], list[str]]:
+    """Return the conditions that are there with every level of a factor, by level, and the patients they all have."""
     names = list(dict.fromkeys(getattr(condition, factor) for condition in scores))
     if len(names) < 2:
         return [], []
-    blocks = [{name: block[name] for name in names} for block in grouped.values() if len(block) == len(names)]
+    blocks = [{name: block[name] for name in names} for block in _blocks(scores, factor) if len(block) == len(names)]
     return blocks, _common(scores[condition] for block in blocks for condition in block.values())
 
 
@@ -221,7 +242,14 @@ def n4_answer(found: Sequence[Contrast]) -> str:
     evidence += f", p = {contrast.p:.2g} after correction"
     if contrast.sure:
         return f"Does N4 help? {'Yes' if sign > 0 else 'No, it harms'}: {evidence}."
-    few = " (fewer than 6 patients never can)" if contrast.patients < FEWEST_PATIENTS else ""
+    if contrast.p < SURE:
+        return (
+            f"Does N4 help? The evidence does not decide, mean and most patients point to different sides: {evidence}."
+        )
+    tests = sum(one.p is not None for one in found)
+    fewest = next(n for n in range(1, 99) if tests * 2 / 2**n < SURE)
+    few = f" (after {counted(tests, 'comparison')} fewer than {fewest} patients never can)"
+    few = few if contrast.patients < fewest else ""
     return f"Does N4 help? The evidence does not decide{few}: {evidence}."
 
 

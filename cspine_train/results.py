@@ -28,8 +28,8 @@ class Condition(NamedTuple):
     batch_size: int
 
     def told(self) -> str:
-        """Return what it is, for people; its epochs and batch are where several differ in them."""
-        return f"{self.model}, {self.encoder}, {self.variant}, axis {self.axes}"
+        """Return what it is, for people."""
+        return f"{self.model}, {self.encoder}, {self.variant}, axis {self.axes}, epochs {self.epochs}"
 
 
 def condition_of(row: Mapping[str, Any]) -> Condition:
@@ -69,14 +69,25 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
 
 
 def scores(rows: Sequence[Mapping[str, Any]], figure: str = "dice") -> dict[Condition, dict[str, float]]:
-    """Return a figure of each patient under each condition, averaged over seeds."""
-    seeds: dict[Condition, dict[str, list[float]]] = {}
+    """Return a figure of each patient under each condition, averaged over the seeds that all have it under.
+
+    The luck of a seed is not to be taken for what a condition does: where one lacks it, the others are without it.
+    """
+    found: dict[Condition, dict[str, dict[int, float]]] = {}
+    common: dict[str, set[int]] = {}
     for row in rows:
         if figure in row:
-            seeds.setdefault(condition_of(row), {}).setdefault(row["patient"], []).append(row[figure])
+            found.setdefault(condition_of(row), {}).setdefault(row["patient"], {})[row["seed"]] = row[figure]
+    for patients in found.values():
+        for patient, seeds in patients.items():
+            common[patient] = common.get(patient, set(seeds)) & set(seeds)
     return {
-        condition: {patient: sum(values) / len(values) for patient, values in patients.items()}
-        for condition, patients in seeds.items()
+        condition: {
+            patient: sum(seeds[seed] for seed in sorted(common[patient])) / len(common[patient])
+            for patient, seeds in patients.items()
+            if common[patient]
+        }
+        for condition, patients in found.items()
     }
 
 

@@ -1,6 +1,6 @@
 "use strict";
 // Rows are sorted by the column whose heading is pressed; figures by their first number, words as words.
-const figure = (text) => { const found = text.match(/[-+]?\d+(\.\d+)?/); return found && text.trim().search(/[-+\d]/) === 0 ? Number(found[0]) : NaN; };
+const figure = (text) => { const found = text.match(/[-+]?\d+(\.\d+)?(e[-+]?\d+)?/); return found && text.trim().search(/[-+\d]/) === 0 ? Number(found[0]) : NaN; };
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   table.querySelectorAll("thead th").forEach((heading, column) => {

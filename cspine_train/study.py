@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from cspine_data import Workers, side_by_side, usable_cores
 from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.run_folder import METRICS_NAME, only_one, read_rows, write_rows
-from cspine_train.settings import RunRecord, load_record
+from cspine_train.settings import RunRecord, RunSettings, load_record
 from cspine_train.study_plan import PLAN_NAME, Cell, Plan, save_plan
 
 if TYPE_CHECKING:
@@ -48,14 +50,16 @@ def check_output(study: Path) -> None:
     RunError
         If it does, or is a file.
     """
-    if study.is_file() or (study.is_dir() and any(study.iterdir()) and not (study / PLAN_NAME).exists()):
+    # Killed at its very beginning, a study leaves hidden files.
+    there = study.is_dir() and any(not path.name.startswith(".") for path in study.iterdir())
+    if study.is_file() or (there and not (study / PLAN_NAME).exists()):
         raise RunError(f"{study}: is there and is no study; choose another folder with -o")
 
 
 def cells_of_others(study: Path, plan: Plan) -> int:
     """Return how many run folders of a study a plan does not ask for."""
     folder = study / RUNS_FOLDER
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    there = {path.name for path in folder.glob("[!.]*")}
     return len(there - {cell.name for cell in plan.cells})
 
 
@@ -213,16 +217,12 @@ def do_cell(request: dict[str, Any]) -> str | None:
     from cspine_train.machines import end_with_the_first
 
     end_with_the_first()
-    from cspine_train.evaluation import evaluate
-    from cspine_train.settings import RunSettings
-    from cspine_train.training import train
-
     run = Path(request["run"])
+    run.parent.mkdir(parents=True, exist_ok=True)
     try:
-        record = train(request["store"], run, RunSettings(**request["settings"]))
-        if _test_scores(run, record) is None:
-            failed = evaluate(run, ("test",), request["store"]).failed
-            return failed[0].message if failed else None
+        # A scheduler's worker goes on with what a command began that was killed; the next command's waits for it.
+        with FileLock(run.with_name(f".{run.name}.lock")):
+            return _done(run, request)
     except (CspineTrainError, CspineDataError) as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - one cell fails, the others go on
@@ -230,6 +230,16 @@ def do_cell(request: dict[str, Any]) -> str | None:
 
         traceback.print_exc()
         return error_told(run.name, error)
+
+
+def _done(run: Path, request: dict[str, Any]) -> str | None:
+    from cspine_train.evaluation import evaluate
+    from cspine_train.training import train
+
+    record = train(request["store"], run, RunSettings(**request["settings"]))
+    if _test_scores(run, record) is None:
+        failed = evaluate(run, ("test",), request["store"]).failed
+        return failed[0].message if failed else None
     return None
 
 

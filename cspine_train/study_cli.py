@@ -73,7 +73,10 @@ def study(
         raise click.UsageError(f"--axes {unknown[0]}: is none of {', '.join(AXES)}")
     grid = Grid(models, encoders, weights, variants, [AXES[axis] for axis in axes], folds, seeds)
     cohort = open_cohort(store)
-    plan = plan_study(cohort, _asked(grid, queue, settings_of(**recipe)))
+    asked = _asked(grid, queue, settings_of(**recipe))
+    if unused := set(weights) - {""} - {one.encoder for one in asked}:
+        raise click.UsageError(f"--weights {min(unused)}=...: is none of the study's encoders; name it in --encoders")
+    plan = plan_study(cohort, asked)
     check_output(output)
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
     _tell_plan(plan, len(to_do))
@@ -82,7 +85,7 @@ def study(
     if to_do and not only_plan:
         _check_weights(to_do)
     if to_do:
-        _tell_cost(cohort, to_do, workers)
+        _tell_cost(cohort, to_do, 1 if scheduler else workers)
     if only_plan:
         # Last: what it would cost is known all the same.
         _check_weights(to_do)
@@ -104,7 +107,11 @@ def study(
             say(f"done {done} of {len(plan.cells)}: {outcome.cell.name} ({outcome.seconds:.0f} s)")
         # Whoever looks meanwhile sees what there is; in a large study not all the time.
         if left and (began := time.monotonic()) >= write_at:
-            write_outcome(output)
+            try:
+                write_outcome(output)
+            except OSError as error:
+                # Cells at work are worth more than tables, which are written once more at the end.
+                say(f"warning: {output}: tables could not be written ({error})", err=True)
             ready = time.monotonic()
             write_at = ready + _WRITING_PAUSES * (ready - began)
 

@@ -186,7 +186,9 @@ def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
             files[one.weights] = "" if one.weights in ("none", "imagenet") else _digest_of_file(Path(one.weights))
         split, digests = fed[key]
         cohort.slices(one.axes, cases=split.train, variant=one.variant)
-        what = [one.model_dump(mode="json", exclude_defaults=True), files[one.weights], digests]
+        # Who trains and who tests depends on when cases came into the store.
+        parts = [[[case, digests[case]] for case in part] for part in (split.train, split.validation, split.test)]
+        what = [one.model_dump(mode="json", exclude_defaults=True), files[one.weights], parts]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         name = f"{_told(one)}-{digest[:12]}"
         cells[name] = Cell(name=name, settings=one)
@@ -218,7 +220,7 @@ def _digest_of_file(path: Path) -> str:
 
 def start_told(settings: RunSettings) -> str:
     """Return what an encoder starts from, in a word: ``random``, ``imagenet``, or the name of a file."""
-    return RANDOM if settings.weights == "none" else Path(settings.weights).stem
+    return RANDOM if settings.weights == "none" else Path(settings.weights).name
 
 
 def _told(one: RunSettings) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 from cspine_train.intervals import MeanInterval, mean_interval
 from cspine_train.option_values import PLANES
 from cspine_train.published import PublishedCell, published_percent
 from cspine_train.ranking import Contrast, Level, Ranked, Scores, contrasts, counted, levels, n4_answer, ranked
-from cspine_train.results import Condition, scores
+from cspine_train.results import Condition, condition_of, scores
 from cspine_train.study_plan import RANDOM, RANDOM_ENCODER, RANDOM_TOLD
 
 MARKDOWN, CSV, LATEX, HTML = "markdown", "csv", "latex", "html"
@@ -82,20 +81,34 @@ def findings(rows: Sequence[Mapping[str, Any]], unfinished: Sequence[str] = ()) 
         are = "is" if len(unfinished) == 1 else "are"
         caveats.append(f"{counted(len(unfinished), 'cell')} {are} not done, and in no figure")
     axes = dict.fromkeys(condition.axes for condition in dice)
-    recipes = {(condition.epochs, condition.batch_size) for condition in dice}
+    recipes = len({(condition.epochs, condition.batch_size) for condition in dice}) > 1
+    published = any(_published(condition) in published_percent() for condition in dice)
+    caveats += _uneven(rows, dice)
     return Findings(
         n4_answer(compared),
-        tuple(_cells(axis, dice, batch_averaged, len(recipes) > 1) for axis in axes),
+        tuple(_cells(axis, dice, batch_averaged, recipes, published) for axis in axes),
         _levels(levels(dice)),
         _pairs(compared),
-        _ranking(ranked(dice)),
+        _ranking(ranked(dice), recipes),
         tuple(caveats),
     )
 
 
-def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool) -> Table:
+def _uneven(rows: Sequence[Mapping[str, Any]], dice: Scores) -> Iterator[str]:
+    """Iterate over what has to be said of seeds and patients that not all conditions have."""
+    seeds: dict[Condition, set[int]] = {}
+    for row in rows:
+        seeds.setdefault(condition_of(row), set()).add(row["seed"])
+    if len(set().union(*seeds.values())) == 1:
+        yield "one seed: what two conditions differ by has the luck of their trainings in it"
+    elif len(set(map(frozenset, seeds.values()))) > 1:
+        yield "not all conditions have every seed: figures are of the seeds that all have"
+    if len({frozenset(patients) for patients in dice.values()}) > 1:
+        yield "not all conditions have every patient: levels and ranking are of the patients that all have"
+
+
+def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool, published: bool) -> Table:
     own = [condition for condition in dice if condition.axes == axes]
-    published = {c: percent for c in own if (percent := published_percent().get(_published(c))) is not None}
     columns = (
         "model", "encoder", "variant", *(("epochs", "batch") if recipes else ()), "patients", "Dice",
         "batch-averaged Dice, %", *(("published, %", "difference") if published else ()),
@@ -104,10 +117,11 @@ def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool) -> Ta
     for condition in own:
         known = [*condition[:3], *(map(str, condition[4:]) if recipes else ())]
         of_patients = list(dice[condition].values())
-        percent = 100 * mean(batch_averaged[condition].values())
-        there = published.get(condition)
-        beside = ("", "") if there is None else (f"{there:.0f}", f"{percent - there:+.1f}")
-        told = (str(len(of_patients)), mean_interval(of_patients).told(), f"{percent:.1f}")
+        percents = [100 * one for one in batch_averaged[condition].values()]
+        there = published_percent().get(_published(condition))
+        less = [] if there is None else [one - there for one in percents]
+        beside = ("", "") if there is None else (f"{there:.0f}", mean_interval(less).told(1, sign=True))
+        told = (str(len(of_patients)), mean_interval(of_patients).told(), mean_interval(percents).told(1))
         rows.append((*known, *told, *(beside if published else ())))
     planes = ", ".join(PLANES[int(axis)] for axis in axes)
     return Table(
@@ -115,7 +129,8 @@ def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool) -> Ta
         columns,
         tuple(rows),
         (
-            "Dice: over whole volumes, mean over patients, in brackets its 95 % interval by bootstrap over patients.",
+            "Dice: over whole volumes, mean over patients, in brackets 95 % intervals by bootstrap over patients, too "
+            "narrow of fewer than ten.",
             "Published: the reference study's figure of one other patient, averaged over batches, as the column before "
             "it; what it calls random names no encoder."
             if published
@@ -148,20 +163,23 @@ def _pairs(found: Sequence[Contrast]) -> Table:
     columns = ("factor", "higher", "lower", "difference of Dice", "patients", "pairs", "p", "sure")
     note = (
         "Patient by patient, over pairs of conditions that differ in nothing else. p: Wilcoxon's signed-rank test over "
-        "patients, two-sided, after Holm's correction for all rows of this table."
+        "patients, two-sided, after Holm's correction for all rows of this table; intervals are not corrected."
     )
     return Table("By how much, and how sure", columns, rows, (note,))
 
 
-def _ranking(found: Sequence[Ranked]) -> Table:
+def _ranking(found: Sequence[Ranked], recipes: bool) -> Table:
     rows = tuple(
         (
-            str(place), one.condition.model, one.condition.encoder, one.condition.variant, one.condition.axes,
+            str(place), *one.condition[:4], *(map(str, one.condition[4:]) if recipes else ()), str(one.patients),
             one.mean.told(), _difference(one.difference), "" if one.p is None else f"{one.p:.2g}",
         )
         for place, one in enumerate(found, start=1)
     )  # fmt: skip
-    columns = ("place", "model", "encoder", "variant", "axis", "Dice", "beside the best", "p")
+    columns = (
+        "place", "model", "encoder", "variant", "axis", *(("epochs", "batch") if recipes else ()), "patients", "Dice",
+        "beside the best", "p",
+    )  # fmt: skip
     note = (
         "Chosen and judged on the same patients, the best looks better than it is. p: as above, corrected for the rows "
         "of this table."
@@ -176,17 +194,17 @@ def _difference(interval: MeanInterval | None) -> str:
 def rendered(found: Findings, form: str) -> str:
     """Return findings as text: ``markdown``, ``csv`` (the cells alone, a row each), ``latex`` or ``html``."""
     if form == CSV:
-        return _csv(found.cells)
+        return _csv(found)
     return {MARKDOWN: _markdown, LATEX: _latex, HTML: _html}[form](found)
 
 
-def _csv(cells: Sequence[Table]) -> str:
+def _csv(found: Findings) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    for number, table in enumerate(cells):
+    for number, table in enumerate(found.cells):
         if not number:
-            writer.writerow(("table", *table.columns))
-        writer.writerows((table.title, *row) for row in table.rows)
+            writer.writerow(("table", *table.columns, "note"))
+        writer.writerows((table.title, *row, "; ".join(found.caveats)) for row in table.rows)
     return text.getvalue()
 
 
@@ -207,11 +225,18 @@ def _markdown(found: Findings) -> str:
 def _latex(found: Findings) -> str:
     from tabulate import tabulate
 
-    parts = [f"% {line}" for line in (found.answer, *found.caveats)]
+    parts = [f"{_as_latex(line)}\n" for line in (found.answer, *found.caveats)]
     for table in found.tables:
         grid = tabulate(table.rows, table.columns, tablefmt="latex_booktabs", disable_numparse=True)
-        parts += [f"% {table.title}", *(f"% {note}" for note in table.notes), grid]
-    return "\n".join(parts) + "\n"
+        title, notes = _as_latex(table.title), (_as_latex(note) for note in table.notes)
+        parts += [f"\\paragraph{{{title}}}\n", str(grid), "", *(f"{note}\n" for note in notes)]
+    return "\n".join(parts)
+
+
+def _as_latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    return "".join(special.get(letter, letter) for letter in " ".join(text.split()))
 
 
 def _html(found: Findings) -> str:

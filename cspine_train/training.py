@@ -240,7 +240,7 @@ def _earlier(run: Path, settings: RunSettings, digests: dict[str, str], first: b
     """Return the record of a run to go on with, if the folder holds one of these settings and data."""
     if not (run / RECORD_NAME).exists():
         # What the others find may be what the first process is about to write.
-        if first and run.is_dir() and any(run.iterdir()):
+        if first and run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise RunError(f"{run}: is there and is no run folder; choose another with -o")
         return None
     record = load_record(run)

@@ -27,9 +27,10 @@ from cspine_data import Cohort, Preprocessing, open_cohort, prepare
 from cspine_train import RunError, RunSettings, evaluate, train
 from cspine_train.metrics import MEASURES
 from cspine_train.results import write_results
-from cspine_train.study import is_done, processes_here
+from cspine_train.study import check_output, is_done, processes_here
 from cspine_train.study_cost import costs
 from cspine_train.study_plan import Grid, load_plan, plan_study, queued
+from tests.conftest import QUICK_N4
 from tests.test_report import Page
 
 PATIENCE_S = 240
@@ -77,7 +78,7 @@ def test_a_changed_parameter_touches_what_it_changes(cohort: Cohort, phantom_fol
     weights.write_bytes(b"one")
     from_file = Grid(models=("unet",), weights={"resnet50": str(weights)}, encoders=("resnet50",))
     before = names(cohort, from_file)
-    assert all("-resnet50-weights-" in name for name in before)
+    assert all("-resnet50-weights.pth-" in name for name in before)
     weights.write_bytes(b"two")
     assert not before & names(cohort, from_file)
 
@@ -131,6 +132,11 @@ def test_what_is_no_queue_is_told_by_its_line(content: str, told: str, tmp_path:
         (("--variants", "n5"), "holds no variant 'n5'; the store holds n4, raw"),
         (("--encoders", "resnet50:none"), "encoder 'resnet50:none': is no NAME and no NAME:random; give files by"),
         (("--weights", "resnet50=nowhere.pth"), "nowhere.pth: cannot be read (No such file or directory); check the"),
+        (
+            ("--weights", "resnet18=w.pth"),
+            "--weights resnet18=...: is none of the study's encoders; name it",
+        ),
+        (("--weights", "resnet50=a=b/c.pth"), "a=b/c.pth: cannot be read (No such file or directory); check the path"),
         (("--folds", "9"), "9 folds: cannot be made of 4 labelled cases"),
         (("--models", "linknett"), "model 'linknett': is not known (did you mean linknet?); cspine-train models lists"),
         (("--encoders", "resnet51:random"), "encoder 'resnet51': is not known (did you mean resnet50?)"),
@@ -154,6 +160,10 @@ def test_a_folder_of_something_else_is_left_alone(
     assert refused.exit_code == 1
     assert f"{tmp_path}: is there and is no study; choose another folder with -o" in refused.output
     assert [path.name for path in tmp_path.iterdir()] == ["raw.nrrd"]
+    # Killed at its beginning, a study has left its lock.
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".lock").touch()
+    check_output(tmp_path / "begun")
 
 
 def test_variants_of_other_patients_are_not_compared(
@@ -166,6 +176,24 @@ def test_variants_of_other_patients_are_not_compared(
     told = "holds CS_02 and CS_01 as raw, prepared in different ways|holds CS_01 and CS_02 as raw, prepared"
     with pytest.raises(RunError, match=told):
         plan_study(open_cohort(store), Grid(variants=("raw",), axes=((2,),)).settings(RECIPE))
+    store = tmp_path / "fewer.zarr"
+    prepare(phantom_folder, store, preprocessing=QUICK_N4, axes="2")
+    prepare(some, store, preprocessing=Preprocessing(bias=None), axes="2")
+    told = "holds other labelled cases as raw than as n4; run cspine-data prepare over the same folder for both"
+    with pytest.raises(RunError, match=told):
+        plan_study(open_cohort(store), Grid(axes=((2,),)).settings(RECIPE))
+
+
+def test_the_same_patients_dealt_in_another_way_are_another_cell(phantom_folder: Path, tmp_path: Path) -> None:
+    raw = Preprocessing(bias=None)
+    prepare(phantom_folder, tmp_path / "once.zarr", preprocessing=raw, axes="2")
+    first = shutil.copytree(phantom_folder, tmp_path / "first", ignore=shutil.ignore_patterns("CS_01*"))
+    for folder in (first, phantom_folder):
+        prepare(folder, tmp_path / "twice.zarr", preprocessing=raw, axes="2")
+    grid = Grid(("unet",), ("random",), variants=("raw",), axes=((2,),))
+    once, twice = (open_cohort(tmp_path / name) for name in ("once.zarr", "twice.zarr"))
+    assert once.split(variant="raw") != twice.split(variant="raw")
+    assert names(once, grid) != names(twice, grid)
 
 
 def test_weights_that_cannot_be_had_are_told_before_anything_starts(
