@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from cspine_data import Workers, side_by_side, usable_cores
+from cspine_data import Workers, open_cohort, side_by_side, usable_cores
 from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.run_folder import METRICS_NAME, only_one, read_rows, write_rows
 from cspine_train.settings import RunRecord, RunSettings, load_record
-from cspine_train.study_plan import PLAN_NAME, Cell, Plan, save_plan
+from cspine_train.study_plan import PLAN_NAME, Cell, Plan, plan_study, save_plan
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -75,7 +75,8 @@ def what_came_out(study: Path, cell: Cell) -> tuple[RunRecord, dict[str, Any]] |
         record = load_record(folder)
     except RunError:
         return None
-    evaluation = _test_scores(folder, record) if record.finished else None
+    # A default may have been another one when it was trained.
+    evaluation = _test_scores(folder, record) if record.finished and record.settings == cell.settings else None
     return None if evaluation is None else (record, evaluation)
 
 
@@ -236,7 +237,11 @@ def _done(run: Path, request: dict[str, Any]) -> str | None:
     from cspine_train.evaluation import evaluate
     from cspine_train.training import train
 
-    record = train(request["store"], run, RunSettings(**request["settings"]))
+    settings = RunSettings(**request["settings"])
+    (cell,) = plan_study(open_cohort(request["store"]), [settings]).cells
+    if cell.name != run.name:
+        return "its patients' data or the file of its weights are others than were planned; give the command again"
+    record = train(request["store"], run, settings)
     if _test_scores(run, record) is None:
         failed = evaluate(run, ("test",), request["store"]).failed
         return failed[0].message if failed else None

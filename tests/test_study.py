@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -357,6 +358,25 @@ def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
     assert re.search("failed: unet-tu-nosuch-.*: unet with encoder 'tu-nosuch': cannot be built", more.output)
     assert "1 cell is not done, and in no figure" in (study / "tables.md").read_text()
     assert "nosuch" in (study / "report.html").read_text()
+
+
+def test_a_cell_whose_weights_were_replaced_after_planning_is_not_trained(cohort: Cohort, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"one")
+    grid = Grid(("unet",), ("resnet50",), {"resnet50": str(file)}, variants=("raw",), axes=((2,),))
+    (cell,) = plan_study(cohort, grid.settings(RECIPE)).cells
+    file.write_bytes(b"two")
+    run = tmp_path / "runs" / cell.name
+    request = {"store": cohort.location, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "cspine_train", "cell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        # It ends when its standard input does.
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        told = process.stdout.read()
+    assert json.loads(told)["failure"].startswith("its patients' data or the file of its weights are others than were")
+    assert not run.exists()
 
 
 def test_a_plan_that_was_tampered_with_is_refused(cohort: Cohort, tmp_path: Path) -> None:
