@@ -81,7 +81,7 @@ def scores(rows: Sequence[Mapping[str, Any]], figure: str = "dice") -> dict[Cond
     for patients in found.values():
         for patient, seeds in patients.items():
             common[patient] = common.get(patient, set(seeds)) & set(seeds)
-    return {
+    averaged = {
         condition: {
             patient: sum(seeds[seed] for seed in sorted(common[patient])) / len(common[patient])
             for patient, seeds in patients.items()
@@ -89,6 +89,7 @@ def scores(rows: Sequence[Mapping[str, Any]], figure: str = "dice") -> dict[Cond
         }
         for condition, patients in found.items()
     }
+    return {condition: patients for condition, patients in averaged.items() if patients}
 
 
 def write_results(study: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Path, Path]:

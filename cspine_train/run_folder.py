@@ -52,6 +52,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def is_in_use(folder: Path) -> bool:
+    """Return whether a folder holds anything but hidden files, which a process leaves that is killed at its start."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 @contextmanager
 def only_one(lock: Path, told: str) -> Iterator[None]:
     """Hold a lock as long as this lasts, or refuse with what is told where another process holds it.

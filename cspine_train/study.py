@@ -18,7 +18,7 @@ from filelock import FileLock
 from cspine_data import Workers, open_cohort, side_by_side, usable_cores
 from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.recorded import recorded_evaluations
-from cspine_train.run_folder import METRICS_NAME, only_one, read_rows, write_rows
+from cspine_train.run_folder import METRICS_NAME, is_in_use, only_one, read_rows, write_rows
 from cspine_train.settings import RunRecord, RunSettings, load_record
 from cspine_train.study_plan import PLAN_NAME, Cell, Plan, plan_study, save_plan
 
@@ -50,9 +50,7 @@ def check_output(study: Path) -> None:
     RunError
         If it does, or is a file.
     """
-    # Killed at its very beginning, a study leaves hidden files.
-    there = study.is_dir() and any(not path.name.startswith(".") for path in study.iterdir())
-    if study.is_file() or (there and not (study / PLAN_NAME).exists()):
+    if study.is_file() or (is_in_use(study) and not (study / PLAN_NAME).exists()):
         raise RunError(f"{study}: is there and is no study; choose another folder with -o")
 
 

@@ -126,7 +126,7 @@ def costs(
     threads : int
         Of the process of each, see `processes_here`.
     progress : callable, optional
-        Called with (cells estimated, cells, name).
+        Called with (cells estimated, cells, nothing).
     """
     keep_large_blocks()
     timed: dict[tuple[Any, ...], _Timed] = {}
@@ -159,12 +159,14 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
     classes = network_classes(values := label_values(cohort, split, settings))
     key = settings.model, settings.encoder, settings.channels, classes, settings.precision
 
-    def network() -> nn.Module:
+    def built() -> nn.Module:
         return build_model(settings.model, settings.encoder, "none", settings.channels, classes)[0]
 
+    network: nn.Module | None = None
     try:
         if key not in timed:
-            timed[key] = _Timed(sides_of(network()), {})
+            network = built()
+            timed[key] = _Timed(sides_of(network), {})
         data = CohortSlices(cohort, split, settings, 0, timed[key].sides, values)
     except CspineTrainError as error:
         return Cost(0, 0.0, str(error))
@@ -172,7 +174,9 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
     batch_size = min(settings.batch_size, data.slices_of_an_epoch())
     known = timed[key].seconds_a_pixel
     if None not in known and size_hw not in known:
-        known[size_hw] = found = _seconds_a_pixel(network(), settings, batch_size, size_hw)
+        known[size_hw] = found = _seconds_a_pixel(
+            built() if network is None else network, settings, batch_size, size_hw
+        )
         if found is not None and found * batch_size * math.prod(size_hw) > _LONG_STEP_S:
             known[None] = found
     slices = len(data.train_dataloader()) * batch_size

@@ -36,7 +36,14 @@ from cspine_train.pictures import draw_curves, never_fatal
 from cspine_train.postprocessing import chosen_postprocessing
 from cspine_train.prediction import load_run
 from cspine_train.progress import TerminalProgress
-from cspine_train.run_folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME
+from cspine_train.run_folder import (
+    CARD_NAME,
+    CHECKPOINT_FOLDER,
+    CURVES_NAME,
+    OVERLAYS_FOLDER,
+    RECORD_NAME,
+    is_in_use,
+)
 from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
 from cspine_train.shares import Share, see_whole_batches
 from cspine_train.trial import check_steps
@@ -240,7 +247,7 @@ def _earlier(run: Path, settings: RunSettings, digests: dict[str, str], first: b
     """Return the record of a run to go on with, if the folder holds one of these settings and data."""
     if not (run / RECORD_NAME).exists():
         # What the others find may be what the first process is about to write.
-        if first and run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
+        if first and is_in_use(run):
             raise RunError(f"{run}: is there and is no run folder; choose another with -o")
         return None
     record = load_record(run)

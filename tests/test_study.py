@@ -135,7 +135,7 @@ def test_what_is_no_queue_is_told_by_its_line(content: str, told: str, tmp_path:
         (("--weights", "resnet50=nowhere.pth"), "nowhere.pth: cannot be read (No such file or directory); check the"),
         (
             ("--weights", "resnet18=w.pth"),
-            "--weights resnet18=...: is none of the study's encoders; name it",
+            "--weights resnet18=...: is none of the study's encoders; name it in --encoders",
         ),
         (("--weights", "resnet50=a=b/c.pth"), "a=b/c.pth: cannot be read (No such file or directory); check the path"),
         (("--folds", "9"), "9 folds: cannot be made of 4 labelled cases"),
