@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,14 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
     # Evaluations of an older cspine have no intervals.
     known = evaluation.get("means", {})
     means = [(measure, MeanInterval(**known[measure.name]) if measure.name in known else None) for measure in _SHOWN]
-    plots = sorted(slice_plots(read_rows(folder / f"{name}-slices.csv")), key=lambda plot: plot["lowest"])
+    plots = sorted(slice_plots(folder / f"{name}-slices.csv"), key=lambda plot: plot["lowest"])
     return {
         "title": f"{name.replace('-', ' and ')} patients".capitalize(),
         "headings": [measure.heading for measure in _SHOWN],
         "patients": patients,
         "means": [_told(measure, interval.mean if interval else None) for measure, interval in means],
         "intervals": [interval.between(measure.digits) if interval else "" for measure, interval in means],
-        "confusion": _confusion(read_rows(folder / f"{name}-confusion.csv")),
+        "confusion": _confusion(folder / f"{name}-confusion.csv"),
         "pictures": embedded_pictures(
             (folder / f"{name}-{kind}.png", f"slices of {kind} Dice") for kind in ("best", "median", "worst")
         ),
@@ -94,12 +94,12 @@ def embedded_pictures(named: Iterable[tuple[Path, str]]) -> list[dict[str, str]]
     ]
 
 
-def slice_plots(rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+def slice_plots(table: Path) -> Iterator[dict[str, Any]]:
     """Iterate over a curve of Dice by slice for each patient and axis, on a field of 285 x 95 from (30, 5)."""
-    curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for row in rows:
-        curves.setdefault((row["case"], int(row["axis"])), []).append((int(row["slice"]), float(row["dice"])))
-    for (case, axis), points in curves.items():
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in read_rows(table, {"case": str, "axis": _plane, "slice": int, "dice": float}):
+        curves.setdefault((row["case"], row["axis"]), []).append((row["slice"], row["dice"]))
+    for (case, plane), points in curves.items():
         first, last = points[0][0], points[-1][0]
         step = 285 / max(1, last - first)
         path, before = "", None
@@ -109,17 +109,22 @@ def slice_plots(rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
             path += f"{command}{30 + (index - first) * step:.1f} {100 - 95 * dice:.1f}"
             before = index
         mean = sum(dice for _, dice in points) / len(points)
-        told = f"{case}, {PLANES[axis]}: mean {mean:.3f} over {len(points)} slices"
+        told = f"{case}, {plane}: mean {mean:.3f} over {len(points)} slices"
         yield {"told": told, "path": path, "first": first, "last": last, "lowest": mean}
 
 
-def _confusion(rows: Sequence[Mapping[str, str]]) -> dict[str, Any] | None:
+def _plane(axis: str) -> str:
+    return PLANES[int(axis)]
+
+
+def _confusion(table: Path) -> dict[str, Any] | None:
+    rows = read_rows(table, dict.fromkeys(("true_label", "found_label", "voxels"), int))
     if not rows:
         return None
     voxels: dict[int, dict[int, int]] = {}
     for row in rows:
-        of_true = voxels.setdefault(int(row["true_label"]), {})
-        of_true[int(row["found_label"])] = of_true.get(int(row["found_label"]), 0) + int(row["voxels"])
+        of_true = voxels.setdefault(row["true_label"], {})
+        of_true[row["found_label"]] = of_true.get(row["found_label"], 0) + row["voxels"]
     found = sorted({value for of_true in voxels.values() for value in of_true})
     # Of what is nothing only what was taken for something is counted: no row, as there is no whole to be a share of.
     labels = [value for value in sorted(voxels) if value]

@@ -60,7 +60,7 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
         "kept_epoch": record.kept_epoch,
         "validation_dice": record.kept_dice,
         # Over all its interruptions.
-        "train_seconds": sum(float(row["seconds"]) for row in read_rows(run / METRICS_NAME)),
+        "train_seconds": sum(row["seconds"] for row in read_rows(run / METRICS_NAME, {"seconds": float})),
     }
     beside = {"cell": cell.name, "note": "; ".join(record.caveats())}
     for row in evaluation["patients"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,21 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return a table's rows; none of a file that is not there."""
-    if not path.exists():
+def read_rows(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
+    """Return a table's rows, of each what the columns make of it; none of a file that is not there.
+
+    Raises
+    ------
+    RunError
+        If it lacks a column, or holds something else in one.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{name: kind(row[name]) for name, kind in columns.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError:
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        raise RunError(f"{path}: is damaged ({error}); restore it, or make it anew") from None
 
 
 def is_in_use(folder: Path) -> bool:

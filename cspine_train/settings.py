@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -261,9 +262,10 @@ def load_record(run: Path) -> RunRecord:
         If the folder is no run, a link in it leads elsewhere, its record is damaged, or a newer cspine wrote it.
     """
     # A run may come from anywhere: nothing outside it is read, sent on in a report, or written over.
-    for inside in run.rglob("*"):
-        if inside.is_symlink() and not inside.resolve().is_relative_to(run.resolve()):
-            raise RunError(f"{inside}: leads out of the run folder; copy the run whole, without links")
+    for folder, folders, files in os.walk(run):
+        for inside in (Path(folder, name) for name in (*folders, *files)):
+            if inside.is_symlink() and not inside.resolve().is_relative_to(run.resolve()):
+                raise RunError(f"{inside}: leads out of the run folder; copy the run whole, without links")
     try:
         content = (run / RECORD_NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from cspine_data import Workers, open_cohort, side_by_side, usable_cores
 from cspine_train.errors import CspineTrainError, RunError, error_told
@@ -31,6 +32,8 @@ RUNS_FOLDER, LOGS_FOLDER = "runs", "logs"
 FAILURES_NAME = "failures.csv"
 _LOCK_NAME = ".lock"
 _GPU = "GPU"
+# PyTorch takes the second's word where it has both.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def _test_scores(run: Path, record: RunRecord) -> dict[str, Any] | None:
 
 def epochs_trained(study: Path, cells: Sequence[Cell]) -> int:
     """Return how many epochs of these cells are trained by now."""
-    return sum(len(read_rows(study / RUNS_FOLDER / cell.name / METRICS_NAME)) for cell in cells)
+    return sum(len(read_rows(study / RUNS_FOLDER / cell.name / METRICS_NAME, {})) for cell in cells)
 
 
 def run_study(
@@ -129,7 +132,7 @@ def run_study(
         _record_failures(folder, [])
         to_do = [cell for cell in plan.cells if not is_done(folder, cell)]
         number, threads, gpus = processes_here(workers, len(to_do))
-        how = _How(str(folder), plan.store, () if scheduler else gpus)
+        how = _How(str(folder), plan.store, () if scheduler else gpus, shares_cores=scheduler is not None)
         outcomes: list[Outcome] = []
         for batch in side_by_side(how, to_do, _lost, Workers(number, scheduler, threads, resource=_GPU)):
             for _, outcome in batch:
@@ -168,6 +171,7 @@ class _How:
     study: str
     store: str
     gpus: tuple[str, ...]
+    shares_cores: bool
 
     def __call__(self, cell: Cell) -> Outcome:
         """Train and evaluate a cell."""
@@ -190,12 +194,30 @@ class _How:
         return Outcome(cell, time.monotonic() - started, _failure(answer, process.returncode, log))
 
     def _environment(self) -> dict[str, str]:
+        if self.shares_cores:
+            return os.environ | dict.fromkeys(_THREADS, str(threads_of_cell()))
         if not self.gpus:
             return dict(os.environ)
         from distributed import get_worker
 
         worker: Worker = get_worker()
         return os.environ | {"CUDA_VISIBLE_DEVICES": self.gpus[int(worker.name) % len(self.gpus)]}
+
+
+def threads_of_cell() -> int:
+    """Return a cell's share of the cores of the machine of the Dask worker that calls this.
+
+    Where OMP_NUM_THREADS is above 1 there, it is that; Dask sets it to 1 where nobody has.
+    """
+    from distributed import get_client, get_worker
+
+    asked = os.environ.get("OMP_NUM_THREADS", "1")
+    if asked.isdecimal() and int(asked) > 1:
+        return int(asked)
+    known = get_client().scheduler_info(n_workers=-1)["workers"]
+    here = (one for one in known.values() if one["host"] == known[get_worker().address]["host"])
+    at_once = sum(int(one["resources"].get(_GPU, one["nthreads"])) for one in here)
+    return max(1, usable_cores() // max(1, at_once))
 
 
 def _failure(answer: bytes, status: int, log: Path) -> str | None:
@@ -220,7 +242,7 @@ def do_cell(request: dict[str, Any]) -> str | None:
     run.parent.mkdir(parents=True, exist_ok=True)
     try:
         # A scheduler's worker goes on with what a command began that was killed; the next command's waits for it.
-        with FileLock(run.with_name(f".{run.name}.lock")):
+        with _turn_of(run):
             return _done(run, request)
     except (CspineTrainError, CspineDataError) as error:
         return str(error)
@@ -229,6 +251,15 @@ def do_cell(request: dict[str, Any]) -> str | None:
 
         traceback.print_exc()
         return error_told(run.name, error)
+
+
+def _turn_of(run: Path) -> AbstractContextManager[Any]:
+    lock = FileLock(run.with_name(f".{run.name}.lock"))
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        print(f"{run.name}: waits for another process that trains it", file=sys.stderr, flush=True)
+        return lock.acquire()
 
 
 def _done(run: Path, request: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cspine_data.terminal import print_table, progress_bar, say
-from cspine_train.errors import ModelError
+from cspine_train.errors import CspineTrainError, ModelError
 from cspine_train.option_values import AXES, folds_of, list_of, weights_by_encoder
 from cspine_train.recipe_options import recipe_options, settings_of
 
@@ -109,7 +109,7 @@ def study(
         if left and (began := time.monotonic()) >= write_at:
             try:
                 write_outcome(output)
-            except OSError as error:
+            except (OSError, CspineTrainError) as error:
                 # Cells at work are worth more than tables, which are written once more at the end.
                 say(f"warning: {output}: tables could not be written ({error})", err=True)
             ready = time.monotonic()

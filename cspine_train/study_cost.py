@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from cspine_data import Cohort
-from cspine_train.allocator import keep_large_blocks
-from cspine_train.arithmetic import precision_of
 from cspine_train.classes import label_values, network_classes
 from cspine_train.datamodule import CohortSlices
 from cspine_train.errors import CspineTrainError, ModelError
 from cspine_train.models import build_model, check_names, encoders, sides_of
 from cspine_train.patients import split_of
 from cspine_train.settings import RunSettings
+from cspine_train.step_timing import Step, StepTimer
 from cspine_train.study_plan import Cell
 from cspine_train.transforms import Sides
 from cspine_train.weights import weights_at_hand
@@ -32,8 +26,6 @@ _SEEN_SHARE = 1 / 3
 _BESIDE_NETWORK, _START_S, _PATIENT_S = 1.2, 15.0, 2.0
 # What a layer takes for itself, however large its input is, is nothing beside this.
 _LONG_STEP_S = 0.5
-# The first makes what the others find made, and whatever else the machine does makes one longer, never shorter.
-_FEWEST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 4, 2.0
 
 
 @dataclass(frozen=True)
@@ -128,18 +120,13 @@ def costs(
     progress : callable, optional
         Called with (cells estimated, cells, nothing).
     """
-    keep_large_blocks()
     timed: dict[tuple[Any, ...], _Timed] = {}
     found = {}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with StepTimer(threads) as timer:
         for number, cell in enumerate(cells, start=1):
-            found[cell.name] = _cost(cohort, cell.settings, timed)
+            found[cell.name] = _cost(cohort, cell.settings, timed, timer)
             if progress:
                 progress(number, len(cells), "")
-    finally:
-        torch.set_num_threads(before)
     return found
 
 
@@ -154,18 +141,13 @@ class _Timed:
     seconds_a_pixel: dict[tuple[int, int] | None, float | None]
 
 
-def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _Timed]) -> Cost:
+def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _Timed], timer: StepTimer) -> Cost:
     split = split_of(cohort, settings)
     classes = network_classes(values := label_values(cohort, split, settings))
     key = settings.model, settings.encoder, settings.channels, classes, settings.precision
-
-    def built() -> nn.Module:
-        return build_model(settings.model, settings.encoder, "none", settings.channels, classes)[0]
-
-    network: nn.Module | None = None
     try:
         if key not in timed:
-            network = built()
+            network, _ = build_model(settings.model, settings.encoder, "none", settings.channels, classes)
             timed[key] = _Timed(sides_of(network), {})
         data = CohortSlices(cohort, split, settings, 0, timed[key].sides, values)
     except CspineTrainError as error:
@@ -174,18 +156,18 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
     batch_size = min(settings.batch_size, data.slices_of_an_epoch())
     known = timed[key].seconds_a_pixel
     if None not in known and size_hw not in known:
-        known[size_hw] = found = _seconds_a_pixel(
-            built() if network is None else network, settings, batch_size, size_hw
-        )
-        if found is not None and found * batch_size * math.prod(size_hw) > _LONG_STEP_S:
-            known[None] = found
+        # As large a batch as it will be: what small ones spend between layers is not spent for each slice.
+        step = Step(*key, max(2, batch_size), size_hw)
+        taken = timer.seconds(step)
+        known[size_hw] = None if taken is None else taken / step.pixels
+        if taken is not None and taken > _LONG_STEP_S:
+            known[None] = known[size_hw]
     slices = len(data.train_dataloader()) * batch_size
     a_pixel = known.get(size_hw, known.get(None))
     if a_pixel is None:
-        told = (
-            f"{settings.model} with encoder {settings.encoder!r}: cannot train on slices of {size_hw[0]} x {size_hw[1]}"
-        )
-        return Cost(slices, 0.0, f"{told}; choose another --size, --encoders or --models")
+        told = f"{settings.model} with encoder {settings.encoder!r}: cannot train on {batch_size} slices of"
+        remedy = "choose another --size, --encoders or --models, or fewer slices at a time (--batch-size)"
+        return Cost(slices, 0.0, f"{told} {size_hw[0]} x {size_hw[1]}; {remedy}")
     seen_pixels = math.prod(data.steps(half=False).validation_hw) * _SEEN_SHARE
     validated, tested = (
         len(cohort.slices(settings.axes, cases=cases, variant=settings.variant)) if cases else 0
@@ -194,31 +176,6 @@ def _cost(cohort: Cohort, settings: RunSettings, timed: dict[tuple[Any, ...], _T
     pixels = float(settings.epochs * slices * math.prod(size_hw))
     pixels += (settings.epochs * validated + tested) * seen_pixels
     return Cost(slices, _START_S + _PATIENT_S * len(split.test) + _BESIDE_NETWORK * a_pixel * pixels)
-
-
-def _seconds_a_pixel(
-    network: nn.Module, settings: RunSettings, batch_size: int, size_hw: tuple[int, int]
-) -> float | None:
-    """Return how long a training step takes for each of a batch's pixels; None where it cannot be taken."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # As large a batch as it will be: what small ones spend between layers is not spent for each slice.
-    images = torch.zeros((max(2, batch_size), settings.channels, *size_hw))
-    half = "bf16" in precision_of(settings.precision)
-    try:
-        network = network.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        images = images.to(device, memory_format=torch.channels_last)
-        taken: list[float] = []
-        while len(taken) < _FEWEST_STEPS or (len(taken) < _MOST_STEPS and sum(taken) < _ENOUGH_S):
-            started = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-                loss = network(images).float().mean()
-            loss.backward()
-            loss.item()
-            taken.append(time.perf_counter() - started)
-    # Whatever a layer provokes with a shape that it was not made for, and missing memory.
-    except (RuntimeError, ValueError, AssertionError, MemoryError):
-        return None
-    return min(taken) / (len(images) * math.prod(size_hw))
 
 
 def hours_told(seconds: float) -> str:

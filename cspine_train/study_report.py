@@ -73,7 +73,7 @@ def _page(study: Path, plan: Plan, found: Findings, rows: Sequence[Mapping[str, 
 
 
 def _failures(study: Path) -> Iterator[Table]:
-    failed = read_rows(study / FAILURES_NAME)
+    failed = read_rows(study / FAILURES_NAME, {"cell": str, "reason": str})
     if failed:
         yield Table("Cells that failed", ("cell", "reason"), tuple((row["cell"], row["reason"]) for row in failed))
 
@@ -104,12 +104,13 @@ def _told(row: Mapping[str, Any]) -> str:
 
 def _curves(study: Path, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for cell, told in cells.items():
-        dice = [float(row["valid_dice"]) for row in read_rows(study / RUNS_FOLDER / cell / METRICS_NAME)]
+        rows = read_rows(study / RUNS_FOLDER / cell / METRICS_NAME, {"valid_dice": float})
+        dice = [row["valid_dice"] for row in rows]
         step = 285 / max(1, len(dice) - 1)
         path = " ".join(f"{'L' if n else 'M'}{30 + n * step:.1f} {100 - 95 * d:.1f}" for n, d in enumerate(dice))
         # Of one epoch a point would not be seen.
         path += " h3" if len(dice) == 1 else ""
-        yield {"told": f"{told}: {max(dice):.3f}", "last": len(dice), "path": path}
+        yield {"told": f"{told}: {max(dice, default=0.0):.3f}", "last": len(dice), "path": path}
 
 
 def _shown(study: Path, rows: Sequence[Mapping[str, Any]], cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -129,5 +130,5 @@ def _shown(study: Path, rows: Sequence[Mapping[str, Any]], cells: Mapping[str, s
             "pictures": embedded_pictures(
                 (folder / f"test-{which}.png", f"slices of {which} Dice") for which in ("best", "median", "worst")
             ),
-            "plots": list(slice_plots(read_rows(folder / "test-slices.csv"))),
+            "plots": list(slice_plots(folder / "test-slices.csv")),
         }

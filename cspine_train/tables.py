@@ -182,7 +182,7 @@ def _ranking(found: Sequence[Ranked], recipes: bool) -> Table:
     )  # fmt: skip
     note = (
         "Chosen and judged on the same patients, the best looks better than it is. p: as above, corrected for the rows "
-        "of this table."
+        "of this table; intervals are not corrected."
     )
     return Table("All conditions", columns, rows, (note,))
 

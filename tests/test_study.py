@@ -21,14 +21,16 @@ import psutil
 import pytest
 import torch
 from click.testing import Result
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
+from filelock import FileLock
 from pyarrow import parquet
 
-from cspine_data import Cohort, Preprocessing, open_cohort, prepare
+from cspine_data import Cohort, Preprocessing, open_cohort, prepare, usable_cores
 from cspine_train import RunError, RunSettings, evaluate, train
 from cspine_train.metrics import MEASURES
 from cspine_train.results import write_results
-from cspine_train.study import check_output, is_done, processes_here
+from cspine_train.step_timing import Step, StepTimer
+from cspine_train.study import check_output, is_done, processes_here, threads_of_cell
 from cspine_train.study_cost import costs
 from cspine_train.study_plan import Grid, load_plan, plan_study, queued
 from tests.conftest import QUICK_N4
@@ -220,15 +222,32 @@ def test_costs_are_those_of_a_timed_step_times_the_pixels(cohort: Cohort) -> Non
             RECIPE.model_copy(update={"epochs": 9}))).cells,
         *plan_study(cohort, Grid(("nosuch",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
     ]  # fmt: skip
-    threads = torch.get_num_threads()
-    once, nine, none = costs(cohort, cells, threads + 1).values()
-    assert torch.get_num_threads() == threads
+    once, nine, none = costs(cohort, cells, threads=1).values()
     # Starting and testing are done once.
     assert once.seconds < nine.seconds < 9 * once.seconds
     assert once.slices == nine.slices > 0
     assert none.failure is not None
     assert none.failure.startswith("model 'nosuch': is not known; cspine-train models lists them")
     assert once.failure is nine.failure is None
+
+
+def test_steps_are_timed_in_a_process_of_their_own_and_another_follows_one_that_dies() -> None:
+    step = Step("linknet", "tu-mobilenetv3_small_100", 1, 1, "32", 2, (64, 64))
+
+    def spawned() -> set[psutil.Process]:
+        return {child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())}
+
+    before = spawned()
+    with StepTimer(threads=1) as timer:
+        assert timer.seconds(step)
+        (process,) = spawned() - before
+        # More memory than there is, and sides that a network cannot halve.
+        assert timer.seconds(step._replace(batch_size=10**6, size_hw=(4096, 4096))) is None
+        assert timer.seconds(step._replace(size_hw=(63, 63))) is None
+        process.kill()
+        assert timer.seconds(step) is None
+        assert timer.seconds(step)
+    assert spawned() <= before
 
 
 # Done
@@ -360,23 +379,50 @@ def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
     assert "nosuch" in (study / "report.html").read_text()
 
 
-def test_a_cell_whose_weights_were_replaced_after_planning_is_not_trained(cohort: Cohort, tmp_path: Path) -> None:
+def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(cohort: Cohort, tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     file.write_bytes(b"one")
     grid = Grid(("unet",), ("resnet50",), {"resnet50": str(file)}, variants=("raw",), axes=((2,),))
     (cell,) = plan_study(cohort, grid.settings(RECIPE)).cells
     file.write_bytes(b"two")
     run = tmp_path / "runs" / cell.name
+    run.parent.mkdir()
     request = {"store": cohort.location, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
-    with subprocess.Popen(
-        [sys.executable, "-m", "cspine_train", "cell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    pipe = subprocess.PIPE
+    with (
+        FileLock(run.with_name(f".{run.name}.lock")) as others,
+        subprocess.Popen(
+            [sys.executable, "-m", "cspine_train", "cell"], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        ) as process,
+    ):
         # It ends when its standard input does.
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
+        # A worker of a command that was killed may still be at this cell.
+        assert process.stderr.readline() == f"{run.name}: waits for another process that trains it\n"
+        others.release()
         told = process.stdout.read()
     assert json.loads(told)["failure"].startswith("its patients' data or the file of its weights are others than were")
     assert not run.exists()
+
+
+def test_cells_of_a_scheduler_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    # Dask allows one thread for each of two cells at a time.
+    options = {"host": "127.0.0.1", "dashboard_address": None, "n_workers": 1, "threads_per_worker": 2}
+    with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as client:
+        assert client.submit(threads_of_cell).result() == max(1, usable_cores() // 2)
+    with (
+        LocalCluster(**options, resources={"GPU": 1}, env={"OMP_NUM_THREADS": "1"}) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        assert client.submit(threads_of_cell).result() == usable_cores()
+        assert client.submit(with_threads_allowed, 7).result() == 7
+
+
+def with_threads_allowed(number: int) -> int:
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    return threads_of_cell()
 
 
 def test_a_plan_that_was_tampered_with_is_refused(cohort: Cohort, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
@@ -28,7 +30,8 @@ from cspine_train.ranking import contrasts, levels, n4_answer, ranked
 from cspine_train.results import FIGURES, Condition, scores, study_rows
 from cspine_train.run_folder import write_rows
 from cspine_train.settings import RunRecord, RunSettings, save_record
-from cspine_train.study_plan import Cell, Plan, save_plan
+from cspine_train.study import is_done
+from cspine_train.study_plan import Cell, Plan, load_plan, save_plan
 from cspine_train.study_report import write_outcome
 from cspine_train.tables import findings, rendered
 
@@ -312,6 +315,50 @@ def test_the_table_has_a_row_for_each_patient_of_each_cell(tmp_path: Path) -> No
     assert study_rows(study, plan) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"epoch,valid_dice\n0,0.5\n", "is damaged ('seconds'); restore it, or make it anew"),
+        (
+            b"epoch,valid_dice,seconds\n0,0.5,never\n",
+            "is damaged (could not convert string to float: 'never'); ",
+        ),
+        (b"epoch,valid_dice,seconds\n\xff\n", "is damaged ('utf-8' codec"),
+    ],
+)
+def test_a_damaged_table_of_a_run_is_told_in_a_line(
+    content: bytes, told: str, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    study = study_of(tmp_path / "study")
+    damaged = study / "runs" / "unet-n4-raw" / "metrics.csv"
+    damaged.write_bytes(content)
+    refused = run_train("table", study)
+    assert refused.exit_code == 1
+    assert f"{damaged}: {told}" in refused.output
+    # What is lost is only not shown.
+    damaged.unlink()
+    assert run_train("table", study).exit_code == 0
+    write_outcome(study)
+
+
+def test_a_cell_is_done_with_the_settings_that_it_is_asked_for(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "study")
+    cell = load_plan(study).cells[0]
+    assert is_done(study, cell)
+    assert not is_done(study, cell.model_copy(update={"settings": cell.settings.model_copy(update={"seed": 1})}))
+
+
+def test_cells_of_single_and_of_all_axes_have_the_same_columns() -> None:
+    rows = [row(axes=axes, patient=patient) for axes in ("0", "012") for patient in PATIENTS]
+    in_csv = list(csv.reader(io.StringIO(rendered(findings(rows), "csv"))))
+    assert len(in_csv) == 3
+    assert len({len(line) for line in in_csv}) == 1
+    assert in_csv[0].count("note") == 1
+    # The reference study has no model of all axes.
+    published = in_csv[0].index("published, %")
+    assert (in_csv[1][published], in_csv[2][published]) == ("75", "")
+
+
 class Page(HTMLParser):
     """Tags with their attributes, and the text of scripts, of a page."""
 
@@ -381,6 +428,8 @@ def test_in_a_browser_the_page_sorts_and_filters(tmp_path: Path) -> None:
       box.value = "RAW"; box.dispatchEvent(new Event("input"));
       told.push(Array.from(table.tBodies[0].rows).filter((row) => !row.hidden).length);
       told.push(document.documentElement.scrollWidth <= innerWidth);
+      ["6e-05", "0.01"].forEach((p, row) => { table.tBodies[0].rows[row].cells[2].textContent = p; });
+      press.click(); told.push(order());
       document.body.dataset.told = JSON.stringify([...told, errors]);
     });
     </script></head>"""
@@ -388,6 +437,6 @@ def test_in_a_browser_the_page_sorts_and_filters(tmp_path: Path) -> None:
     (tmp_path / "tried.html").write_text(free.replace("</head>", tried, 1), encoding="utf-8")
     dom = seen_by_browser(tmp_path / "tried.html")
     (told,) = re.findall(r'data-told="(\[[^"]*\])"', dom.replace("&quot;", "'"))
-    assert told == "[true,'raw,n4','n4,raw','ascending',1,true,[]]"
+    assert told == "[true,'raw,n4','n4,raw','ascending',1,true,'0.01,6e-05',[]]"
     # As it is delivered: its own script has run, which shows the box.
     assert '<div class="find">' in seen_by_browser(tmp_path / "study" / "report.html")
