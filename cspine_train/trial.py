@@ -131,7 +131,9 @@ def _checked(network: nn.Module, settings: RunSettings, shape: tuple[int, int, i
 
 def _failure(network: nn.Module, images: torch.Tensor, training: bool) -> str:
     try:
-        network.train(training)(images).sum().backward()
+        seen = network.train(training)(images)
+        if training:
+            seen.sum().backward()
     # Whatever a layer provokes with a shape that it was not made for.
     except Exception as error:  # noqa: BLE001
         return " ".join(str(error).split())[:200] or type(error).__name__
