@@ -124,23 +124,30 @@ def side_by_side(
     from distributed.scheduler import KilledWorker
 
     with _cluster(workers, len(tasks)) as client:
-        submit = partial(client.submit, work, pure=False, **_asked_of_workers(client, workers.resource))
+        resource = _resource(client, workers.resource)
+        submit = partial(client.submit, work, pure=False, resources={resource: 1} if resource else None)
         suspects = []
-        for ended in _as_they_end(client, submit, tasks, lost):
+        for ended in _as_they_end(client, submit, tasks, lost, resource):
             suspects += [task for task, outcome in ended if isinstance(outcome, KilledWorker)]
             yield [(task, outcome) for task, outcome in ended if not isinstance(outcome, KilledWorker)]
         # Dask blames every task that waited on a worker that died. Alone, only the guilty one dies again.
         for suspect in suspects:
-            for ended in _as_they_end(client, submit, [suspect], lost):
+            for ended in _as_they_end(client, submit, [suspect], lost, resource):
                 yield [
                     (task, lost(task, _DIED) if isinstance(outcome, KilledWorker) else outcome)
                     for task, outcome in ended
                 ]
 
 
-def _asked_of_workers(client: Any, resource: str | None) -> dict[str, Any]:
+def _resource(client: Any, wanted: str | None) -> str | None:
+    """Return what a task is to ask of a worker: what is wanted, where any has it."""
+    return wanted if wanted and _workers_with(client, wanted) else None
+
+
+def _workers_with(client: Any, resource: str | None) -> int:
+    """Return how many workers could do a task that asks for a resource."""
     known = client.scheduler_info(n_workers=-1)["workers"].values()
-    return {"resources": {resource: 1}} if any(resource in worker["resources"] for worker in known) else {}
+    return sum(resource is None or resource in worker["resources"] for worker in known)
 
 
 def _as_they_end(
@@ -148,6 +155,7 @@ def _as_they_end(
     submit: Callable[[Task], Any],
     tasks: Sequence[Task],
     lost: Callable[[Task, str | Exception], Any],
+    resource: str | None,
 ) -> Iterator[list[tuple[Task, Any]]]:
     """Do tasks and yield those that ended, until there is none, or no worker that could do the rest."""
     from distributed import as_completed
@@ -170,7 +178,7 @@ def _as_they_end(
         if time.monotonic() - looked < _LOOK_S:
             continue
         looked = time.monotonic()
-        if client.scheduler_info(n_workers=1)["workers"]:
+        if _workers_with(client, resource):
             forsaken_since = None
         elif forsaken_since is None:
             forsaken_since = looked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -182,6 +183,7 @@ def evaluate(
     CspineDataError
         If the store cannot be used, or none of the patients; where only some cannot, the others are scored.
     """
+    started = time.monotonic()
     loaded = load_run(run)
     record = loaded.record
     splits = tuple(dict.fromkeys(splits))
@@ -208,11 +210,15 @@ def evaluate(
         if progress:
             progress(number, len(wanted), case)
     name = "-".join(splits)
-    evaluation = _written(loaded, name, tuple(scores), tuple(failed))
-    files = [*evaluation.files]
-    with never_fatal(f"{loaded.path / EVALUATION_FOLDER}: pictures"):
+    folder = loaded.path / EVALUATION_FOLDER
+    folder.mkdir(exist_ok=True)
+    pictures: list[Path] = []
+    # Before the scores: whoever finds those takes the patients for done.
+    with never_fatal(f"{folder}: pictures"):
         of = f"{len(scores)} {' and '.join(splits)} patient{'s' if len(scores) > 1 else ''}"
-        files += gallery.draw(loaded.path / EVALUATION_FOLDER, f"{name}-", of, record.caveats())
+        pictures += gallery.draw(folder, f"{name}-", of, record.caveats())
+    evaluation = _written(loaded, name, tuple(scores), tuple(failed), time.monotonic() - started)
+    files = [*evaluation.files, *pictures]
     with never_fatal(f"{loaded.path / REPORT_NAME}"):
         files.append(write_report(loaded.path, record))
     with never_fatal(f"{loaded.path / CARD_NAME}"):
@@ -249,9 +255,10 @@ def _confusion(found: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[tuple
             yield (int(values[true]), int(values[was])), count
 
 
-def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...], failed: tuple[Problem, ...]) -> Evaluation:
+def _written(
+    loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...], failed: tuple[Problem, ...], seconds: float
+) -> Evaluation:
     folder = loaded.path / EVALUATION_FOLDER
-    folder.mkdir(exist_ok=True)
     record = loaded.record
     several = bool(record.label_values)
     endings = (".csv", ".json", "-slices.csv", *(("-labels.csv", "-confusion.csv") if several else ()))
@@ -271,6 +278,7 @@ def _written(loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...], fai
         "mean_dice": evaluation.mean_dice,
         "mean_iou": evaluation.mean_iou,
         "means": means,
+        "seconds": round(seconds, 1),
         "failed": {problem.case: problem.message for problem in failed},
         "caveats": evaluation.caveats,
         "settings": record.settings.model_dump(),

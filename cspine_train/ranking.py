@@ -77,7 +77,7 @@ class Contrast:
     @property
     def sure(self) -> bool:
         """Whether the evidence decides: the test is of ranks, and one patient may turn the mean against them."""
-        return self.p is not None and self.p < SURE and self.ranks_agree
+        return _is_sure(self)
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,19 @@ class Ranked:
     patients: int
     difference: MeanInterval | None = None
     p: float | None = None
+    ranks_agree: bool = False
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is worse than the best; see `Contrast.sure`."""
+        return _is_sure(self)
 
 
 Tested = TypeVar("Tested", Contrast, Ranked)
+
+
+def _is_sure(tested: Contrast | Ranked) -> bool:
+    return tested.p is not None and tested.p < SURE and tested.ranks_agree
 
 
 def levels(scores: Scores) -> list[Level]:
@@ -143,6 +153,7 @@ def ranked(scores: Scores) -> list[Ranked]:
                 len(patients),
                 None if of_best else mean_interval(differences),
                 None if of_best else signed_rank_p(differences),
+                _ranks(differences) < 0,
             )
         )
     return _corrected(found)
@@ -243,13 +254,12 @@ def n4_answer(found: Sequence[Contrast]) -> str:
     if contrast.sure:
         return f"Does N4 help? {'Yes' if sign > 0 else 'No, it harms'}: {evidence}."
     if contrast.p < SURE:
-        return (
-            f"Does N4 help? The evidence does not decide, mean and most patients point to different sides: {evidence}."
-        )
+        return f"Does N4 help? The evidence does not decide, mean and ranks point to different sides: {evidence}."
     tests = sum(one.p is not None for one in found)
     fewest = next(n for n in range(1, 99) if tests * 2 / 2**n < SURE)
     few = f" (after {counted(tests, 'comparison')} fewer than {fewest} patients never can)"
-    few = few if contrast.patients < fewest else ""
+    # Those whom nothing is different for count for nothing in the test.
+    few = few if contrast.patients_higher + contrast.patients_lower < fewest else ""
     return f"Does N4 help? The evidence does not decide{few}: {evidence}."
 
 

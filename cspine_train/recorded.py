@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cspine_train.metrics import MEASURES
 from cspine_train.run_folder import EVALUATION_FOLDER
 from cspine_train.settings import RunRecord
+
+#: What is told of a patient.
+FIGURES = (*(measure.name for measure in MEASURES), "batch_averaged_dice")
 
 
 def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -28,6 +32,7 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
             current = same_weights and steps == (record.kept_components, record.filled_holes)
             for row in evaluation["patients"]:
                 "".join((row["case"], row["split"])), row["dice"] + 0.0
+                sum(row[figure] for figure in FIGURES if figure in row) + evaluation.get("seconds", 0.0)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             warnings.warn(f"{path}: is damaged and left out; evaluate again", stacklevel=2)
         else:

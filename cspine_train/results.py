@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cspine_train.metrics import MEASURES
+from cspine_train.recorded import FIGURES
 from cspine_train.run_folder import METRICS_NAME, read_rows, write_rows
 from cspine_train.settings import RunRecord
 from cspine_train.study import RUNS_FOLDER, what_came_out
@@ -14,7 +14,6 @@ from cspine_train.study_plan import Cell, Plan, start_told
 
 #: The table, for people and programs of all kinds, and with its types.
 RESULTS_NAME, PARQUET_NAME = "results.csv", "results.parquet"
-FIGURES = (*(measure.name for measure in MEASURES), "batch_averaged_dice")
 
 
 class Condition(NamedTuple):
@@ -29,7 +28,8 @@ class Condition(NamedTuple):
 
     def told(self) -> str:
         """Return what it is, for people."""
-        return f"{self.model}, {self.encoder}, {self.variant}, axis {self.axes}, epochs {self.epochs}"
+        trained = f"epochs {self.epochs}, batch {self.batch_size}"
+        return f"{self.model}, {self.encoder}, {self.variant}, axis {self.axes}, {trained}"
 
 
 def condition_of(row: Mapping[str, Any]) -> Condition:
@@ -61,6 +61,7 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
         "validation_dice": record.kept_dice,
         # Over all its interruptions.
         "train_seconds": sum(row["seconds"] for row in read_rows(run / METRICS_NAME, {"seconds": float})),
+        "test_seconds": evaluation.get("seconds"),
     }
     beside = {"cell": cell.name, "note": "; ".join(record.caveats())}
     for row in evaluation["patients"]:
@@ -101,12 +102,13 @@ def write_results(study: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Path,
     types = {
         "model": words, "encoder": words, "weights": words, "variant": words, "axes": words, "folds": numbers,
         "fold": numbers, "seed": numbers, "epochs": numbers, "batch_size": numbers, "kept_epoch": numbers,
-        "validation_dice": pa.float64(), "train_seconds": pa.float64(), "patient": words,
+        "validation_dice": pa.float64(), "train_seconds": pa.float64(), "test_seconds": pa.float64(), "patient": words,
         **dict.fromkeys(FIGURES, pa.float64()), "cell": words, "note": words,
     }  # fmt: skip
     write_rows(study / RESULTS_NAME, types, rows)
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(types.items()))
     temporary = study / f".{PARQUET_NAME}"
+    temporary.unlink(missing_ok=True)
     parquet.write_table(table, temporary)
     temporary.replace(study / PARQUET_NAME)
     return study / RESULTS_NAME, study / PARQUET_NAME

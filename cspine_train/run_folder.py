@@ -40,6 +40,8 @@ MLFLOW_FOLDER = "mlruns"
 def write_text(path: Path, text: str) -> None:
     """Write a file of a run folder in one step: it is there as it was, or as it is to be."""
     temporary = path.with_name(f".{path.name}")
+    # A link that came with the folder would be written through.
+    temporary.unlink(missing_ok=True)
     temporary.write_text(text, encoding="utf-8", newline="")
     temporary.replace(path)
 

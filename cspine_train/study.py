@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,8 @@ from cspine_data import Workers, open_cohort, side_by_side, usable_cores
 from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.run_folder import METRICS_NAME, is_in_use, only_one, read_rows, write_rows
-from cspine_train.settings import RunRecord, RunSettings, load_record
-from cspine_train.study_plan import PLAN_NAME, Cell, Plan, plan_study, save_plan
+from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
+from cspine_train.study_plan import PLAN_NAME, Cell, Plan, but_for_path, plan_study, save_plan
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -57,6 +57,23 @@ def check_output(study: Path) -> None:
         raise RunError(f"{study}: is there and is no study; choose another folder with -o")
 
 
+def check_not_run(study: Path) -> None:
+    """Refuse a study that another process is running now.
+
+    Raises
+    ------
+    RunError
+        If one is.
+    """
+    if study.is_dir():
+        with _alone(study):
+            pass
+
+
+def _alone(study: Path) -> AbstractContextManager[None]:
+    return only_one(study / _LOCK_NAME, f"{study}: is being run by another process; wait for it, or choose another -o")
+
+
 def cells_of_others(study: Path, plan: Plan) -> int:
     """Return how many run folders of a study a plan does not ask for."""
     folder = study / RUNS_FOLDER
@@ -72,12 +89,17 @@ def is_done(study: Path, cell: Cell) -> bool:
 def what_came_out(study: Path, cell: Cell) -> tuple[RunRecord, dict[str, Any]] | None:
     """Return the record of a cell's run and the evaluation of all its test patients; None of one that is not done."""
     folder = study / RUNS_FOLDER / cell.name
+    # A study may come from anywhere, too.
+    if not folder.resolve().is_relative_to(study.resolve()):
+        raise RunError(f"{folder}: leads out of the study's folder; copy the study whole, without links")
     try:
         record = load_record(folder)
     except RunError:
         return None
     # A default may have been another one when it was trained.
-    evaluation = _test_scores(folder, record) if record.finished and record.settings == cell.settings else None
+    if not record.finished or record.kept_dice is None or but_for_path(record.settings) != but_for_path(cell.settings):
+        return None
+    evaluation = _test_scores(folder, record)
     return None if evaluation is None else (record, evaluation)
 
 
@@ -126,13 +148,12 @@ def run_study(
     check_output(Path(study))
     folder = Path(study).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    told = f"{study}: is being run by another process; wait for it, or choose another -o"
-    with only_one(folder / _LOCK_NAME, told):
+    with _alone(folder):
         save_plan(folder, plan)
         _record_failures(folder, [])
         to_do = [cell for cell in plan.cells if not is_done(folder, cell)]
         number, threads, gpus = processes_here(workers, len(to_do))
-        how = _How(str(folder), plan.store, () if scheduler else gpus, shares_cores=scheduler is not None)
+        how = CellWork(str(folder), plan.store, () if scheduler else gpus, shares_cores=scheduler is not None)
         outcomes: list[Outcome] = []
         for batch in side_by_side(how, to_do, _lost, Workers(number, scheduler, threads, resource=_GPU)):
             for _, outcome in batch:
@@ -165,8 +186,18 @@ def _gpus() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _How:
-    """Does a cell in a worker, in a process of its own: its memory is given back, and it alone dies of a lack of it."""
+class CellWork:
+    """Does a cell in a worker, in a process of its own: its memory is given back, and it alone dies of a lack of it.
+
+    Attributes
+    ----------
+    study, store : str
+        The study's folder, and what the cell is fed from.
+    gpus : tuple of str
+        Of this machine, a local worker each.
+    shares_cores : bool
+        Whether a scheduler's worker does it, see `threads_of_cell`.
+    """
 
     study: str
     store: str
@@ -183,7 +214,7 @@ class _How:
         with log.open("ab") as told:
             command = [sys.executable, "-m", "cspine_train", "cell"]
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, env=self._environment()
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, env=self.environment()
             )
             with process:
                 assert process.stdin and process.stdout  # noqa: S101, PT018
@@ -193,7 +224,8 @@ class _How:
                 answer = process.stdout.read()
         return Outcome(cell, time.monotonic() - started, _failure(answer, process.returncode, log))
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Return that of a cell of the worker that calls this: its GPU, or its cores."""
         if self.shares_cores:
             return os.environ | dict.fromkeys(_THREADS, str(threads_of_cell()))
         if not self.gpus:
@@ -221,12 +253,12 @@ def threads_of_cell() -> int:
 
 
 def _failure(answer: bytes, status: int, log: Path) -> str | None:
+    # Native code may print before it, or die after it.
+    with suppress(ValueError, LookupError, TypeError):
+        return json.loads(answer.splitlines()[-1])["failure"]  # type: ignore[no-any-return]
     if status < 0:
         return f"its process was ended by {signal.Signals(-status).name} (out of memory?); use fewer --workers"
-    try:
-        return json.loads(answer)["failure"]  # type: ignore[no-any-return]
-    except (ValueError, LookupError, TypeError):
-        return f"its process ended with status {status}; {log} may say why"
+    return f"its process ended with status {status}; {log} may say why"
 
 
 def do_cell(request: dict[str, Any]) -> str | None:
@@ -270,10 +302,26 @@ def _done(run: Path, request: dict[str, Any]) -> str | None:
     (cell,) = plan_study(open_cohort(request["store"]), [settings]).cells
     if cell.name != run.name:
         return "its patients' data or the file of its weights are others than were planned; give the command again"
+    if other := _of_others(run, settings):
+        return other
     record = train(request["store"], run, settings)
     if _test_scores(run, record) is None:
         failed = evaluate(run, ("test",), request["store"]).failed
         return failed[0].message if failed else None
+    return None
+
+
+def _of_others(run: Path, settings: RunSettings) -> str | None:
+    """Return why a folder's run cannot go on with settings; where only its weights file has moved, it is told so."""
+    try:
+        begun = load_record(run)
+    except RunError:
+        return None
+    if begun.settings == settings:
+        return None
+    if but_for_path(begun.settings) != but_for_path(settings):
+        return f"{run}: was trained by a cspine of other defaults; delete that folder to train it anew"
+    save_record(run, begun.model_copy(update={"settings": settings}))
     return None
 
 

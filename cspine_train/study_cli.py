@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cspine_data.terminal import print_table, progress_bar, say
-from cspine_train.errors import CspineTrainError, ModelError
+from cspine_train.errors import ModelError
 from cspine_train.option_values import AXES, folds_of, list_of, weights_by_encoder
 from cspine_train.recipe_options import recipe_options, settings_of
 
@@ -64,7 +64,7 @@ def study(
     """
     from cspine_data import open_cohort
     from cspine_train.ranking import counted
-    from cspine_train.study import LOGS_FOLDER, cells_of_others, check_output, is_done, run_study
+    from cspine_train.study import LOGS_FOLDER, cells_of_others, check_not_run, check_output, is_done, run_study
     from cspine_train.study_plan import Grid, plan_study
     from cspine_train.study_report import write_outcome
 
@@ -76,8 +76,12 @@ def study(
     asked = _asked(grid, queue, settings_of(**recipe))
     if unused := set(weights) - {""} - {one.encoder for one in asked}:
         raise click.UsageError(f"--weights {min(unused)}=...: is none of the study's encoders; name it in --encoders")
+    if not asked:
+        return
     plan = plan_study(cohort, asked)
     check_output(output)
+    if not only_plan:
+        check_not_run(output)
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
     _tell_plan(plan, len(to_do))
     if others := cells_of_others(output, plan):
@@ -109,7 +113,7 @@ def study(
         if left and (began := time.monotonic()) >= write_at:
             try:
                 write_outcome(output)
-            except (OSError, CspineTrainError) as error:
+            except Exception as error:  # noqa: BLE001
                 # Cells at work are worth more than tables, which are written once more at the end.
                 say(f"warning: {output}: tables could not be written ({error})", err=True)
             ready = time.monotonic()
@@ -170,7 +174,8 @@ def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSetti
 
     settings, done = queued(queue, grid, recipe)
     if done:
-        click.echo(f"note: {done} lines of {queue} say that they are done, and are left out")
+        lines = f"{done} lines" if settings else f"all {done} lines"
+        click.echo(f"note: {lines} of {queue} say that they are done, and are left out")
     return settings
 
 
@@ -213,7 +218,9 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> No
     from cspine_train.study_cost import check_names_of, costs, hours_told
 
     check_names_of(to_do)
-    side_by_side, threads, _ = processes_here(workers, len(to_do))
+    side_by_side, threads, gpus = processes_here(workers, len(to_do))
+    # Cells that share a GPU take turns.
+    at_once = min(side_by_side, len(gpus) or side_by_side)
     with progress_bar("timing steps of each network") as progress:
         found = costs(cohort, to_do, threads, progress)
     rows: dict[tuple[str, ...], list[Any]] = {}
@@ -224,12 +231,12 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> No
     table = []
     for named, group in rows.items():
         cannot = any(cost.failure for cost in group)
-        time_told = "cannot be trained" if cannot else hours_told(sum(cost.seconds for cost in group) / side_by_side)
+        time_told = "cannot be trained" if cannot else hours_told(sum(cost.seconds for cost in group) / at_once)
         table.append((*named, str(len(group)), str(max(cost.slices for cost in group)), time_told))
     print_table(columns, table)
     for failure in dict.fromkeys(cost.failure for cost in found.values() if cost.failure):
         say(f"warning: {failure}", err=True)
-    total = hours_told(sum(cost.seconds for cost in found.values()) / side_by_side)
+    total = hours_told(sum(cost.seconds for cost in found.values()) / at_once)
     how = f", {side_by_side} at a time" if side_by_side > 1 else ""
     told = f"to do: {counted(len(to_do), 'cell')}, about {total} on this machine{how}, less where training stops early"
     click.echo(told)

@@ -25,6 +25,7 @@ PLAN_NAME = "study.json"
 PLAN_VERSION = 1
 #: The reference study's rows "random init." name no encoder; here they are this one's, without pretrained weights.
 RANDOM, RANDOM_ENCODER = "random", "resnet50"
+IMAGENET = "imagenet"
 RANDOM_TOLD = "random is resnet50 without pretrained weights; the reference study's random names no encoder"
 REFERENCE_ENCODERS = (RANDOM, "resnet50", "inceptionv4")
 _QUEUE_COLUMNS = ("done", "model", "encoder", "axis", "epochs", "batch")
@@ -81,8 +82,8 @@ def started_from(encoder: str, weights: Mapping[str, str]) -> tuple[str, str]:
     name, _, start = (f"{RANDOM_ENCODER}:{RANDOM}" if encoder == RANDOM else encoder).partition(":")
     if start and start != RANDOM:
         raise RunError(f"encoder {encoder!r}: is no NAME and no NAME:{RANDOM}; give files by --weights {name}=FILE")
-    given = "none" if start else weights.get(name, weights.get("", "imagenet"))
-    return name, given if given in ("none", "imagenet") else str(Path(given).resolve())
+    given = "none" if start else weights.get(name, weights.get("", IMAGENET))
+    return name, given if given in ("none", IMAGENET) else str(Path(given).resolve())
 
 
 def queued(path: Path, grid: Grid, recipe: RunSettings) -> tuple[list[RunSettings], int]:
@@ -183,12 +184,12 @@ def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
             split = split_of(cohort, one)
             fed[key] = split, what_is_fed(cohort, split, one.variant)["digests"]
         if one.weights not in files:
-            files[one.weights] = "" if one.weights in ("none", "imagenet") else _digest_of_file(Path(one.weights))
+            files[one.weights] = _digest_of_file(Path(one.weights)) if _starts_from_file(one) else ""
         split, digests = fed[key]
         cohort.slices(one.axes, cases=split.train, variant=one.variant)
         # Who trains and who tests depends on when cases came into the store.
         parts = [[[case, digests[case]] for case in part] for part in (split.train, split.validation, split.test)]
-        what = [one.model_dump(mode="json", exclude_defaults=True), files[one.weights], parts]
+        what = [but_for_path(one).model_dump(mode="json", exclude_defaults=True), files[one.weights], parts]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         name = f"{_told(one)}-{digest[:12]}"
         cells[name] = Cell(name=name, settings=one)
@@ -218,14 +219,31 @@ def _digest_of_file(path: Path) -> str:
         raise RunError(f"{path}: cannot be read ({error.strerror}); check the path of the weights") from None
 
 
+def _starts_from_file(settings: RunSettings) -> bool:
+    return settings.weights not in ("none", IMAGENET)
+
+
+def but_for_path(settings: RunSettings) -> RunSettings:
+    """Return settings with a weights file by its name alone: wherever it lies, a cell's digest knows what it holds."""
+    name = Path(settings.weights).name
+    return settings.model_copy(update={"weights": name}) if _starts_from_file(settings) else settings
+
+
 def start_told(settings: RunSettings) -> str:
     """Return what an encoder starts from, in a word: ``random``, ``imagenet``, or the name of a file."""
-    return RANDOM if settings.weights == "none" else Path(settings.weights).name
+    if not _starts_from_file(settings):
+        return RANDOM if settings.weights == "none" else IMAGENET
+    name = Path(settings.weights).name
+    return f"file {name}" if name in (RANDOM, IMAGENET) else name
 
 
 def _told(one: RunSettings) -> str:
     named = one.run_name(start_told(one))
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in named)
+    return _as_folder(named)
+
+
+def _as_folder(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".")
 
 
 def save_plan(study: Path, plan: Plan) -> None:
@@ -250,7 +268,7 @@ def load_plan(study: Path) -> Plan:
             raise RunError(f"{study}: was written by a newer cspine; install that")
         plan = Plan.model_validate_json(content)
         # A name is a folder's: none leads elsewhere.
-        damaged = next((cell.name for cell in plan.cells if Path(cell.name).name != cell.name), None)
+        damaged = next((cell.name for cell in plan.cells if not cell.name or _as_folder(cell.name) != cell.name), None)
     except (ValidationError, ValueError, KeyError, TypeError):
         damaged = "what it holds"
     if damaged is not None:

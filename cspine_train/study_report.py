@@ -80,12 +80,12 @@ def _failures(study: Path) -> Iterator[Table]:
 
 def _costs(rows: Sequence[Mapping[str, Any]]) -> Table:
     of_cell = {row["cell"]: row for row in rows}
+    minutes = {cell: (row["train_seconds"] + (row["test_seconds"] or 0.0)) / 60 for cell, row in of_cell.items()}
     told = tuple(
-        (cell, str((row["kept_epoch"] or 0) + 1), f"{row['validation_dice']:.4f}", f"{row['train_seconds'] / 60:.1f}")
+        (cell, str((row["kept_epoch"] or 0) + 1), f"{row['validation_dice']:.4f}", f"{minutes[cell]:.1f}")
         for cell, row in of_cell.items()
     )
-    total = sum(row["train_seconds"] for row in of_cell.values()) / 60
-    note = f"All epochs together took {total:.1f} minutes. Epochs are counted from 1."
+    note = f"Epochs and test together: {sum(minutes.values()):.1f} minutes. Epochs are counted from 1."
     return Table("What each cell took", ("cell", "kept epoch", "validation Dice", "minutes"), told, (note,))
 
 

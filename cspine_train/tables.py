@@ -13,9 +13,13 @@ from cspine_train.option_values import PLANES
 from cspine_train.published import PublishedCell, published_percent
 from cspine_train.ranking import Contrast, Level, Ranked, Scores, contrasts, counted, levels, n4_answer, ranked
 from cspine_train.results import Condition, condition_of, scores
-from cspine_train.study_plan import RANDOM, RANDOM_ENCODER, RANDOM_TOLD
+from cspine_train.study_plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_TOLD
 
 MARKDOWN, CSV, LATEX, HTML = "markdown", "csv", "latex", "html"
+_OF_FILES = (
+    "What starts from a file stands beside the published figure of ImageNet's weights: whether the file holds those is "
+    "not known here."
+)
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,20 @@ def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool, publi
             "it; what it calls random names no encoder."
             if published
             else "The reference study published no figure of these encoders and what they start from.",
+            *((_OF_FILES,) if published and any(_starts_from_file(condition) for condition in own) else ()),
         ),
     )
 
 
+def _starts_from_file(condition: Condition) -> bool:
+    return not condition.encoder.endswith((f" ({RANDOM})", f" ({IMAGENET})"))
+
+
 def _published(condition: Condition) -> PublishedCell:
     encoder, _, start = condition.encoder.partition(" ")
-    of_random = {f"({RANDOM})": RANDOM if encoder == RANDOM_ENCODER else "", "(imagenet)": encoder}
-    return PublishedCell(condition.axes, condition.model, of_random.get(start, ""), condition.variant)
+    of_random = RANDOM if encoder == RANDOM_ENCODER else ""
+    there = of_random if start == f"({RANDOM})" else encoder
+    return PublishedCell(condition.axes, condition.model, there, condition.variant)
 
 
 def _levels(found: Sequence[Level]) -> Table:
@@ -173,12 +183,13 @@ def _ranking(found: Sequence[Ranked], recipes: bool) -> Table:
         (
             str(place), *one.condition[:4], *(map(str, one.condition[4:]) if recipes else ()), str(one.patients),
             one.mean.told(), _difference(one.difference), "" if one.p is None else f"{one.p:.2g}",
+            "" if one.difference is None else "yes" if one.sure else "not decided",
         )
         for place, one in enumerate(found, start=1)
     )  # fmt: skip
     columns = (
         "place", "model", "encoder", "variant", "axis", *(("epochs", "batch") if recipes else ()), "patients", "Dice",
-        "beside the best", "p",
+        "beside the best", "p", "worse",
     )  # fmt: skip
     note = (
         "Chosen and judged on the same patients, the best looks better than it is. p: as above, corrected for the rows "

@@ -156,6 +156,13 @@ def test_p_is_what_all_signs_give(sizes: list[float], signs: int) -> None:
     assert signed_rank_p(differences[:1]) is None
 
 
+def test_p_is_exact_of_as_many_patients_as_real_cohorts_have_with_ties_and_without_a_difference() -> None:
+    assert signed_rank_p([0.01, 0.02, 0.03, 0.04, 0.05, *[0.0] * 9]) == pytest.approx(2 / 2**5)
+    assert signed_rank_p([*[0.01 * n for n in range(1, 11)], *[0.0] * 4]) == pytest.approx(2 / 2**10)
+    tied = [0.01 * (n // 2) * (1 if n % 4 else -1) for n in range(2, 16)]
+    assert signed_rank_p(tied) == pytest.approx(exact_p(tied))
+
+
 def test_differences_that_are_equal_but_for_rounding_are_ties(tmp_path: Path) -> None:
     """Distances come in steps of a grid: 3.3 - 2.3 is not 1.1 - 0.1 in floating point."""
     first = {f"P{number}": round(0.3 * number, 6) for number in range(1, 9)}

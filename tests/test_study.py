@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,18 +21,20 @@ import psutil
 import pytest
 import torch
 from click.testing import Result
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, get_worker
 from filelock import FileLock
 from pyarrow import parquet
 
-from cspine_data import Cohort, Preprocessing, open_cohort, prepare, usable_cores
+from cspine_data import Cohort, Preprocessing, Workers, open_cohort, prepare, side_by_side, usable_cores
 from cspine_train import RunError, RunSettings, evaluate, train
 from cspine_train.metrics import MEASURES
+from cspine_train.patients import what_is_fed
 from cspine_train.results import write_results
+from cspine_train.settings import RunRecord, load_record, save_record
 from cspine_train.step_timing import Step, StepTimer
-from cspine_train.study import check_output, is_done, processes_here, threads_of_cell
+from cspine_train.study import CellWork, check_output, is_done, processes_here, threads_of_cell
 from cspine_train.study_cost import costs
-from cspine_train.study_plan import Grid, load_plan, plan_study, queued
+from cspine_train.study_plan import Cell, Grid, load_plan, plan_study, queued
 from tests.conftest import QUICK_N4
 from tests.test_report import Page
 
@@ -82,8 +84,16 @@ def test_a_changed_parameter_touches_what_it_changes(cohort: Cohort, phantom_fol
     from_file = Grid(models=("unet",), weights={"resnet50": str(weights)}, encoders=("resnet50",))
     before = names(cohort, from_file)
     assert all("-resnet50-weights.pth-" in name for name in before)
+    # The same file elsewhere is the same.
+    moved = tmp_path / "moved" / "weights.pth"
+    moved.parent.mkdir()
+    moved.write_bytes(b"one")
+    assert before == names(cohort, Grid(("unet",), ("resnet50",), {"resnet50": str(moved)}))
     weights.write_bytes(b"two")
     assert not before & names(cohort, from_file)
+    # No file is taken for what its name says.
+    moved = moved.rename(moved.with_name("imagenet"))
+    assert all("-file_imagenet-" in name for name in names(cohort, Grid(("unet",), ("resnet50",), {"": str(moved)})))
 
 
 def test_a_queue_of_the_reference_study(cohort: Cohort, tmp_path: Path) -> None:
@@ -100,6 +110,16 @@ def test_a_queue_of_the_reference_study(cohort: Cohort, tmp_path: Path) -> None:
         "resnet50", "none", (2,), 3, 4,
     )  # fmt: skip
     assert len(plan_study(cohort, settings).cells) == 2
+
+
+def test_a_queue_that_is_done_leaves_nothing_to_do(
+    phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    (tmp_path / "q.csv").write_text("done,model,encoder,axis,epochs,batch\nyes,unet,resnet50,1,100,8\n")
+    told = run_train("study", "--store", phantom_store, "--from", tmp_path / "q.csv", "-o", tmp_path / "study")
+    assert told.exit_code == 0
+    assert told.output == f"note: all 1 lines of {tmp_path / 'q.csv'} say that they are done, and are left out\n"
+    assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +234,7 @@ def test_weights_that_cannot_be_had_are_told_before_anything_starts(
     assert allowed.exit_code == 0, allowed.output
 
 
-def test_costs_are_those_of_a_timed_step_times_the_pixels(cohort: Cohort) -> None:
+def test_costs_are_those_of_a_timed_step_times_the_pixels(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
     encoders = ("tu-mobilenetv3_small_100:random",)
     cells = [
         *plan_study(cohort, Grid(("unet",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
@@ -222,9 +242,14 @@ def test_costs_are_those_of_a_timed_step_times_the_pixels(cohort: Cohort) -> Non
             RECIPE.model_copy(update={"epochs": 9}))).cells,
         *plan_study(cohort, Grid(("nosuch",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
     ]  # fmt: skip
+    monkeypatch.setattr("cspine_train.study_cost.StepTimer.seconds", lambda *_: 1000.0)
     once, nine, none = costs(cohort, cells, threads=1).values()
+    # Whole batches; validation and what is beside the network cost less than training again.
+    steps = once.slices / RECIPE.batch_size
+    assert steps == int(steps)
+    assert 1000 * steps < (nine.seconds - once.seconds) / 8 < 2 * 1000 * steps
     # Starting and testing are done once.
-    assert once.seconds < nine.seconds < 9 * once.seconds
+    assert nine.seconds < 9 * once.seconds
     assert once.slices == nine.slices > 0
     assert none.failure is not None
     assert none.failure.startswith("model 'nosuch': is not known; cspine-train models lists them")
@@ -379,25 +404,30 @@ def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
     assert "nosuch" in (study / "report.html").read_text()
 
 
-def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(cohort: Cohort, tmp_path: Path) -> None:
-    file = tmp_path / "weights.pth"
-    file.write_bytes(b"one")
-    grid = Grid(("unet",), ("resnet50",), {"resnet50": str(file)}, variants=("raw",), axes=((2,),))
-    (cell,) = plan_study(cohort, grid.settings(RECIPE)).cells
-    file.write_bytes(b"two")
-    run = tmp_path / "runs" / cell.name
-    run.parent.mkdir()
+def weighed(cohort: Cohort, weights: Path) -> Cell:
+    grid = Grid(("unet",), ("resnet50",), {"resnet50": str(weights)}, variants=("raw",), axes=((2,),))
+    return plan_study(cohort, grid.settings(RECIPE)).cells[0]
+
+
+@contextmanager
+def cell_process(cohort: Cohort, run: Path, cell: Cell) -> Iterator[subprocess.Popen]:
+    """Start what a worker starts for a cell."""
     request = {"store": cohort.location, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
-    pipe = subprocess.PIPE
-    with (
-        FileLock(run.with_name(f".{run.name}.lock")) as others,
-        subprocess.Popen(
-            [sys.executable, "-m", "cspine_train", "cell"], stdin=pipe, stdout=pipe, stderr=pipe, text=True
-        ) as process,
-    ):
+    command, pipe = [sys.executable, "-m", "cspine_train", "cell"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         # It ends when its standard input does.
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
+        yield process
+
+
+def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(cohort: Cohort, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"one")
+    cell = weighed(cohort, tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").write_bytes(b"two")
+    run = tmp_path / "runs" / cell.name
+    run.parent.mkdir()
+    with FileLock(run.with_name(f".{run.name}.lock")) as others, cell_process(cohort, run, cell) as process:
         # A worker of a command that was killed may still be at this cell.
         assert process.stderr.readline() == f"{run.name}: waits for another process that trains it\n"
         others.release()
@@ -406,18 +436,119 @@ def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(co
     assert not run.exists()
 
 
+def test_a_cell_goes_on_when_its_weights_have_moved_and_not_with_other_defaults(cohort: Cohort, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"one")
+    moved = tmp_path / "moved" / "weights.pth"
+    before = weighed(cohort, tmp_path / "weights.pth")
+    run = tmp_path / "runs" / before.name
+    (run / "evaluation").mkdir(parents=True)
+    known = what_is_fed(cohort, cohort.split(variant="raw"), "raw")
+    result = {
+        "weights_used": "",
+        "size_hw": (32, 32),
+        "versions": {},
+        "finished": True,
+        "kept_epoch": 0,
+        "kept_dice": 0.5,
+    }
+    record = RunRecord(settings=before.settings, **known, **result)
+    save_record(run, record)
+    scores = {"patients": [{"case": case, "split": "test", "dice": 0.5} for case in record.test], "kept_epoch": 0}
+    (run / "evaluation" / "test.json").write_text(json.dumps(scores))
+    moved.parent.mkdir()
+    (tmp_path / "weights.pth").rename(moved)
+    after = weighed(cohort, moved)
+    assert after.name == before.name
+    assert is_done(tmp_path, after)
+    with cell_process(cohort, run, after) as process:
+        assert json.loads(process.stdout.read()) == {"failure": None}
+    assert load_record(run) == record.model_copy(update={"settings": after.settings})
+    other = after.settings.model_copy(update={"empty_share": 0.123})
+    save_record(run, record.model_copy(update={"settings": other}))
+    with cell_process(cohort, run, after) as process:
+        told = json.loads(process.stdout.read())["failure"]
+    assert told == f"{run}: was trained by a cspine of other defaults; delete that folder to train it anew"
+
+
+@pytest.mark.parametrize(
+    ("script", "failure"),
+    [
+        # Native code that prints, and that dies at the end of a process.
+        ("echo native; echo '{\"failure\": null}'; kill -SEGV $$", None),
+        ('echo \'{"failure": "no such model"}\'', "no such model"),
+        ("kill -KILL $$", "its process was ended by SIGKILL (out of memory?); use fewer --workers"),
+        ("echo native; exit 3", "its process ended with status 3; "),
+    ],
+)
+def test_what_a_cells_process_says_counts_before_how_it_ends(
+    script: str, failure: str | None, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = plan_study(cohort, Grid(("unet",), ("random",), axes=((2,),)).settings(RECIPE)).cells[0]
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nread request\n{script}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    outcome = CellWork(str(tmp_path), cohort.location, (), shares_cores=False)(cell)
+    assert outcome.failure == failure if failure is None else outcome.failure.startswith(failure)
+
+
 def test_cells_of_a_scheduler_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     # Dask allows one thread for each of two cells at a time.
     options = {"host": "127.0.0.1", "dashboard_address": None, "n_workers": 1, "threads_per_worker": 2}
     with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as client:
         assert client.submit(threads_of_cell).result() == max(1, usable_cores() // 2)
+        told = client.submit(CellWork("study", "store", (), shares_cores=True).environment).result()
+        assert told["OMP_NUM_THREADS"] == told["MKL_NUM_THREADS"] == str(max(1, usable_cores() // 2))
+        # Workers here are named by their number.
+        told = client.submit(CellWork("study", "store", ("3", "5"), shares_cores=False).environment).result()
+        assert told["CUDA_VISIBLE_DEVICES"] == "3"
     with (
         LocalCluster(**options, resources={"GPU": 1}, env={"OMP_NUM_THREADS": "1"}) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         assert client.submit(threads_of_cell).result() == usable_cores()
         assert client.submit(with_threads_allowed, 7).result() == 7
+
+
+def test_tasks_take_a_workers_gpu_in_turns_and_are_lost_when_no_worker_has_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cspine_data.cluster._PATIENCE_S", 0.0)
+    monkeypatch.setattr("cspine_data.cluster._LOOK_S", 0.5)
+    with ExitStack() as stack:
+        cluster = stack.enter_context(LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None))
+        gpu, _ = (
+            stack.enter_context(worker_process(cluster.scheduler_address, name, *more))
+            for name, more in (("gpu", ("--resources", "GPU=1")), ("cpu", ()))
+        )
+        with Client(cluster, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=PATIENCE_S)
+        who = Workers(scheduler=cluster.scheduler_address, resource="GPU")
+        spans = [span for ended in side_by_side(busy, [0.3] * 3, lambda _, why: why, who) for _, span in ended]
+        assert {name for _, _, name in spans} == {"gpu"}
+        times = [time_s for begun, ended, _ in sorted(spans) for time_s in (begun, ended)]
+        assert times == sorted(times)
+        doing = side_by_side(busy, [0.0, 3600.0], lambda _, why: why, who)
+        next(doing)
+        gpu.kill()
+        (((_, told),),) = list(doing)
+        assert told == "no worker process is left to do it; see what ended them, then run it again"
+
+
+@contextmanager
+def worker_process(scheduler: str, name: str, *options: str) -> Iterator[subprocess.Popen]:
+    told = ("--name", name, "--nthreads", "2", "--no-nanny", "--no-dashboard", *options)
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, *told]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        yield process
+        process.kill()
+
+
+def busy(seconds: float) -> tuple[float, float, str]:
+    begun = time.time()
+    time.sleep(seconds)
+    return begun, time.time(), str(get_worker().name)
 
 
 def with_threads_allowed(number: int) -> int:
@@ -432,6 +563,9 @@ def test_a_plan_that_was_tampered_with_is_refused(cohort: Cohort, tmp_path: Path
     name = plan.cells[0].name
     for content, told in (
         (plan.model_dump_json().replace(name, "../../elsewhere"), "is damaged .*; give the study command again"),
+        (plan.model_dump_json().replace(name, ".."), "is damaged"),
+        (plan.model_dump_json().replace(name, ""), "is damaged"),
+        (plan.model_dump_json().replace(name, "a\\u0000b"), "is damaged"),
         (plan.model_dump_json()[:100], "is damaged"),
         (
             plan.model_dump_json().replace('"plan_version":1', '"plan_version":9'),
