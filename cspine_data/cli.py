@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from cspine_data.terminal import CommandGroup, print_table, progress_bar
+from cspine_data.terminal import CommandGroup, print_table, progress_bar, warn_in_one_line
 
 # Whether a path can be used is told by what uses it, with a remedy.
 PATH = click.Path(readable=False, path_type=Path)
@@ -36,6 +36,7 @@ def _can_go_on(store: Path) -> Iterator[None]:
 @click.version_option(package_name="cspine")
 def main() -> None:
     """Correct the bias field of spine MRI once, and keep volumes and slices ready for training."""
+    warn_in_one_line()
 
 
 @main.command()

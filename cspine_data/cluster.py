@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,6 +228,9 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
         except (OSError, ValueError) as error:
             raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", "check its address") from None
         with client:
+            if not client.scheduler_info(n_workers=1)["workers"]:
+                told = f"scheduler {scheduler}: has no workers yet; waiting for one ({_PATIENCE_S:.0f} s)"
+                warnings.warn(told, stacklevel=2)
             try:
                 client.wait_for_workers(1, timeout=_PATIENCE_S)
             except TimeoutError:

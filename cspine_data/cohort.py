@@ -255,7 +255,8 @@ class Cohort:
             raise NotInStoreError(f"{self.path}: say which variant; the store holds {known}")
         variant = variant or self.variants[0]
         if variant not in self.variants:
-            raise NotInStoreError(f"{self.path}: holds no variant {variant!r}; the store holds {known}")
+            remedy = {"n4": "; run cspine-data prepare --n4", "raw": "; run cspine-data prepare --no-n4"}.get(variant)
+            raise NotInStoreError(f"{self.path}: holds no variant {variant!r}; the store holds {known}{remedy or ''}")
         return variant
 
     def _chosen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,11 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, CspineDataError) and error.strerror:
         return describe_os_error(error)
     return " ".join(str(error).split())
+
+
+def warn_in_one_line() -> None:
+    """Have warnings told as errors are, without where in the code they come from."""
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
 
 
 def say(line: str, *, err: bool = False) -> None:

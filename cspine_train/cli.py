@@ -6,13 +6,12 @@ import hashlib
 import json
 import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cspine_data.terminal import CommandGroup, print_table, progress_bar, say
+from cspine_data.terminal import CommandGroup, print_table, progress_bar, say, warn_in_one_line
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_told
 from cspine_train.option_values import AXES, devices_of, weights_of
 from cspine_train.recipe_options import recipe_options, settings_of
@@ -41,7 +40,7 @@ class TrainCommandGroup(CommandGroup):
 @click.version_option(package_name="cspine")
 def main() -> None:
     """Train, evaluate and use models that segment vertebrae, on the stores of cspine-data."""
-    warnings.showwarning = _one_line_warning
+    warn_in_one_line()
     log = logging.getLogger("cspine_train")
     log.setLevel(logging.INFO)
     log.handlers = [_Echo()]
@@ -294,7 +293,3 @@ def default_run_name(settings: RunSettings) -> str:
         return name
     # Runs that differ in anything else lie side by side too.
     return f"{name}-{hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6]}"
-
-
-def _one_line_warning(message: Any, *_: Any, **__: Any) -> None:
-    click.echo(f"warning: {message}", err=True)

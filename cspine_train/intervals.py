@@ -24,6 +24,11 @@ class MeanInterval:
     low: float | None
     high: float | None
 
+    def less(self, figure: float) -> MeanInterval:
+        """Return the mean's difference from a figure that is known exactly."""
+        ends = (None if end is None else end - figure for end in (self.low, self.high))
+        return MeanInterval(self.mean - figure, *ends)
+
     def between(self, digits: int = 4, sign: bool = False) -> str:
         """Return the interval: ``[0.9050, 0.9340]``, of a difference with its sign; nothing where there is none."""
         if self.low is None or self.high is None:

@@ -71,7 +71,7 @@ def build_model(
 
 
 def check_names(model: str, encoder: str) -> None:
-    """Refuse what is no architecture, and what is no encoder of SMP's own; timm's are looked for when one is built.
+    """Refuse what is no architecture, and what is no encoder of SMP's own or of timm's.
 
     Raises
     ------
@@ -84,10 +84,12 @@ def check_names(model: str, encoder: str) -> None:
         )
     import segmentation_models_pytorch as smp
 
-    if not encoder.startswith("tu-") and encoder not in smp.encoders.get_encoder_names():
-        raise ModelError(
-            f"encoder {encoder!r}: is not known{meant(encoder, encoders())}; cspine-train models lists them"
-        )
+    of_timm = encoder.startswith("tu-")
+    if of_timm:
+        import timm
+    if not (timm.is_model(encoder[3:]) if of_timm else encoder in smp.encoders.get_encoder_names()):
+        known = [f"tu-{name}" for name in timm.list_models()] if of_timm else encoders()
+        raise ModelError(f"encoder {encoder!r}: is not known{meant(encoder, known)}; cspine-train models lists them")
 
 
 def sides_of(network: nn.Module) -> Sides:

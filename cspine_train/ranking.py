@@ -239,7 +239,7 @@ def n4_answer(found: Sequence[Contrast]) -> str:
         else (contrast.patients_lower, contrast.pairs_lower)
     )
     evidence = (
-        f"Dice with N4 less Dice without is {points:+.2f} points over {counted(contrast.patients, 'patient')} and "
+        f"Dice with N4 minus Dice without is {points:+.2f} points over {counted(contrast.patients, 'patient')} and "
         f"{counted(contrast.pairs, 'pair')} of conditions (higher with N4 in {patients} of {contrast.patients} "
         f"patients, {pairs} of {contrast.pairs} pairs)"
     )

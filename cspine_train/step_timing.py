@@ -17,6 +17,8 @@ from cspine_train.allocator import keep_large_blocks
 from cspine_train.arithmetic import precision_of
 from cspine_train.models import build_model
 
+# With other work on its cores threads compute for half of the time that passes, else for 0.93 of it and more.
+_QUIET_SHARE = 0.7
 # The first makes what the others find made, and whatever else the machine does makes one longer, never shorter.
 _FEWEST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 4, 2.0
 
@@ -49,6 +51,7 @@ class StepTimer:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
+        self._computing_s = self._waiting_s = 0.0
 
     def __enter__(self) -> StepTimer:
         """Start the process."""
@@ -61,16 +64,25 @@ class StepTimer:
         """End it."""
         self._end()
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else took the cores meanwhile: steps take up to ten times their time then."""
+        return self._computing_s < _QUIET_SHARE * self._threads * self._waiting_s
+
     def seconds(self, step: Step) -> float | None:
         """Return how long a step takes; None where it cannot be taken, or its process dies of it."""
         try:
             self._questions.send(step)
-            taken: float | None = self._questions.recv()
+            taken: _Taken | None = self._questions.recv()
         except (EOFError, OSError):
             self._end()
             self._start()
             return None
-        return taken
+        if taken is None:
+            return None
+        self._computing_s += taken.computing_s
+        self._waiting_s += taken.waiting_s
+        return taken.step_s
 
     def _start(self) -> None:
         # A process that was forked has PyTorch's locks, but not the threads that hold them.
@@ -95,10 +107,16 @@ def _answer(questions: Connection, threads: int) -> None:
     keep_large_blocks()
     with suppress(EOFError, OSError):
         while True:
-            questions.send(_seconds(questions.recv()))
+            questions.send(_taken(questions.recv()))
 
 
-def _seconds(step: Step) -> float | None:
+class _Taken(NamedTuple):
+    step_s: float
+    computing_s: float
+    waiting_s: float
+
+
+def _taken(step: Step) -> _Taken | None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = "bf16" in precision_of(step.precision)
     taken: list[float] = []
@@ -107,6 +125,7 @@ def _seconds(step: Step) -> float | None:
         network = built.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = torch.zeros((step.batch_size, step.channels, *step.size_hw), device=device)
         images = images.contiguous(memory_format=torch.channels_last)
+        computing_s = time.process_time()
         while len(taken) < _FEWEST_STEPS or (len(taken) < _MOST_STEPS and sum(taken) < _ENOUGH_S):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
@@ -117,4 +136,6 @@ def _seconds(step: Step) -> float | None:
     # Whatever a layer provokes with a shape that it was not made for, and missing memory.
     except (RuntimeError, ValueError, AssertionError, MemoryError):
         return None
-    return min(taken)
+    # A GPU's time is no process's.
+    waiting_s = sum(taken) if device.type == "cpu" else 0.0
+    return _Taken(min(taken), time.process_time() - computing_s, waiting_s)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cspine_data.terminal import print_table, progress_bar, say
-from cspine_train.errors import ModelError
+from cspine_train.errors import ModelError, RunError
 from cspine_train.option_values import AXES, folds_of, list_of, weights_by_encoder
 from cspine_train.recipe_options import recipe_options, settings_of
 
@@ -65,25 +65,31 @@ def study(
     from cspine_data import open_cohort
     from cspine_train.ranking import counted
     from cspine_train.study import LOGS_FOLDER, cells_of_others, check_not_run, check_output, is_done, run_study
+    from cspine_train.study_cost import check_names_of
     from cspine_train.study_plan import Grid, plan_study
-    from cspine_train.study_report import write_outcome
+    from cspine_train.study_report import study_findings, write_outcome
 
     unknown = [axis for axis in axes if axis not in AXES]
     if unknown:
-        raise click.UsageError(f"--axes {unknown[0]}: is none of {', '.join(AXES)}")
+        several = ", and several stand with commas between them" if set(unknown[0]) < set("012") else ""
+        raise click.UsageError(f"--axes {unknown[0]}: is none of {', '.join(AXES)}{several}")
+    if queue is not None:
+        _check_said_once()
     grid = Grid(models, encoders, weights, variants, [AXES[axis] for axis in axes], folds, seeds)
     cohort = open_cohort(store)
     asked = _asked(grid, queue, settings_of(**recipe))
-    if unused := set(weights) - {""} - {one.encoder for one in asked}:
-        raise click.UsageError(f"--weights {min(unused)}=...: is none of the study's encoders; name it in --encoders")
     if not asked:
         return
+    if unused := set(weights) - {""} - {one.encoder for one in asked if one.weights != "none"}:
+        told = "no encoder of the study starts from it; name it in --encoders, without :random"
+        raise click.UsageError(f"--weights {min(unused)}=...: {told}")
     plan = plan_study(cohort, asked)
+    check_names_of(plan.cells)
     check_output(output)
     if not only_plan:
         check_not_run(output)
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
-    _tell_plan(plan, len(to_do))
+    _tell_plan(plan, len(to_do), len(asked))
     if others := cells_of_others(output, plan):
         click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids, which stay and are in no table")
     if to_do and not only_plan:
@@ -119,13 +125,18 @@ def study(
             ready = time.monotonic()
             write_at = ready + _WRITING_PAUSES * (ready - began)
 
-    with _shown_by_epochs(output, plan.cells, left):
-        run_study(plan, output, workers, scheduler, ended)
+    try:
+        with _shown_by_epochs(output, plan.cells, left):
+            run_study(plan, output, workers, scheduler, ended)
+    except KeyboardInterrupt:
+        raise RunError(f"{output}: interrupted; run the same command again to go on") from None
     files = write_outcome(output)
     if not to_do:
         click.echo(f"nothing to do: all {len(plan.cells)} cells of {output} are done")
-    for file in files if to_do else ():
-        say(f"wrote {file}")
+    else:
+        for file in files:
+            say(f"wrote {file}")
+        say(study_findings(output)[0].answer)
     if failed:
         told = f"{len(failed)} of {counted(len(plan.cells), 'cell')} failed; give the command again to try again"
         click.echo(told, err=True)
@@ -167,19 +178,29 @@ def _shown_by_epochs(study: Path, cells: Sequence[Cell], left: Mapping[str, Cell
             show()
 
 
+def _check_said_once() -> None:
+    """Refuse options that a queue says line by line."""
+    context = click.get_current_context()
+    for name in ("models", "encoders", "axes", "epochs", "batch_size"):
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')}: is what the lines of --from say; leave it out")
+
+
 def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSettings]:
     if queue is None:
         return grid.settings(recipe)
+    from cspine_train.ranking import counted
     from cspine_train.study_plan import queued
 
     settings, done = queued(queue, grid, recipe)
     if done:
-        lines = f"{done} lines" if settings else f"all {done} lines"
-        click.echo(f"note: {lines} of {queue} say that they are done, and are left out")
+        click.echo(f"note: {counted(done, 'line')} of {queue} marked as done left out")
+    if not settings:
+        click.echo("nothing to do: all lines are marked as done")
     return settings
 
 
-def _tell_plan(plan: Plan, to_do: int) -> None:
+def _tell_plan(plan: Plan, to_do: int, asked: int) -> None:
     from cspine_train.ranking import counted
     from cspine_train.study_plan import RANDOM_ENCODER, RANDOM_TOLD
 
@@ -187,6 +208,8 @@ def _tell_plan(plan: Plan, to_do: int) -> None:
     click.echo(f"{counted(len(cells), 'cell')}, {len(cells) - to_do} of them done")
     if any((one.encoder, one.weights) == (RANDOM_ENCODER, "none") for one in cells):
         click.echo(f"note: {RANDOM_TOLD}")
+    if twice := asked - len(cells):
+        click.echo(f"note: {counted(twice, 'run')} of the grid would be the same as others, and are done once")
     for name, values in {
         "models": [one.model for one in cells],
         "encoders": [
@@ -215,9 +238,8 @@ def _check_weights(to_do: Sequence[Cell]) -> None:
 def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> None:
     from cspine_train.ranking import counted
     from cspine_train.study import processes_here
-    from cspine_train.study_cost import check_names_of, costs, hours_told
+    from cspine_train.study_cost import costs, hours_told
 
-    check_names_of(to_do)
     side_by_side, threads, gpus = processes_here(workers, len(to_do))
     # Cells that share a GPU take turns.
     at_once = min(side_by_side, len(gpus) or side_by_side)
@@ -246,7 +268,7 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> No
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option(
     "--format", "form", type=click.Choice(["markdown", "csv", "latex", "html"]), default="markdown",
-    help="csv is the cells alone, a row each.",
+    help="csv is a row a condition, in numbers; html is to be put into a page.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="A file; printed by default.")
 def table(study: Path, form: str, output: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,8 +79,8 @@ def check_weights(cells: Sequence[Cell]) -> None:
     named = ", ".join(encoder for encoder, _ in reasons)
     at_hand = ", ".join(weights_at_hand(encoders()))
     raise ModelError(
-        f"weights of {named}: cannot be had, and a study never mixes them; give --weights none, which starts all from "
-        f"random ones, --weights {next(iter(reasons))[0]}=FILE for each"
+        f"weights of {named}: cannot be had or do not fit, and a study never mixes them; give --weights none, which "
+        f"starts all from random ones, --weights {next(iter(reasons))[0]}=FILE for each, of weights that fit"
         + (f", or only --encoders whose weights are at hand ({at_hand})" if at_hand else ""),
         [f"{encoder} from {weights}: {reason}" for (encoder, weights), reason in reasons.items()],
     )
@@ -127,6 +128,8 @@ def costs(
             found[cell.name] = _cost(cohort, cell.settings, timed, timer)
             if progress:
                 progress(number, len(cells), "")
+        if timer.disturbed:
+            warnings.warn("other work keeps this machine busy: the times that follow are far too long", stacklevel=2)
     return found
 
 

@@ -31,6 +31,39 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def of_words(self) -> tuple[bool, ...]:
+        """Which columns hold words, and not figures."""
+        return tuple(any(cell[:1].isalpha() for cell in column) for column in zip(*self.rows, strict=True))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What came out of a condition, beside what the reference study published of it.
+
+    Attributes
+    ----------
+    condition : Condition
+        Which.
+    patients : int
+        How many were tested.
+    dice : MeanInterval
+        Over whole volumes.
+    batch_averaged : MeanInterval
+        In percent, as the reference study has it.
+    published : float or None
+        In percent; None of what it has not.
+    difference : MeanInterval or None
+        Batch-averaged minus published.
+    """
+
+    condition: Condition
+    patients: int
+    dice: MeanInterval
+    batch_averaged: MeanInterval
+    published: float | None
+    difference: MeanInterval | None
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -40,6 +73,8 @@ class Findings:
     ----------
     answer : str
         Whether N4 helps, in a sentence.
+    conditions : tuple of Figures
+        One of each, in the order of the plan.
     cells : tuple of Table
         The reference study's tables: for the slices of each axis its conditions, beside what it published.
     factors, pairs, ranking : Table
@@ -49,6 +84,7 @@ class Findings:
     """
 
     answer: str
+    conditions: tuple[Figures, ...]
     cells: tuple[Table, ...]
     factors: Table
     pairs: Table
@@ -84,13 +120,14 @@ def findings(rows: Sequence[Mapping[str, Any]], unfinished: Sequence[str] = ()) 
     if unfinished:
         are = "is" if len(unfinished) == 1 else "are"
         caveats.append(f"{counted(len(unfinished), 'cell')} {are} not done, and in no figure")
+    conditions = tuple(_figures(condition, dice[condition], batch_averaged[condition]) for condition in dice)
     axes = dict.fromkeys(condition.axes for condition in dice)
     recipes = len({(condition.epochs, condition.batch_size) for condition in dice}) > 1
-    published = any(_published(condition) in published_percent() for condition in dice)
     caveats += _uneven(rows, dice)
     return Findings(
         n4_answer(compared),
-        tuple(_cells(axis, dice, batch_averaged, recipes, published) for axis in axes),
+        conditions,
+        tuple(_cells(axis, conditions, recipes) for axis in axes),
         _levels(levels(dice)),
         _pairs(compared),
         _ranking(ranked(dice), recipes),
@@ -111,21 +148,26 @@ def _uneven(rows: Sequence[Mapping[str, Any]], dice: Scores) -> Iterator[str]:
         yield "not all conditions have every patient: levels and ranking are of the patients that all have"
 
 
-def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool, published: bool) -> Table:
-    own = [condition for condition in dice if condition.axes == axes]
+def _figures(condition: Condition, dice: Mapping[str, float], batch_averaged: Mapping[str, float]) -> Figures:
+    percent = mean_interval([100 * one for one in batch_averaged.values()])
+    published = published_percent().get(_published(condition))
+    difference = None if published is None else percent.less(published)
+    return Figures(condition, len(dice), mean_interval(list(dice.values())), percent, published, difference)
+
+
+def _cells(axes: str, conditions: Sequence[Figures], recipes: bool) -> Table:
+    own = [one for one in conditions if one.condition.axes == axes]
+    published = any(one.published is not None for one in conditions)
     columns = (
         "model", "encoder", "variant", *(("epochs", "batch") if recipes else ()), "patients", "Dice",
         "batch-averaged Dice, %", *(("published, %", "difference") if published else ()),
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
-    for condition in own:
-        known = [*condition[:3], *(map(str, condition[4:]) if recipes else ())]
-        of_patients = list(dice[condition].values())
-        percents = [100 * one for one in batch_averaged[condition].values()]
-        there = published_percent().get(_published(condition))
-        less = [] if there is None else [one - there for one in percents]
-        beside = ("", "") if there is None else (f"{there:.0f}", mean_interval(less).told(1, sign=True))
-        told = (str(len(of_patients)), mean_interval(of_patients).told(), mean_interval(percents).told(1))
+    for one in own:
+        known = [*one.condition[:3], *(map(str, one.condition[4:]) if recipes else ())]
+        there, less = one.published, one.difference
+        beside = ("", "") if there is None or less is None else (f"{there:.0f}", less.told(1, sign=True))
+        told = (str(one.patients), one.dice.told(), one.batch_averaged.told(1))
         rows.append((*known, *told, *(beside if published else ())))
     planes = ", ".join(PLANES[int(axis)] for axis in axes)
     return Table(
@@ -139,7 +181,7 @@ def _cells(axes: str, dice: Scores, batch_averaged: Scores, recipes: bool, publi
             "it; what it calls random names no encoder."
             if published
             else "The reference study published no figure of these encoders and what they start from.",
-            *((_OF_FILES,) if published and any(_starts_from_file(condition) for condition in own) else ()),
+            *((_OF_FILES,) if published and any(_starts_from_file(one.condition) for one in own) else ()),
         ),
     )
 
@@ -203,20 +245,32 @@ def _difference(interval: MeanInterval | None) -> str:
 
 
 def rendered(found: Findings, form: str) -> str:
-    """Return findings as text: ``markdown``, ``csv`` (the cells alone, a row each), ``latex`` or ``html``."""
+    """Return findings as text: ``markdown``, ``csv`` (a row a condition, in numbers), ``latex`` or ``html``."""
     if form == CSV:
         return _csv(found)
     return {MARKDOWN: _markdown, LATEX: _latex, HTML: _html}[form](found)
 
 
 def _csv(found: Findings) -> str:
+    rows = [
+        {
+            **one.condition._asdict(), "patients": one.patients, **_ends("dice", one.dice),
+            **_ends("batch_averaged_percent", one.batch_averaged), "published_percent": one.published,
+            **_ends("difference_percent", one.difference), "note": "; ".join(found.caveats),
+        }
+        for one in found.conditions
+    ]  # fmt: skip
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for number, table in enumerate(found.cells):
-        if not number:
-            writer.writerow(("table", *table.columns, "note"))
-        writer.writerows((table.title, *row, "; ".join(found.caveats)) for row in table.rows)
+    writer = csv.DictWriter(text, rows[0] if rows else (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def _ends(name: str, interval: MeanInterval | None) -> dict[str, float | None]:
+    mean, low, high = (None, None, None) if interval is None else (interval.mean, interval.low, interval.high)
+    rounded = {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return {name: None if figure is None else round(figure, 6) for name, figure in rounded.items()}
 
 
 def _markdown(found: Findings) -> str:

@@ -118,7 +118,10 @@ def test_a_queue_that_is_done_leaves_nothing_to_do(
     (tmp_path / "q.csv").write_text("done,model,encoder,axis,epochs,batch\nyes,unet,resnet50,1,100,8\n")
     told = run_train("study", "--store", phantom_store, "--from", tmp_path / "q.csv", "-o", tmp_path / "study")
     assert told.exit_code == 0
-    assert told.output == f"note: all 1 lines of {tmp_path / 'q.csv'} say that they are done, and are left out\n"
+    note = f"note: 1 line of {tmp_path / 'q.csv'} marked as done left out"
+    assert told.output.splitlines() == [note, "nothing to do: all lines are marked as done"]
+    twice = run_train("study", "--store", phantom_store, "--from", tmp_path / "q.csv", "-o", tmp_path, "--epochs", 3)
+    assert "--epochs: is what the lines of --from say; leave it out" in twice.output
     assert not (tmp_path / "study").exists()
 
 
@@ -149,6 +152,12 @@ def test_what_is_no_queue_is_told_by_its_line(content: str, told: str, tmp_path:
     ("options", "told"),
     [
         (("--axes", "0,3"), "--axes 3: is none of 0, 1, 2, 012"),
+        (("--axes", "02"), "--axes 02: is none of 0, 1, 2, 012, and several stand with commas between them"),
+        (
+            ("--encoders", "resnet18:random", "--weights", "resnet18=w.pth"),
+            "no encoder of the study starts from it; name",
+        ),
+        (("--encoders", "tu-resnet10tt:random"), "encoder 'tu-resnet10tt': is not known (did you mean tu-resnet10t?)"),
         (("--models", "unet,,fpn"), "'unet,,fpn' is not of the form A,B, names with commas between them"),
         (("--folds", "2"), "'2' is neither reference nor a number from 3"),
         (("--weights", "resnet50"), "'resnet50' is neither imagenet, none, nor of the form ENCODER=FILE"),
@@ -157,7 +166,7 @@ def test_what_is_no_queue_is_told_by_its_line(content: str, told: str, tmp_path:
         (("--weights", "resnet50=nowhere.pth"), "nowhere.pth: cannot be read (No such file or directory); check the"),
         (
             ("--weights", "resnet18=w.pth"),
-            "--weights resnet18=...: is none of the study's encoders; name it in --encoders",
+            "--weights resnet18=...: no encoder of the study starts from it; name it in --encoders, without :random",
         ),
         (("--weights", "resnet50=a=b/c.pth"), "a=b/c.pth: cannot be read (No such file or directory); check the path"),
         (("--folds", "9"), "9 folds: cannot be made of 4 labelled cases"),
@@ -224,10 +233,10 @@ def test_weights_that_cannot_be_had_are_told_before_anything_starts(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     asked = ("study", "--store", phantom_store, "-o", tmp_path / "study", "--models", "unet", *TINY)
-    refused = run_train(*asked, "--encoders", "random,tu-nosuch:random,tu-resnet10t", "--plan")
+    refused = run_train(*asked, "--encoders", "random,tu-test_vit:random,tu-resnet10t", "--plan")
     assert refused.exit_code == 1
     assert "tu-resnet10t from imagenet: encoder 'tu-resnet10t': its ImageNet weights" in refused.output
-    assert "weights of tu-resnet10t: cannot be had, and a study never mixes them; give --weights none" in refused.output
+    assert "weights of tu-resnet10t: cannot be had or do not fit, and a study never mixes them; give" in refused.output
     assert "--weights tu-resnet10t=FILE for each" in refused.output
     assert not list(tmp_path.iterdir())
     allowed = run_train(*asked, "--encoders", "tu-tf_efficientnet_lite0", "--axes", "2", "--plan")
@@ -387,21 +396,21 @@ def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
     assert "## Axis 2 (axial slices)" in told.output
     page = Page(study / "report.html")
     assert len(page.of("img")) == 9
-    # A model that there is not, on a cluster whose worker has a GPU to give: what is done stays, what fails is named.
+    # A network that cannot be built, on a cluster whose worker has a GPU: what is done stays, failures are told.
     with LocalCluster(
         n_workers=1, threads_per_worker=1, resources={"GPU": 1}, host="127.0.0.1", dashboard_address=None
     ) as cluster:
         more = run_train(
-            "study", "--store", phantom_store, *ASKED, "--encoders", f"{SMALLEST},tu-nosuch:random", "-o", study,
+            "study", "--store", phantom_store, *ASKED, "--encoders", f"{SMALLEST},tu-test_vit:random", "-o", study,
             "--variants", "raw", "--scheduler", cluster.scheduler_address,
         )  # fmt: skip
     assert more.exit_code == 1
     assert "2 cells, 1 of them done" in more.output
     assert f"note: {study} holds 1 cell of other grids, which stay and are in no table" in more.output
-    assert more.output.count("warning: unet with encoder 'tu-nosuch': cannot be built (") == 1
-    assert re.search("failed: unet-tu-nosuch-.*: unet with encoder 'tu-nosuch': cannot be built", more.output)
+    assert more.output.count("warning: unet with encoder 'tu-test_vit': cannot be built (") == 1
+    assert re.search("failed: unet-tu-test_vit-.*: unet with encoder 'tu-test_vit': cannot be built", more.output)
     assert "1 cell is not done, and in no figure" in (study / "tables.md").read_text()
-    assert "nosuch" in (study / "report.html").read_text()
+    assert "tu-test_vit" in (study / "report.html").read_text()
 
 
 def weighed(cohort: Cohort, weights: Path) -> Cell:
@@ -554,6 +563,19 @@ def busy(seconds: float) -> tuple[float, float, str]:
 def with_threads_allowed(number: int) -> int:
     os.environ["OMP_NUM_THREADS"] = str(number)
     return threads_of_cell()
+
+
+def test_an_interrupted_study_says_that_it_can_go_on(
+    phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cspine_train.study_cost.StepTimer.seconds", lambda *_: 1.0)
+    monkeypatch.setattr("cspine_train.study_cost.StepTimer.disturbed", True)
+    monkeypatch.setattr("cspine_train.study.run_study", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    study = tmp_path / "study"
+    told = run_train("study", "--store", phantom_store, "-o", study, *ASKED)
+    assert told.exit_code == 1
+    assert "warning: other work keeps this machine busy: the times that follow are far too long\n" in told.output
+    assert told.output.endswith(f"Error: {study}: interrupted; run the same command again to go on\n")
 
 
 def test_a_plan_that_was_tampered_with_is_refused(cohort: Cohort, tmp_path: Path) -> None:

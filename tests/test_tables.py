@@ -112,7 +112,7 @@ def test_levels_are_compared_patient_by_patient_over_their_common_conditions() -
         (
             0.03,
             0.005,
-            r"^Does N4 help\? Yes: Dice with N4 less Dice without is \+3\.\d\d points over 8 patients and 2 pairs",
+            r"^Does N4 help\? Yes: Dice with N4 minus Dice without is \+3\.\d\d points over 8 patients and 2 pairs",
         ),
         (-0.03, 0.005, r"^Does N4 help\? No, it harms: .* is -2\.\d\d points .* \(higher with N4 in 0 of 8 patients"),
         (0.0, 0.02, r"^Does N4 help\? The evidence does not decide: .* 95 % interval -\d\.\d\d to \+\d\.\d\d, p = "),
@@ -260,6 +260,7 @@ def test_every_form_holds_the_same_cells_and_shows_names_as_text() -> None:
     encoder = f"{HOSTILE} (random)"
     in_csv = list(csv.DictReader(io.StringIO(rendered(found, "csv"))))
     assert [(line["encoder"], line["variant"]) for line in in_csv] == [(encoder, "n4"), (encoder, "raw")]
+    assert [float(in_csv[0][name]) for name in ("dice", "dice_low", "batch_averaged_percent")] == [0.9, 0.9, 90]
     html = Cells(rendered(found, "html"))
     assert "img" not in html.tags
     assert sum(cell.strip() == encoder for cell in html.cells) == 4
@@ -397,15 +398,13 @@ def test_a_cell_is_done_with_the_settings_that_it_is_asked_for(tmp_path: Path) -
     assert not is_done(study, cell)
 
 
-def test_cells_of_single_and_of_all_axes_have_the_same_columns() -> None:
-    rows = [row(axes=axes, patient=patient) for axes in ("0", "012") for patient in PATIENTS]
-    in_csv = list(csv.reader(io.StringIO(rendered(findings(rows), "csv"))))
-    assert len(in_csv) == 3
-    assert len({len(line) for line in in_csv}) == 1
-    assert in_csv[0].count("note") == 1
+def test_conditions_as_csv_are_numbers_beside_what_was_published() -> None:
+    rows = [row(axes=axes, patient=patient, dice=0.8) for axes in ("0", "012") for patient in PATIENTS]
+    one, all_three = csv.DictReader(io.StringIO(rendered(findings(rows), "csv")))
+    assert (one["axes"], one["patients"], float(one["published_percent"])) == ("0", "8", 75)
+    assert [float(one[f"difference_percent{end}"]) for end in ("", "_low", "_high")] == [5, 5, 5]
     # The reference study has no model of all axes.
-    published = in_csv[0].index("published, %")
-    assert (in_csv[1][published], in_csv[2][published]) == ("75", "")
+    assert (all_three["axes"], all_three["published_percent"], all_three["difference_percent"]) == ("012", "", "")
 
 
 class Page(HTMLParser):
