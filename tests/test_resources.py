@@ -128,7 +128,10 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
     job = Job(Case("A", write_case(tmp_path / "raw", "A")), "0" * 64, None, Preprocessing(bias=None), (0,))
     with LocalCluster(n_workers=0, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
         address = cluster.scheduler_address
-        with pytest.raises(InputError, match=f"scheduler {address}: has no workers; start some, then run it again"):
+        with (
+            pytest.warns(UserWarning, match=f"scheduler {address}: has no workers yet; waiting for one"),
+            pytest.raises(InputError, match=f"scheduler {address}: has no workers; start some, then run it again"),
+        ):
             list(run_jobs(wait, [job], tmp_path, None, address))
         cluster.scale(1)
         threading.Timer(3, cluster.scale, (0,)).start()
