@@ -65,7 +65,6 @@ def study(
     from cspine_data import open_cohort
     from cspine_train.ranking import counted
     from cspine_train.study import LOGS_FOLDER, cells_of_others, check_not_run, check_output, is_done, run_study
-    from cspine_train.study_cost import check_names_of
     from cspine_train.study_plan import Grid, plan_study
     from cspine_train.study_report import study_findings, write_outcome
 
@@ -84,11 +83,11 @@ def study(
         told = "no encoder of the study starts from it; name it in --encoders, without :random"
         raise click.UsageError(f"--weights {min(unused)}=...: {told}")
     plan = plan_study(cohort, asked)
-    check_names_of(plan.cells)
     check_output(output)
     if not only_plan:
         check_not_run(output)
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
+    _check_names(to_do)
     _tell_plan(plan, len(to_do), len(asked))
     if others := cells_of_others(output, plan):
         click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids, which stay and are in no table")
@@ -222,6 +221,14 @@ def _tell_plan(plan: Plan, to_do: int, asked: int) -> None:
         "epochs": [str(one.epochs) for one in cells],
     }.items():
         click.echo(f"  {name}: {', '.join(dict.fromkeys(values))}")
+
+
+def _check_names(to_do: Sequence[Cell]) -> None:
+    # PyTorch takes seconds to import, for nothing where all is done.
+    if to_do:
+        from cspine_train.study_cost import check_names_of
+
+        check_names_of(to_do)
 
 
 def _check_weights(to_do: Sequence[Cell]) -> None:
