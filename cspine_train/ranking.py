@@ -82,8 +82,12 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A condition, its mean over patients, and how far it is from the best, patient by patient; None of the best."""
+    """A condition, its mean over patients, and how far it is from the best, patient by patient; None of the best.
 
+    Equal ones share a place.
+    """
+
+    place: int
     condition: Condition
     mean: MeanInterval
     patients: int
@@ -148,6 +152,7 @@ def ranked(scores: Scores) -> list[Ranked]:
         of_best = condition == order[0]
         found.append(
             Ranked(
+                1 + sum(mean(others) > mean(figures[condition]) for others in figures.values()),
                 condition,
                 mean_interval(figures[condition]),
                 len(patients),

@@ -223,11 +223,11 @@ def _pairs(found: Sequence[Contrast]) -> Table:
 def _ranking(found: Sequence[Ranked], recipes: bool) -> Table:
     rows = tuple(
         (
-            str(place), *one.condition[:4], *(map(str, one.condition[4:]) if recipes else ()), str(one.patients),
+            str(one.place), *one.condition[:4], *(map(str, one.condition[4:]) if recipes else ()), str(one.patients),
             one.mean.told(), _difference(one.difference), "" if one.p is None else f"{one.p:.2g}",
             "" if one.difference is None else "yes" if one.sure else "not decided",
         )
-        for place, one in enumerate(found, start=1)
+        for one in found
     )  # fmt: skip
     columns = (
         "place", "model", "encoder", "variant", "axis", *(("epochs", "batch") if recipes else ()), "patients", "Dice",

@@ -206,7 +206,7 @@ def load_encoder(encoder: nn.Module, name: str, state: State, source: str) -> No
     left = [key for key in state if not key.startswith(prefix)] + list(unused.values())
     if left:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        _log.info("%s: %d tensors that encoder %s has no part for are left out (%s)", source, len(left), name, shown)
+        _log.info("%s: %d tensors that encoder %s lacks here are left out (%s)", source, len(left), name, shown)
 
 
 def _adapted(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -182,6 +182,8 @@ def test_a_place_is_not_sure_where_ranks_and_mean_point_to_different_sides() -> 
     assert not other.sure
     _, other = ranked({condition("unet", "n4"): better | {"P13": 0.9}, condition("unet", "raw"): worse})
     assert other.sure
+    alike = {condition(model, "n4"): worse for model in ("fpn", "unet")}
+    assert [one.place for one in ranked({condition("linknet", "n4"): better, **alike})] == [1, 1, 3]
 
 
 def test_a_seed_that_one_condition_lacks_is_taken_from_the_others() -> None:

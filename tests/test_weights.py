@@ -75,7 +75,7 @@ def test_every_form_of_a_file_fits(
     assert len(give_weights(encoder, "tu-test_resnet", str(path), nn.Identity)) == 64
     for name, tensor in encoder.state_dict().items():
         torch.testing.assert_close(tensor, classifier[name.removeprefix("model.")], atol=1e-3, rtol=1e-3)
-    assert f"{path}: {left_out} tensors that encoder tu-test_resnet has no part for are left out (" in caplog.text
+    assert f"{path}: {left_out} tensors that encoder tu-test_resnet lacks here are left out (" in caplog.text
     assert "fc.weight" in caplog.text
 
 
