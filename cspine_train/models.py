@@ -84,12 +84,17 @@ def check_names(model: str, encoder: str) -> None:
         )
     import segmentation_models_pytorch as smp
 
-    of_timm = encoder.startswith("tu-")
-    if of_timm:
+    # What lies in a folder or on a hub, as in tu-local-dir:PATH, is found out when it is built.
+    if ":" in encoder:
+        return
+    if encoder.startswith("tu-"):
         import timm
-    if not (timm.is_model(encoder[3:]) if of_timm else encoder in smp.encoders.get_encoder_names()):
-        known = [f"tu-{name}" for name in timm.list_models()] if of_timm else encoders()
-        raise ModelError(f"encoder {encoder!r}: is not known{meant(encoder, known)}; cspine-train models lists them")
+
+        others = () if timm.is_model(encoder[3:]) else tuple(f"tu-{name}" for name in timm.list_models())
+    else:
+        others = () if encoder in smp.encoders.get_encoder_names() else encoders()
+    if others:
+        raise ModelError(f"encoder {encoder!r}: is not known{meant(encoder, others)}; cspine-train models lists them")
 
 
 def sides_of(network: nn.Module) -> Sides:

@@ -8,6 +8,7 @@ import signal
 import time
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ import torch
 
 from cspine_train.allocator import keep_large_blocks
 from cspine_train.arithmetic import precision_of
+from cspine_train.errors import RunError
 from cspine_train.models import build_model
 
-# With other work on its cores threads compute for half of the time that passes, else for 0.93 of it and more.
-_QUIET_SHARE = 0.7
+# Of the time that threads could compute, what they may wait for a core. With other work there it is half of it.
+_WAITING_SHARE = 0.2
 # The first makes what the others find made, and whatever else the machine does makes one longer, never shorter.
 _FEWEST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 4, 2.0
 
@@ -67,7 +69,7 @@ class StepTimer:
     @property
     def disturbed(self) -> bool:
         """Whether something else took the cores meanwhile: steps take up to ten times their time then."""
-        return self._computing_s < _QUIET_SHARE * self._threads * self._waiting_s
+        return self._waiting_s > _WAITING_SHARE * (self._waiting_s + self._computing_s)
 
     def seconds(self, step: Step) -> float | None:
         """Return how long a step takes; None where it cannot be taken, or its process dies of it."""
@@ -92,6 +94,14 @@ class StepTimer:
         self._process.start()
         # Now it alone holds that end, which closes with it.
         theirs.close()
+        try:
+            self._questions.recv()
+        except (EOFError, OSError):
+            self._end()
+            raise RunError(
+                "no process can be started to time steps in; free some memory, and begin a script of your own with "
+                'if __name__ == "__main__"'
+            ) from None
 
     def _end(self) -> None:
         self._questions.close()
@@ -106,6 +116,7 @@ def _answer(questions: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     keep_large_blocks()
     with suppress(EOFError, OSError):
+        questions.send("ready")
         while True:
             questions.send(_taken(questions.recv()))
 
@@ -125,7 +136,7 @@ def _taken(step: Step) -> _Taken | None:
         network = built.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = torch.zeros((step.batch_size, step.channels, *step.size_hw), device=device)
         images = images.contiguous(memory_format=torch.channels_last)
-        computing_s = time.process_time()
+        before = _scheduled_s()
         while len(taken) < _FEWEST_STEPS or (len(taken) < _MOST_STEPS and sum(taken) < _ENOUGH_S):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
@@ -136,6 +147,16 @@ def _taken(step: Step) -> _Taken | None:
     # Whatever a layer provokes with a shape that it was not made for, and missing memory.
     except (RuntimeError, ValueError, AssertionError, MemoryError):
         return None
-    # A GPU's time is no process's.
-    waiting_s = sum(taken) if device.type == "cpu" else 0.0
-    return _Taken(min(taken), time.process_time() - computing_s, waiting_s)
+    computing_s, waiting_s = (after - then for after, then in zip(_scheduled_s(), before, strict=True))
+    return _Taken(min(taken), computing_s, waiting_s)
+
+
+def _scheduled_s() -> tuple[float, float]:
+    """Return how long this process's threads have computed, and waited for a core; nothing where no system says it."""
+    computed = waited = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        # It may end while it is looked at.
+        with suppress(OSError, ValueError):
+            computing, waiting, _ = map(int, task.read_text().split())
+            computed, waited = computed + computing, waited + waiting
+    return computed / 1e9, waited / 1e9

@@ -97,7 +97,7 @@ def what_came_out(study: Path, cell: Cell) -> tuple[RunRecord, dict[str, Any]] |
     except RunError:
         return None
     # A default may have been another one when it was trained.
-    if not record.finished or record.kept_dice is None or but_for_path(record.settings) != but_for_path(cell.settings):
+    if not record.finished or but_for_path(record.settings) != but_for_path(cell.settings):
         return None
     evaluation = _test_scores(folder, record)
     return None if evaluation is None else (record, evaluation)
@@ -247,15 +247,17 @@ def threads_of_cell() -> int:
     if asked.isdecimal() and int(asked) > 1:
         return int(asked)
     known = get_client().scheduler_info(n_workers=-1)["workers"]
-    here = (one for one in known.values() if one["host"] == known[get_worker().address]["host"])
-    at_once = sum(int(one["resources"].get(_GPU, one["nthreads"])) for one in here)
+    here = [one for one in known.values() if one["host"] == known[get_worker().address]["host"]]
+    gpus = sum(int(one["resources"].get(_GPU, 0)) for one in here)
+    at_once = gpus or sum(int(one["nthreads"]) for one in here)
     return max(1, usable_cores() // max(1, at_once))
 
 
 def _failure(answer: bytes, status: int, log: Path) -> str | None:
-    # Native code may print before it, or die after it.
-    with suppress(ValueError, LookupError, TypeError):
-        return json.loads(answer.splitlines()[-1])["failure"]  # type: ignore[no-any-return]
+    # Native code may print beside it, or die after it.
+    for line in reversed(answer.splitlines()):
+        with suppress(ValueError, LookupError, TypeError):
+            return json.loads(line)["failure"]  # type: ignore[no-any-return]
     if status < 0:
         return f"its process was ended by {signal.Signals(-status).name} (out of memory?); use fewer --workers"
     return f"its process ended with status {status}; {log} may say why"

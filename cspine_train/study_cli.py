@@ -66,7 +66,7 @@ def study(
     from cspine_train.ranking import counted
     from cspine_train.study import LOGS_FOLDER, cells_of_others, check_not_run, check_output, is_done, run_study
     from cspine_train.study_plan import Grid, plan_study
-    from cspine_train.study_report import study_findings, write_outcome
+    from cspine_train.study_report import write_outcome
 
     unknown = [axis for axis in axes if axis not in AXES]
     if unknown:
@@ -129,13 +129,13 @@ def study(
             run_study(plan, output, workers, scheduler, ended)
     except KeyboardInterrupt:
         raise RunError(f"{output}: interrupted; run the same command again to go on") from None
-    files = write_outcome(output)
+    found, files = write_outcome(output)
     if not to_do:
         click.echo(f"nothing to do: all {len(plan.cells)} cells of {output} are done")
     else:
         for file in files:
             say(f"wrote {file}")
-        say(study_findings(output)[0].answer)
+        say(found.answer)
     if failed:
         told = f"{len(failed)} of {counted(len(plan.cells), 'cell')} failed; give the command again to try again"
         click.echo(told, err=True)
@@ -301,5 +301,6 @@ def cell() -> None:
     # What else is said there is no answer.
     answer, sys.stdout = sys.stdout, sys.stderr
     failure = do_cell(json.loads(sys.stdin.buffer.readline()))
-    answer.write(json.dumps({"failure": failure}))
+    # On a line of its own, whatever native code has said.
+    answer.write(f"\n{json.dumps({'failure': failure})}\n")
     answer.flush()

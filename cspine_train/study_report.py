@@ -36,8 +36,15 @@ def study_findings(study: str | Path) -> tuple[Findings, list[dict[str, Any]], P
     return findings(rows, [cell.name for cell in plan.cells if cell.name not in done]), rows, plan
 
 
-def write_outcome(study: str | Path) -> tuple[Path, ...]:
+def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
     """Write `results.csv`, `results.parquet`, `tables.md` and `report.html` into a study's folder.
+
+    Returns
+    -------
+    found : Findings
+        What they say.
+    files : tuple of Path
+        Which they are.
 
     Raises
     ------
@@ -49,7 +56,7 @@ def write_outcome(study: str | Path) -> tuple[Path, ...]:
     written = write_results(folder, rows)
     write_text(folder / TABLES_NAME, rendered(found, MARKDOWN))
     write_text(folder / REPORT_NAME, _page(folder, plan, found, rows))
-    return *written, folder / TABLES_NAME, folder / REPORT_NAME
+    return found, (*written, folder / TABLES_NAME, folder / REPORT_NAME)
 
 
 def _page(study: Path, plan: Plan, found: Findings, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -82,11 +89,15 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Table:
     of_cell = {row["cell"]: row for row in rows}
     minutes = {cell: (row["train_seconds"] + (row["test_seconds"] or 0.0)) / 60 for cell, row in of_cell.items()}
     told = tuple(
-        (cell, str((row["kept_epoch"] or 0) + 1), f"{row['validation_dice']:.4f}", f"{minutes[cell]:.1f}")
+        (cell, str((row["kept_epoch"] or 0) + 1), _dice(row["validation_dice"]), f"{minutes[cell]:.1f}")
         for cell, row in of_cell.items()
     )
     note = f"Epochs and test together: {sum(minutes.values()):.1f} minutes. Epochs are counted from 1."
     return Table("What each cell took", ("cell", "kept epoch", "validation Dice", "minutes"), told, (note,))
+
+
+def _dice(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.4f}"
 
 
 def _patients(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,8 @@ class Table:
     @property
     def of_words(self) -> tuple[bool, ...]:
         """Which columns hold words, and not figures."""
-        return tuple(any(cell[:1].isalpha() for cell in column) for column in zip(*self.rows, strict=True))
+        places = range(len(self.columns))
+        return tuple(any(row[at] and row[at][0] not in "+-0123456789" for row in self.rows) for at in places)
 
 
 @dataclass(frozen=True)

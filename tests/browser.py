@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_PATIENCE_S = 60
 # It reads commands from file 3 and answers on file 4.
 _START = """
 import os, sys
@@ -75,8 +76,9 @@ class Browser:
 
     def _message(self) -> dict[str, Any]:
         while b"\0" not in self._left:
-            some = os.read(self._answers, 1 << 20)
-            assert some, "the browser has ended"
+            ready, _, _ = select.select([self._answers], [], [], _PATIENCE_S)
+            some = os.read(self._answers, 1 << 20) if ready else b""
+            assert some, "the browser has ended, or hangs"
             self._left += some
         told, self._left = self._left.split(b"\0", 1)
         message: dict[str, Any] = json.loads(told)
@@ -88,6 +90,8 @@ class Browser:
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
     """Start a browser with a new profile, and end it."""
+    import fcntl
+
     assert CHROMIUM
     # Above 4, so that none of them is overwritten.
     (theirs_in, commands), (answers, theirs_out) = (

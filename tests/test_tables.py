@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import product
@@ -27,7 +28,7 @@ from cspine_train.published import published_percent
 from cspine_train.ranking import contrasts, levels, n4_answer, ranked
 from cspine_train.results import FIGURES, Condition, scores, study_rows
 from cspine_train.run_folder import write_rows
-from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
+from cspine_train.settings import RunRecord, RunSettings, save_record
 from cspine_train.study import is_done
 from cspine_train.study_plan import Cell, Plan, load_plan, save_plan
 from cspine_train.study_report import write_outcome
@@ -321,7 +322,7 @@ def study_of(folder: Path, weights: str = "none", note: str = "synthetic") -> Pa
 
 def test_the_table_has_a_row_for_each_patient_of_each_cell(tmp_path: Path) -> None:
     study = study_of(tmp_path / "study")
-    written = write_outcome(study)
+    _, written = write_outcome(study)
     assert [path.name for path in written] == ["results.csv", "results.parquet", "tables.md", "report.html"]
     with written[0].open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -395,9 +396,16 @@ def test_a_cell_is_done_with_the_settings_that_it_is_asked_for(tmp_path: Path) -
     cell = load_plan(study).cells[0]
     assert is_done(study, cell)
     assert not is_done(study, cell.model_copy(update={"settings": cell.settings.model_copy(update={"seed": 1})}))
-    run = study / "runs" / cell.name
-    save_record(run, load_record(run).model_copy(update={"kept_dice": None}))
-    assert not is_done(study, cell)
+
+
+def test_a_study_of_which_nothing_came_out_has_its_page(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "study")
+    shutil.rmtree(study / "runs")
+    write_rows(study / "failures.csv", ("cell", "reason"), [{"cell": "unet-n4-n4", "reason": "/store: is gone"}])
+    found, written = write_outcome(study)
+    assert found.answer.startswith("Does N4 help? Nothing can be said")
+    page = Page(written[-1].read_text(encoding="utf-8"))
+    assert [attributes for tag, attributes in page.found if tag == "td"] == [{"class": "word"}] * 2
 
 
 def test_conditions_as_csv_are_numbers_beside_what_was_published() -> None:
@@ -432,7 +440,7 @@ class Page(HTMLParser):
 def test_the_page_needs_nothing_beside_it_and_runs_no_script_but_its_own(tmp_path: Path) -> None:
     study = study_of(tmp_path / "study", f"/weights/{HOSTILE}", HOSTILE)
     write_rows(study / "failures.csv", ("cell", "reason"), [{"cell": "c", "reason": HOSTILE}])
-    text = write_outcome(study)[-1].read_text(encoding="utf-8")
+    text = write_outcome(study)[1][-1].read_text(encoding="utf-8")
     page = Page(text)
     tags = [tag for tag, _ in page.found]
     assert tags.count("script") == 1
@@ -472,7 +480,7 @@ CONTRAST = """
 
 @pytest.mark.skipif(CHROMIUM is None, reason="THE PAGE IS NOT TRIED: no Chromium is installed")
 def test_in_a_browser_the_page_is_read_sorted_and_filtered_by_keyboard(tmp_path: Path) -> None:
-    page = write_outcome(study_of(tmp_path / "study", f"/weights/{HOSTILE}", HOSTILE))[-1]
+    page = write_outcome(study_of(tmp_path / "study", f"/weights/{HOSTILE}", HOSTILE))[1][-1]
     with browser(tmp_path / "profile") as seen:
         for width, scheme in product((400, 1600), ("light", "dark")):
             seen.open(page, width, scheme)
