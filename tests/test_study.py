@@ -288,6 +288,16 @@ def test_steps_are_timed_in_a_process_of_their_own_and_another_follows_one_that_
     assert spawned() <= before
 
 
+def test_steps_cannot_be_timed_in_a_script_that_runs_itself_again() -> None:
+    script = "from cspine_train.step_timing import StepTimer\nwith StepTimer(1): pass\n"
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    told = (
+        "no process can be started to time steps in; free some memory, and begin a script of your own with if __name__"
+    )
+    assert told in done.stderr
+
+
 # Done
 
 
