@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from cspine_data.terminal import CommandGroup, print_table, progress_bar, warn_in_one_line
+from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, warn_in_one_line
 
 # Whether a path can be used is told by what uses it, with a remedy.
 PATH = click.Path(readable=False, path_type=Path)
@@ -21,15 +19,6 @@ PAIRS = click.option(
     help="CSV file with the columns case,volume,label; replaces SOURCE.",
 )
 VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
-
-
-@contextmanager
-def _can_go_on(store: Path) -> Iterator[None]:
-    """Say of what Ctrl-C ends that the same command goes on with it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise click.ClickException(f"{store}: interrupted; run the same command again to go on") from None
 
 
 @click.group(cls=CommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -158,7 +147,7 @@ def prepare(
         normalisation=normalisation,
         spacing_mm=parse_spacing(spacing),
     )
-    with _can_go_on(store), progress_bar("preparing") as progress:
+    with can_go_on(store), progress_bar("preparing") as progress:
         summary = prepare_cohort(
             source,
             store,
@@ -262,7 +251,7 @@ def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | 
 def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) -> None:
     from cspine_data.mending import repair
 
-    with _can_go_on(store), progress_bar("mending") as progress:
+    with can_go_on(store), progress_bar("mending") as progress:
         summary = repair(store, source, pairs=pairs, workers=workers, progress=progress)
     for damage in summary.damages:
         click.echo(f"damaged: {damage}", err=True)

@@ -142,13 +142,14 @@ def side_by_side(
 
 def _resource(client: Any, wanted: str | None) -> str | None:
     """Return what a task is to ask of a worker: what is wanted, where any has it."""
-    return wanted if wanted and _workers_with(client, wanted) else None
+    return wanted if wanted and _has_worker_with(client, wanted) else None
 
 
-def _workers_with(client: Any, resource: str | None) -> int:
-    """Return how many workers could do a task that asks for a resource."""
-    known = client.scheduler_info(n_workers=-1)["workers"].values()
-    return sum(resource is None or resource in worker["resources"] for worker in known)
+def _has_worker_with(client: Any, resource: str | None) -> bool:
+    """Return whether any worker could do a task that asks for a resource, or for none."""
+    if resource is None:
+        return bool(client.scheduler_info(n_workers=1)["workers"])
+    return any(resource in worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
 
 
 def _as_they_end(
@@ -179,7 +180,7 @@ def _as_they_end(
         if time.monotonic() - looked < _LOOK_S:
             continue
         looked = time.monotonic()
-        if _workers_with(client, resource):
+        if _has_worker_with(client, resource):
             forsaken_since = None
         elif forsaken_since is None:
             forsaken_since = looked
@@ -228,7 +229,7 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
         except (OSError, ValueError) as error:
             raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", "check its address") from None
         with client:
-            if not client.scheduler_info(n_workers=1)["workers"]:
+            if not _has_worker_with(client, None):
                 told = f"scheduler {scheduler}: has no workers yet; waiting for one ({_PATIENCE_S:.0f} s)"
                 warnings.warn(told, stacklevel=2)
             try:

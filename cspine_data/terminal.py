@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -36,6 +37,15 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, CspineDataError) and error.strerror:
         return describe_os_error(error)
     return " ".join(str(error).split())
+
+
+@contextmanager
+def can_go_on(folder: Path) -> Iterator[None]:
+    """Say of what Ctrl-C ends that the same command goes on with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.ClickException(f"{folder}: interrupted; run the same command again to go on") from None
 
 
 def warn_in_one_line() -> None:

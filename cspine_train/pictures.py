@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cspine_train.metrics import Overlap
 from cspine_train.module import MONITOR
 from cspine_train.option_values import PLANES
-from cspine_train.run_folder import CURVES_NAME, METRICS_NAME
+from cspine_train.run_folder import CURVES_NAME, METRICS_NAME, in_one_step
 from cspine_train.settings import load_record
 
 if TYPE_CHECKING:
@@ -206,9 +206,7 @@ def _entitle(figure: Figure, title: str, notes: Sequence[str]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with warnings.catch_warnings():
+    with in_one_step(path) as temporary, warnings.catch_warnings():
         # A case may bear a name that the font has no letters for.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(temporary, format="png")
-    temporary.replace(path)

@@ -26,7 +26,7 @@ from cspine_data import (
 from cspine_train.errors import RunError
 from cspine_train.overview import draw_overview
 from cspine_train.prediction import LoadedRun, check_runs, predict
-from cspine_train.run_folder import MODEL_FOLDER, only_one
+from cspine_train.run_folder import MODEL_FOLDER, in_one_step, only_one
 
 #: What was predicted into a folder, a row a volume.
 INDEX_NAME = "predictions.csv"
@@ -279,12 +279,13 @@ class _Index:
             csv.DictWriter(file, _COLUMNS).writerow(row)
 
     def _write(self) -> None:
-        temporary = self._path.with_name(f".{self._path.name}")
-        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            in_one_step(self._path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self._rows.values())
-        temporary.replace(self._path)
 
 
 def _is_whole(row: Mapping[str, str | None]) -> bool:

@@ -145,14 +145,15 @@ def ranked(scores: Scores) -> list[Ranked]:
     if not patients:
         return []
     figures = {condition: [of[patient] for patient in patients] for condition, of in scores.items()}
-    order = sorted(figures, key=lambda condition: -mean(figures[condition]))
+    means = {condition: mean(several) for condition, several in figures.items()}
+    order = sorted(means, key=lambda condition: -means[condition])
     found = []
     for condition in order:
         differences = paired_differences(figures[condition], figures[order[0]])
         of_best = condition == order[0]
         found.append(
             Ranked(
-                1 + sum(mean(others) > mean(figures[condition]) for others in figures.values()),
+                1 + sum(other > means[condition] for other in means.values()),
                 condition,
                 mean_interval(figures[condition]),
                 len(patients),

@@ -32,7 +32,8 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
             current = same_weights and steps == (record.kept_components, record.filled_holes)
             for row in evaluation["patients"]:
                 "".join((row["case"], row["split"])), row["dice"] + 0.0
-                sum(row[figure] for figure in FIGURES if figure in row) + evaluation.get("seconds", 0.0)
+                sum(row[figure] for figure in FIGURES if figure in row)
+            evaluation.get("seconds", 0.0) + 0.0
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             warnings.warn(f"{path}: is damaged and left out; evaluate again", stacklevel=2)
         else:

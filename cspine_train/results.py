@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cspine_train.recorded import FIGURES
-from cspine_train.run_folder import METRICS_NAME, read_rows, write_rows
+from cspine_train.run_folder import METRICS_NAME, in_one_step, read_rows, write_rows
 from cspine_train.settings import RunRecord
 from cspine_train.study import RUNS_FOLDER, what_came_out
 from cspine_train.study_plan import Cell, Plan, start_told
@@ -107,8 +107,6 @@ def write_results(study: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Path,
     }  # fmt: skip
     write_rows(study / RESULTS_NAME, types, rows)
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(types.items()))
-    temporary = study / f".{PARQUET_NAME}"
-    temporary.unlink(missing_ok=True)
-    parquet.write_table(table, temporary)
-    temporary.replace(study / PARQUET_NAME)
+    with in_one_step(study / PARQUET_NAME) as temporary:
+        parquet.write_table(table, temporary)
     return study / RESULTS_NAME, study / PARQUET_NAME

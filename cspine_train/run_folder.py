@@ -37,13 +37,20 @@ TENSORBOARD_FOLDER = "tensorboard"
 MLFLOW_FOLDER = "mlruns"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file of a run folder in one step: it is there as it was, or as it is to be."""
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """Give a hidden file to write, which then takes a file's place: that is there as it was, or as it is to be."""
     temporary = path.with_name(f".{path.name}")
     # A link that came with the folder would be written through.
     temporary.unlink(missing_ok=True)
-    temporary.write_text(text, encoding="utf-8", newline="")
+    yield temporary
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a run folder in one step."""
+    with in_one_step(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def read_rows(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[dict[str, Any]]:

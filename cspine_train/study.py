@@ -304,8 +304,8 @@ def _done(run: Path, request: dict[str, Any]) -> str | None:
     (cell,) = plan_study(open_cohort(request["store"]), [settings]).cells
     if cell.name != run.name:
         return "its patients' data or the file of its weights are others than were planned; give the command again"
-    if other := _of_others(run, settings):
-        return other
+    if reason := _tell_where_weights_are(run, settings):
+        return reason
     record = train(request["store"], run, settings)
     if _test_scores(run, record) is None:
         failed = evaluate(run, ("test",), request["store"]).failed
@@ -313,8 +313,8 @@ def _done(run: Path, request: dict[str, Any]) -> str | None:
     return None
 
 
-def _of_others(run: Path, settings: RunSettings) -> str | None:
-    """Return why a folder's run cannot go on with settings; where only its weights file has moved, it is told so."""
+def _tell_where_weights_are(run: Path, settings: RunSettings) -> str | None:
+    """Tell a run that was begun where its weights file lies now; return why it cannot go on, if more has changed."""
     try:
         begun = load_record(run)
     except RunError:

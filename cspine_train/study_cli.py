@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cspine_data.terminal import print_table, progress_bar, say
-from cspine_train.errors import ModelError, RunError
+from cspine_data.terminal import can_go_on, print_table, progress_bar, say
+from cspine_train.errors import ModelError
 from cspine_train.option_values import AXES, folds_of, list_of, weights_by_encoder
 from cspine_train.recipe_options import recipe_options, settings_of
 
@@ -87,7 +87,11 @@ def study(
     if not only_plan:
         check_not_run(output)
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
-    _check_names(to_do)
+    if to_do:
+        # PyTorch takes seconds to import, for nothing where all is done.
+        from cspine_train.study_cost import check_names_of
+
+        check_names_of(to_do)
     _tell_plan(plan, len(to_do), len(asked))
     if others := cells_of_others(output, plan):
         click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids, which stay and are in no table")
@@ -96,8 +100,9 @@ def study(
     if to_do:
         _tell_cost(cohort, to_do, 1 if scheduler else workers)
     if only_plan:
-        # Last: what it would cost is known all the same.
-        _check_weights(to_do)
+        if to_do:
+            # Last: what it would cost is known all the same.
+            _check_weights(to_do)
         return
     if to_do:
         click.echo(f"what each cell says, an epoch a line: {output / LOGS_FOLDER}")
@@ -124,11 +129,8 @@ def study(
             ready = time.monotonic()
             write_at = ready + _WRITING_PAUSES * (ready - began)
 
-    try:
-        with _shown_by_epochs(output, plan.cells, left):
-            run_study(plan, output, workers, scheduler, ended)
-    except KeyboardInterrupt:
-        raise RunError(f"{output}: interrupted; run the same command again to go on") from None
+    with can_go_on(output), _shown_by_epochs(output, plan.cells, left):
+        run_study(plan, output, workers, scheduler, ended)
     found, files = write_outcome(output)
     if not to_do:
         click.echo(f"nothing to do: all {len(plan.cells)} cells of {output} are done")
@@ -221,14 +223,6 @@ def _tell_plan(plan: Plan, to_do: int, asked: int) -> None:
         "epochs": [str(one.epochs) for one in cells],
     }.items():
         click.echo(f"  {name}: {', '.join(dict.fromkeys(values))}")
-
-
-def _check_names(to_do: Sequence[Cell]) -> None:
-    # PyTorch takes seconds to import, for nothing where all is done.
-    if to_do:
-        from cspine_train.study_cost import check_names_of
-
-        check_names_of(to_do)
 
 
 def _check_weights(to_do: Sequence[Cell]) -> None:
