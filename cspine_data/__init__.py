@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cspine_data.geometry import Geometry, Orientation
     from cspine_data.mending import RepairSummary, repair
     from cspine_data.pipeline import PrepareSummary, parse_axes, prepare
-    from cspine_data.preprocess import PreparedVolume, Preprocessing, preprocess_volume
+    from cspine_data.preprocess import PreparedVolume, Preprocessing, RecordedPreprocessing, preprocess_volume
     from cspine_data.publishing import remove_cases
     from cspine_data.schema import CaseRecord
     from cspine_data.splits import Split
@@ -56,7 +56,7 @@ _HOME = {
     "geometry": ("Geometry", "Orientation"),
     "mending": ("RepairSummary", "repair"),
     "pipeline": ("PrepareSummary", "parse_axes", "prepare"),
-    "preprocess": ("PreparedVolume", "Preprocessing", "preprocess_volume"),
+    "preprocess": ("PreparedVolume", "Preprocessing", "RecordedPreprocessing", "preprocess_volume"),
     "publishing": ("remove_cases",),
     "schema": ("CaseRecord",),
     "splits": ("Split",),
@@ -86,6 +86,7 @@ __all__ = [
     "PreparedVolume",
     "Preprocessing",
     "Problem",
+    "RecordedPreprocessing",
     "RepairSummary",
     "SliceDataset",
     "SlicePlace",

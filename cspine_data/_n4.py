@@ -91,6 +91,17 @@ class SplineField:
         weights = [_weights(p, n - 3).T for p, n in zip(positions, self.lattice.shape, strict=True)]
         return SplineField.through(_product(self.lattice, weights), elements)
 
+    def plus(self, slopes: NDArray[np.float64]) -> SplineField:
+        """Return the field with a linear function added, given by its slope along each axis of the cube."""
+        # A cubic spline whose control points lie on a line is that line.
+        along = [slope * (np.arange(n) - 1) / (n - 3) for slope, n in zip(slopes, self.lattice.shape, strict=True)]
+        return SplineField(self.lattice + sum(np.ix_(*along)))
+
+    @classmethod
+    def linear(cls, slopes: NDArray[np.float64]) -> SplineField:
+        """Return a linear function, 0 at the cube's first corner, given by its slope along each axis."""
+        return cls(np.zeros((4, 4, 4))).plus(slopes)
+
     @classmethod
     def through(cls, values: Array, elements: Sequence[int]) -> SplineField:
         """Return the spline nearest to the values, in least squares, on a regular grid over the unit cube."""

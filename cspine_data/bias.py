@@ -16,7 +16,18 @@ from pydantic import Field, ValidationError
 from cspine_data._n4 import N4Parameters, SplineField, fit_log_bias, itk_log_bias
 from cspine_data.errors import InputError
 from cspine_data.geometry import Triple
-from cspine_data.tissue import TISSUE_MM, air_level, average_down, tissue_threshold, working_factors
+from cspine_data.tissue import (
+    TISSUE_MM,
+    air_level,
+    average_down,
+    noise_floor,
+    tissue_threshold,
+    working_factors,
+)
+
+# Of a voxel of median tissue: where its signal is so many deviations of the noise, the gain is halved. Below 1, since
+# networks average neighbours; docs/bias-field.md has the Dice of 1, 0.5 and 0.25.
+_LEAST_SNR = 0.5
 
 
 class BiasParameters(N4Parameters):
@@ -96,25 +107,37 @@ class BiasEstimate:
     log_bias_xyz : ndarray
         Natural logarithm of the field, float32, (x, y, z), mean zero over the tissue.
     tissue_xyz : ndarray of bool
-        Which voxels are tissue: above `tissue_threshold` after correction.
+        Which voxels are tissue: above `tissue_threshold` after correction, and clear of the noise before it.
     air_level : float
         Intensity of air. The field multiplies what lies above it.
     tissue_threshold : float
         In the corrected image.
+    noise_ratio : float
+        Standard deviation of the noise before correction, over the median of corrected tissue above air. It bounds the
+        gain of `correct`.
+    noise_share : float
+        Share of the voxels above `tissue_threshold` that are not clear of the noise, and so no tissue.
     """
 
     log_bias_xyz: NDArray[np.float32]
     tissue_xyz: NDArray[np.bool_]
     air_level: float
     tissue_threshold: float
+    noise_ratio: float
+    noise_share: float
+
+    def correct(self, image_xyz: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the image without the field; see `correct`."""
+        return correct(image_xyz, self.log_bias_xyz, self.air_level, self.noise_ratio)
 
 
 def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasParameters) -> BiasEstimate:
     """Estimate a volume's bias field by N4 (Tustison et al. 2010); no label map is needed.
 
-    The intensity of air is taken off first: a field multiplies signal, and the logarithm of signal and an offset is
-    no sum of logarithms. Where the field is weak, tissue falls below any one threshold; so the tissue mask is found
-    again, a few times, on the image that a coarser estimate has corrected, before the field is estimated to the end.
+    The intensity of air is subtracted first: a field multiplies signal, and the logarithm of signal plus an offset is
+    no sum of logarithms. Where the field is weak, tissue falls below any one threshold. So the tissue mask is found
+    again, a few times, on the image that a coarser estimate has corrected. Voxels that were not clear of the noise
+    before correction never enter the mask: far from a weak coil a correction makes noise as bright as tissue.
 
     Parameters
     ----------
@@ -128,23 +151,45 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     factors = working_factors(spacing_mm, min(TISSUE_MM, parameters.resolution_mm))
     averaged = average_down(image_xyz, factors)
     averaged_mm = _times(spacing_mm, factors)
-    threshold = tissue_threshold(averaged, averaged_mm)
+    first_threshold = threshold = tissue_threshold(averaged, averaged_mm)
     air = air_level(averaged, threshold)
+    noise = noise_floor(image_xyz, averaged, factors, threshold)
+    # What is tissue before any correction stays tissue.
+    clear = averaged > min(noise.clear_of(averaged=True), first_threshold)
     signal = np.maximum(averaged - np.float32(air), 0)
     corrected = signal
     for _ in range(parameters.mask_passes):
-        tissue = corrected > threshold - air
+        tissue = clear & (corrected > threshold - air)
         log_bias = _estimate(signal, tissue, averaged_mm, parameters.coarser).on_grid(signal.shape)
-        corrected = correct(signal, log_bias - _mean(log_bias, tissue))
+        log_bias -= _mean(log_bias, tissue)
+        ratio = _noise_ratio(noise.averaged_deviation, signal, log_bias, tissue)
+        corrected = correct(signal, log_bias, noise_ratio=ratio)
         threshold = tissue_threshold(corrected, averaged_mm) + air
-    tissue = corrected > threshold - air
+    tissue = clear & (corrected > threshold - air)
     estimate = _estimate(signal, tissue, averaged_mm, parameters)
     # N4 leaves the field's level open, and the threshold is of an image that keeps its own.
+    log_bias_averaged = estimate.on_grid(signal.shape)
+    level = _mean(log_bias_averaged, tissue)
     log_bias = estimate.on_grid(image_xyz.shape, finer=factors)
-    log_bias -= _mean(estimate.on_grid(signal.shape), tissue)
-    in_tissue = correct(image_xyz, log_bias, air) > threshold
-    log_bias -= _mean(log_bias, in_tissue)
-    return BiasEstimate(log_bias, in_tissue, air, threshold)
+    log_bias -= level
+    ratio = _noise_ratio(noise.deviation, signal, log_bias_averaged - level, tissue)
+    bright = correct(image_xyz, log_bias, air, ratio) > threshold
+    in_tissue = bright & (image_xyz > min(noise.clear_of(), first_threshold))
+    level = _mean(log_bias, in_tissue)
+    log_bias -= level
+    found, kept = np.count_nonzero(bright), np.count_nonzero(in_tissue)
+    share = 1 - kept / found if found else 0.0
+    # A field of another level makes tissue brighter or darker by it.
+    return BiasEstimate(log_bias, in_tissue, air, threshold, ratio * float(np.exp(-level)), share)
+
+
+def _noise_ratio(
+    deviation: float, signal: NDArray[np.float32], log_bias: NDArray[np.float32], tissue: NDArray[np.bool_]
+) -> float:
+    """Return the noise's deviation over the median of corrected tissue; 0 where there is no tissue."""
+    if not deviation or not tissue.any():
+        return 0.0
+    return deviation / float(np.median(signal[tissue] * np.exp(-log_bias[tissue])))
 
 
 def estimate_log_bias(
@@ -178,14 +223,41 @@ def estimate_log_bias(
     return log_bias - _mean(log_bias, tissue_xyz & (image_xyz > 0))
 
 
-def correct(image_xyz: NDArray[Any], log_bias_xyz: NDArray[np.float32], air: float = 0.0) -> NDArray[np.float32]:
-    """Divide what lies above air by the bias field, given as natural logarithm; float32, the rest stays as it is."""
+def correct(
+    image_xyz: NDArray[Any], log_bias_xyz: NDArray[np.float32], air: float = 0.0, noise_ratio: float = 0.0
+) -> NDArray[np.float32]:
+    """Divide what lies above air by the bias field, with a gain that noise bounds; the rest stays as it is.
+
+    The gain is that of a Wiener filter, ``b / (b**2 + r**2)`` of the field `b`: 1 / b where tissue is clear of the
+    noise, half of that where the signal of a median tissue voxel is half a deviation of the noise, and nearly 0 where
+    there is only noise.
+
+    Parameters
+    ----------
+    image_xyz : ndarray
+        Intensities, any real dtype, (x, y, z).
+    log_bias_xyz : ndarray
+        Natural logarithm of the field, same shape.
+    air : float
+        Intensity of air.
+    noise_ratio : float
+        Standard deviation of the noise over the median of corrected tissue; 0 does not bound the gain.
+
+    Returns
+    -------
+    ndarray
+        float32, (x, y, z).
+    """
     corrected = np.empty(image_xyz.shape, dtype=np.float32)
     level = np.float32(air)
+    squared = np.float32((noise_ratio * _LEAST_SNR) ** 2)
     # Plane by plane everything stays in the processor's cache: half the time of whole arrays.
     for image, log_bias, plane in zip(image_xyz, log_bias_xyz, corrected, strict=True):
         np.subtract(image, level, out=plane, casting="unsafe")
-        np.copyto(plane, plane * np.exp(-log_bias), where=plane > 0)
+        gain = np.exp(-log_bias)
+        if squared:
+            gain /= 1 + squared * gain * gain
+        np.copyto(plane, plane * gain, where=plane > 0)
         plane += level
     return corrected
 
@@ -219,15 +291,25 @@ def _estimate(
     mask = share > 0.5
     if np.unique(summed[mask]).size < 2:
         return _WorkingField(SplineField(np.zeros((4, 4, 4))), share.shape, factors)
-    working = np.divide(summed, share, out=np.ones_like(share), where=mask)
+    log_image = np.log(np.divide(summed, share, out=np.ones_like(share), where=mask))
+    slopes = _slopes(log_image, mask)
+    trend = SplineField.linear(slopes).at(*(np.linspace(0, 1, n) for n in mask.shape))
     working_mm = _times(spacing_mm, factors)
     if parameters.engine == "itk":
         elements = (parameters.control_points - 3) * 2 ** (len(parameters.iterations) - 1)
-        field = SplineField.through(itk_log_bias(working, mask, working_mm, parameters), (elements,) * 3)
+        residual = itk_log_bias(np.exp(log_image - trend), mask, working_mm, parameters)
+        field = SplineField.through(residual, (elements,) * 3)
     else:
-        extent_mm = [(n - 1) * mm for n, mm in zip(working.shape, working_mm, strict=True)]
-        field = fit_log_bias(np.log(working), mask, extent_mm, parameters)
-    return _WorkingField(field, working.shape, factors)
+        extent_mm = [(n - 1) * mm for n, mm in zip(mask.shape, working_mm, strict=True)]
+        field = fit_log_bias(log_image - trend, mask, extent_mm, parameters)
+    return _WorkingField(field.plus(slopes), mask.shape, factors)
+
+
+def _slopes(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the slope along each axis, over the whole grid, of the linear function nearest to the values."""
+    at = np.argwhere(mask) / np.maximum(np.array(mask.shape) - 1, 1)
+    slopes, *_ = np.linalg.lstsq(at - at.mean(0), values[mask] - values[mask].mean(), rcond=None)
+    return np.asarray(slopes, dtype=np.float64)
 
 
 def _times(spacing_mm: Triple, factors: tuple[int, int, int]) -> Triple:

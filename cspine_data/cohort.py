@@ -189,7 +189,7 @@ class Cohort:
             If its bytes are not what was written.
         """
         record = self.record(case, variant)
-        return normalise_volume(read_corrected(self.path, record), record.preprocessing)
+        return normalise_volume(read_corrected(self.path, record), record.preprocessing, record.normalisation)
 
     def label_xyz(self, case: str, variant: str | None = None) -> NDArray[Any]:
         """Return a case's label map on its own grid, (x, y, z), label values as in its source.

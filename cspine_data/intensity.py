@@ -9,12 +9,20 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from cspine_data.errors import InputError
+from cspine_data.tissue import densest_core
 
 Method = Literal["zscore", "percentile", "nyul"]
 METHODS: tuple[Method, ...] = ("zscore", "percentile", "nyul")
 #: The percentiles of the tissue that Nyul's method matches (Nyul and Udupa 1999: the ends, and the deciles).
 NYUL_PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 _ENDS = (NYUL_PERCENTILES[0], NYUL_PERCENTILES[-1])
+#: The percentiles of the tissue that are kept of every volume.
+TISSUE_PERCENTILES = tuple(sorted({2, 10, 25, 50, 75, 90, 98, *NYUL_PERCENTILES}))
+# In standard deviations of the densest part. At most 0.3 % of the tissue of 19 real scans lies farther away (vessels,
+# fluid). Noise that a field amplified lies at 30 and more.
+_OUTLIER = 12.0
+# Percentiles of so many voxels are those of all to a thousandth of the spread.
+_ENOUGH_VOXELS = 500_000
 # Levels of 16 bits would grow coarse where one broken voxel is a thousand times as bright as tissue. All that networks
 # see lies within a few units; what lies beyond these is put to them.
 _FARTHEST = 32.0
@@ -89,17 +97,91 @@ class Levels(BaseModel):
         return values
 
 
+class TissueStatistics(BaseModel):
+    """How the intensities of a volume's tissue are distributed, outliers excluded.
+
+    Attributes
+    ----------
+    fraction : float
+        Share of the volume's voxels that are tissue, outliers included.
+    mean, deviation : float
+        Mean and standard deviation, in the units of the image.
+    percentiles : tuple of float
+        The percentiles `TISSUE_PERCENTILES`, in the units of the image.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    fraction: float
+    mean: float
+    deviation: float
+    percentiles: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image: NDArray[Any], tissue: NDArray[np.bool_]) -> TissueStatistics:
+        """Return the statistics of the voxels of an image that are tissue.
+
+        Voxels twelve deviations away from the densest part are outliers: a mask of which half is wrong changes little.
+
+        Parameters
+        ----------
+        image : ndarray
+            Intensities, any shape.
+        tissue : ndarray of bool
+            Which voxels are tissue, same shape.
+        """
+        found = image[tissue]
+        fraction = found.size / max(tissue.size, 1)
+        if not found.size:
+            return cls(fraction=fraction, mean=0.0, deviation=0.0, percentiles=(0.0,) * len(TISSUE_PERCENTILES))
+        low, high = _inlying(found)
+        if found.min() < low or found.max() > high:
+            found = found[(found >= low) & (found <= high)]
+        some = found[:: max(1, found.size // _ENOUGH_VOXELS)]
+        return cls(
+            fraction=fraction,
+            mean=float(found.mean(dtype=np.float64)),
+            deviation=float(found.std(dtype=np.float64)),
+            percentiles=tuple(np.percentile(some, TISSUE_PERCENTILES).tolist()),
+        )
+
+    def at(self, percentiles: tuple[int, ...]) -> tuple[float, ...]:
+        """Return some of the kept percentiles, in the units of the image."""
+        return tuple(self.percentiles[TISSUE_PERCENTILES.index(one)] for one in percentiles)
+
+    @property
+    def landmarks(self) -> tuple[float, ...]:
+        """Where Nyul's percentiles lie once the 1st is 0 and the 99th is 1; empty without contrast."""
+        found = np.array(self.at(NYUL_PERCENTILES))
+        span = found[-1] - found[0]
+        return tuple(((found - found[0]) / span).tolist()) if span > 0 else ()
+
+
+def _inlying(values: NDArray[Any]) -> tuple[float, float]:
+    """Return the range that outliers lie beyond; each round's densest part holds fewer of them."""
+    values = values[:: max(1, values.size // _ENOUGH_VOXELS)]
+    low, high = -np.inf, np.inf
+    while True:
+        centre, deviation = densest_core(values)
+        # Two fifths of the voxels have one value: nothing says how far away an outlier is.
+        if not deviation:
+            return low, high
+        low, high = centre - _OUTLIER * deviation, centre + _OUTLIER * deviation
+        inlying = (values >= low) & (values <= high)
+        if inlying.all():
+            return low, high
+        values = values[inlying]
+
+
 def normalisation_of(
-    image: NDArray[Any], tissue: NDArray[np.bool_], method: Method, standard: tuple[float, ...] | None, name: str
+    tissue: TissueStatistics, method: Method, standard: tuple[float, ...] | None, name: str
 ) -> Normalisation:
     """Return what normalises an image by the intensities of its tissue.
 
     Parameters
     ----------
-    image : ndarray
-        Intensities.
-    tissue : ndarray of bool
-        Which voxels are tissue, same shape; needs no label map.
+    tissue : TissueStatistics
+        Of the image; needs no label map.
     method : str
         ``zscore``, ``percentile`` or ``nyul``.
     standard : tuple of float, optional
@@ -112,16 +194,13 @@ def normalisation_of(
     InputError
         If the tissue holds no contrast to scale by.
     """
-    found = image[tissue]
-    intensities: tuple[float, ...] = (0.0, 0.0)
     values: tuple[float, ...] = (0.0, 1.0)
     if method == "nyul":
-        intensities = _percentiles(found, NYUL_PERCENTILES)
+        intensities = tissue.at(NYUL_PERCENTILES)
     elif method == "percentile":
-        intensities = _percentiles(found, _ENDS)
-    elif found.size:
-        mean = float(found.mean(dtype=np.float64))
-        intensities = (mean, mean + float(found.std(dtype=np.float64)))
+        intensities = tissue.at(_ENDS)
+    else:
+        intensities = (tissue.mean, tissue.mean + tissue.deviation)
     # The lines are single precision, and less than its smallest step makes them steeper than it can say.
     if not intensities[-1] - intensities[0] > float(np.finfo(np.float32).tiny):
         raise InputError(name, "has no contrast within its tissue", "is it a mask or a label map? leave it out")
@@ -132,23 +211,10 @@ def normalisation_of(
     return Normalisation(method=method, intensities=intensities, values=values)
 
 
-def landmarks(image: NDArray[Any], tissue: NDArray[np.bool_]) -> tuple[float, ...]:
-    """Return where an image's landmarks lie once its 1st percentile is 0 and its 99th 1; empty without contrast."""
-    found = np.array(_percentiles(image[tissue], NYUL_PERCENTILES))
-    span = found[-1] - found[0]
-    return tuple(((found - found[0]) / span).tolist()) if span > 0 else ()
-
-
 def standard_landmarks(of_images: list[tuple[float, ...]]) -> tuple[float, ...]:
     """Return the standard that Nyul's method matches images to: the mean of a cohort's landmarks."""
     mean = np.mean(np.array([one for one in of_images if one], dtype=np.float64), axis=0)
     return tuple(round(float(value), 6) for value in mean)
-
-
-def _percentiles(found: NDArray[Any], percentiles: tuple[int, ...]) -> tuple[float, ...]:
-    if not found.size:
-        return (0.0,) * len(percentiles)
-    return tuple(float(value) for value in np.percentile(found, percentiles))
 
 
 def _distinct(intensities: tuple[float, ...], values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:

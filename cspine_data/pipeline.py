@@ -298,7 +298,7 @@ def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
 
     def find() -> tuple[float, ...]:
         corrected = stored_volume(job, Path(store))
-        return (corrected or correct_volume(read_volume(job.case.volume), job.preprocessing.bias)).landmarks
+        return (corrected or correct_volume(read_volume(job.case.volume), job.preprocessing.bias)).tissue.landmarks
 
     return _in_worker(job, find)
 

@@ -9,16 +9,16 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
 
-from cspine_data.bias import PRESETS, BiasParameters, correct, estimate_bias
+from cspine_data.bias import PRESETS, BiasParameters, estimate_bias
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, Triple
-from cspine_data.intensity import NYUL_PERCENTILES, Levels, Method, Normalisation, landmarks, normalisation_of
+from cspine_data.intensity import NYUL_PERCENTILES, Levels, Method, Normalisation, TissueStatistics, normalisation_of
 from cspine_data.resampling import resample_image, resample_label, resampled_size
 from cspine_data.threads import one_blas_thread
 from cspine_data.tissue import air_level, looks_like_ct, tissue_threshold
@@ -26,7 +26,14 @@ from cspine_data.volumes import Volume, check_image
 
 # Some 4 GB a worker at 14 to 20 bytes a voxel: a mistyped spacing should not take the machine down.
 _MOST_VOXELS = 2**28
-_TISSUE_PERCENTILES = (2, 10, 25, 50, 75, 90, 98)
+_SHOWN_PERCENTILES = (2, 10, 25, 50, 75, 90, 98)
+#: Of what `Preprocessing` does with equal parameters. 2: noise is no tissue, bounds the gain and does not diverge.
+REVISION = 2
+# What no plausible estimate has been seen beyond: real scans have log fields of deviation 0.2 to 1.0, a simulated coil
+# that reaches 25 mm 1.2; docs/bias-field.md.
+_LARGEST_LOG_DEVIATION = 1.5
+_LEAST_TISSUE_FRACTION = 0.03
+_LARGEST_NOISE_SHARE = 0.25
 # Below that nothing is left to see; who asks for it mistook a unit.
 _FEWEST_ALONG_AXIS = 4
 
@@ -44,6 +51,8 @@ class Preprocessing(BaseModel):
         For ``nyul``: the cohort's landmarks that every volume is matched to.
     spacing_mm : tuple of float or None
         Voxel spacing along x, y and z that slices are resampled to; None keeps each volume's own.
+    revision : int
+        What the same parameters meant to the version that used them. Volumes can only be prepared with the current one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,6 +61,7 @@ class Preprocessing(BaseModel):
     normalisation: Method = "zscore"
     standard: tuple[float, ...] | None = None
     spacing_mm: Triple | None = None
+    revision: int = REVISION
 
     @field_validator("spacing_mm")
     @classmethod
@@ -88,7 +98,16 @@ class Preprocessing(BaseModel):
         spacing = (
             "native voxels" if self.spacing_mm is None else f"{' x '.join(f'{mm:g}' for mm in self.spacing_mm)} mm"
         )
-        return f"{bias}, {method}, {spacing}"
+        before = "" if self.revision == REVISION else f", revision {self.revision} of {REVISION}"
+        return f"{bias}, {method}, {spacing}{before}"
+
+
+def _with_revision(recorded: Any) -> Any:
+    return {"revision": 1, **recorded} if isinstance(recorded, dict) else recorded
+
+
+#: As records keep it: those of version 0.1.0 name no revision.
+RecordedPreprocessing = Annotated[Preprocessing, BeforeValidator(_with_revision)]
 
 
 def _changes(bias: BiasParameters) -> str:
@@ -110,8 +129,12 @@ class CorrectedVolume:
         Intensity of air; 0 where there is none.
     tissue_threshold : float
         Intensity of `image_xyz` above which a voxel counts as tissue.
+    tissue : TissueStatistics
+        How the intensities of its tissue are distributed.
     log_bias_deviation : float
         Standard deviation, over the tissue, of the logarithm of the field; 0 where none was estimated.
+    noise_ratio, noise_share : float
+        See `BiasEstimate`; 0 where no field was estimated.
     name : str
         What to call it in an error.
     """
@@ -120,13 +143,11 @@ class CorrectedVolume:
     geometry: Geometry
     air_level: float
     tissue_threshold: float
-    log_bias_deviation: float
+    tissue: TissueStatistics
+    log_bias_deviation: float = 0.0
+    noise_ratio: float = 0.0
+    noise_share: float = 0.0
     name: str = "volume"
-
-    @property
-    def tissue_xyz(self) -> NDArray[np.bool_]:
-        """Which voxels are tissue."""
-        return np.asarray(self.image_xyz > self.tissue_threshold)
 
     @property
     def spacing_mm(self) -> Triple:
@@ -134,9 +155,21 @@ class CorrectedVolume:
         return Orientation.of(self.geometry).geometry_xyz(self.geometry).spacing_mm
 
     @property
-    def landmarks(self) -> tuple[float, ...]:
-        """Where the percentiles of its tissue lie that Nyul's method matches; empty where it holds no contrast."""
-        return landmarks(self.image_xyz, self.tissue_xyz)
+    def doubts(self) -> tuple[str, ...]:
+        """In what the estimate of its field is implausible."""
+        return doubts(self.log_bias_deviation, self.tissue.fraction, self.noise_share)
+
+
+def doubts(log_bias_deviation: float, tissue_fraction: float, noise_share: float) -> tuple[str, ...]:
+    """Say in what the estimate of a bias field is implausible, a line each; see `CorrectedVolume`."""
+    told = []
+    if log_bias_deviation > _LARGEST_LOG_DEVIATION:
+        told.append(f"its bias field varies implausibly (log deviation {log_bias_deviation:.2f})")
+    if tissue_fraction < _LEAST_TISSUE_FRACTION:
+        told.append(f"only {tissue_fraction:.1%} of it was found to be tissue")
+    if noise_share > _LARGEST_NOISE_SHARE:
+        told.append(f"{noise_share:.0%} of what would be tissue is no brighter than the noise; is the coil far away?")
+    return tuple(f"{one}: look at the corrected volume (cspine-data export)" for one in told)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +182,6 @@ class PreparedVolume:
         The volume itself.
     normalisation : Normalisation
         What brought it to the scale that networks are trained on.
-    tissue_fraction : float
-        Share of its voxels that count as tissue.
     spacing_mm : tuple of float
         Voxel spacing of what a network sees, along x, y and z.
     levels_xyz : ndarray of int16
@@ -161,7 +192,6 @@ class PreparedVolume:
 
     corrected: CorrectedVolume
     normalisation: Normalisation
-    tissue_fraction: float
     spacing_mm: Triple
     levels_xyz: NDArray[np.int16]
     levels: Levels
@@ -172,13 +202,10 @@ class PreparedVolume:
 
         However it is normalised: matched to a standard, all volumes would be alike. None of air.
         """
-        # Of every other voxel along each axis: an eighth of the time, and the same to a hundredth.
-        sparse = self.corrected.image_xyz[::2, ::2, ::2]
-        found = sparse[sparse > self.corrected.tissue_threshold]
-        deviation = float(found.std(dtype=np.float64)) if found.size else 0.0
-        if not deviation:
+        tissue = self.corrected.tissue
+        if not tissue.deviation:
             return ()
-        at = (np.percentile(found, _TISSUE_PERCENTILES) - found.mean(dtype=np.float64)) / deviation
+        at = (np.array(tissue.at(_SHOWN_PERCENTILES)) - tissue.mean) / tissue.deviation
         return tuple(round(float(value), 4) for value in at)
 
     def normalised_xyz(self) -> NDArray[np.float32]:
@@ -260,25 +287,38 @@ def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolu
     image = np.ascontiguousarray(orientation.to_anatomical(volume.array))
     spacing_mm = orientation.geometry_xyz(geometry).spacing_mm
     if bias is None:
-        threshold, deviation = tissue_threshold(image, spacing_mm), 0.0
-        air = air_level(image, threshold)
-    else:
-        with one_blas_thread():
-            found = estimate_bias(image, spacing_mm, bias)
-        threshold, air = found.tissue_threshold, found.air_level
-        in_tissue = found.log_bias_xyz[found.tissue_xyz]
-        deviation = float(in_tissue.std(dtype=np.float64)) if in_tissue.size else 0.0
-        image = correct(image, found.log_bias_xyz, air)
-    return CorrectedVolume(image, geometry, air, threshold, deviation, volume.name)
+        threshold = tissue_threshold(image, spacing_mm)
+        tissue = TissueStatistics.of(image, image > threshold)
+        return CorrectedVolume(image, geometry, air_level(image, threshold), threshold, tissue, name=volume.name)
+    with one_blas_thread():
+        found = estimate_bias(image, spacing_mm, bias)
+    in_tissue = found.log_bias_xyz[found.tissue_xyz]
+    image = found.correct(image)
+    return CorrectedVolume(
+        image_xyz=image,
+        geometry=geometry,
+        air_level=found.air_level,
+        tissue_threshold=found.tissue_threshold,
+        tissue=TissueStatistics.of(image, found.tissue_xyz),
+        log_bias_deviation=float(in_tissue.std(dtype=np.float64)) if in_tissue.size else 0.0,
+        noise_ratio=found.noise_ratio,
+        noise_share=found.noise_share,
+        name=volume.name,
+    )
 
 
-def normalise_volume(corrected: CorrectedVolume, parameters: Preprocessing) -> PreparedVolume:
+def normalise_volume(
+    corrected: CorrectedVolume, parameters: Preprocessing, normalisation: Normalisation | None = None
+) -> PreparedVolume:
     """Resample a corrected volume where asked, and normalise it; the second half of `preprocess_volume`.
 
-    The statistics are those of the volume's own voxels, so that its spacing does not change them.
+    The statistics are those of the volume's own voxels, so that its spacing does not change them. Where its
+    normalisation is known already, from a record, that is used.
     """
-    image, tissue = corrected.image_xyz, corrected.tissue_xyz
-    normalisation = normalisation_of(image, tissue, parameters.normalisation, parameters.standard, corrected.name)
+    image = corrected.image_xyz
+    if normalisation is None:
+        method, standard = parameters.normalisation, parameters.standard
+        normalisation = normalisation_of(corrected.tissue, method, standard, corrected.name)
     spacing_mm = corrected.spacing_mm
     if parameters.spacing_mm is not None:
         size = resampled_size(image.shape, spacing_mm, parameters.spacing_mm)
@@ -294,7 +334,6 @@ def normalise_volume(corrected: CorrectedVolume, parameters: Preprocessing) -> P
     return PreparedVolume(
         corrected=corrected,
         normalisation=normalisation,
-        tissue_fraction=float(tissue.mean()),
         spacing_mm=spacing_mm,
         levels_xyz=levels.encode(normalised),
         levels=levels,

@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cspine_data.cases import is_case_id
 from cspine_data.geometry import Geometry, Orientation, Triple
-from cspine_data.intensity import Levels, Normalisation
-from cspine_data.preprocess import Preprocessing
+from cspine_data.intensity import Levels, Normalisation, TissueStatistics
+from cspine_data.preprocess import Preprocessing, RecordedPreprocessing, doubts
 
 #: Part of every digest: raise it whenever other bytes are written for the same source and parameters.
 SCHEMA_VERSION = 7
@@ -133,8 +133,10 @@ class CaseRecord(BaseModel):
         What brings the intensities of `volume/0` to those of the slices.
     levels : Levels
         What the 16-bit numbers of the slices stand for.
-    air_level, tissue_threshold, log_bias_deviation : float
-        See `CorrectedVolume`.
+    air_level, tissue_threshold, log_bias_deviation, noise_ratio, noise_share : float
+        See `CorrectedVolume`; version 0.1.0 kept nothing of the noise.
+    tissue : TissueStatistics or None
+        What the normalisation was computed from; None in a store of version 0.1.0.
     tissue_fraction, tissue_percentiles : float, tuple of float
         See `PreparedVolume`; an older cspine kept no percentiles.
     axes : tuple of int
@@ -157,7 +159,7 @@ class CaseRecord(BaseModel):
     image_sha256: str
     label_sha256: str | None
     voxels_sha256: str
-    preprocessing: Preprocessing
+    preprocessing: RecordedPreprocessing
     geometry: Geometry
     assumed_orientation: bool
     image_dtype: str
@@ -173,6 +175,9 @@ class CaseRecord(BaseModel):
     tissue_fraction: float
     tissue_percentiles: tuple[float, ...] = ()
     log_bias_deviation: float
+    noise_ratio: float = 0.0
+    noise_share: float = 0.0
+    tissue: TissueStatistics | None = None
     axes: tuple[int, ...]
     label_voxels: dict[int, int]
     labelled_voxels: dict[int, tuple[int, ...]]
@@ -193,6 +198,11 @@ class CaseRecord(BaseModel):
     def labelled(self) -> bool:
         """Whether there is a label map."""
         return self.label_sha256 is not None
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """In what the estimate of its bias field is implausible, a line each."""
+        return doubts(self.log_bias_deviation, self.tissue_fraction, self.noise_share)
 
     def labelled_extent_mm(self, axis: int) -> float:
         """Return how far the labelled voxels reach along an axis; 0 where there are none."""
@@ -221,12 +231,12 @@ def case_path(case: str, digest: str) -> str:
 
 def volume_digest(image_sha256: str, preprocessing: Preprocessing) -> str:
     """Digest what a corrected volume depends on: the image's bytes, the bias field's parameters, the schema."""
-    return _digest([SCHEMA_VERSION, image_sha256, _bias(preprocessing)])
+    return _digest([SCHEMA_VERSION, preprocessing.revision, image_sha256, _bias(preprocessing)])
 
 
 def standard_key(preprocessing: Preprocessing) -> str:
     """Digest what the landmarks of a cohort depend on: how its volumes' fields are corrected."""
-    return _digest([SCHEMA_VERSION, _bias(preprocessing)])
+    return _digest([SCHEMA_VERSION, preprocessing.revision, _bias(preprocessing)])
 
 
 def case_digest(of_volume: str, label_sha256: str | None, preprocessing: Preprocessing, axes: tuple[int, ...]) -> str:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
+from cspine_data.intensity import TissueStatistics
 from cspine_data.location import is_local, refuse_url
 from cspine_data.preprocess import CorrectedVolume
 from cspine_data.schema import CaseRecord, RootRecord
@@ -153,12 +154,16 @@ def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
     DamagedStoreError
         If its bytes are not what was written.
     """
+    image_xyz = read_volume_xyz(path, record)
     return CorrectedVolume(
-        image_xyz=read_volume_xyz(path, record),
+        image_xyz=image_xyz,
         geometry=record.geometry,
         air_level=record.air_level,
         tissue_threshold=record.tissue_threshold,
+        tissue=record.tissue or TissueStatistics.of(image_xyz, image_xyz > record.tissue_threshold),
         log_bias_deviation=record.log_bias_deviation,
+        noise_ratio=record.noise_ratio,
+        noise_share=record.noise_share,
         name=f"{record.case} ({record.variant})",
     )
 

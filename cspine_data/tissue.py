@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ _FLATTEST_TISSUE = 0.12
 _FLATTEST_WITHIN_DARK = 0.045
 _FLATTEST_AIR = 0.01
 _LEAST_TISSUE = 0.1
+# The densest two fifths of a normal distribution are 1.049 standard deviations wide. Half of the values may be outliers
+# then without more than doubling the estimate.
+_CORE, _CORE_WIDTH = 0.4, 1.049
+_ENOUGH_VALUES = 100_000
+# Noise lies within this many deviations of its mean, but for one voxel in four hundred.
+_NOISE_DEVIATIONS = 3.0
+_NOISE_ROUNDS = 5
 # Air is -1000 Hounsfield units; no magnitude of MRI is negative, nor does scaling bring it that low.
 _DARKEST_MRI = -500.0
 
@@ -108,6 +116,82 @@ def air_level(image_xyz: NDArray[Any], threshold: float) -> float:
     """
     dark = image_xyz[image_xyz <= threshold]
     return float(np.median(dark)) if dark.size else 0.0
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """What an image holds where there is noise and no signal.
+
+    Attributes
+    ----------
+    level : float
+        Mean intensity. Noise in a magnitude image is not centred on zero (Gudbjartsson and Patz 1995).
+    deviation : float
+        Standard deviation of one voxel. 0 where the image shows no noise: no air in view, or air set to one value.
+    averaged_deviation : float
+        Standard deviation after averaging to the grid that tissue is separated on.
+    """
+
+    level: float
+    deviation: float
+    averaged_deviation: float
+
+    def clear_of(self, averaged: bool = False) -> float:
+        """Return the intensity above which a voxel holds signal: three standard deviations above the level."""
+        return self.level + _NOISE_DEVIATIONS * (self.averaged_deviation if averaged else self.deviation)
+
+
+def noise_floor(
+    image_xyz: NDArray[Any], averaged_xyz: NDArray[np.float32], factors: tuple[int, ...], threshold: float
+) -> NoiseFloor:
+    """Estimate level and deviation of the noise from the voxels that are not tissue.
+
+    Weak tissue and artefacts are among them. Noise is the narrow peak, so the estimate starts from the densest part
+    and excludes outliers. Margins that a scanner or a program filled with one value are left out.
+
+    Parameters
+    ----------
+    image_xyz : ndarray
+        Intensities, (x, y, z).
+    averaged_xyz : ndarray
+        The same image after `average_down`.
+    factors : tuple of int
+        What it was averaged by.
+    threshold : float
+        Intensity above which a voxel is tissue.
+    """
+    dark = (averaged_xyz <= threshold) & (averaged_xyz > averaged_xyz.min())
+    values = averaged_xyz[dark]
+    if not values.size:
+        return NoiseFloor(min(threshold, float(averaged_xyz.min())), 0.0, 0.0)
+    level, deviation = densest_core(values)
+    for _ in range(_NOISE_ROUNDS):
+        near = np.abs(values - level) <= _NOISE_DEVIATIONS * deviation
+        level, deviation = float(values[near].mean(dtype=np.float64)), float(values[near].std(dtype=np.float64))
+    noise = dark & (np.abs(averaged_xyz - level) <= _NOISE_DEVIATIONS * deviation)
+    for axis, factor in enumerate(factors):
+        noise = np.repeat(noise, factor, axis)
+    full = image_xyz[noise[tuple(slice(n) for n in image_xyz.shape)]]
+    return NoiseFloor(level, float(full.std(dtype=np.float64)) if full.size else 0.0, deviation)
+
+
+def densest_core(values: NDArray[Any]) -> tuple[float, float]:
+    """Return centre and standard deviation of the shortest interval that holds two fifths of the values.
+
+    Up to half of the values may be outliers (compare the "shorth", half of them, of Rousseeuw and Leroy 1988). The
+    deviation is that of a normal distribution with such an interval.
+
+    Parameters
+    ----------
+    values : ndarray
+        At least one value. Of very many, every so many are looked at.
+    """
+    ordered = np.sort(values.ravel()[:: max(1, values.size // _ENOUGH_VALUES)])
+    core = int(_CORE * ordered.size)
+    widths = ordered[core:] - ordered[: ordered.size - core]
+    first = int(widths.argmin())
+    low, high = float(ordered[first]), float(ordered[first + core])
+    return (low + high) / 2, (high - low) / _CORE_WIDTH
 
 
 def looks_like_ct(image_xyz: NDArray[Any]) -> bool:

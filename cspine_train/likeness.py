@@ -48,7 +48,7 @@ def looks_of(prepared: PreparedVolume) -> dict[str, float]:
     corrected = prepared.corrected
     shape = corrected.image_xyz.shape
     return _looks(
-        corrected.geometry, corrected.spacing_mm, shape, corrected.air_level, prepared.tissue_fraction,
+        corrected.geometry, corrected.spacing_mm, shape, corrected.air_level, corrected.tissue.fraction,
         prepared.tissue_percentiles,
     )  # fmt: skip
 

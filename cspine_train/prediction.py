@@ -249,7 +249,10 @@ def predict(
             fused.add(run, found, weight / len(sides))
             del found
     told = ["it does not say how it lies in the patient, and was taken for LPS"] if volume.assumed_orientation else []
+    told += [line for one in prepared.values() for line in one.corrected.doubts]
     told += [line for run in runs for line in differences(run.record.cohort_looks, looks[run.record.preprocessing])]
+    if any(way.revision != Preprocessing().revision for way in prepared):
+        told.append("the run was trained on volumes of an earlier cspine, which prepared them a little differently")
     numbers = label_map(runs, fused.total, each)
     back = next(iter(prepared.values())).to_file_grid
     return Prediction(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from cspine_data import Preprocessing, Split
+from cspine_data import RecordedPreprocessing, Split
 from cspine_train.errors import RunError
 from cspine_train.likeness import CohortLooks
 from cspine_train.run_folder import RECORD_NAME, write_text
@@ -213,7 +213,7 @@ class RunRecord(BaseModel):
     settings: RunSettings
     weights_used: str
     size_hw: tuple[_Side, _Side]
-    preprocessing: Preprocessing
+    preprocessing: RecordedPreprocessing
     notes: tuple[str, ...] = ()
     train: tuple[str, ...]
     validation: tuple[str, ...]

@@ -189,8 +189,9 @@ def test_spacing_and_normalisation_are_recorded_and_correct_nothing_again(store:
     assert set(np.unique(label)) == {0, 1, 3}
     whole = cohort.prepared("A")
     np.testing.assert_array_equal(whole.normalised_xyz()[16], image[0])
-    np.testing.assert_allclose(np.percentile(after.normalisation.apply(whole.corrected.image_xyz)[
-        whole.corrected.tissue_xyz], (1, 99)), (0, 1), atol=1e-4)  # fmt: skip
+    tissue = whole.corrected.image_xyz > whole.corrected.tissue_threshold
+    normalised = after.normalisation.apply(whole.corrected.image_xyz)
+    np.testing.assert_allclose(np.percentile(normalised[tissue], (1, 99)), (0, 1), atol=1e-4)
     counts = [int((cohort.slices(axis=1, cases=["A"])[n][1]).sum()) for n in range(20)]
     assert list(after.labelled_voxels[1]) == counts
     assert "raw: 1 cases prepared with no N4, percentile, 0.75 x 1 x 2 mm" in run_data("info", store).output
@@ -218,9 +219,9 @@ def test_nyul_learns_from_the_cohort_once_and_keeps_to_it(tmp_path: Path, run_da
     own = []
     for name in "ABC":
         prepared = open_cohort(store).prepared(name)
-        inside = prepared.normalised_xyz()[prepared.corrected.tissue_xyz]
+        inside = prepared.normalised_xyz()[prepared.corrected.image_xyz > prepared.corrected.tissue_threshold]
         np.testing.assert_allclose(np.percentile(inside, (1, 50, 99)), (0, standard[5], 1), atol=0.01)
-        own.append(prepared.corrected.landmarks)
+        own.append(prepared.corrected.tissue.landmarks)
     np.testing.assert_allclose(standard, np.mean(own, axis=0), atol=1e-5)
     assert "nothing to do" in run_data(*told).output
     write_case(raw, "D")

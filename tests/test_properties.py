@@ -256,7 +256,7 @@ def test_two_digests_are_equal_exactly_where_the_inputs_are(data: st.DataObject)
     one = data.draw(inputs())
     other = data.draw(inputs(like=one))
     assert (digest_of(*one) == digest_of(*other)) == (one == other)
-    corrected_alike = (one[0], one[2].bias) == (other[0], other[2].bias)
+    corrected_alike = (one[0], one[2].bias, one[2].revision) == (other[0], other[2].bias, other[2].revision)
     assert (volume_digest(one[0], one[2]) == volume_digest(other[0], other[2])) == corrected_alike
 
 
@@ -274,8 +274,8 @@ def test_every_parameter_changes_the_digest(model: type[BaseModel], name: str, d
         changed = {"bias": BiasParameters(**{**dict(before.bias or ()), **changed})}
     after = Preprocessing(**{**dict(before), **changed})
     assert digest_of("a", "b", after, (0,)) != digest_of("a", "b", before, (0,))
-    of_bias = model is BiasParameters or name == "bias"
-    assert (volume_digest("a", after) != volume_digest("a", before)) == of_bias
+    of_volume = model is BiasParameters or name in ("bias", "revision")
+    assert (volume_digest("a", after) != volume_digest("a", before)) == of_volume
 
 
 def test_time_folder_naming_and_the_order_of_axes_do_not_matter(tmp_path: Path) -> None:
