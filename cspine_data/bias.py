@@ -18,7 +18,6 @@ from cspine_data.errors import InputError
 from cspine_data.geometry import Triple
 from cspine_data.tissue import (
     TISSUE_MM,
-    air_level,
     average_down,
     noise_floor,
     tissue_threshold,
@@ -152,18 +151,18 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     averaged = average_down(image_xyz, factors)
     averaged_mm = _times(spacing_mm, factors)
     first_threshold = threshold = tissue_threshold(averaged, averaged_mm)
-    air = air_level(averaged, threshold)
     noise = noise_floor(image_xyz, averaged, factors, threshold)
+    air = noise.level
     # What is tissue before any correction stays tissue.
-    clear = averaged > min(noise.clear_of(averaged=True), first_threshold)
-    signal = np.maximum(averaged - np.float32(air), 0)
-    corrected = signal
+    clear = noise.clear(averaged, averaged_mm) | (averaged > first_threshold)
+    signal = averaged - np.float32(air)
+    corrected = positive = np.maximum(signal, 0)
     for _ in range(parameters.mask_passes):
         tissue = clear & (corrected > threshold - air)
         log_bias = _estimate(signal, tissue, averaged_mm, parameters.coarser).on_grid(signal.shape)
         log_bias -= _mean(log_bias, tissue)
-        ratio = _noise_ratio(noise.averaged_deviation, signal, log_bias, tissue)
-        corrected = correct(signal, log_bias, noise_ratio=ratio)
+        ratio = _noise_ratio(noise.averaged_deviation, positive, log_bias, tissue)
+        corrected = correct(positive, log_bias, noise_ratio=ratio)
         threshold = tissue_threshold(corrected, averaged_mm) + air
     tissue = clear & (corrected > threshold - air)
     estimate = _estimate(signal, tissue, averaged_mm, parameters)
@@ -172,9 +171,9 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     level = _mean(log_bias_averaged, tissue)
     log_bias = estimate.on_grid(image_xyz.shape, finer=factors)
     log_bias -= level
-    ratio = _noise_ratio(noise.deviation, signal, log_bias_averaged - level, tissue)
+    ratio = _noise_ratio(noise.deviation, positive, log_bias_averaged - level, tissue)
     bright = correct(image_xyz, log_bias, air, ratio) > threshold
-    in_tissue = bright & (image_xyz > min(noise.clear_of(), first_threshold))
+    in_tissue = bright & (image_xyz > min(noise.clear_level, first_threshold))
     level = _mean(log_bias, in_tissue)
     log_bias -= level
     found, kept = np.count_nonzero(bright), np.count_nonzero(in_tissue)
@@ -219,8 +218,9 @@ def estimate_log_bias(
     ndarray
         float32, (x, y, z), mean zero over the tissue.
     """
-    log_bias = _estimate(image_xyz, tissue_xyz, spacing_mm, parameters).on_grid(image_xyz.shape)
-    return log_bias - _mean(log_bias, tissue_xyz & (image_xyz > 0))
+    inside = tissue_xyz & (image_xyz > 0)
+    log_bias = _estimate(image_xyz, inside, spacing_mm, parameters).on_grid(image_xyz.shape)
+    return log_bias - _mean(log_bias, inside)
 
 
 def correct(
@@ -285,10 +285,9 @@ def _estimate(
     image: NDArray[Any], tissue: NDArray[np.bool_], spacing_mm: Triple, parameters: BiasParameters
 ) -> _WorkingField:
     factors = working_factors(spacing_mm, parameters.resolution_mm)
-    inside = tissue & (image > 0)
-    share = average_down(inside, factors)
-    summed = average_down(np.where(inside, image, np.float32(0)), factors)
-    mask = share > 0.5
+    share = average_down(tissue, factors)
+    summed = average_down(np.where(tissue, image, np.float32(0)), factors)
+    mask = (share > 0.5) & (summed > 0)
     if np.unique(summed[mask]).size < 2:
         return _WorkingField(SplineField(np.zeros((4, 4, 4))), share.shape, factors)
     log_image = np.log(np.divide(summed, share, out=np.ones_like(share), where=mask))

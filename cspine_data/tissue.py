@@ -28,6 +28,7 @@ _LEAST_TISSUE = 0.1
 # then without more than doubling the estimate.
 _CORE, _CORE_WIDTH = 0.4, 1.049
 _ENOUGH_VALUES = 100_000
+_NEIGHBOURHOOD_MM = 9.0
 # Noise lies within this many deviations of its mean, but for one voxel in four hundred.
 _NOISE_DEVIATIONS = 3.0
 _NOISE_ROUNDS = 5
@@ -136,9 +137,25 @@ class NoiseFloor:
     deviation: float
     averaged_deviation: float
 
-    def clear_of(self, averaged: bool = False) -> float:
-        """Return the intensity above which a voxel holds signal: three standard deviations above the level."""
-        return self.level + _NOISE_DEVIATIONS * (self.averaged_deviation if averaged else self.deviation)
+    @property
+    def clear_level(self) -> float:
+        """Intensity above which a voxel is clear of the noise: three standard deviations above the level."""
+        return self.level + _NOISE_DEVIATIONS * self.deviation
+
+    def clear(self, averaged_xyz: NDArray[np.float32], spacing_mm: Triple) -> NDArray[np.bool_]:
+        """Return where an averaged image is clear of the noise, judged by the mean over about 9 mm around each voxel.
+
+        A single voxel would be judged by its own noise: where signal is weak, only bright noise would pass.
+        """
+        from scipy.ndimage import uniform_filter
+
+        if not self.averaged_deviation:
+            return np.ones(averaged_xyz.shape, dtype=bool)
+        width = [max(1, round(_NEIGHBOURHOOD_MM / mm)) for mm in spacing_mm]
+        around = uniform_filter(averaged_xyz, width, mode="nearest")
+        near = np.abs(averaged_xyz - self.level) <= _NOISE_DEVIATIONS * self.averaged_deviation
+        level, deviation = densest_core(around[near])
+        return np.asarray(around > level + _NOISE_DEVIATIONS * deviation)
 
 
 def noise_floor(
@@ -163,8 +180,10 @@ def noise_floor(
     dark = (averaged_xyz <= threshold) & (averaged_xyz > averaged_xyz.min())
     values = averaged_xyz[dark]
     if not values.size:
-        return NoiseFloor(min(threshold, float(averaged_xyz.min())), 0.0, 0.0)
+        return NoiseFloor(air_level(averaged_xyz, threshold), 0.0, 0.0)
     level, deviation = densest_core(values)
+    if not deviation:
+        return NoiseFloor(level, 0.0, 0.0)
     for _ in range(_NOISE_ROUNDS):
         near = np.abs(values - level) <= _NOISE_DEVIATIONS * deviation
         level, deviation = float(values[near].mean(dtype=np.float64)), float(values[near].std(dtype=np.float64))
