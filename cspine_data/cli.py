@@ -18,6 +18,11 @@ PAIRS = click.option(
     type=PATH,
     help="CSV file with the columns case,volume,label; replaces SOURCE.",
 )
+TRUST_VOXELS = click.option(
+    "--trust-voxels",
+    is_flag=True,
+    help="Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.",
+)
 VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
 
 
@@ -46,7 +51,8 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @main.command()
 @SOURCE
 @PAIRS
-def scan(source: Path, pairs: Path | None) -> None:
+@TRUST_VOXELS
+def scan(source: Path, pairs: Path | None, trust_voxels: bool) -> None:
     """Show what would be prepared from SOURCE, and every problem; nothing is written."""
     from cspine_data.cases import Problem, find_cases, scan_case
 
@@ -55,7 +61,7 @@ def scan(source: Path, pairs: Path | None) -> None:
     seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
         for number, case in enumerate(listing.cases, start=1):
-            found = scan_case(case, seen)
+            found = scan_case(case, seen, trust_voxels=trust_voxels)
             if isinstance(found, Problem):
                 problems.append(found)
             else:
@@ -110,6 +116,7 @@ def scan(source: Path, pairs: Path | None) -> None:
 @PAIRS
 @click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
 @click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
+@TRUST_VOXELS
 def prepare(
     source: Path,
     store: Path,
@@ -127,6 +134,7 @@ def prepare(
     pairs: Path | None,
     note: str | None,
     anonymise: bool,
+    trust_voxels: bool,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
     from cspine_data.bias import bias_parameters
@@ -160,6 +168,7 @@ def prepare(
             scheduler=scheduler,
             note=note,
             anonymise=anonymise,
+            trust_voxels=trust_voxels,
             progress=progress,
         )
     print_notes(summary.notes.items())

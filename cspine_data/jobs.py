@@ -35,6 +35,8 @@ class Job:
         How that one was prepared.
     anew : bool
         Make it although the store has it, since that is damaged.
+    trust_voxels : bool
+        See `load_case`. It does not change what is made of files, only whether they are refused.
     notes : tuple of str
         The notes on the case that is current in the store.
     """
@@ -47,6 +49,7 @@ class Job:
     current: str | None = None
     held: Preprocessing | None = None
     anew: bool = False
+    trust_voxels: bool = False
     notes: tuple[str, ...] = ()
 
     @property

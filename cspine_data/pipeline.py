@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cspine_data.cases import (
@@ -102,6 +102,7 @@ def prepare(
     preprocessing: Preprocessing | None = None,
     note: str | None = None,
     anonymise: bool = False,
+    trust_voxels: bool = False,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
@@ -133,6 +134,8 @@ def prepare(
     anonymise : bool
         Call the cases ``case0001`` and so on instead of by their files' names. Which is which stands in `key_file`,
         beside the store.
+    trust_voxels : bool
+        Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.
     progress : callable, optional
         Called with (cases finished, cases to compute, case id) each time a case is finished.
 
@@ -165,6 +168,7 @@ def prepare(
         standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
         preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks if standard else None})
     jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
+    jobs = [replace(job, trust_voxels=trust_voxels) for job in jobs]
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
     outcomes = do_jobs(to_do, store, workers, scheduler, progress)
