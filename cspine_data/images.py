@@ -16,6 +16,8 @@ _LARGEST, _LEAST_SPAN = 1e30, 1e-30
 _LONGEST_MM = 5000.0
 # Shorter than any vertebra with what is around it.
 _SHORTEST_MM = 20.0
+# A few voxels at the border are damage, and no place where a field of view ends.
+_FEWEST_OUTSIDE = 8
 # Air is dark, and single voxels may be darker than it.
 _AIR_PERCENTILE = 1
 
@@ -24,7 +26,7 @@ def usable_image(image: Volume) -> Volume:
     """Return an image that can be computed with: NaN outside the field of view is taken for air, with a note.
 
     Registration and resampling leave NaN where a voxel lies outside the scanned field of view. Such voxels reach the
-    border of the volume, and never fill a slice between two slices with voxels.
+    border of the volume, are more than a few, and never fill a slice between two slices with voxels.
 
     Parameters
     ----------
@@ -99,4 +101,4 @@ def _outside_view(missing: NDArray[np.bool_]) -> NDArray[np.bool_]:
             # A slice that is lost between two others was scanned.
             lost = np.flatnonzero(empty[: held[-1]])
             np.moveaxis(outside, axis, 0)[lost[lost > held[0]]] = False
-    return outside
+    return outside if np.count_nonzero(outside) >= _FEWEST_OUTSIDE else np.zeros_like(outside)
