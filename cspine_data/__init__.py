@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from cspine_data.garbage import Garbage, collect_garbage
     from cspine_data.geometry import Geometry, Orientation
+    from cspine_data.images import usable_image
     from cspine_data.mending import RepairSummary, repair
     from cspine_data.pipeline import PrepareSummary, parse_axes, prepare
     from cspine_data.preprocess import PreparedVolume, Preprocessing, RecordedPreprocessing, preprocess_volume
@@ -54,6 +55,7 @@ _HOME = {
     ),
     "garbage": ("Garbage", "collect_garbage"),
     "geometry": ("Geometry", "Orientation"),
+    "images": ("usable_image",),
     "mending": ("RepairSummary", "repair"),
     "pipeline": ("PrepareSummary", "parse_axes", "prepare"),
     "preprocess": ("PreparedVolume", "Preprocessing", "RecordedPreprocessing", "preprocess_volume"),
@@ -111,6 +113,7 @@ __all__ = [
     "repair",
     "side_by_side",
     "usable_cores",
+    "usable_image",
     "verify",
     "volume_stem",
     "volume_suffix",

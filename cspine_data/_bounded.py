@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
-from cspine_data.geometry import Geometry, as_rows
+from cspine_data.geometry import MOST_SKEW, Geometry, as_rows, skew
 
 _RAW_PIECE = 1 << 20
 # Deflate makes at most 1032 bytes of one: a piece of this many gives no more than 4 MB at once.
@@ -26,9 +26,13 @@ _DENSEST = 100
 # The longest file that is read at all.
 _MOST = 1 << 34
 
-# No scanner leaves these: what lies outside is a broken header, and would overflow or fill memory further on.
-_SPACING_MM = (1e-5, 1e3)
+# No scanner leaves these: what lies outside has wrong units or a broken header, and fills memory further on, where
+# grids are made of so many millimetres.
+_SPACING_MM = (0.02, 100.0)
 _FARTHEST_MM = 1e7
+
+
+RESAMPLE = "resample it, and its label map alike, to a grid with right angles"
 
 
 class Source:
@@ -162,6 +166,7 @@ def grid(
     steps_mm: NDArray[Any],
     origin_mm: NDArray[Any],
     spacing_mm: NDArray[Any] | None = None,
+    units_field: str = "units",
 ) -> Geometry:
     """Return the grid that a header describes, if one can lie in a patient so.
 
@@ -177,11 +182,13 @@ def grid(
         LPS position of the first voxel.
     spacing_mm : ndarray, optional
         The lengths of the columns, where the header gives them more exactly.
+    units_field : str
+        The field of the header that gives the unit of length.
 
     Raises
     ------
     InputError
-        If the numbers are not finite, not plausible, or span no volume.
+        If the numbers are not finite, not plausible, or span no volume; if two axes are not at right angles.
     """
     if steps_mm.shape != (3, 3) or origin_mm.shape != (3,) or not np.isfinite([*steps_mm, origin_mm]).all():
         raise InputError(path, "has no usable space directions", "export the volume anew with its geometry")
@@ -192,11 +199,18 @@ def grid(
     if lengths.min() <= 0:
         raise InputError(path, "has space directions that span no volume", "export it anew with its geometry")
     low, high = _SPACING_MM
-    if not ((spacing >= low) & (spacing <= high)).all() or np.abs(origin_mm).max() > _FARTHEST_MM:
-        raise InputError(path, "has a spacing or an origin that no scanner gives", "export it anew with its geometry")
+    if not ((spacing >= low) & (spacing <= high)).all():
+        problem = f"has voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, a spacing that no scanner gives"
+        raise InputError(path, problem, f"correct its unit of length ({units_field}), or export it anew")
+    if np.abs(origin_mm).max() > _FARTHEST_MM:
+        raise InputError(path, "has an origin that no scanner gives", "export it anew with its geometry")
     directions = steps_mm / lengths
     if abs(np.linalg.det(directions)) < 1e-3:
         raise InputError(path, "has space directions that span no volume", "export it anew with its geometry")
+    off = skew(directions)
+    if off > MOST_SKEW:
+        problem = f"has axes that are not at right angles ({np.degrees(np.arcsin(off)):.2g} degrees off)"
+        raise InputError(path, problem, RESAMPLE)
     return Geometry(
         size=size,
         spacing_mm=tuple(spacing.tolist()),

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data._bounded import check_claim, grid, stored_bytes
+from cspine_data._bounded import RESAMPLE, check_claim, grid, stored_bytes
 from cspine_data.errors import InputError
-from cspine_data.geometry import Geometry
+from cspine_data.geometry import MOST_SKEW, Geometry, skew
 
 _MARK_AT, _MARK = 128, b"DICM"
 # What is read of a header, and no more: names, dates and places are not looked at.
@@ -195,14 +195,21 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry
         raise InputError(
             folder, f"misses slices (they lie {gaps.min():.3g} to {gaps.max():.3g} mm apart)", "fetch the whole series"
         )
-    across = positions - positions[0] - np.outer((positions - positions[0]) @ normal, normal)
-    if np.abs(across).max() > _TILT_MM:
+    shifts = positions - positions[0]
+    along = shifts[-1] / np.linalg.norm(shifts[-1])
+    lean = skew(np.stack([*first.directions, along], axis=1))
+    # A stack that leans evenly, as under a tilted gantry, is a grid like any other whose axes are off. Of a few thin
+    # slices the positions' rounding alone can lean by more.
+    if lean > MOST_SKEW and lean * np.linalg.norm(shifts[-1]) > _TILT_MM:
+        angle = np.degrees(np.arcsin(lean))
+        raise InputError(folder, f"has axes that are not at right angles ({angle:.2g} degrees off)", RESAMPLE)
+    if np.abs(shifts - np.outer(shifts @ along, along)).max() > _TILT_MM:
         raise InputError(folder, "holds slices that are shifted against each other", "resample the series first")
     # Of the whole stack: single positions are rounded.
     spacing = np.array([*first.spacing_mm, gaps.mean()])
     steps = np.stack([*first.directions, normal], axis=1) * spacing
     size = (*first.columns_rows, len(slices))
-    return slices, grid(folder, size, steps, positions[0], spacing)
+    return slices, grid(folder, size, steps, positions[0], spacing, "PixelSpacing")
 
 
 def _pixels(one: _Slice) -> NDArray[Any]:

@@ -1,21 +1,26 @@
-"""NIfTI-1 files: read here, 348 bytes of header and then the voxels; written by SimpleITK.
+"""NIfTI-1 files: 348 bytes of header, then the voxels.
 
 ITK's own reader opens other files beside the one it is given, takes what a truncated file still gives for the whole,
-and holds the voxels three times. What a header means is what ITK makes of it; the tests hold one against the other.
+and holds the voxels three times. Its writer puts one place into both forms of a header, and makes axes orthogonal.
+What a header means is what ITK makes of it; the tests hold one against the other.
 """
 
 from __future__ import annotations
 
+import gzip
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from cspine_data._bounded import Source, check_claim, grid, stored_bytes
+from cspine_data._bounded import RESAMPLE, Source, check_claim, grid, stored_bytes
 from cspine_data.errors import InputError
-from cspine_data.geometry import Geometry
+from cspine_data.geometry import MOST_SKEW, Geometry, skew
+from cspine_data.nifti_forms import NiftiForms, rotation
 
 _FETCH = "fetch it again or export it anew"
 _EXPORT = "the header is wrong: export the volume anew"
@@ -47,7 +52,14 @@ _DTYPES = {
 _MOST_PADDING = 1 << 20
 _SCALED_AT_ONCE = 1 << 20
 _MM = {1: 1e3, 2: 1.0, 3: 1e-3}
+_MILLIMETRE = 2
+_UNITS = {1: "metres", 2: "millimetres", 3: "micrometres"}
 _SCANNER = 1
+# In voxels: where the forms differ by less, a mask lies on the same voxels by both. A rounded quaternion alone moves a
+# corner by up to 0.2 mm.
+_APART = 0.5
+_LONGEST_AXIS = 2**15 - 1
+_COMPRESSION = 4
 _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -61,6 +73,13 @@ class NiftiHeader:
     slope: float
     intercept: float
     assumed_orientation: bool
+    notes: tuple[str, ...]
+
+    @property
+    def intensity_step(self) -> float:
+        """Distance between neighbouring intensities where stored integers are scaled; else 0."""
+        scaled = (self.slope, self.intercept) != (1.0, 0.0) and self.dtype.kind in "iu"
+        return abs(self.slope) if scaled else 0.0
 
 
 def read(path: Path) -> tuple[NDArray[Any], NiftiHeader]:
@@ -103,34 +122,87 @@ def read(path: Path) -> tuple[NDArray[Any], NiftiHeader]:
     return _scaled(stored.astype(header.dtype.newbyteorder("="), copy=False), header), header
 
 
+def read_header(path: Path) -> NiftiHeader:
+    """Read and check a file's header."""
+    with path.open("rb") as file:
+        source = Source(path, file, "gzip" if path.suffix.lower() == ".gz" else "raw")
+        return _header(path, bytes(source.read(_HEADER_BYTES)))
+
+
 def write(path: Path, array_ijk: NDArray[Any], geometry: Geometry) -> None:
     """Write a volume (i, j, k); the name's ending decides whether it is compressed.
+
+    The header keeps the forms of the header that the grid was read from.
 
     Raises
     ------
     InputError
-        If it cannot be written whole.
+        If NIfTI has no such type of voxels, or the volume is too long.
     """
-    import SimpleITK as sitk  # noqa: N813
+    kind = array_ijk.dtype.newbyteorder("=").str[1:]
+    code = next((code for code, name in _DTYPES.items() if name == kind), None)
+    if code is None:
+        raise InputError(path, f"cannot hold voxels of {array_ijk.dtype}", "convert them to an integer or float type")
+    if max(geometry.size) > _LONGEST_AXIS:
+        raise InputError(path, f"cannot hold more than {_LONGEST_AXIS} voxels along an axis", "write .nrrd")
+    header = np.zeros((), _HEADER.newbyteorder("<"))
+    values = {
+        "sizeof_hdr": _HEADER_BYTES, "dim": (3, *geometry.size, 1, 1, 1, 1), "datatype": code,
+        "bitpix": 8 * array_ijk.dtype.itemsize, "vox_offset": _LEAST_OFFSET, "scl_slope": 1, "xyzt_units": _MILLIMETRE,
+        "magic": b"n+1",
+    }  # fmt: skip
+    for name, value in values.items():
+        header[name] = value
+    if geometry.nifti is None or not _keeps(path, header, geometry, geometry.nifti):
+        _put(header, geometry, _plain_forms(geometry))
+    voxels = np.ascontiguousarray(array_ijk.transpose(), dtype=np.dtype(kind).newbyteorder("<"))
+    with path.open("wb") as file:
+        # No name and no date in it: equal volumes are equal files.
+        packed = gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) if path.suffix.lower() == ".gz" else file
+        packed.write(header.tobytes() + bytes(_LEAST_OFFSET - _HEADER_BYTES))
+        packed.write(voxels.data.cast("B"))
+        if packed is not file:
+            packed.close()
 
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array_ijk.transpose()))
-    image.SetSpacing(geometry.spacing_mm)
-    image.SetOrigin(geometry.origin_mm)
-    image.SetDirection(geometry.direction_matrix.ravel().tolist())
+
+def _keeps(path: Path, header: NDArray[Any], geometry: Geometry, forms: NiftiForms) -> bool:
+    """Put forms into a header, and tell whether it describes the grid: a volume may be cut from that of the forms."""
+    _put(header, geometry, forms)
     try:
-        sitk.WriteImage(image, str(path))
-    except RuntimeError as error:
-        raise InputError(path, f"cannot be written ({_last_line(error)})", "is the disk full?") from None
-    # ITK does not always tell of a write that was cut short.
-    del image
-    read(path)
+        return _geometry(path, header, geometry.size)[0].same_grid(geometry)
+    except InputError:
+        return False
+
+
+def _put(header: NDArray[Any], geometry: Geometry, forms: NiftiForms) -> None:
+    header["qform_code"], header["sform_code"] = forms.qform_code, forms.sform_code
+    header["pixdim"] = (forms.qfac, *geometry.spacing_mm, 0, 0, 0, 0)
+    header["quatern"], header["qoffset"], header["srow"] = forms.quaternion, forms.qoffset_mm, forms.srow_mm
+
+
+def _plain_forms(geometry: Geometry) -> NiftiForms:
+    """Return two forms that both say where a grid lies."""
+    from scipy.spatial.transform import Rotation
+
+    directions, origin = geometry.direction_matrix * _RAS_TO_LPS[:, None], np.array(geometry.origin_mm) * _RAS_TO_LPS
+    qfac = -1.0 if np.linalg.det(directions) < 0 else 1.0
+    b, c, d, _ = Rotation.from_matrix(directions * (1.0, 1.0, qfac)).as_quat(canonical=True).tolist()
+    first, second, third = np.column_stack([directions * geometry.spacing_mm, origin]).tolist()
+    return NiftiForms(
+        qform_code=_SCANNER,
+        sform_code=_SCANNER,
+        quaternion=(b, c, d),
+        qfac=qfac,
+        qoffset_mm=tuple(origin.tolist()),
+        srow_mm=(tuple(first), tuple(second), tuple(third)),
+    )
 
 
 def _header(path: Path, content: bytes) -> NiftiHeader:
     fields = _fields(path, content)
     # What is no number is refused below; NumPy would warn of a signalling NaN before.
     with np.errstate(all="ignore"):
-        geometry, assumed = _geometry(path, fields, _size(path, fields["dim"].tolist()))
+        geometry, assumed, notes = _geometry(path, fields, _size(path, fields["dim"].tolist()))
     slope, intercept = _scaling(path, float(fields["scl_slope"]), float(fields["scl_inter"]))
     return NiftiHeader(
         geometry=geometry,
@@ -139,6 +211,7 @@ def _header(path: Path, content: bytes) -> NiftiHeader:
         slope=slope,
         intercept=intercept,
         assumed_orientation=assumed,
+        notes=notes,
     )
 
 
@@ -200,67 +273,89 @@ def _scaling(path: Path, slope: float, intercept: float) -> tuple[float, float]:
     return slope, intercept
 
 
-def _geometry(path: Path, fields: Any, size: tuple[int, int, int]) -> tuple[Geometry, bool]:
-    """Return the grid, and whether the file leaves open how it lies.
+def _geometry(path: Path, fields: Any, size: tuple[int, int, int]) -> tuple[Geometry, bool, tuple[str, ...]]:
+    """Return the grid, whether the file leaves open how it lies, and notes.
 
     As ITK chooses: the sform where it stands alone or is the scanner's own, else the qform; an sform with shear
     counts only where there is no qform, and is refused then.
     """
-    millimetres = _MM.get(int(fields["xyzt_units"]) & 7, 1.0)
+    unit = int(fields["xyzt_units"]) & 7
+    millimetres = _MM.get(unit, 1.0)
+    units_field = f"xyzt_units says {_UNITS.get(unit, 'nothing')}"
     spacing = fields["pixdim"][1:4].astype(float) * millimetres
-    q_code, s_code = int(fields["qform_code"]), int(fields["sform_code"])
     if not (np.isfinite(spacing) & (spacing > 0)).all():
         raise InputError(path, "has a spacing that is no positive number", _EXPORT)
+    forms = _forms(fields, millimetres)
+    q_code, s_code = int(fields["qform_code"]), int(fields["sform_code"])
     if q_code <= 0 and s_code <= 0:
-        return grid(path, size, np.diag(spacing), np.zeros(3), spacing), True
-    if s_code > 0 and (q_code <= 0 or s_code == _SCANNER):
-        affine = fields["srow"].astype(float)
-        steps, origin = affine[:, :3] * millimetres, affine[:, 3]
-        if q_code <= 0 or not _sheared(steps):
-            _check_sform(path, steps, spacing)
-            return _lps_grid(path, size, steps, origin * millimetres, spacing), False
-    steps = _rotation(path, fields["quatern"].astype(float)) * spacing
-    if fields["pixdim"][0] < 0:
-        steps[:, 2] *= -1
-    return _lps_grid(path, size, steps, fields["qoffset"].astype(float) * millimetres, spacing), False
+        geometry = grid(path, size, np.diag(spacing), np.zeros(3), spacing, units_field)
+        return geometry.model_copy(update={"nifti": forms}), True, ()
+    sform = fields["srow"].astype(float) * millimetres
+    if s_code > 0 and (q_code <= 0 or (s_code == _SCANNER and skew(sform[:, :3]) <= MOST_SKEW)):
+        _check_sform(path, sform[:, :3], spacing)
+        matrix, taken, left = sform, "sform", "qform"
+    else:
+        matrix, taken, left = _qform(path, fields, spacing, millimetres), "qform", "sform"
+    lps = matrix * _RAS_TO_LPS[:, None]
+    geometry = grid(path, size, lps[:, :3], lps[:, 3], spacing, units_field)
+    notes: tuple[str, ...] = ()
+    if min(q_code, s_code) > 0:
+        codes = {"qform": q_code, "sform": s_code}
+        notes = _disagreement(size, spacing, forms, taken=taken, left=f"{left} (code {codes[left]})")
+    if notes or (q_code, s_code) != (_SCANNER, _SCANNER):
+        geometry = geometry.model_copy(update={"nifti": forms})
+    return geometry, False, notes
 
 
-def _lps_grid(
-    path: Path, size: tuple[int, int, int], steps: NDArray[Any], origin: NDArray[Any], spacing: NDArray[Any]
-) -> Geometry:
-    return grid(path, size, steps * _RAS_TO_LPS[:, None], origin * _RAS_TO_LPS, spacing)
+def _forms(fields: Any, millimetres: float) -> NiftiForms | None:
+    """Return both forms, in millimetres; None where some of their numbers are none."""
+    rows = (fields["srow"].astype(float) * millimetres).tolist()
+    try:
+        return NiftiForms(
+            qform_code=int(fields["qform_code"]),
+            sform_code=int(fields["sform_code"]),
+            quaternion=tuple(fields["quatern"].astype(float).tolist()),
+            qfac=-1.0 if fields["pixdim"][0] < 0 else 1.0,
+            qoffset_mm=tuple((fields["qoffset"].astype(float) * millimetres).tolist()),
+            srow_mm=tuple(tuple(row) for row in rows),
+        )
+    except ValidationError:
+        return None
 
 
-def _sheared(steps: NDArray[Any]) -> bool:
-    """Whether axes do not stand at right angles, or are no axes at all."""
-    unit = steps / np.linalg.norm(steps, axis=0)
-    return not bool((np.abs(unit @ unit.T - np.eye(3)) <= 1e-4).all())
+def _disagreement(
+    size: tuple[int, int, int], spacing: NDArray[Any], forms: NiftiForms | None, *, taken: str, left: str
+) -> tuple[str, ...]:
+    """Say in a note that the two forms of a header describe two places."""
+    apart = np.inf
+    if forms is not None:
+        corners = np.array(list(itertools.product(*((0, n - 1) for n in size), (1,))), float)
+        between = corners @ (forms.qform(spacing) - forms.sform()).T
+        # An offset counts at one voxel, a scale or a turn at the corners.
+        apart = float(np.linalg.norm(between, axis=1).max())
+    if apart <= _APART * spacing.min():
+        return ()
+    if not np.isfinite(apart):
+        return (f"its {left} holds numbers that cannot be meant, so that the {taken} was taken",)
+    told = f"its {left} places it up to {apart:.1f} mm away from its {taken}, which was taken as ITK does"
+    return (f"{told} (what is written keeps both)",)
 
 
 def _check_sform(path: Path, steps: NDArray[Any], spacing: NDArray[Any]) -> None:
-    if _sheared(steps):
-        raise InputError(path, "has an sform whose axes are not at right angles", "export it anew with its geometry")
+    if not skew(steps) <= MOST_SKEW:
+        raise InputError(path, "has an sform whose axes are not at right angles", RESAMPLE)
     lengths = np.linalg.norm(steps, axis=0)
     if (np.abs(lengths - spacing) > 0.01 * spacing).any():
         both = " and ".join(" x ".join(f"{mm:.4g}" for mm in values) for values in (lengths, spacing))
         raise InputError(path, f"gives two spacings, {both} mm", "export it anew with its geometry")
 
 
-def _rotation(path: Path, quaternion: NDArray[Any]) -> NDArray[Any]:
-    """Return the rotation of a unit quaternion of which the file keeps the last three parts."""
-    squares = float(quaternion @ quaternion)
-    if not squares <= 1.01:
+def _qform(path: Path, fields: Any, spacing: NDArray[Any], millimetres: float) -> NDArray[np.float64]:
+    quaternion = fields["quatern"].astype(float)
+    if not float(quaternion @ quaternion) <= 1.01:
         raise InputError(path, "has a qform that is no rotation", "export it anew with its geometry")
-    # Rounding may leave a little more than one.
-    b, c, d = quaternion / max(1.0, squares**0.5)
-    a = max(0.0, 1.0 - squares) ** 0.5
-    return np.array(
-        [
-            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-        ]
-    )
+    steps = rotation(quaternion) * spacing * (1.0, 1.0, -1.0 if fields["pixdim"][0] < 0 else 1.0)
+    return np.column_stack([steps, fields["qoffset"].astype(float) * millimetres])
 
 
 def _scaled(stored: NDArray[Any], header: NiftiHeader) -> NDArray[Any]:
@@ -275,8 +370,3 @@ def _scaled(stored: NDArray[Any], header: NiftiHeader) -> NDArray[Any]:
             piece = flat[start : start + _SCALED_AT_ONCE]
             piece[...] = piece.astype(np.float64) * header.slope + header.intercept
     return scaled
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

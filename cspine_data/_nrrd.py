@@ -31,7 +31,7 @@ _FETCH = "fetch it again or export it anew"
 _MAGIC = tuple(f"NRRD000{version}".encode() for version in range(1, 6))
 _FIELDS = (
     "type", "dimension", "sizes", "encoding", "endian", "data file", "line skip", "byte skip", "kinds",
-    "space", "space directions", "space origin", "spacings",
+    "space", "space directions", "space origin", "spacings", "space units", "units",
 )  # fmt: skip
 _OTHER_SPELLINGS = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
@@ -69,6 +69,16 @@ _TO_LPS = {
     "right-anterior-superior": (-1, -1, 1), "ras": (-1, -1, 1),
     "left-anterior-superior": (1, -1, 1), "las": (1, -1, 1),
 }  # fmt: skip
+# Millimetres, by the words that programs write. Where a word says nothing of a unit, the format's habit is millimetres.
+_UNITS_MM = {
+    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1e3),
+    **dict.fromkeys(("um", "\N{MICRO SIGN}m", "\N{GREEK SMALL LETTER MU}m", "micron", "microns"), 1e-3),
+    **dict.fromkeys(("micrometer", "micrometers", "micrometre", "micrometres"), 1e-3),
+    **dict.fromkeys(("", "???", "none", "unknown"), 1.0),
+}
+_UNIT = re.compile(r'"([^"]*)"')
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class NrrdHeader:
     line_skip: int
     byte_skip: int
     assumed_orientation: bool
+    notes: tuple[str, ...]
 
 
 def read_header(path: Path) -> NrrdHeader:
@@ -103,7 +114,7 @@ def read_header(path: Path) -> NrrdHeader:
     if any(kind not in _SPATIAL for kind in kinds):
         named = ", ".join(kind if kind in (*_SPATIAL, *_WORDS) else "unknown" for kind in kinds[:3])
         raise InputError(path, f"has axes of kind {named}", "give one 3-D volume of scalar voxels")
-    geometry, assumed = _geometry(path, fields)
+    geometry, assumed, notes = _geometry(path, fields)
     encoding = _encoding(path, fields)
     detached = fields.get("data file")
     return NrrdHeader(
@@ -116,6 +127,7 @@ def read_header(path: Path) -> NrrdHeader:
         # Counting back from the end means nothing where voxels have no fixed length.
         byte_skip=_skip(path, fields, "byte skip", lowest=0 if encoding == "text" else -1),
         assumed_orientation=assumed,
+        notes=notes,
     )
 
 
@@ -216,7 +228,8 @@ def _numbers(path: Path, fields: dict[str, str], field: str) -> NDArray[Any]:
         raise _unreadable(path, field) from None
 
 
-def _geometry(path: Path, fields: dict[str, str]) -> tuple[Geometry, bool]:
+def _geometry(path: Path, fields: dict[str, str]) -> tuple[Geometry, bool, tuple[str, ...]]:
+    """Return the grid, whether the file leaves open how it lies, and notes."""
     words = fields["sizes"].split()
     if len(words) != 3:
         raise InputError(path, f"claims {len(words)} sizes", "the header is wrong: export the volume anew")
@@ -229,13 +242,30 @@ def _geometry(path: Path, fields: dict[str, str]) -> tuple[Geometry, bool]:
     if "space directions" not in fields:
         spacings = _numbers(path, fields, "spacings") if "spacings" in fields else np.ones(3)
         # NaN is how the format says that a spacing is not known.
-        return grid(path, size, np.diag(np.where(np.isnan(spacings), 1.0, spacings)), np.zeros(3)), True
+        known = ~np.isnan(spacings)
+        if spacings.shape != (3,):
+            raise InputError(path, "has no usable space directions", "export the volume anew with its geometry")
+        unit_mm, notes = _millimetres(fields, "units")
+        spacings = np.where(known, spacings * unit_mm, 1.0)
+        return grid(path, size, np.diag(spacings), np.zeros(3), units_field="units"), True, notes
     turn = np.array(signs or (1, 1, 1), dtype=float)
     vectors = _numbers(path, fields, "space directions")
     origin = _numbers(path, fields, "space origin") if "space origin" in fields else np.zeros(3)
     if vectors.shape != (3, 3) or origin.shape != (3,):
         raise InputError(path, "has no usable space directions", "export the volume anew with its geometry")
-    return grid(path, size, vectors.T * turn[:, None], origin * turn), signs is None
+    # The units are of the axes of space, not of the array's.
+    unit_mm, notes = _millimetres(fields, "space units")
+    scale = turn * unit_mm
+    geometry = grid(path, size, vectors.T * scale[:, None], origin * scale, units_field="space units")
+    return geometry, signs is None, notes
+
+
+def _millimetres(fields: dict[str, str], field: str) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Return how many millimetres the unit of each axis is, and a note where the header's words name no unit."""
+    words = [word.strip().lower() for word in _UNIT.findall(fields.get(field, ""))]
+    if not words or (len(words) == 3 and _UNITS_MM.keys() >= set(words)):
+        return np.array([_UNITS_MM[word] for word in words or ("mm",) * 3]), ()
+    return np.ones(3), (f"its unit of length ({field}) is not known, and was taken for millimetres",)
 
 
 def _dtype(path: Path, fields: dict[str, str], encoding: str) -> np.dtype[Any]:

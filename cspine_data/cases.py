@@ -5,22 +5,20 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cspine_data.errors import CspineDataError, InputError, describe_os_error, printable
-from cspine_data.geometry import Geometry
-from cspine_data.volumes import Volume, check_image, content_digest, read_volume, volume_stem, volume_suffix
+from cspine_data.images import usable_image
+from cspine_data.label_maps import SEGMENTATION_SUFFIX, fitted_label
+from cspine_data.volumes import Volume, content_digest, read_volume, volume_stem, volume_suffix
 
 #: A line of text beside the volumes that says what they are.
 NOTE_FILE = "COHORT.txt"
 _LONGEST_NOTE = 200
 _LABEL_ENDING = "-label"
-_SEGMENTATION = ".seg.nrrd"
 _NNUNET_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 _FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\]+")
 _LONGEST_ID_BYTES = 200
@@ -66,12 +64,16 @@ class Listing:
 
 @dataclass(frozen=True, eq=False)
 class LoadedCase:
-    """A case's voxels, checked: the label map holds whole numbers on the image's grid; its file's dtype beside it."""
+    """A case's voxels, checked: the label map holds whole numbers on the image's grid; its file's dtype beside it.
+
+    `notes` holds what a user should know about the two files although they can be used; see `Volume`.
+    """
 
     case: Case
     image: Volume
     label: Volume | None
     label_dtype: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
@@ -131,8 +133,15 @@ def cohort_note(source: str | Path) -> str | None:
         return None
 
 
-def load_case(case: Case) -> LoadedCase:
+def load_case(case: Case, *, trust_voxels: bool = False) -> LoadedCase:
     """Read a case's files and check them.
+
+    Parameters
+    ----------
+    case : Case
+        What to read.
+    trust_voxels : bool
+        Put a label map whose header does not say where it lies onto the volume's grid, voxel for voxel.
 
     Raises
     ------
@@ -141,59 +150,18 @@ def load_case(case: Case) -> LoadedCase:
     """
     image = read_volume(case.volume)
     if case.label is None:
-        return LoadedCase(case, image, None)
-    label = read_volume(case.label)
-    values = _whole_numbers(label)
-    if case.label.name.lower().endswith(_SEGMENTATION):
-        values = _pasted(label, values, image.geometry)
-    elif not label.geometry.same_grid(image.geometry):
-        raise InputError(case.label, _grid_difference(label.geometry, image.geometry), "resample it to the volume")
-    return LoadedCase(case, image, Volume(values, image.geometry, case.label), label.array.dtype.name)
+        return LoadedCase(case, image, None, notes=image.notes)
+    stored = read_volume(case.label)
+    label = fitted_label(stored, image, trust_voxels=trust_voxels)
+    notes = (*image.notes, *(f"label map: {note}" for note in label.notes if note not in image.notes))
+    return LoadedCase(case, image, label, stored.array.dtype.name, notes)
 
 
-def _whole_numbers(label: Volume) -> NDArray[Any]:
-    array = label.array
-    if array.dtype.kind in "iu":
-        return array
-    rounded = np.rint(array)
-    if not np.isfinite(array).all() or np.abs(rounded).max() >= 2**31 or (rounded != array).any():
-        raise InputError(
-            label.name, "holds values that are no whole numbers", "is it a probability map? save a label map"
-        )
-    return np.asarray(rounded, dtype=np.int32)
-
-
-def _pasted(label: Volume, values: NDArray[Any], grid: Geometry) -> NDArray[Any]:
-    """Put a segmentation that its program cropped to what is labelled back on the volume's grid."""
-    if label.geometry.same_grid(grid):
-        return values
-    steps = grid.direction_matrix * np.array(grid.spacing_mm)
-    shift = np.array(label.geometry.origin_mm) - np.array(grid.origin_mm)
-    offset = np.rint(np.linalg.solve(steps, shift)).astype(int)
-    end = offset + np.array(values.shape)
-    window = Geometry(
-        size=label.geometry.size,
-        spacing_mm=grid.spacing_mm,
-        directions=grid.directions,
-        origin_mm=tuple(grid.positions_mm(offset[None])[0].tolist()),
-    )
-    inside = bool((offset >= 0).all() and (end <= np.array(grid.size)).all())
-    if not inside or not label.geometry.same_grid(window):
-        raise InputError(label.name, _grid_difference(label.geometry, grid), "resample it to the volume")
-    whole = np.zeros(grid.size, dtype=values.dtype)
-    whole[tuple(slice(a, b) for a, b in zip(offset, end, strict=True))] = values
-    return whole
-
-
-def _grid_difference(label: Geometry, image: Geometry) -> str:
-    def described(geometry: Geometry) -> str:
-        size = " x ".join(map(str, geometry.size))
-        spacing = " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm)
-        return f"{size} voxels of {spacing} mm, {geometry.orientation_code}"
-
-    same = described(label) == described(image)
-    detail = "same size, another place or angle" if same else f"{described(label)} against {described(image)}"
-    return f"does not lie on its volume's grid ({detail})"
+def load_usable_case(case: Case, *, trust_voxels: bool = False) -> LoadedCase:
+    """Read a case's files as `load_case` does, and its image as one that can be computed with; see `usable_image`."""
+    loaded = load_case(case, trust_voxels=trust_voxels)
+    image = usable_image(loaded.image)
+    return replace(loaded, image=image, notes=tuple(dict.fromkeys((*image.notes, *loaded.notes))))
 
 
 def _listing(found: Iterable[tuple[str, Path, Path | None]], problems: Iterable[Problem], *, source: Path) -> Listing:
@@ -229,7 +197,7 @@ def _volume_files(folder: Path) -> tuple[list[Path], list[Problem]]:
 
 
 def _is_label(path: Path) -> bool:
-    return path.name.lower().endswith(_SEGMENTATION) or volume_stem(path).lower().endswith(_LABEL_ENDING)
+    return path.name.lower().endswith(SEGMENTATION_SUFFIX) or volume_stem(path).lower().endswith(_LABEL_ENDING)
 
 
 def _cases_beside_labels(folder: Path) -> Found:
@@ -345,8 +313,16 @@ def copy_problem(case: Case, other: str, *, only_in_store: bool = False) -> Prob
     return Problem(case.id, f"{case.volume}: {told}")
 
 
-def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
-    """Read and check a case, and describe it: id, size, spacing, orientation, labels found, label map's name.
+@dataclass(frozen=True)
+class ScannedCase:
+    """A case that can be prepared: id, size, spacing, orientation, labels found, label map's name; and its notes."""
+
+    row: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def scan_case(case: Case, seen: dict[str, str], *, trust_voxels: bool = False) -> ScannedCase | Problem:
+    """Read and check a case, and describe it.
 
     Parameters
     ----------
@@ -354,15 +330,16 @@ def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
         What to read.
     seen : dict
         The case of each digest of a volume that was scanned before; this case's is added.
+    trust_voxels : bool
+        See `load_case`.
 
     Returns
     -------
-    tuple of str, or Problem
+    ScannedCase or Problem
         The description, or the one line that says why the case cannot be used.
     """
     try:
-        loaded = load_case(case)
-        check_image(loaded.image)
+        loaded = load_usable_case(case, trust_voxels=trust_voxels)
         first = seen.setdefault(content_digest(case.volume), case.id)
         if first != case.id:
             return copy_problem(case, first)
@@ -371,7 +348,7 @@ def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
     geometry = loaded.image.geometry
     orientation = geometry.orientation_code + (" (assumed)" if loaded.image.assumed_orientation else "")
     found = np.unique(loaded.label.array).tolist() if loaded.label else []
-    return (
+    row = (
         case.id,
         " x ".join(map(str, geometry.size)),
         " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm),
@@ -379,3 +356,4 @@ def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
         " ".join(str(value) for value in found if value) or "-",
         case.label.name if case.label else "none: for prediction only",
     )
+    return ScannedCase(row, loaded.notes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, warn_in_one_line
+from cspine_data.terminal import CommandGroup, can_go_on, print_notes, print_table, progress_bar, warn_in_one_line
 
 # Whether a path can be used is told by what uses it, with a remedy.
 PATH = click.Path(readable=False, path_type=Path)
@@ -17,6 +17,11 @@ PAIRS = click.option(
     "--pairs",
     type=PATH,
     help="CSV file with the columns case,volume,label; replaces SOURCE.",
+)
+TRUST_VOXELS = click.option(
+    "--trust-voxels",
+    is_flag=True,
+    help="Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.",
 )
 VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
 
@@ -46,23 +51,26 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @main.command()
 @SOURCE
 @PAIRS
-def scan(source: Path, pairs: Path | None) -> None:
+@TRUST_VOXELS
+def scan(source: Path, pairs: Path | None, trust_voxels: bool) -> None:
     """Show what would be prepared from SOURCE, and every problem; nothing is written."""
-    from cspine_data.cases import find_cases, scan_case
+    from cspine_data.cases import Problem, find_cases, scan_case
 
     listing = find_cases(source, pairs)
-    rows, problems = [], list(listing.problems)
+    rows, problems, notes = [], list(listing.problems), []
     seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
         for number, case in enumerate(listing.cases, start=1):
-            found = scan_case(case, seen)
-            if isinstance(found, tuple):
-                rows.append(found)
-            else:
+            found = scan_case(case, seen, trust_voxels=trust_voxels)
+            if isinstance(found, Problem):
                 problems.append(found)
+            else:
+                rows.append(found.row)
+                notes += [(case.id, found.notes)]
             if progress:
                 progress(number, len(listing.cases), case.id)
     print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
+    print_notes(notes)
     readable = {row[0] for row in rows}
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
@@ -108,6 +116,7 @@ def scan(source: Path, pairs: Path | None) -> None:
 @PAIRS
 @click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
 @click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
+@TRUST_VOXELS
 def prepare(
     source: Path,
     store: Path,
@@ -125,6 +134,7 @@ def prepare(
     pairs: Path | None,
     note: str | None,
     anonymise: bool,
+    trust_voxels: bool,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
     from cspine_data.bias import bias_parameters
@@ -158,8 +168,10 @@ def prepare(
             scheduler=scheduler,
             note=note,
             anonymise=anonymise,
+            trust_voxels=trust_voxels,
             progress=progress,
         )
+    print_notes(summary.notes.items())
     for problem in summary.failed:
         click.echo(f"failed: {problem.message}", err=True)
     click.echo(
@@ -213,6 +225,11 @@ def info(store: Path) -> None:
         click.echo(printable(f"warning: {doubt}"))
     for note in cohort.notes:
         click.echo(printable(f"note: {note}"))
+    print_notes(
+        (f"{record.case} ({variant})", record.notes)
+        for variant in cohort.variants
+        for record in cohort.records(variant)
+    )
     click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
 
 

@@ -6,16 +6,23 @@ the second to the back (posterior), the third to the head (superior).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_serializer
+
+from cspine_data.nifti_forms import NiftiForms
 
 Triple = tuple[float, float, float]
 
 _LETTERS = ("LR", "PA", "SI")
+_RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
+#: How far, as a cosine, two axes of a grid may be from a right angle: 0.06 degrees, for headers with three decimals.
+#: Distances assume right angles; a corner of a spine's volume then lies at most 0.3 mm from where it should.
+MOST_SKEW = 1e-3
 
 
 class Geometry(BaseModel):
@@ -31,6 +38,9 @@ class Geometry(BaseModel):
         3 x 3 matrix, row-major; column c is the unit vector, in LPS, along which index axis c grows.
     origin_mm : tuple of float
         LPS position of the centre of voxel (0, 0, 0).
+    nifti : NiftiForms or None
+        Both forms of the NIfTI header that the grid was read from, where they say more than the grid: two places, or
+        what they refer to. `write_volume` keeps them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -39,6 +49,12 @@ class Geometry(BaseModel):
     spacing_mm: Triple
     directions: tuple[Triple, Triple, Triple]
     origin_mm: Triple
+    nifti: NiftiForms | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_forms(self, handler: Callable[[Geometry], dict[str, Any]]) -> dict[str, Any]:
+        content = handler(self)
+        return content if self.nifti else {name: value for name, value in content.items() if name != "nifti"}
 
     @property
     def direction_matrix(self) -> NDArray[np.float64]:
@@ -67,6 +83,23 @@ class Geometry(BaseModel):
         if self.size != other.size:
             return False
         return bool(np.abs(self._corners_mm() - other._corners_mm()).max() <= tolerance_mm)
+
+    def same_place(self, other: Geometry) -> bool:
+        """Whether both grids are the same, or would be by another form of their NIfTI headers."""
+        return any(ours.same_grid(theirs) for ours in self.places() for theirs in other.places())
+
+    def places(self) -> tuple[Geometry, ...]:
+        """Return this grid, and those that the forms of its NIfTI header describe."""
+        if self.nifti is None:
+            return (self,)
+        forms = (
+            (self.nifti.qform_code, self.nifti.qform(np.array(self.spacing_mm))),
+            (self.nifti.sform_code, self.nifti.sform()),
+        )
+        return (
+            self,
+            *(by_affine(self.size, matrix) for code, matrix in forms if code > 0 and matrix[:, :3].any(0).all()),
+        )
 
     def _corners_mm(self) -> NDArray[np.float64]:
         last = np.array(self.size) - 1
@@ -134,6 +167,29 @@ def _turned(geometry: Geometry, axes: tuple[int, ...], flips: tuple[bool, ...]) 
         directions=as_rows(directions[:, list(axes)]),
         origin_mm=tuple(geometry.positions_mm(first_voxel[None])[0].tolist()),
     )
+
+
+def by_affine(size: tuple[int, int, int], matrix_ras: NDArray[np.float64]) -> Geometry:
+    """Return the grid that a NIfTI affine describes: (3, 4), in RAS and millimetres, no column zero."""
+    matrix = matrix_ras * _RAS_TO_LPS[:, None]
+    lengths = np.linalg.norm(matrix[:, :3], axis=0)
+    first, second, third = lengths.tolist()
+    return Geometry(
+        size=size,
+        spacing_mm=(first, second, third),
+        directions=as_rows(matrix[:, :3] / lengths),
+        origin_mm=tuple(matrix[:, 3].tolist()),
+    )
+
+
+def skew(axes: NDArray[Any]) -> float:
+    """Return how far the columns of a 3 x 3 array are from right angles: the largest cosine between two of them.
+
+    NaN where they are no axes at all.
+    """
+    with np.errstate(all="ignore"):
+        unit = axes / np.linalg.norm(axes, axis=0)
+        return float(np.abs(unit.T @ unit - np.eye(3)).max())
 
 
 def as_rows(matrix: NDArray[Any]) -> tuple[Triple, Triple, Triple]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import schema
-from cspine_data.cases import LoadedCase, load_case
+from cspine_data.cases import LoadedCase, load_usable_case
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.jobs import Job, file_digests
@@ -65,7 +65,7 @@ def prepare_case(job: Job, store: Path) -> int:
         # The run that wrote it may have been killed before its folders were durable.
         sync_above(store, job.case.id)
         return 0
-    loaded = load_case(job.case)
+    loaded = load_usable_case(job.case, trust_voxels=job.trust_voxels)
     if file_digests(job.case) != (job.image_sha256, job.label_sha256):
         raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
     # What is damaged may have lent its checksums to other voxels, so a case that is made anew takes nothing from it.
@@ -211,6 +211,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         axes=job.axes,
         label_voxels=label_voxels,
         labelled_voxels=labelled_voxels,
+        notes=loaded.notes,
     )
 
 

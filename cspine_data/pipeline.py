@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cspine_data.cases import (
@@ -32,7 +32,7 @@ from cspine_data.publishing import (
     publish,
 )
 from cspine_data.schema import RootRecord, Standard, standard_key
-from cspine_data.store import read_root
+from cspine_data.store import read_root, stored_record
 from cspine_data.volumes import read_volume
 
 # Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
@@ -61,6 +61,8 @@ class PrepareSummary:
         How long it took.
     written_bytes : int
         Size on disk of what was computed.
+    notes : dict
+        For each case that is done or reused and has any: its notes, see `Volume`.
     """
 
     done: tuple[str, ...]
@@ -70,6 +72,7 @@ class PrepareSummary:
     standard_cases: tuple[str, ...]
     seconds: float
     written_bytes: int
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
@@ -99,6 +102,7 @@ def prepare(
     preprocessing: Preprocessing | None = None,
     note: str | None = None,
     anonymise: bool = False,
+    trust_voxels: bool = False,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
@@ -130,6 +134,8 @@ def prepare(
     anonymise : bool
         Call the cases ``case0001`` and so on instead of by their files' names. Which is which stands in `key_file`,
         beside the store.
+    trust_voxels : bool
+        Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.
     progress : callable, optional
         Called with (cases finished, cases to compute, case id) each time a case is finished.
 
@@ -162,6 +168,7 @@ def prepare(
         standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
         preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks if standard else None})
     jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
+    jobs = [replace(job, trust_voxels=trust_voxels) for job in jobs]
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
     outcomes = do_jobs(to_do, store, workers, scheduler, progress)
@@ -183,7 +190,21 @@ def prepare(
         standard_cases=standard.cases if standard else (),
         seconds=time.perf_counter() - started,
         written_bytes=sum(written.values()),
+        notes=_notes(store, jobs, written),
     )
+
+
+def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[str, tuple[str, ...]]:
+    """Return the notes on each case that was computed or is reused."""
+    notes: dict[str, tuple[str, ...]] = {}
+    for job in jobs:
+        if job.case.id in written:
+            # Another run may have replaced it since, with other axes for example: its record tells then.
+            record = stored_record(store, job.case.id, job.digest)
+            notes[job.case.id] = record.notes if record else ()
+        elif job.current == job.digest:
+            notes[job.case.id] = job.notes
+    return {case: found for case, found in sorted(notes.items()) if found}
 
 
 def key_file(store: str | Path) -> Path:

@@ -18,14 +18,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, mo
 from cspine_data.bias import PRESETS, BiasParameters, estimate_bias
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, Triple
+from cspine_data.images import usable_image
 from cspine_data.intensity import NYUL_PERCENTILES, Levels, Method, Normalisation, TissueStatistics, normalisation_of
 from cspine_data.resampling import resample_image, resample_label, resampled_size
 from cspine_data.threads import one_blas_thread
 from cspine_data.tissue import air_level, looks_like_ct, tissue_threshold
-from cspine_data.volumes import Volume, check_image
+from cspine_data.volumes import Volume
 
 # Some 4 GB a worker at 14 to 20 bytes a voxel: a mistyped spacing should not take the machine down.
 _MOST_VOXELS = 2**28
+# Resampling holds a matrix of old by new voxels for each axis.
+_MOST_ALONG_AXIS = 2**13
 _SHOWN_PERCENTILES = (2, 10, 25, 50, 75, 90, 98)
 #: Of what `Preprocessing` does with equal parameters. 2: noise is no tissue, bounds the gain and does not diverge.
 REVISION = 2
@@ -267,15 +270,15 @@ def preprocess_volume(volume: Volume, parameters: Preprocessing) -> PreparedVolu
     Raises
     ------
     InputError
-        If the image holds NaN or infinity, or is constant, or its tissue holds no contrast; if it is to be corrected
-        and is CT.
+        If the image cannot be computed with (see `usable_image`), or its tissue holds no contrast; if it is to be
+        corrected and is CT.
     """
     return normalise_volume(correct_volume(volume, parameters.bias), parameters)
 
 
 def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolume:
     """Turn a volume to anatomical order and correct its bias field; the first half of `preprocess_volume`."""
-    check_image(volume)
+    volume = usable_image(volume)
     if bias is not None and looks_like_ct(volume.array):
         raise InputError(
             volume.name,
@@ -323,7 +326,7 @@ def normalise_volume(
     if parameters.spacing_mm is not None:
         size = resampled_size(image.shape, spacing_mm, parameters.spacing_mm)
         of_size = f"would be {' x '.join(map(str, size))} voxels at that spacing"
-        if math.prod(size) > _MOST_VOXELS:
+        if math.prod(size) > _MOST_VOXELS or max(*image.shape, *size) > _MOST_ALONG_AXIS:
             raise InputError(corrected.name, of_size, "choose a coarser --spacing")
         if any(new_n < min(n, _FEWEST_ALONG_AXIS) for n, new_n in zip(image.shape, size, strict=True)):
             raise InputError(corrected.name, of_size, "choose a finer --spacing; it is in mm")

@@ -44,13 +44,15 @@ def average_down(array: NDArray[Any], factors: tuple[int, ...]) -> NDArray[np.fl
     array : ndarray
         Any real array.
     factors : tuple of int
-        Voxels to a block, along each axis.
+        Voxels to a block, along each axis; at most the whole axis.
 
     Returns
     -------
     ndarray
         float32, each size divided by its factor and rounded up.
     """
+    # Tiny voxels, or a header with wrong units, ask for blocks far larger than the image.
+    factors = tuple(min(factor, size) for size, factor in zip(array.shape, factors, strict=True))
     padding = [(0, -size % factor) for size, factor in zip(array.shape, factors, strict=True)]
     padded = np.pad(array, padding, mode="edge")
     blocks: list[int] = []
@@ -86,6 +88,8 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
     darkest, brightest = (float(value) for value in np.percentile(averaged, (1, 99)))
     if brightest <= darkest:
         darkest, brightest = float(image_xyz.min()), float(image_xyz.max())
+    if brightest <= darkest:
+        return darkest - 1.0
     threshold, spread = _parted(averaged, darkest, brightest)
     dark = averaged[averaged <= threshold]
     if dark.size and (spread > _FLATTEST_TISSUE or dark.size > (1 - _LEAST_TISSUE) * averaged.size):

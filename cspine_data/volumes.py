@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import _dicom, _nifti, _nrrd
-from cspine_data._bounded import stored_bytes
+from cspine_data._bounded import grid, stored_bytes
 from cspine_data.errors import InputError, printable
 from cspine_data.geometry import Geometry
 
@@ -26,8 +26,6 @@ _COLOURS = (
     "0.902 0.624 0", "0.337 0.706 0.914", "0 0.620 0.451", "0.941 0.894 0.259", "0 0.447 0.698", "0.835 0.369 0",
     "0.800 0.475 0.655",
 )  # fmt: skip
-# Statistics are single precision: within these, neither they nor their reciprocals overflow.
-_LARGEST, _LEAST_SPAN = 1e30, 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +42,18 @@ class Volume:
         The file it was read from.
     assumed_orientation : bool
         True where the file does not say how it lies in the patient, so that LPS was assumed.
+    notes : tuple of str
+        What a user should know about the file although it can be used, a sentence each, without the file's name.
+    intensity_step : float
+        Distance between neighbouring intensities where the file scales stored integers, as NIfTI's slope does; else 0.
     """
 
     array: NDArray[Any]
     geometry: Geometry
     path: Path | None = None
     assumed_orientation: bool = False
+    notes: tuple[str, ...] = ()
+    intensity_step: float = 0.0
 
     @property
     def name(self) -> str:
@@ -108,35 +112,11 @@ def read_volume(path: str | Path) -> Volume:
         path = _existing(path)
         if _is_nifti(path):
             array, nifti = _nifti.read(path)
-            return Volume(array, nifti.geometry, path, nifti.assumed_orientation)
+            return Volume(array, nifti.geometry, path, nifti.assumed_orientation, nifti.notes, nifti.intensity_step)
         nrrd = _nrrd.read_header(path)
-        return Volume(_nrrd.read_array(path, nrrd), nrrd.geometry, path, nrrd.assumed_orientation)
+        return Volume(_nrrd.read_array(path, nrrd), nrrd.geometry, path, nrrd.assumed_orientation, nrrd.notes)
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})", "mend that and run it again") from None
-
-
-def check_image(image: Volume) -> None:
-    """Refuse an image that nothing can be computed from.
-
-    Raises
-    ------
-    InputError
-        If it holds NaN or infinity, is constant, or its floats are so large or small that statistics overflow.
-    """
-    if image.array.dtype.kind == "f":
-        bad = int(image.array.size - np.isfinite(image.array).sum())
-        if bad:
-            raise InputError(image.name, f"holds {bad} voxels that are NaN or infinite", "repair or leave out the file")
-    lowest, highest = image.array.min(), image.array.max()
-    if lowest == highest:
-        raise InputError(image.name, "is constant", "fetch it again or leave it out")
-    if image.array.dtype.kind == "f" and not (
-        max(-lowest, highest) < _LARGEST and float(highest) - float(lowest) > _LEAST_SPAN
-    ):
-        raise InputError(
-            image.name, f"holds intensities from {lowest:.3g} to {highest:.3g}, a range that no scanner has",
-            "was it read in the wrong byte order? export it anew",
-        )  # fmt: skip
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:
@@ -158,13 +138,18 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     Raises
     ------
     InputError
-        If the ending is another one, the folder cannot be made, or segments are to be made of what is no label map.
+        If the ending is another one, the folder cannot be made, or segments are to be made of what is no label map; if
+        the format cannot hold the voxels, or where they lie.
     """
     path = Path(path)
     suffix = volume_suffix(path).lower()
     if suffix not in (".nrrd", ".nii", ".nii.gz", ".seg.nrrd"):
         raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz or .seg.nrrd")
     fields = _segment_fields(path, volume.array, segments or {}) if suffix == ".seg.nrrd" else {}
+    geometry = volume.geometry
+    # Nothing is written that would be refused when it is read.
+    steps_mm = geometry.direction_matrix * geometry.spacing_mm
+    grid(path, geometry.size, steps_mm, np.array(geometry.origin_mm), np.array(geometry.spacing_mm))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary_name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
@@ -177,6 +162,9 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
             _write_nrrd(temporary, volume, fields)
         else:
             _nifti.write(temporary, volume.array, volume.geometry)
+        read = _nifti.read_header if _is_nifti(path) else _nrrd.read_header
+        if not read(temporary).geometry.same_grid(geometry):
+            raise InputError(path, "cannot keep where the volume lies: its numbers are rounded too far", "write .nrrd")
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cspine_data import PreparedVolume, Preprocessing, Volume, preprocess_volume
+from cspine_data import PreparedVolume, Preprocessing, Volume, preprocess_volume, usable_image
 from cspine_train.classes import network_classes, stored_values
 from cspine_train.components import tidied
 from cspine_train.errors import RunError
@@ -26,6 +26,8 @@ from cspine_train.settings import RunRecord, load_record
 from cspine_train.transforms import fixed_size, from_network, network_shape, to_network, with_context
 
 _BATCH = 8
+# Of a slice, 4096 x 4096: a header with wrong units, or a tiny --pixel-mm, asks for more than memory holds.
+_MOST_PIXELS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,11 @@ class LoadedRun:
         own = fixed_size([shape], sides_of(self.network))
         # Whole slices, of whatever size training saw; no smaller than there, as pooling over a slice sees the margin.
         height, width = (max(pair) for pair in zip(own, self.record.size_hw, strict=True))
+        if math.prod(own) > max(_MOST_PIXELS, math.prod(self.record.size_hw)):
+            raise RunError(
+                f"{self.path}: slices along axis {axis} would be {own[0]} x {own[1]} pixels; check the volume's "
+                "spacing, or crop it"
+            )
         context = self.record.settings.context
         with torch.inference_mode():
             for start in range(0, len(slices), _BATCH):
@@ -158,7 +165,7 @@ class Prediction:
     agreement : float or None
         Mean Dice of the masks of each run, and each mirrored, with each other; None of one alone.
     warnings : tuple of str
-        In what the volume is unlike those that the runs were trained on.
+        Notes on the volume's file, and in what the volume is unlike those that the runs were trained on.
     probability : Volume or None
         How likely each voxel is vertebra, of whatever label, float32, where it was asked for.
     """
@@ -233,6 +240,7 @@ def predict(
         If there is no run, they tell different labels apart, or the weights do not fit them.
     """
     check_runs(runs, weights)
+    volume = usable_image(volume)
     each = [1.0] * len(runs) if weights is None else list(weights)
     sides = (False, True) if mirror else (False,)
     fused = _Fused(several=len(runs) * len(sides) > 1)
@@ -249,6 +257,7 @@ def predict(
             fused.add(run, found, weight / len(sides))
             del found
     told = ["it does not say how it lies in the patient, and was taken for LPS"] if volume.assumed_orientation else []
+    told += volume.notes
     told += [line for one in prepared.values() for line in one.corrected.doubts]
     told += [line for run in runs for line in differences(run.record.cohort_looks, looks[run.record.preprocessing])]
     if any(way.revision != Preprocessing().revision for way in prepared):

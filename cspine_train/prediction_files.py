@@ -18,6 +18,7 @@ from cspine_data import (
     find_cases,
     label_name,
     read_volume,
+    usable_image,
     volume_stem,
     volume_suffix,
     volumes_in,
@@ -187,7 +188,7 @@ def _predicted(
         # What a row tells of was begun by a command that was killed.
         if file.exists() and not known:
             raise RunError(f"{file}: is there already, and not of these runs; remove it or choose another -o")
-    volume = read_volume(path)
+    volume = usable_image(read_volume(path))
     prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
     if content_digest(path) != digest:
         raise RunError(f"{path}: was changed while it was read; give the command again when it is whole")
@@ -215,7 +216,7 @@ def _read_truth(path: Path, volume: Volume) -> Volume | None:
     """Return a label map; None where it cannot be read or lies on another grid."""
     with suppress(CspineDataError):
         truth = read_volume(path)
-        if truth.geometry.same_grid(volume.geometry):
+        if truth.geometry.same_place(volume.geometry):
             return truth
     return None
 

@@ -24,6 +24,22 @@ def test_averaging_keeps_constants_and_block_means(size: tuple[int, int, int], f
         np.testing.assert_allclose(found[0, 0, 0], first.mean(), rtol=1e-5)
 
 
+def test_a_block_is_never_larger_than_the_image() -> None:
+    array = np.arange(8, dtype=np.int16).reshape(2, 2, 2)
+    found = average_down(array, (100, 100, 100))
+    assert found.shape == (1, 1, 1)
+    assert found[0, 0, 0] == pytest.approx(array.mean())
+
+
+@pytest.mark.parametrize("millimetres", [0.02, 0.05, 0.2])
+def test_an_image_that_is_one_voxel_of_the_working_grid_has_no_field(millimetres: float) -> None:
+    image = np.random.default_rng(0).integers(1, 900, (24, 20, 12)).astype(np.int16)
+    found = estimate_bias(image, (millimetres,) * 3, BiasParameters())
+    assert np.isfinite([found.tissue_threshold, found.air_level]).all()
+    assert found.tissue_xyz.any()
+    assert np.ptp(found.log_bias_xyz) == 0
+
+
 def test_thick_slices_are_not_averaged_away() -> None:
     assert working_factors((0.4, 0.4, 6.0), 6.0) == (15, 15, 1)
     assert working_factors((9.0, 1.0, 2.0), 4.0) == (1, 4, 2)

@@ -245,3 +245,44 @@ def test_codecs_that_are_missing_and_deflated_files_are_told(series: tuple[Path,
     dataset.save_as(path)
     with pytest.raises(InputError, match="dcm: is deflated; convert the series"):
         read_volume(folder)
+
+
+def leaning_by(degrees: float, gap: float) -> Changed:
+    """Shift each slice against the one before, as under a gantry that is tilted."""
+
+    def change(number: int, tags: dict[str, Any]) -> dict[str, Any]:
+        columns = np.array([float(part) for part in tags["ImageOrientationPatient"][:3]])
+        position = np.array([float(part) for part in tags["ImagePositionPatient"]])
+        moved = position + number * gap * np.tan(np.radians(degrees)) * columns
+        return tags | {"ImagePositionPatient": texts(moved)}
+
+    return change
+
+
+def rows_off_by(degrees: float) -> Changed:
+    """Turn the rows of every slice against its columns."""
+
+    def change(number: int, tags: dict[str, Any]) -> dict[str, Any]:
+        columns, rows = np.array([float(part) for part in tags["ImageOrientationPatient"]]).reshape(2, 3)
+        turned = np.cos(np.radians(degrees)) * rows + np.sin(np.radians(degrees)) * columns
+        return tags | {"ImageOrientationPatient": texts([*columns, *turned])}
+
+    return change
+
+
+@pytest.mark.parametrize("degrees", [10, 0.1])
+def test_axes_off_their_right_angles_are_refused(degrees: float, tmp_path: Path) -> None:
+    volume = volume_of(np.random.default_rng(1), (6, 5, 90))
+    gap = volume.geometry.spacing_mm[2]
+    for name, change in (("tilted", leaning_by(degrees, gap)), ("rows", rows_off_by(degrees))):
+        write_series(tmp_path / name, volume, change)
+        with pytest.raises(
+            InputError, match=r"at right angles \(.* degrees off\); resample it, and its label map alike"
+        ):
+            read_volume(tmp_path / name)
+
+
+def test_axes_off_by_what_headers_round_are_read(tmp_path: Path) -> None:
+    volume = volume_of(np.random.default_rng(1), (6, 5, 90))
+    write_series(tmp_path, volume, leaning_by(0.03, volume.geometry.spacing_mm[2]))
+    assert read_volume(tmp_path).geometry.same_grid(volume.geometry, 0.5)

@@ -36,6 +36,7 @@ from tests.conftest import ball, write_case
 from tests.test_dicom import write_series
 from tests.test_labels import a_run
 from tests.test_training import SMALL
+from tests.test_volumes import forms_of, two_places
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,29 @@ def test_in_what_a_volume_is_unlike_training_is_told(
     assert predict([load_run(run)], volume).warnings == ()
     warnings = predict([load_run(run)], change(volume)).warnings
     assert any(re.match(told, warning) for warning in warnings), warnings
+
+
+def test_notes_on_a_volume_are_told_and_the_label_map_keeps_both_forms_of_its_header(tmp_path: Path) -> None:
+    volume = read_volume(two_places(tmp_path / "x.nii.gz"))
+    array = volume.array.astype(np.float32)
+    array[0] = np.nan
+    prediction = predict([gives(0.9)], replace(volume, array=array))
+    assert any("sform (code 2)" in warning for warning in prediction.warnings)
+    assert any("30 voxels outside the field of view are NaN" in warning for warning in prediction.warnings)
+    write_volume(tmp_path / "mask.nii.gz", prediction.label)
+    assert forms_of(tmp_path / "mask.nii.gz") == forms_of(tmp_path / "x.nii.gz")
+
+
+def test_slices_that_would_not_go_into_memory_are_refused() -> None:
+    image, _ = ball((40, 40, 3))
+    huge = Geometry(
+        size=(40, 40, 3), spacing_mm=(100, 100, 100), directions=image.geometry.directions, origin_mm=(0, 0, 0)
+    )
+    run = gives(0.9)
+    settings = run.record.settings.model_copy(update={"pixel_mm": 0.1, "axes": (2,)})
+    run = replace(run, record=run.record.model_copy(update={"settings": settings}))
+    with pytest.raises(RunError, match="would be 40000 x 40000 pixels; check the volume's spacing"):
+        predict([run], Volume(image.array, huge))
 
 
 def test_of_a_run_that_does_not_know_its_cohort_nothing_is_told() -> None:

@@ -367,3 +367,241 @@ def test_segments_are_made_of_label_maps_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is to hold segments, and what is to be written is no label map; end"):
         write_volume(tmp_path / "x.seg.nrrd", Volume(image.array.astype(np.float32), image.geometry))
     assert not list(tmp_path.iterdir())
+
+
+# Where a volume lies, in every format
+
+
+def leaning(degrees: float) -> np.ndarray:
+    """Axes in columns, the second a little off its right angle with the first."""
+    axes = np.eye(3)
+    axes[:, 1] = np.sin(np.radians(degrees)), np.cos(np.radians(degrees)), 0
+    return axes
+
+
+def write_nrrd_of(path: Path, axes: np.ndarray) -> None:
+    vectors = " ".join("(" + ",".join(f"{number:.9f}" for number in axes[:, a]) + ")" for a in range(3))
+    path.write_bytes(header(space_directions=vectors) + VOXELS.tobytes())
+
+
+def write_nifti_of(path: Path, axes: np.ndarray) -> None:
+    path.write_bytes(
+        nifti_header(pixdim=(1,) * 8, srow=np.column_stack([axes, np.zeros(3)])).tobytes() + VOXELS.tobytes()
+    )
+
+
+@pytest.mark.parametrize(("write", "suffix"), [(write_nrrd_of, ".nrrd"), (write_nifti_of, ".nii")])
+def test_axes_off_their_right_angles_are_refused_in_every_format(write, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    for degrees in (10, 0.1):
+        write(path, leaning(degrees))
+        with pytest.raises(InputError, match=r"at right angles.*; resample it, and its label map alike"):
+            read_volume(path)
+    write(path, leaning(0.03))
+    assert read_volume(path).geometry.spacing_mm == pytest.approx((1, 1, 1))
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".nii", ".nii.gz"])
+def test_what_would_be_refused_when_read_is_not_written(suffix: str, tmp_path: Path) -> None:
+    grid = geometry((4, 5, 6), directions=tuple(map(tuple, leaning(10))))
+    path = tmp_path / f"x{suffix}"
+    with pytest.raises(InputError, match="not at right angles"):
+        write_volume(path, Volume(VOXELS.reshape(4, 5, 6), grid))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".nii", ".nii.gz"])
+@given(grid=grids(), degrees=st.floats(-0.03, 0.03))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_grid_that_is_read_is_written_as_it_lies(grid, degrees: float, suffix: str, tmp_path: Path) -> None:
+    directions = grid.direction_matrix @ leaning(degrees)
+    grid = grid.model_copy(update={"directions": tuple(map(tuple, directions.tolist()))})
+    path = tmp_path / f"volume{suffix}"
+    write_volume(path, Volume(np.zeros(grid.size, np.uint8), grid))
+    assert read_volume(path).geometry.same_grid(grid, 1e-3)
+
+
+def test_what_a_header_cannot_keep_is_not_written(tmp_path: Path) -> None:
+    # Single precision is a millimetre there.
+    far = geometry((4, 5, 6), origin=(9_000_000.3, 0, 0))
+    with pytest.raises(InputError, match=r"x\.nii: cannot keep where the volume lies.*; write \.nrrd"):
+        write_volume(tmp_path / "x.nii", Volume(VOXELS.reshape(4, 5, 6), far))
+    assert not list(tmp_path.iterdir())
+    write_volume(tmp_path / "x.nrrd", Volume(VOXELS.reshape(4, 5, 6), far))
+    with pytest.raises(InputError, match="cannot hold voxels of bool"):
+        write_volume(tmp_path / "x.nii", Volume(np.zeros((4, 5, 6), bool), geometry((4, 5, 6))))
+
+
+@given(grid=grids(), kind=st.sampled_from(NRRD_TYPES))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_itk_reads_the_nifti_that_is_written(grid, kind: str, tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    array = (np.arange(np.prod(grid.size)) % 120).reshape(grid.size).astype(kind)
+    write_volume(tmp_path / "x.nii.gz", Volume(array, grid))
+    image = sitk.ReadImage(str(tmp_path / "x.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), array.transpose())
+    np.testing.assert_allclose(image.GetSpacing(), grid.spacing_mm, rtol=1e-6)
+    np.testing.assert_allclose(image.GetOrigin(), grid.origin_mm, atol=1e-4)
+    np.testing.assert_allclose(image.GetDirection(), np.ravel(grid.directions), atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1, 3])
+def test_units_that_a_nifti_header_gives_are_taken_or_named(unit: int, tmp_path: Path) -> None:
+    in_mm = {1: 1e3, 3: 1e-3}[unit]
+    path = tmp_path / "x.nii"
+    forms = {"pixdim": (1, 1 / in_mm, 2 / in_mm, 3 / in_mm, 1, 1, 1, 1), "xyzt_units": unit}
+    srow = np.eye(3, 4) * ((1,), (2,), (3,)) / in_mm
+    path.write_bytes(nifti_header(**forms, srow=srow).tobytes() + VOXELS.tobytes())
+    assert read_volume(path).geometry.spacing_mm == pytest.approx((1, 2, 3))
+    # Millimetres that are called something else.
+    path.write_bytes(nifti_header(xyzt_units=unit).tobytes() + VOXELS.tobytes())
+    with pytest.raises(
+        InputError, match=rf"that no scanner gives.*xyzt_units says {'micro' if unit == 3 else ''}metres"
+    ):
+        read_volume(path)
+
+
+@pytest.mark.parametrize(("unit", "in_mm"), [("mm", 1), ("cm", 10), ("m", 1e3), ("um", 1e-3), ("\u00b5m", 1e-3)])
+def test_units_that_a_nrrd_header_gives_are_taken(unit: str, in_mm: float, tmp_path: Path) -> None:
+    path, units = tmp_path / "x.nrrd", " ".join(f'"{unit}"' for _ in range(3))
+    vectors = " ".join(
+        f"({a / in_mm!r},{b / in_mm!r},{c / in_mm!r})" for a, b, c in ((0.5, 0, 0), (0, 2, 0), (0, 0, 3))
+    )
+    fields = {"space_directions": vectors, "space_units": units, "space_origin": f"({7 / in_mm!r},0,0)"}
+    path.write_bytes(header(**fields) + VOXELS.tobytes())
+    grid = read_volume(path).geometry
+    assert grid.spacing_mm == pytest.approx((0.5, 2, 3))
+    assert grid.origin_mm == pytest.approx((7, 0, 0))
+    spacings = " ".join(repr(mm / in_mm) for mm in (0.5, 2, 3))
+    fields = {"space_directions": "", "space_origin": "", "spacings": spacings, "units": units}
+    path.write_bytes(header(**fields) + VOXELS.tobytes())
+    assert read_volume(path).geometry.spacing_mm == pytest.approx((0.5, 2, 3))
+
+
+def test_units_of_a_nrrd_header_that_cannot_be_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.nrrd"
+    path.write_bytes(header(space_units='"um" "um" "um"') + VOXELS.tobytes())
+    with pytest.raises(InputError, match=r"voxels of 0\.001 x .* that no scanner gives.*\(space units\)"):
+        read_volume(path)
+    path.write_bytes(header(space_units='"furlong" "furlong" "furlong"') + VOXELS.tobytes())
+    volume = read_volume(path)
+    assert volume.geometry.spacing_mm == (1, 1, 1)
+    assert "taken for millimetres" in volume.notes[0]
+    assert "furlong" not in volume.notes[0]
+
+
+@pytest.mark.parametrize("mm", [0.019, 101.0])
+def test_a_spacing_that_no_scanner_gives_is_refused(mm: float, tmp_path: Path) -> None:
+    path = tmp_path / "x.nrrd"
+    path.write_bytes(header(space_directions=f"(1,0,0) (0,1,0) (0,0,{mm})") + VOXELS.tobytes())
+    with pytest.raises(InputError, match="that no scanner gives; correct its unit of length"):
+        read_volume(path)
+
+
+def two_places(path: Path, codes: tuple[int, int] = (1, 2), **fields: object) -> Path:
+    """Write a volume of 4 x 5 x 6 voxels whose sform lies 5 mm from its qform."""
+    given = {
+        "qform_code": codes[0], "sform_code": codes[1], "qoffset": (10, 20, 30),
+        "srow": np.column_stack([np.diag((1.0, 2.0, 3.0)), (13, 24, 30)]),
+    } | fields  # fmt: skip
+    content = nifti_header(**given).tobytes() + VOXELS.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def forms_of(path: Path) -> dict[str, list[object]]:
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    found = np.frombuffer(content[:352], nifti_header().dtype)[0]
+    names = ("qform_code", "sform_code", "quatern", "qoffset", "srow")
+    return {name: found[name].tolist() for name in names} | {"qfac": [found["pixdim"][0] < 0]}
+
+
+@pytest.mark.parametrize("codes", [(1, 2), (1, 1), (2, 4), (0, 2), (3, 0), (0, 0), (1, 0)])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_both_forms_and_their_codes_are_kept(codes: tuple[int, int], suffix: str, tmp_path: Path) -> None:
+    source = two_places(tmp_path / f"x{suffix}", codes, quatern=(0, 0, 0.5) if codes[1] == 0 else (0, 0, 0))
+    volume = read_volume(source)
+    write_volume(tmp_path / f"again{suffix}", Volume(volume.array, volume.geometry))
+    assert forms_of(tmp_path / f"again{suffix}") == forms_of(source)
+    assert read_volume(tmp_path / f"again{suffix}").geometry == volume.geometry
+    apart = min(codes) > 0
+    assert len(volume.notes) == apart
+    if apart:
+        assert "5.0 mm" in volume.notes[0]
+        assert f"sform (code {codes[1]})" in volume.notes[0] or f"qform (code {codes[0]})" in volume.notes[0]
+
+
+def test_forms_of_another_volume_are_not_kept(tmp_path: Path) -> None:
+    volume = read_volume(two_places(tmp_path / "x.nii"))
+    half = volume.geometry.model_copy(update={"size": (2, 5, 6), "origin_mm": (5.0, 6.0, 7.0)})
+    write_volume(tmp_path / "half.nii", Volume(volume.array[:2], half))
+    found = read_volume(tmp_path / "half.nii")
+    assert found.geometry.same_grid(half)
+    assert found.notes == ()
+    assert forms_of(tmp_path / "half.nii")["sform_code"] == 1
+
+
+def test_forms_that_agree_are_no_reason_for_a_note(tmp_path: Path) -> None:
+    path = two_places(tmp_path / "x.nii", (1, 1), qoffset=(13, 24, 30.2))
+    volume = read_volume(path)
+    assert volume.notes == ()
+    assert volume.geometry.nifti is None
+
+
+def test_an_sform_with_shear_beside_a_qform_is_kept_and_told(tmp_path: Path) -> None:
+    srow = np.column_stack([leaning(10) * (1.0, 2.0, 3.0), (10, 20, 30)])
+    path = two_places(tmp_path / "x.nii", (1, 4), srow=srow)
+    volume = read_volume(path)
+    assert volume.geometry.orientation_code == "RAS"
+    assert "sform (code 4)" in volume.notes[0]
+    write_volume(tmp_path / "again.nii", volume)
+    assert forms_of(tmp_path / "again.nii") == forms_of(path)
+
+
+def test_an_unused_form_of_numbers_that_are_none_is_told(tmp_path: Path) -> None:
+    volume = read_volume(two_places(tmp_path / "x.nii", (1, 2), srow=np.full((3, 4), np.nan)))
+    assert "sform (code 2) holds numbers that cannot be meant" in volume.notes[0]
+    write_volume(tmp_path / "again.nii", volume)
+    assert read_volume(tmp_path / "again.nii").geometry.same_grid(volume.geometry)
+
+
+@pytest.mark.parametrize("by", ["qform", "sform"])
+@pytest.mark.parametrize("suffix", ["-label.nii", ".seg.nrrd"])
+def test_a_label_map_may_lie_where_either_form_says(by: str, suffix: str, tmp_path: Path) -> None:
+    from cspine_data.cases import Case, load_case
+
+    path = two_places(tmp_path / "x.nii")
+    place = {"qform": (-10.0, -20.0, 30.0), "sform": (-13.0, -24.0, 30.0)}[by]
+    grid = geometry((4, 5, 6), (1, 2, 3), ((-1, 0, 0), (0, -1, 0), (0, 0, 1)), place)
+    array = (VOXELS % 3).reshape(4, 5, 6).astype(np.uint8)
+    if suffix == ".seg.nrrd":
+        # Cropped, as Slicer does.
+        array[0] = array[-1] = 0
+        inner = grid.model_copy(update={"size": (2, 5, 6), "origin_mm": (place[0] - 1, *place[1:])})
+        write_volume(tmp_path / f"x{suffix}", Volume(array[1:-1], inner))
+    else:
+        write_volume(tmp_path / f"x{suffix}", Volume(array, grid))
+    loaded = load_case(Case("x", path, tmp_path / f"x{suffix}"))
+    np.testing.assert_array_equal(loaded.label.array, array)
+    assert loaded.label.geometry == loaded.image.geometry
+    told = [note for note in loaded.notes if note.startswith("label map:")]
+    assert len(told) == (by == "sform" and suffix == "-label.nii")
+
+
+@pytest.mark.usefixtures("serially")
+def test_a_store_keeps_both_forms(tmp_path: Path, run_data) -> None:
+    from cspine_data import open_cohort
+
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    raw.mkdir()
+    source = two_places(raw / "A.nii.gz")
+    write_volume(raw / "A-label.nii.gz", Volume((VOXELS % 2).reshape(4, 5, 6), read_volume(source).geometry))
+    done = run_data("prepare", raw, "--store", store, "--no-n4")
+    assert done.stderr.count("5.0 mm") == 1
+    assert run_data("scan", raw).stderr.count("5.0 mm") == 1
+    assert open_cohort(store).record("A").geometry == read_volume(source).geometry
+    for option in ([], ["--label"]):
+        run_data("export", store, "A", *option, "-o", tmp_path / "out.nii")
+        assert forms_of(tmp_path / "out.nii") == forms_of(source)
+        (tmp_path / "out.nii").unlink()
