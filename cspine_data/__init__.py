@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cspine_data.bias import BiasParameters, bias_parameters
-    from cspine_data.cases import Case, Listing, Problem, describe_problem, find_cases, volumes_in
+    from cspine_data.cases import Case, Listing, Problem, describe_problem
     from cspine_data.cluster import Workers, side_by_side, usable_cores
     from cspine_data.cohort import Cohort, open_cohort
     from cspine_data.dataset import SliceDataset, SlicePlace, VolumeDataset
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cspine_data.garbage import Garbage, collect_garbage
     from cspine_data.geometry import Geometry, Orientation
     from cspine_data.mending import RepairSummary, repair
+    from cspine_data.pairing import find_cases, volumes_in
     from cspine_data.pipeline import PrepareSummary, parse_axes, prepare
     from cspine_data.preprocess import PreparedVolume, Preprocessing, preprocess_volume
     from cspine_data.publishing import remove_cases
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bias": ("BiasParameters", "bias_parameters"),
-    "cases": ("Case", "Listing", "Problem", "describe_problem", "find_cases", "volumes_in"),
+    "cases": ("Case", "Listing", "Problem", "describe_problem"),
     "cluster": ("Workers", "side_by_side", "usable_cores"),
     "cohort": ("Cohort", "open_cohort"),
     "dataset": ("SliceDataset", "SlicePlace", "VolumeDataset"),
@@ -55,6 +56,7 @@ _HOME = {
     "garbage": ("Garbage", "collect_garbage"),
     "geometry": ("Geometry", "Orientation"),
     "mending": ("RepairSummary", "repair"),
+    "pairing": ("find_cases", "volumes_in"),
     "pipeline": ("PrepareSummary", "parse_axes", "prepare"),
     "preprocess": ("PreparedVolume", "Preprocessing", "preprocess_volume"),
     "publishing": ("remove_cases",),

@@ -48,7 +48,8 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @PAIRS
 def scan(source: Path, pairs: Path | None) -> None:
     """Show what would be prepared from SOURCE, and every problem; nothing is written."""
-    from cspine_data.cases import find_cases, scan_case
+    from cspine_data.cases import scan_case
+    from cspine_data.pairing import find_cases
 
     listing = find_cases(source, pairs)
     rows, problems = [], list(listing.problems)

@@ -14,6 +14,7 @@ from cspine_data.dataset import Labels, SliceDataset, VolumeDataset
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.geometry import Orientation
 from cspine_data.location import is_local, location
+from cspine_data.names import as_known
 from cspine_data.preprocess import PreparedVolume, normalise_volume
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.splits import TEST, TRAIN, VALIDATION, Split, fold_split, leave_one_out, reference_split
@@ -110,7 +111,7 @@ class Cohort:
         """
         variant = self._variant(variant)
         if leave_out is not None:
-            split = leave_one_out(self._batches, leave_out)
+            split = leave_one_out(self._batches, as_known(leave_out, self._root.cases))
         elif folds is not None:
             split = fold_split(self._batches, folds, fold)
         else:
@@ -224,7 +225,7 @@ class Cohort:
             If its bytes are not what was written.
         """
         if label and variant is None:
-            variant = next(iter(self._root.cases.get(case, {})), None)
+            variant = next(iter(self._root.cases.get(as_known(case, self._root.cases), {})), None)
         record = self.record(case, variant)
         array_xyz = read_label_xyz(self.path, record) if label else read_volume_xyz(self.path, record)
         array = np.ascontiguousarray(Orientation.of(record.geometry).to_file(array_xyz))
@@ -270,7 +271,7 @@ class Cohort:
         if isinstance(cases, str):
             raise InputError(f"cases={cases!r}", "is one name", f"give a list of them: [{cases!r}]")
         if cases is not None:
-            wanted = tuple(cases)
+            wanted = tuple(as_known(case, self._root.cases) for case in cases)
             unknown = [case for case in wanted if case not in self._root.cases]
             if unknown:
                 self.record(unknown[0], variant)

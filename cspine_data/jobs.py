@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cspine_data.cases import Case, Problem, copy_problem, describe_problem
 from cspine_data.errors import InputError
+from cspine_data.names import by_normalised
 from cspine_data.preprocess import Preprocessing
 from cspine_data.publishing import Replacement
 from cspine_data.schema import case_digest, case_path, volume_digest
@@ -67,6 +68,9 @@ def plan_jobs(
 ) -> tuple[list[Job], list[Problem]]:
     """Digest every case's files and find out what each will be known by."""
     published = read_root(store).cases
+    stored = by_normalised(published)
+    # An earlier cspine kept ids as macOS writes them, decomposed.
+    cases = [replace(case, id=stored.get(case.id, case.id)) for case in cases]
     jobs, problems = [], []
     # A case that is listed now may have got another file since: only the store's other cases keep theirs.
     listed = {case.id for case in cases}

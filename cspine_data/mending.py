@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cspine_data.cases import Case, Problem, describe_problem, find_cases
+from cspine_data.cases import Case, Problem, describe_problem
 from cspine_data.cluster import check_workers
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.jobs import Job, file_digests
+from cspine_data.names import by_normalised
+from cspine_data.pairing import find_cases
 from cspine_data.pipeline import do_jobs, existing_key
 from cspine_data.preprocess import Preprocessing
 from cspine_data.progress import Progress
@@ -135,7 +137,8 @@ def _lost_root(store: Path) -> tuple[Damage, ...]:
 def _files(store: Path, root: RootRecord, cases: Iterable[Case]) -> dict[str, Case]:
     """Return a source's cases by the ids that the store knows them by."""
     if not root.neutral_ids:
-        return {case.id: case for case in cases}
+        stored = by_normalised(root.cases)
+        return {stored.get(case.id, case.id): replace(case, id=stored.get(case.id, case.id)) for case in cases}
     ids = read_key(existing_key(store, root))
     return {ids[case.id]: replace(case, id=ids[case.id]) for case in cases if case.id in ids}
 

@@ -14,13 +14,13 @@ from cspine_data.cases import (
     cohort_note,
     copy_problem,
     describe_problem,
-    find_cases,
 )
 from cspine_data.cluster import Result, check_workers, run_jobs
 from cspine_data.errors import InputError
 from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, is_current, plan_jobs, planned_anew
 from cspine_data.making import prepare_case, stored_volume
+from cspine_data.pairing import find_cases
 from cspine_data.preprocess import Preprocessing, correct_volume
 from cspine_data.progress import Progress
 from cspine_data.pseudonyms import with_neutral_ids

@@ -30,7 +30,7 @@ def label_values(cohort: Cohort, split: Split, settings: RunSettings) -> tuple[i
     """
     if settings.labels == "binary":
         return ()
-    trained = [case for case in split.train if settings.case_weights.get(case, 1) > 0]
+    trained = [case for case in split.train if settings.weight_of(case) > 0]
     values = {value for case in trained for value in cohort.record(case, settings.variant).label_voxels}
     limits = np.iinfo(np.int32)
     too_wide = [value for value in values if not limits.min <= value <= limits.max]
