@@ -61,12 +61,16 @@ class Listing:
 
 @dataclass(frozen=True, eq=False)
 class LoadedCase:
-    """A case's voxels, checked: the label map holds whole numbers on the image's grid; its file's dtype beside it."""
+    """A case's voxels, checked: the label map holds whole numbers on the image's grid; its file's dtype beside it.
+
+    `notes` holds what a user should know about the two files although they can be used; see `Volume`.
+    """
 
     case: Case
     image: Volume
     label: Volume | None
     label_dtype: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def is_case_id(name: str) -> bool:
@@ -94,14 +98,15 @@ def load_case(case: Case) -> LoadedCase:
     """
     image = read_volume(case.volume)
     if case.label is None:
-        return LoadedCase(case, image, None)
+        return LoadedCase(case, image, None, notes=image.notes)
     label = read_volume(case.label)
     values = _whole_numbers(label)
     if case.label.name.lower().endswith(SEGMENTATION_SUFFIX):
         values = _pasted(label, values, image.geometry)
     elif not label.geometry.same_grid(image.geometry):
         raise InputError(case.label, _grid_difference(label.geometry, image.geometry), "resample it to the volume")
-    return LoadedCase(case, image, Volume(values, image.geometry, case.label), label.array.dtype.name)
+    notes = (*image.notes, *(f"label map: {note}" for note in label.notes))
+    return LoadedCase(case, image, Volume(values, image.geometry, case.label), label.array.dtype.name, notes)
 
 
 def _whole_numbers(label: Volume) -> NDArray[Any]:
@@ -169,8 +174,16 @@ def copy_problem(case: Case, other: str, *, only_in_store: bool = False) -> Prob
     return Problem(case.id, f"{case.volume}: {told}")
 
 
-def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
-    """Read and check a case, and describe it: id, size, spacing, orientation, labels found, label map's name.
+@dataclass(frozen=True)
+class ScannedCase:
+    """A case that can be prepared: id, size, spacing, orientation, labels found, label map's name; and its notes."""
+
+    row: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def scan_case(case: Case, seen: dict[str, str]) -> ScannedCase | Problem:
+    """Read and check a case, and describe it.
 
     Parameters
     ----------
@@ -181,7 +194,7 @@ def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
 
     Returns
     -------
-    tuple of str, or Problem
+    ScannedCase or Problem
         The description, or the one line that says why the case cannot be used.
     """
     try:
@@ -195,7 +208,7 @@ def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
     geometry = loaded.image.geometry
     orientation = geometry.orientation_code + (" (assumed)" if loaded.image.assumed_orientation else "")
     found = np.unique(loaded.label.array).tolist() if loaded.label else []
-    return (
+    row = (
         case.id,
         " x ".join(map(str, geometry.size)),
         " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm),
@@ -203,3 +216,4 @@ def scan_case(case: Case, seen: dict[str, str]) -> tuple[str, ...] | Problem:
         " ".join(str(value) for value in found if value) or "-",
         case.label.name if case.label else "none: for prediction only",
     )
+    return ScannedCase(row, loaded.notes)

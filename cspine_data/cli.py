@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, warn_in_one_line
+from cspine_data.terminal import CommandGroup, can_go_on, print_notes, print_table, progress_bar, warn_in_one_line
 
 # Whether a path can be used is told by what uses it, with a remedy.
 PATH = click.Path(readable=False, path_type=Path)
@@ -48,22 +48,24 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @PAIRS
 def scan(source: Path, pairs: Path | None) -> None:
     """Show what would be prepared from SOURCE, and every problem; nothing is written."""
-    from cspine_data.cases import scan_case
+    from cspine_data.cases import Problem, scan_case
     from cspine_data.pairing import find_cases
 
     listing = find_cases(source, pairs)
-    rows, problems = [], list(listing.problems)
+    rows, problems, notes = [], list(listing.problems), []
     seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
         for number, case in enumerate(listing.cases, start=1):
             found = scan_case(case, seen)
-            if isinstance(found, tuple):
-                rows.append(found)
-            else:
+            if isinstance(found, Problem):
                 problems.append(found)
+            else:
+                rows.append(found.row)
+                notes += [(case.id, found.notes)]
             if progress:
                 progress(number, len(listing.cases), case.id)
     print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
+    print_notes(notes)
     readable = {row[0] for row in rows}
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
@@ -161,6 +163,7 @@ def prepare(
             anonymise=anonymise,
             progress=progress,
         )
+    print_notes(summary.notes.items())
     for problem in summary.failed:
         click.echo(f"failed: {problem.message}", err=True)
     click.echo(
@@ -211,6 +214,11 @@ def info(store: Path) -> None:
         click.echo(f"{variant}: {number} cases prepared with {description}")
     for note in cohort.notes:
         click.echo(printable(f"note: {note}"))
+    print_notes(
+        (f"{record.case} ({variant})", record.notes)
+        for variant in cohort.variants
+        for record in cohort.records(variant)
+    )
     click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
 
 

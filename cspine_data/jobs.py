@@ -36,6 +36,8 @@ class Job:
         How that one was prepared.
     anew : bool
         Make it although the store has it, since that is damaged.
+    notes : tuple of str
+        The notes on the case that is current in the store.
     """
 
     case: Case
@@ -46,6 +48,7 @@ class Job:
     current: str | None = None
     held: Preprocessing | None = None
     anew: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def volume_digest(self) -> str:
@@ -104,7 +107,8 @@ def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -
     if current and record is None:
         # Its record is damaged or of an older cspine; its folders tell.
         kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
-    return replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held)
+    notes = record.notes if record else ()
+    return replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held, notes=notes)
 
 
 def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:

@@ -208,6 +208,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         axes=job.axes,
         label_voxels=label_voxels,
         labelled_voxels=labelled_voxels,
+        notes=loaded.notes,
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cspine_data.cases import (
@@ -32,7 +32,7 @@ from cspine_data.publishing import (
     publish,
 )
 from cspine_data.schema import RootRecord, Standard, standard_key
-from cspine_data.store import read_root
+from cspine_data.store import read_root, stored_record
 from cspine_data.volumes import read_volume
 
 # Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
@@ -61,6 +61,8 @@ class PrepareSummary:
         How long it took.
     written_bytes : int
         Size on disk of what was computed.
+    notes : dict
+        For each case that is done or reused and has any: its notes, see `Volume`.
     """
 
     done: tuple[str, ...]
@@ -70,6 +72,7 @@ class PrepareSummary:
     standard_cases: tuple[str, ...]
     seconds: float
     written_bytes: int
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
@@ -183,7 +186,21 @@ def prepare(
         standard_cases=standard.cases if standard else (),
         seconds=time.perf_counter() - started,
         written_bytes=sum(written.values()),
+        notes=_notes(store, jobs, written),
     )
+
+
+def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[str, tuple[str, ...]]:
+    """Return the notes on each case that was computed or is reused."""
+    notes: dict[str, tuple[str, ...]] = {}
+    for job in jobs:
+        if job.case.id in written:
+            # Another run may have replaced it since, with other axes for example: its record tells then.
+            record = stored_record(store, job.case.id, job.digest)
+            notes[job.case.id] = record.notes if record else ()
+        elif job.current == job.digest:
+            notes[job.case.id] = job.notes
+    return {case: found for case, found in sorted(notes.items()) if found}
 
 
 def key_file(store: str | Path) -> Path:

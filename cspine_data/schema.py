@@ -21,7 +21,15 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cspine_data.cases import is_case_id
 from cspine_data.geometry import Geometry, Orientation, Triple
@@ -145,6 +153,8 @@ class CaseRecord(BaseModel):
         ``labelled_voxels[axis][i]``: how many labelled voxels slice ``i`` has, for all three axes.
     files : dict
         SHA-256 of every file of the case but the one that holds this record, by path within the case.
+    notes : tuple of str
+        What a user should know about the source files; see `Volume`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -177,6 +187,13 @@ class CaseRecord(BaseModel):
     label_voxels: dict[int, int]
     labelled_voxels: dict[int, tuple[int, ...]]
     files: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A case without notes has the bytes that it had before there were any.
+        content: dict[str, Any] = handler(self)
+        return content if self.notes else {name: value for name, value in content.items() if name != "notes"}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> CaseRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(columns)]
     for row in (columns, *rows):
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_notes(notes: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Print the notes on each case that has any to stderr, a line a case."""
+    for case, of_case in notes:
+        if of_case:
+            say(f"note: {case}: {'; '.join(of_case)}", err=True)
 
 
 @contextmanager

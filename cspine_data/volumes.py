@@ -46,12 +46,15 @@ class Volume:
         The file it was read from.
     assumed_orientation : bool
         True where the file does not say how it lies in the patient, so that LPS was assumed.
+    notes : tuple of str
+        What a user should know about the file although it can be used, a sentence each, without the file's name.
     """
 
     array: NDArray[Any]
     geometry: Geometry
     path: Path | None = None
     assumed_orientation: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -140,10 +140,10 @@ def test_odd_encodings_are_read_or_refused_by_name(realdata: Path, tmp_path: Pat
                         (folder / path.name).write_bytes(header)
         listing = find_cases(folder)
         assert len(listing.cases) == 1
-        from cspine_data.cases import scan_case
+        from cspine_data.cases import Problem, scan_case
 
         found = scan_case(listing.cases[0], {})
-        outcomes[path.name] = "read" if isinstance(found, tuple) else found.message
+        outcomes[path.name] = found.message if isinstance(found, Problem) else "read"
     for name in plain:
         assert outcomes.pop(name) == "read"
     # Without a skip its voxels would begin within the NIfTI header of its data file.

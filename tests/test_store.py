@@ -145,6 +145,18 @@ def test_a_damaged_record_is_not_read(change, checksum: bool, store: Path) -> No
     assert verify(store) == []
 
 
+def test_notes_on_a_case_are_shown_and_a_case_without_any_keeps_its_bytes(store: Path, run_data) -> None:
+    assert b"notes" not in (folder_of(store) / "zarr.json").read_bytes()
+    assert open_cohort(store).record("A").notes == ()
+    rewrite(folder_of(store), lambda record: record.update(notes=["12 voxels are NaN", "label map: rounded"]))
+    again = prepare(store.parent / "raw", store, n4=False)
+    assert again.done == ()
+    assert again.notes == {"A": ("12 voxels are NaN", "label map: rounded")}
+    reused = run_data("prepare", store.parent / "raw", "--store", store, "--no-n4")
+    assert "note: A: 12 voxels are NaN; label map: rounded\n" in reused.stderr
+    assert "note: A (raw): 12 voxels are NaN; label map: rounded\n" in run_data("info", store).stderr
+
+
 def test_a_newer_schema_is_refused_by_name(store: Path) -> None:
     def raise_version(record: dict[str, Any]) -> None:
         record["schema_version"] = SCHEMA_VERSION + 1
