@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cspine_data.cases import Case, Listing, Problem, describe_problem
     from cspine_data.cluster import Workers, side_by_side, usable_cores
     from cspine_data.cohort import Cohort, open_cohort
-    from cspine_data.dataset import SliceDataset, SlicePlace, VolumeDataset
+    from cspine_data.dataset import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -49,7 +49,7 @@ _HOME = {
     "cases": ("Case", "Listing", "Problem", "describe_problem"),
     "cluster": ("Workers", "side_by_side", "usable_cores"),
     "cohort": ("Cohort", "open_cohort"),
-    "dataset": ("SliceDataset", "SlicePlace", "VolumeDataset"),
+    "dataset": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
@@ -70,6 +70,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "IGNORE_INDEX",
     "BiasParameters",
     "Case",
     "CaseRecord",

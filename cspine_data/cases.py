@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import CspineDataError, InputError, describe_os_error, printable
 from cspine_data.geometry import Geometry
+from cspine_data.label_content import check_labels, check_not_the_image, label_notes
+from cspine_data.tissue import tissue_threshold
 from cspine_data.volumes import SEGMENTATION_SUFFIX, Volume, check_image, content_digest, read_volume
 
 #: A line of text beside the volumes that says what they are.
 NOTE_FILE = "COHORT.txt"
 _LONGEST_NOTE = 200
+#: The note on a case whose label map labels nothing.
+EMPTY_LABEL_MAP = "label map is empty: the case counts as unlabelled"
 _FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\]+")
 _LONGEST_ID_BYTES = 200
 
@@ -88,25 +92,55 @@ def cohort_note(source: str | Path) -> str | None:
         return None
 
 
-def load_case(case: Case) -> LoadedCase:
-    """Read a case's files and check them.
+def load_case(case: Case, ignore_label: int | None = None) -> LoadedCase:
+    """Read a case's files and check them; a label map in which nothing is labelled makes the case an unlabelled one.
+
+    Parameters
+    ----------
+    case : Case
+        What to read.
+    ignore_label : int, optional
+        The value of voxels of the label map that do not count.
 
     Raises
     ------
     InputError
-        If a file cannot be read, or the label map lies on another grid or holds values that are no whole numbers.
+        If a file cannot be read, or the label map lies on another grid, holds values that are no whole numbers or
+        negative, is an image, or labels every voxel.
     """
     image = read_volume(case.volume)
     if case.label is None:
         return LoadedCase(case, image, None, notes=image.notes)
     label = read_volume(case.label)
     values = _whole_numbers(label)
+    if _labels_nothing(values, ignore_label):
+        return LoadedCase(case, image, None, notes=(*image.notes, EMPTY_LABEL_MAP))
+    check_labels(label.name, values, ignore_label)
     if case.label.name.lower().endswith(SEGMENTATION_SUFFIX):
         values = _pasted(label, values, image.geometry)
     elif not label.geometry.same_grid(image.geometry):
         raise InputError(case.label, _grid_difference(label.geometry, image.geometry), "resample it to the volume")
-    notes = (*image.notes, *(f"label map: {note}" for note in label.notes))
+    check_not_the_image(label.name, values, image.array)
+    notes = (*label.notes, *label_notes(values, image.array, _tissue(image), _voxel_ml(image), ignore_label))
+    notes = (*image.notes, *(f"label map: {note}" for note in notes))
     return LoadedCase(case, image, Volume(values, image.geometry, case.label), label.array.dtype.name, notes)
+
+
+def _labels_nothing(values: NDArray[Any], ignore_label: int | None) -> bool:
+    labelled = values != 0
+    return not (labelled if ignore_label is None else labelled & (values != ignore_label)).any()
+
+
+def _tissue(image: Volume) -> float:
+    """Return the intensity above which a voxel is tissue; below all where the image cannot be used anyway."""
+    array = image.array
+    if not np.isfinite(array).all() or array.min() == array.max():
+        return -np.inf
+    return tissue_threshold(array, image.geometry.spacing_mm)
+
+
+def _voxel_ml(image: Volume) -> float:
+    return float(np.prod(image.geometry.spacing_mm)) / 1e3
 
 
 def _whole_numbers(label: Volume) -> NDArray[Any]:
@@ -180,9 +214,10 @@ class ScannedCase:
 
     row: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    labelled: bool = False
 
 
-def scan_case(case: Case, seen: dict[str, str]) -> ScannedCase | Problem:
+def scan_case(case: Case, seen: dict[str, str], ignore_label: int | None = None) -> ScannedCase | Problem:
     """Read and check a case, and describe it.
 
     Parameters
@@ -191,6 +226,8 @@ def scan_case(case: Case, seen: dict[str, str]) -> ScannedCase | Problem:
         What to read.
     seen : dict
         The case of each digest of a volume that was scanned before; this case's is added.
+    ignore_label : int, optional
+        The value of voxels of label maps that do not count.
 
     Returns
     -------
@@ -198,7 +235,7 @@ def scan_case(case: Case, seen: dict[str, str]) -> ScannedCase | Problem:
         The description, or the one line that says why the case cannot be used.
     """
     try:
-        loaded = load_case(case)
+        loaded = load_case(case, ignore_label)
         check_image(loaded.image)
         first = seen.setdefault(content_digest(case.volume), case.id)
         if first != case.id:
@@ -208,12 +245,13 @@ def scan_case(case: Case, seen: dict[str, str]) -> ScannedCase | Problem:
     geometry = loaded.image.geometry
     orientation = geometry.orientation_code + (" (assumed)" if loaded.image.assumed_orientation else "")
     found = np.unique(loaded.label.array).tolist() if loaded.label else []
+    labels = " ".join(f"{value}{' (ignored)' * (value == ignore_label)}" for value in found if value)
     row = (
         case.id,
         " x ".join(map(str, geometry.size)),
         " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm),
         orientation,
-        " ".join(str(value) for value in found if value) or "-",
-        case.label.name if case.label else "none: for prediction only",
+        labels or "-",
+        case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}: for prediction only",
     )
-    return ScannedCase(row, loaded.notes)
+    return ScannedCase(row, loaded.notes, loaded.label is not None)

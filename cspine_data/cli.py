@@ -18,6 +18,9 @@ PAIRS = click.option(
     type=PATH,
     help="CSV file with the columns case,volume,label; replaces SOURCE.",
 )
+IGNORE_LABEL = click.option(
+    "--ignore-label", type=int, metavar="V", help="Value of voxels of label maps that must not count, such as -1."
+)
 VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
 
 
@@ -46,30 +49,31 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @main.command()
 @SOURCE
 @PAIRS
-def scan(source: Path, pairs: Path | None) -> None:
+@IGNORE_LABEL
+def scan(source: Path, pairs: Path | None, ignore_label: int | None) -> None:
     """Show what would be prepared from SOURCE, and every problem; nothing is written."""
     from cspine_data.cases import Problem, scan_case
     from cspine_data.pairing import find_cases
 
     listing = find_cases(source, pairs)
     rows, problems, notes = [], list(listing.problems), []
+    unlabelled = 0
     seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
         for number, case in enumerate(listing.cases, start=1):
-            found = scan_case(case, seen)
+            found = scan_case(case, seen, ignore_label)
             if isinstance(found, Problem):
                 problems.append(found)
             else:
                 rows.append(found.row)
                 notes += [(case.id, found.notes)]
+                unlabelled += not found.labelled
             if progress:
                 progress(number, len(listing.cases), case.id)
     print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
     print_notes(notes)
-    readable = {row[0] for row in rows}
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
-    unlabelled = sum(case.id in readable and case.label is None for case in listing.cases)
     click.echo(f"{len(rows)} cases can be prepared, {unlabelled} without a label map; {len(problems)} problems")
     if problems:
         raise SystemExit(1)
@@ -110,6 +114,7 @@ def scan(source: Path, pairs: Path | None) -> None:
 @click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
 @PAIRS
 @click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
+@IGNORE_LABEL
 @click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
 def prepare(
     source: Path,
@@ -127,6 +132,7 @@ def prepare(
     scheduler: str | None,
     pairs: Path | None,
     note: str | None,
+    ignore_label: int | None,
     anonymise: bool,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
@@ -160,6 +166,7 @@ def prepare(
             workers=workers,
             scheduler=scheduler,
             note=note,
+            ignore_label=ignore_label,
             anonymise=anonymise,
             progress=progress,
         )
@@ -215,7 +222,7 @@ def info(store: Path) -> None:
     for note in cohort.notes:
         click.echo(printable(f"note: {note}"))
     print_notes(
-        (f"{record.case} ({variant})", record.notes)
+        (f"{record.case} ({variant})", record.warnings)
         for variant in cohort.variants
         for record in cohort.records(variant)
     )

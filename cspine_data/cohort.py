@@ -47,7 +47,8 @@ class Cohort:
     def __init__(self, path: str | Path) -> None:
         self.path = location(path)
         self._root: RootRecord = read_root(self.path)
-        self._labelled_cases: dict[str, frozenset[str]] = {}
+        # By variant: the cases in which something is labelled, and those whose label map labels nothing.
+        self._label_maps: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {}
 
     @property
     def location(self) -> str:
@@ -97,7 +98,7 @@ class Cohort:
         leave_out : str, optional
             Leave this case out to test on, and train on all others but one.
         variant : str, optional
-            The variant whose cases to divide; a case that has no label map in it is in no part.
+            The variant whose cases to divide; a case in which nothing is labelled is in no part.
 
         Returns
         -------
@@ -116,7 +117,7 @@ class Cohort:
             split = fold_split(self._batches, folds, fold)
         else:
             split = reference_split(self._batches)
-        held = self._labelled(variant)
+        held, _ = self._read_label_maps(variant)
         return Split(
             *(tuple(case for case in part if case in held) for part in (split.train, split.validation, split.test))
         )
@@ -145,8 +146,8 @@ class Cohort:
         cases : iterable of str, optional
             Only these cases.
         labels : {"binary", "stored"} or None
-            ``binary``: 1 where anything is labelled; ``stored``: the label values; None: images alone, which is the
-            only way to cases without a label map.
+            ``binary``: 1 where anything is labelled, 255 where voxels do not count; ``stored``: the label values; None:
+            images alone, which is the only way to cases without a label map.
         only_labelled : bool
             Only slices that have labelled voxels.
         context : int
@@ -241,14 +242,24 @@ class Cohort:
         return (*self._root.enrolled, late) if late else self._root.enrolled
 
     def _is_labelled(self, case: str) -> bool:
-        return record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labelled
+        return bool(record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labels)
 
-    def _labelled(self, variant: str) -> frozenset[str]:
-        """Return the cases that have a label map in a variant; reads every record, once."""
-        if variant not in self._labelled_cases:
-            found = (record.case for record in records(self.path, self._root, variant) if record.labelled)
-            self._labelled_cases[variant] = frozenset(found)
-        return self._labelled_cases[variant]
+    def empty_label_maps(self, variant: str | None = None) -> tuple[str, ...]:
+        """Return the cases whose stored label map labels nothing; they are in no part of a split.
+
+        Only an earlier cspine stored such label maps: `prepare` takes these cases as unlabelled.
+        """
+        return self._read_label_maps(self._variant(variant))[1]
+
+    def _read_label_maps(self, variant: str) -> tuple[frozenset[str], tuple[str, ...]]:
+        if variant not in self._label_maps:
+            labelled: list[str] = []
+            empty: list[str] = []
+            for record in records(self.path, self._root, variant):
+                if record.labelled:
+                    (labelled if record.labels else empty).append(record.case)
+            self._label_maps[variant] = frozenset(labelled), tuple(empty)
+        return self._label_maps[variant]
 
     def _variant(self, variant: str | None) -> str:
         known = ", ".join(self.variants) or "none: prepare some"

@@ -38,6 +38,8 @@ class Job:
         Make it although the store has it, since that is damaged.
     notes : tuple of str
         The notes on the case that is current in the store.
+    ignore_label : int or None
+        The value of voxels of the label map that do not count.
     """
 
     case: Case
@@ -49,6 +51,7 @@ class Job:
     held: Preprocessing | None = None
     anew: bool = False
     notes: tuple[str, ...] = ()
+    ignore_label: int | None = None
 
     @property
     def volume_digest(self) -> str:
@@ -58,7 +61,7 @@ class Job:
     @property
     def digest(self) -> str:
         """Digest of the stored case that this job makes."""
-        return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes)
+        return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes, self.ignore_label)
 
     @property
     def replacement(self) -> Replacement:
@@ -67,7 +70,11 @@ class Job:
 
 
 def plan_jobs(
-    cases: Sequence[Case], store: Path, preprocessing: Preprocessing, axes: tuple[int, ...]
+    cases: Sequence[Case],
+    store: Path,
+    preprocessing: Preprocessing,
+    axes: tuple[int, ...],
+    ignore_label: int | None = None,
 ) -> tuple[list[Job], list[Problem]]:
     """Digest every case's files and find out what each will be known by."""
     published = read_root(store).cases
@@ -88,7 +95,8 @@ def plan_jobs(
         if first != case.id:
             problems.append(copy_problem(case, first, only_in_store=first not in listed))
             continue
-        job = Job(case, image_sha256, label_sha256, preprocessing, axes)
+        ignored = ignore_label if label_sha256 else None
+        job = Job(case, image_sha256, label_sha256, preprocessing, axes, ignore_label=ignored)
         jobs.append(_with_current(job, store, published))
     return jobs, problems
 
@@ -100,15 +108,19 @@ def planned_anew(jobs: Sequence[Job], store: Path) -> list[Job]:
 
 
 def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -> Job:
-    """Tell a job how the store holds its case; the axes that it has already are kept."""
+    """Tell a job how the store holds its case; the axes and the ignored value that it has already are kept."""
     current = published.get(job.case.id, {}).get(job.preprocessing.variant)
     record = stored_record(store, job.case.id, current) if current else None
     kept, held = (record.axes, record.preprocessing) if record else ((), None)
     if current and record is None:
         # Its record is damaged or of an older cspine; its folders tell.
         kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
-    notes = record.notes if record else ()
-    return replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held, notes=notes)
+    job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held)
+    if record is None:
+        return job
+    # What a case ignores would become a vertebra where the option is forgotten once.
+    ignored = record.ignore_label if job.label_sha256 and job.ignore_label is None else job.ignore_label
+    return replace(job, notes=record.warnings, ignore_label=ignored)
 
 
 def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:

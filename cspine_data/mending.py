@@ -17,12 +17,12 @@ from cspine_data.preprocess import Preprocessing
 from cspine_data.progress import Progress
 from cspine_data.pseudonyms import read_key
 from cspine_data.publishing import mend_root
-from cspine_data.schema import RootRecord
+from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.store import read_root, stored_record
 from cspine_data.verification import STRAY, Damage, mend_groups, verify, verify_case
 from cspine_data.writer import METADATA
 
-Way = tuple[Preprocessing, tuple[int, ...]]
+Way = tuple[Preprocessing, tuple[int, ...], int | None]
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,11 @@ def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, varia
     digest = root.cases[case][variant]
     image_sha256, label_sha256 = file_digests(files[case])
     record = stored_record(store, case, digest)
-    for preprocessing, axes in [(record.preprocessing, record.axes)] if record else ways:
-        job = Job(files[case], image_sha256, label_sha256, preprocessing, axes, digest, preprocessing, anew=True)
+    for preprocessing, axes, ignored in [_way(record)] if record else ways:
+        job = Job(
+            files[case], image_sha256, label_sha256, preprocessing, axes, digest, preprocessing, anew=True,
+            ignore_label=ignored,
+        )  # fmt: skip
         if job.digest == digest:
             return job
     raise InputError(
@@ -162,9 +165,13 @@ def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, varia
 
 def _ways(store: Path, root: RootRecord, variant: str) -> list[Way]:
     """Return in which ways a store's cases were prepared: those that records tell, and the default."""
-    found: list[Way] = [(Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2))]
+    found: list[Way] = [(Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2), None)]
     for case, variants in root.cases.items():
         record = stored_record(store, case, variants[variant]) if variant in variants else None
-        if record and (record.preprocessing, record.axes) not in found:
-            found.append((record.preprocessing, record.axes))
+        if record and _way(record) not in found:
+            found.append(_way(record))
     return found
+
+
+def _way(record: CaseRecord) -> Way:
+    return record.preprocessing, record.axes, record.ignore_label

@@ -102,6 +102,7 @@ def prepare(
     preprocessing: Preprocessing | None = None,
     note: str | None = None,
     anonymise: bool = False,
+    ignore_label: int | None = None,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
@@ -133,6 +134,9 @@ def prepare(
     anonymise : bool
         Call the cases ``case0001`` and so on instead of by their files' names. Which is which stands in `key_file`,
         beside the store.
+    ignore_label : int, optional
+        The value of voxels of label maps that do not count, in training, validation and evaluation. A case that is
+        in the store keeps the one that it was prepared with unless another is given.
     progress : callable, optional
         Called with (cases finished, cases to compute, case id) each time a case is finished.
 
@@ -151,6 +155,8 @@ def prepare(
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
     check_workers(workers)
+    if ignore_label == 0:
+        raise InputError("ignore_label 0", "is the background", "give the value of voxels that must not count")
     if preprocessing is None:
         preprocessing = Preprocessing() if n4 else Preprocessing(bias=None)
     listing = find_cases(source, pairs)
@@ -164,7 +170,7 @@ def prepare(
     if preprocessing.normalisation == "nyul" and preprocessing.standard is None:
         standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
         preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks if standard else None})
-    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
+    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes, ignore_label)
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
     outcomes = do_jobs(to_do, store, workers, scheduler, progress)
@@ -173,7 +179,7 @@ def prepare(
     reused = [job.case.id for job in jobs if job.case.id not in outcomes]
     enrol(
         store,
-        [job.case.id for job in jobs if job.label_sha256 and (job.case.id in written or job.case.id in reused)],
+        _labelled(store, [job for job in jobs if job.case.id in written or job.case.id in reused]),
         note or cohort_note(Path(pairs).parent if pairs else source),
     )
     return PrepareSummary(
@@ -190,6 +196,19 @@ def prepare(
     )
 
 
+def _labelled(store: Path, jobs: Sequence[Job]) -> list[str]:
+    """Return the cases that are to be enrolled, or are: a label map that is empty does not make a labelled case."""
+    enrolled = {case for batch in read_root(store).enrolled for case in batch}
+    labelled = []
+    for job in jobs:
+        if job.label_sha256 and job.case.id not in enrolled:
+            record = stored_record(store, job.case.id, job.digest)
+            if record is not None and not record.labels:
+                continue
+            labelled.append(job.case.id)
+    return labelled
+
+
 def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[str, tuple[str, ...]]:
     """Return the notes on each case that was computed or is reused."""
     notes: dict[str, tuple[str, ...]] = {}
@@ -197,7 +216,7 @@ def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[st
         if job.case.id in written:
             # Another run may have replaced it since, with other axes for example: its record tells then.
             record = stored_record(store, job.case.id, job.digest)
-            notes[job.case.id] = record.notes if record else ()
+            notes[job.case.id] = record.warnings if record else ()
         elif job.current == job.digest:
             notes[job.case.id] = job.notes
     return {case: found for case, found in sorted(notes.items()) if found}

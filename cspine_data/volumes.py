@@ -8,7 +8,9 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from cspine_data import _dicom, _nifti, _nrrd
 from cspine_data._bounded import stored_bytes
 from cspine_data.errors import InputError, printable
 from cspine_data.geometry import Geometry
+from cspine_data.label_content import looks_like_labels
 
 #: 3D Slicer's segmentations, which are label maps.
 SEGMENTATION_SUFFIX = ".seg.nrrd"
@@ -126,7 +129,8 @@ def check_image(image: Volume) -> None:
     Raises
     ------
     InputError
-        If it holds NaN or infinity, is constant, or its floats are so large or small that statistics overflow.
+        If it holds NaN or infinity, is constant, or its floats are so large or small that statistics overflow; if it
+        is a label map.
     """
     if image.array.dtype.kind == "f":
         bad = int(image.array.size - np.isfinite(image.array).sum())
@@ -142,6 +146,38 @@ def check_image(image: Volume) -> None:
             image.name, f"holds intensities from {lowest:.3g} to {highest:.3g}, a range that no scanner has",
             "was it read in the wrong byte order? export it anew",
         )  # fmt: skip
+
+    if looks_like_labels(image.array):
+        of = _volume_of(image)
+        told = f" of {of.name}: same grid," if of else ":"
+        name = label_name(of) if of else "X-label, as that of a volume X,"
+        raise InputError(
+            image.name, f"looks like a label map{told} few whole numbers", f"call it {name} or leave it out"
+        )
+
+
+def _volume_of(label: Volume) -> Path | None:
+    """Return the file on a label map's grid, of those beside it the one that is called most alike; None if it is not.
+
+    One file is read: a folder may hold thousands.
+    """
+    if label.path is None or not label.path.is_file():
+        return None
+    stem = volume_stem(label.path)
+    others = [path for path in sorted(label.path.parent.iterdir()) if volume_suffix(path) and path != label.path]
+    if not others:
+        return None
+
+    def in_common(path: Path) -> tuple[int, int]:
+        name = volume_stem(path)
+        return SequenceMatcher(None, stem, name, autojunk=False).find_longest_match().size, -len(name)
+
+    nearest = max(others, key=in_common)
+    with suppress(InputError):
+        volume = read_volume(nearest)
+        if volume.geometry.same_grid(label.geometry) and not looks_like_labels(volume.array):
+            return nearest
+    return None
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:
