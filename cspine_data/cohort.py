@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cspine_data.cases import EMPTY_LABEL_MAP
 from cspine_data.dataset import Labels, SliceDataset, VolumeDataset
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.geometry import Orientation
@@ -245,10 +246,7 @@ class Cohort:
         return bool(record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labels)
 
     def empty_label_maps(self, variant: str | None = None) -> tuple[str, ...]:
-        """Return the cases whose stored label map labels nothing; they are in no part of a split.
-
-        Only an earlier cspine stored such label maps: `prepare` takes these cases as unlabelled.
-        """
+        """Return the cases that came with a label map that labels nothing; they are in no part of a split."""
         return self._read_label_maps(self._variant(variant))[1]
 
     def _read_label_maps(self, variant: str) -> tuple[frozenset[str], tuple[str, ...]]:
@@ -256,8 +254,10 @@ class Cohort:
             labelled: list[str] = []
             empty: list[str] = []
             for record in records(self.path, self._root, variant):
-                if record.labelled:
-                    (labelled if record.labels else empty).append(record.case)
+                if record.labels:
+                    labelled.append(record.case)
+                elif EMPTY_LABEL_MAP in record.warnings:
+                    empty.append(record.case)
             self._label_maps[variant] = frozenset(labelled), tuple(empty)
         return self._label_maps[variant]
 

@@ -121,6 +121,7 @@ def test_an_empty_label_map_makes_no_labelled_case(tmp_path: Path, serially: Non
     write_volume(raw / "P3S-label.nrrd", Volume(np.zeros_like(LABEL.array), LABEL.geometry))
     summary = prepare(raw, store, n4=False)
     assert list(summary.notes) == ["P3"]
+    assert open_cohort(store).empty_label_maps() == ("P3",)
     split = open_cohort(store).split()
     assert (split.train, split.validation, split.test) == (("P1",), ("P2",), ("P4",))
     again = run_data("prepare", raw, "--store", store, "--no-n4")
@@ -129,6 +130,7 @@ def test_an_empty_label_map_makes_no_labelled_case(tmp_path: Path, serially: Non
     # Drawn later, it joins; the others keep their parts.
     write_volume(raw / "P3S-label.nrrd", LABEL)
     assert prepare(raw, store, n4=False).done == ("P3",)
+    assert open_cohort(store).empty_label_maps() == ()
     later = open_cohort(store).split()
     assert set(later.train) >= set(split.train)
     assert "P3" in (*later.train, *later.validation, *later.test)
