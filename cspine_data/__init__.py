@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cspine_data.bias import BiasParameters, bias_parameters
-    from cspine_data.cases import Case, Listing, Problem, describe_problem, find_cases, volumes_in
+    from cspine_data.cases import Case, Listing, Problem, describe_problem
     from cspine_data.cluster import Workers, side_by_side, usable_cores
     from cspine_data.cohort import Cohort, open_cohort
-    from cspine_data.dataset import SliceDataset, SlicePlace, VolumeDataset
+    from cspine_data.dataset import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cspine_data.geometry import Geometry, Orientation
     from cspine_data.images import usable_image
     from cspine_data.mending import RepairSummary, repair
+    from cspine_data.pairing import find_cases, volumes_in
     from cspine_data.pipeline import PrepareSummary, parse_axes, prepare
     from cspine_data.preprocess import PreparedVolume, Preprocessing, RecordedPreprocessing, preprocess_volume
     from cspine_data.publishing import remove_cases
@@ -46,10 +47,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bias": ("BiasParameters", "bias_parameters"),
-    "cases": ("Case", "Listing", "Problem", "describe_problem", "find_cases", "volumes_in"),
+    "cases": ("Case", "Listing", "Problem", "describe_problem"),
     "cluster": ("Workers", "side_by_side", "usable_cores"),
     "cohort": ("Cohort", "open_cohort"),
-    "dataset": ("SliceDataset", "SlicePlace", "VolumeDataset"),
+    "dataset": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
@@ -57,6 +58,7 @@ _HOME = {
     "geometry": ("Geometry", "Orientation"),
     "images": ("usable_image",),
     "mending": ("RepairSummary", "repair"),
+    "pairing": ("find_cases", "volumes_in"),
     "pipeline": ("PrepareSummary", "parse_axes", "prepare"),
     "preprocess": ("PreparedVolume", "Preprocessing", "RecordedPreprocessing", "preprocess_volume"),
     "publishing": ("remove_cases",),
@@ -70,6 +72,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "IGNORE_INDEX",
     "BiasParameters",
     "Case",
     "CaseRecord",

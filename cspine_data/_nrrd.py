@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cspine_data._bounded import Source, check_claim, grid, stored_bytes
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry
+from cspine_data.names import on_disk
 
 _MAX_HEADER_BYTES = 1 << 20
 _LONGEST_VALUE = 2000
@@ -305,7 +306,7 @@ def _beside(path: Path, name: str) -> Path:
     remedy = "put the data file beside its header"
     folder = path.resolve().parent
     try:
-        data_file = (folder / name).resolve()
+        data_file = (on_disk(folder / name) if Path(name).name == name else folder / name).resolve()
         inside, there = data_file.parent == folder, data_file.is_file()
     # A name too long for a file, with a zero in it, or a link that leads to itself.
     except (OSError, RuntimeError, ValueError):

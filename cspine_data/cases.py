@@ -1,25 +1,28 @@
-"""Which files make up a cohort: volumes, paired with their label maps by name, by folder or by a list."""
+"""One case: its volume with its label map, read and checked, and what is wrong with it in one line."""
 
 from __future__ import annotations
 
-import csv
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cspine_data.errors import CspineDataError, InputError, describe_os_error, printable
+from cspine_data.errors import CspineDataError, describe_os_error, printable
 from cspine_data.images import usable_image
-from cspine_data.label_maps import SEGMENTATION_SUFFIX, fitted_label
-from cspine_data.volumes import Volume, content_digest, read_volume, volume_stem, volume_suffix
+from cspine_data.label_content import check_labels, check_not_the_image, label_notes
+from cspine_data.label_maps import on_volume_grid, whole_numbers
+from cspine_data.tissue import tissue_threshold
+from cspine_data.volumes import Volume, content_digest, read_volume
 
 #: A line of text beside the volumes that says what they are.
 NOTE_FILE = "COHORT.txt"
 _LONGEST_NOTE = 200
-_LABEL_ENDING = "-label"
-_NNUNET_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+#: The note on a case whose label map labels nothing.
+EMPTY_LABEL_MAP = "label map is empty: the case counts as unlabelled"
 _FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\]+")
 _LONGEST_ID_BYTES = 200
 
@@ -76,48 +79,6 @@ class LoadedCase:
     notes: tuple[str, ...] = ()
 
 
-def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
-    """List the cases of a folder.
-
-    Understood are ``X.nrrd`` with ``XS-label``, ``X-label`` or ``X.seg.nrrd`` beside it (also ``.nhdr``, ``.nii``,
-    ``.nii.gz``, in any mixture), nnU-Net's ``imagesTr/X_0000`` with ``labelsTr/X`` (and ``imagesTs``), and any other
-    naming by a list of pairs.
-
-    Parameters
-    ----------
-    source : str or Path
-        The folder.
-    pairs : str or Path, optional
-        A CSV file with the columns ``case,volume,label``; paths are relative to the list; a label may be empty.
-
-    Returns
-    -------
-    Listing
-        The cases and the problems; a problem with one file does not hide the others.
-
-    Raises
-    ------
-    InputError
-        If the source or the list is missing, or holds no volume at all.
-    """
-    if pairs is not None:
-        return _listing(*_read_pairs(Path(pairs)), source=Path(pairs))
-    folder = Path(source)
-    if not folder.is_dir():
-        raise InputError(folder, "is no folder", "give the folder that holds the volumes")
-    if (folder / "imagesTr").is_dir():
-        return _listing(*_nnunet_cases(folder), source=folder)
-    return _listing(*_cases_beside_labels(folder), source=folder)
-
-
-def volumes_in(folder: str | Path) -> list[Path]:
-    """Return what is called like a volume in a folder, by name; label maps are none, by the naming of `find_cases`."""
-    folder = Path(folder)
-    within = [folder / name for name in ("imagesTr", "imagesTs") if (folder / name).is_dir()] or [folder]
-    named = (path for home in within for path in sorted(home.iterdir()))
-    return [path for path in named if volume_suffix(path) and path.name[0] != "." and not _is_label(path)]
-
-
 def is_case_id(name: str) -> bool:
     """Tell whether something can be the id of a case, and so the name of its folder on any file system."""
     fits = _FITS_A_FOLDER_NAME.fullmatch(name) and printable(name) == name
@@ -133,164 +94,46 @@ def cohort_note(source: str | Path) -> str | None:
         return None
 
 
-def load_case(case: Case, *, trust_voxels: bool = False) -> LoadedCase:
-    """Read a case's files and check them.
+def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool = False) -> LoadedCase:
+    """Read a case's files and check them; a label map in which nothing is labelled makes the case an unlabelled one.
 
     Parameters
     ----------
     case : Case
         What to read.
+    ignore_label : int, optional
+        The value of voxels of the label map that do not count.
     trust_voxels : bool
         Put a label map whose header does not say where it lies onto the volume's grid, voxel for voxel.
 
     Raises
     ------
     InputError
-        If a file cannot be read, or the label map lies on another grid or holds values that are no whole numbers.
+        If a file cannot be read, the image is not usable (see `usable_image`), or the label map lies on another grid,
+        holds values that are no whole numbers or negative, is an image, or labels every voxel.
     """
-    image = read_volume(case.volume)
+    stored_image = read_volume(case.volume)
+    image = usable_image(stored_image)
     if case.label is None:
         return LoadedCase(case, image, None, notes=image.notes)
     stored = read_volume(case.label)
-    label = fitted_label(stored, image, trust_voxels=trust_voxels)
-    notes = (*image.notes, *(f"label map: {note}" for note in label.notes if note not in image.notes))
-    return LoadedCase(case, image, label, stored.array.dtype.name, notes)
+    label = whole_numbers(stored, stored_image)
+    if _labels_nothing(label.array, ignore_label):
+        return LoadedCase(case, image, None, notes=(*image.notes, EMPTY_LABEL_MAP))
+    check_labels(label.name, label.array, ignore_label)
+    label = on_volume_grid(label, image, trust_voxels=trust_voxels)
+    check_not_the_image(label.name, label.array, image.array)
+    spacing_mm = image.geometry.spacing_mm
+    tissue = tissue_threshold(image.array, spacing_mm)
+    found = label_notes(label.array, image.array, tissue, math.prod(spacing_mm) / 1e3, ignore_label)
+    notes = [note for note in (*label.notes, *found) if note not in image.notes]
+    notes = [*image.notes, *(f"label map: {note}" for note in notes)]
+    return LoadedCase(case, image, label, stored.array.dtype.name, tuple(notes))
 
 
-def load_usable_case(case: Case, *, trust_voxels: bool = False) -> LoadedCase:
-    """Read a case's files as `load_case` does, and its image as one that can be computed with; see `usable_image`."""
-    loaded = load_case(case, trust_voxels=trust_voxels)
-    image = usable_image(loaded.image)
-    return replace(loaded, image=image, notes=tuple(dict.fromkeys((*image.notes, *loaded.notes))))
-
-
-def _listing(found: Iterable[tuple[str, Path, Path | None]], problems: Iterable[Problem], *, source: Path) -> Listing:
-    by_id: dict[str, list[Case]] = {}
-    for case_id, volume, label in found:
-        by_id.setdefault(case_id, []).append(Case(case_id, volume, label))
-    cases, wrong = [], list(problems)
-    for case_id, claims in sorted(by_id.items()):
-        if len(claims) > 1:
-            names = " and ".join(str(claim.volume) for claim in claims)
-            wrong.append(Problem(case_id, f"{names}: claim the same case {case_id!r}; keep one of them"))
-        elif not is_case_id(case_id):
-            wrong.append(Problem(case_id, f"{claims[0].volume}: {case_id!r} is no usable case id; rename the file"))
-        else:
-            cases.append(claims[0])
-    if not cases and not wrong:
-        remedy = "put .nrrd or .nii.gz files there (folders in it are not searched), or give --pairs"
-        raise InputError(source, "holds no volume", remedy)
-    return Listing(tuple(cases), tuple(wrong))
-
-
-Found = tuple[list[tuple[str, Path, Path | None]], list[Problem]]
-
-
-def _volume_files(folder: Path) -> tuple[list[Path], list[Problem]]:
-    """Return the files of a folder that are volumes by their names, and what only looks like one."""
-    named = sorted(path for path in folder.iterdir() if volume_suffix(path) and not path.name.startswith("."))
-    problem = "is called like a volume and is no file; fetch the file behind it, or remove it"
-    return (
-        [path for path in named if path.is_file()],
-        [Problem(volume_stem(path), f"{path}: {problem}") for path in named if not path.is_file()],
-    )
-
-
-def _is_label(path: Path) -> bool:
-    return path.name.lower().endswith(SEGMENTATION_SUFFIX) or volume_stem(path).lower().endswith(_LABEL_ENDING)
-
-
-def _cases_beside_labels(folder: Path) -> Found:
-    files, problems = _volume_files(folder)
-    volumes = [path for path in files if not _is_label(path)]
-    names = {volume_stem(path) for path in volumes}
-    labels: dict[str, list[Path]] = {}
-    for path in files:
-        if not _is_label(path):
-            continue
-        name = volume_stem(path)
-        if name.lower().endswith(_LABEL_ENDING):
-            name = name[: -len(_LABEL_ENDING)]
-            if name not in names and name[-1:] in ("S", "s"):
-                name = name[:-1]
-        if name in names:
-            labels.setdefault(name, []).append(path)
-        else:
-            problems.append(Problem(name, f"{path}: is a label map without a volume; put {name}.nrrd beside it"))
-    found: list[tuple[str, Path, Path | None]] = []
-    for path in volumes:
-        claims = labels.get(volume_stem(path), [])
-        if len(claims) > 1:
-            both = " and ".join(str(claim) for claim in claims)
-            problems.append(
-                Problem(volume_stem(path), f"{both}: are both label maps of {volume_stem(path)!r}; keep one of them")
-            )
-        else:
-            found.append((volume_stem(path), path, claims[0] if claims else None))
-    return found, problems
-
-
-def _nnunet_cases(folder: Path) -> Found:
-    found: list[tuple[str, Path, Path | None]] = []
-    problems: list[Problem] = []
-    for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
-        label_files: dict[str, list[Path]] = {}
-        if (folder / labels).is_dir():
-            files, odd = _volume_files(folder / labels)
-            problems += odd
-            for path in files:
-                label_files.setdefault(volume_stem(path), []).append(path)
-        if not (folder / images).is_dir():
-            continue
-        files, odd = _volume_files(folder / images)
-        problems += odd
-        for path in files:
-            match = _NNUNET_CHANNEL.match(volume_stem(path))
-            if match is None:
-                problems.append(
-                    Problem(volume_stem(path), f"{path}: has no channel number; name it {volume_stem(path)}_0000")
-                )
-            elif match["channel"] != "0000":
-                message = f"{path}: is a second channel; one channel is used, leave it out"
-                problems.append(Problem(match["case"], message))
-            else:
-                claims = label_files.pop(match["case"], [])
-                if len(claims) > 1:
-                    both = " and ".join(str(claim) for claim in claims)
-                    problems.append(Problem(match["case"], f"{both}: are both its label map; keep one of them"))
-                else:
-                    found.append((match["case"], path, claims[0] if claims else None))
-        problems += [
-            Problem(name, f"{paths[0]}: is a label map without a volume; put {name}_0000 into {images}")
-            for name, paths in sorted(label_files.items())
-        ]
-    return found, problems
-
-
-def _read_pairs(path: Path) -> Found:
-    if not path.is_file():
-        raise InputError(path, "is no file", "give a CSV file with the columns case,volume,label")
-    found: list[tuple[str, Path, Path | None]] = []
-    problems = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            missing = {"case", "volume", "label"} - set(rows.fieldnames or ())
-            if missing:
-                raise InputError(
-                    path, f"lacks the column {', '.join(sorted(missing))}", "start it with case,volume,label"
-                )
-            for number, row in enumerate(rows, start=2):
-                case_id, volume, label = ((row[name] or "").strip() for name in ("case", "volume", "label"))
-                if not case_id or not volume:
-                    problems.append(
-                        Problem(case_id or f"line {number}", f"{path}: line {number} names no case or volume")
-                    )
-                else:
-                    found.append((case_id, path.parent / volume, path.parent / label if label else None))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(path, f"is no readable CSV file ({error})", "save it as CSV in UTF-8") from None
-    return found, problems
+def _labels_nothing(values: NDArray[Any], ignore_label: int | None) -> bool:
+    labelled = values != 0
+    return not (labelled if ignore_label is None else labelled & (values != ignore_label)).any()
 
 
 def describe_problem(case_id: str, error: BaseException) -> Problem:
@@ -319,9 +162,12 @@ class ScannedCase:
 
     row: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    labelled: bool = False
 
 
-def scan_case(case: Case, seen: dict[str, str], *, trust_voxels: bool = False) -> ScannedCase | Problem:
+def scan_case(
+    case: Case, seen: dict[str, str], ignore_label: int | None = None, *, trust_voxels: bool = False
+) -> ScannedCase | Problem:
     """Read and check a case, and describe it.
 
     Parameters
@@ -330,6 +176,8 @@ def scan_case(case: Case, seen: dict[str, str], *, trust_voxels: bool = False) -
         What to read.
     seen : dict
         The case of each digest of a volume that was scanned before; this case's is added.
+    ignore_label : int, optional
+        The value of voxels of label maps that do not count.
     trust_voxels : bool
         See `load_case`.
 
@@ -339,7 +187,7 @@ def scan_case(case: Case, seen: dict[str, str], *, trust_voxels: bool = False) -
         The description, or the one line that says why the case cannot be used.
     """
     try:
-        loaded = load_usable_case(case, trust_voxels=trust_voxels)
+        loaded = load_case(case, ignore_label, trust_voxels=trust_voxels)
         first = seen.setdefault(content_digest(case.volume), case.id)
         if first != case.id:
             return copy_problem(case, first)
@@ -348,12 +196,13 @@ def scan_case(case: Case, seen: dict[str, str], *, trust_voxels: bool = False) -
     geometry = loaded.image.geometry
     orientation = geometry.orientation_code + (" (assumed)" if loaded.image.assumed_orientation else "")
     found = np.unique(loaded.label.array).tolist() if loaded.label else []
+    labels = " ".join(f"{value}{' (ignored)' * (value == ignore_label)}" for value in found if value)
     row = (
         case.id,
         " x ".join(map(str, geometry.size)),
         " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm),
         orientation,
-        " ".join(str(value) for value in found if value) or "-",
-        case.label.name if case.label else "none: for prediction only",
+        labels or "-",
+        case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}: for prediction only",
     )
-    return ScannedCase(row, loaded.notes)
+    return ScannedCase(row, loaded.notes, loaded.label is not None)

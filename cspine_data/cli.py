@@ -23,6 +23,9 @@ TRUST_VOXELS = click.option(
     is_flag=True,
     help="Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.",
 )
+IGNORE_LABEL = click.option(
+    "--ignore-label", type=int, metavar="V", help="Value of voxels of label maps that must not count, such as -1."
+)
 VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
 
 
@@ -51,30 +54,32 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @main.command()
 @SOURCE
 @PAIRS
+@IGNORE_LABEL
 @TRUST_VOXELS
-def scan(source: Path, pairs: Path | None, trust_voxels: bool) -> None:
+def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxels: bool) -> None:
     """Show what would be prepared from SOURCE, and every problem; nothing is written."""
-    from cspine_data.cases import Problem, find_cases, scan_case
+    from cspine_data.cases import Problem, scan_case
+    from cspine_data.pairing import find_cases
 
     listing = find_cases(source, pairs)
     rows, problems, notes = [], list(listing.problems), []
+    unlabelled = 0
     seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
         for number, case in enumerate(listing.cases, start=1):
-            found = scan_case(case, seen, trust_voxels=trust_voxels)
+            found = scan_case(case, seen, ignore_label, trust_voxels=trust_voxels)
             if isinstance(found, Problem):
                 problems.append(found)
             else:
                 rows.append(found.row)
                 notes += [(case.id, found.notes)]
+                unlabelled += not found.labelled
             if progress:
                 progress(number, len(listing.cases), case.id)
     print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
     print_notes(notes)
-    readable = {row[0] for row in rows}
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
-    unlabelled = sum(case.id in readable and case.label is None for case in listing.cases)
     click.echo(f"{len(rows)} cases can be prepared, {unlabelled} without a label map; {len(problems)} problems")
     if problems:
         raise SystemExit(1)
@@ -115,6 +120,7 @@ def scan(source: Path, pairs: Path | None, trust_voxels: bool) -> None:
 @click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
 @PAIRS
 @click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
+@IGNORE_LABEL
 @click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
 @TRUST_VOXELS
 def prepare(
@@ -133,6 +139,7 @@ def prepare(
     scheduler: str | None,
     pairs: Path | None,
     note: str | None,
+    ignore_label: int | None,
     anonymise: bool,
     trust_voxels: bool,
 ) -> None:
@@ -167,6 +174,7 @@ def prepare(
             workers=workers,
             scheduler=scheduler,
             note=note,
+            ignore_label=ignore_label,
             anonymise=anonymise,
             trust_voxels=trust_voxels,
             progress=progress,
@@ -226,7 +234,7 @@ def info(store: Path) -> None:
     for note in cohort.notes:
         click.echo(printable(f"note: {note}"))
     print_notes(
-        (f"{record.case} ({variant})", record.notes)
+        (f"{record.case} ({variant})", record.warnings)
         for variant in cohort.variants
         for record in cohort.records(variant)
     )

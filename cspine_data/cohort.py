@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cspine_data.cases import EMPTY_LABEL_MAP
 from cspine_data.dataset import Labels, SliceDataset, VolumeDataset
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.geometry import Orientation
 from cspine_data.location import is_local, location
+from cspine_data.names import as_known
 from cspine_data.preprocess import PreparedVolume, normalise_volume
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.splits import TEST, TRAIN, VALIDATION, Split, fold_split, leave_one_out, reference_split
@@ -46,7 +48,8 @@ class Cohort:
     def __init__(self, path: str | Path) -> None:
         self.path = location(path)
         self._root: RootRecord = read_root(self.path)
-        self._labelled_cases: dict[str, frozenset[str]] = {}
+        # By variant: the cases in which something is labelled, and those whose label map labels nothing.
+        self._label_maps: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {}
 
     @property
     def location(self) -> str:
@@ -96,7 +99,7 @@ class Cohort:
         leave_out : str, optional
             Leave this case out to test on, and train on all others but one.
         variant : str, optional
-            The variant whose cases to divide; a case that has no label map in it is in no part.
+            The variant whose cases to divide; a case in which nothing is labelled is in no part.
 
         Returns
         -------
@@ -110,12 +113,12 @@ class Cohort:
         """
         variant = self._variant(variant)
         if leave_out is not None:
-            split = leave_one_out(self._batches, leave_out)
+            split = leave_one_out(self._batches, as_known(leave_out, self._root.cases))
         elif folds is not None:
             split = fold_split(self._batches, folds, fold)
         else:
             split = reference_split(self._batches)
-        held = self._labelled(variant)
+        held, _ = self._read_label_maps(variant)
         return Split(
             *(tuple(case for case in part if case in held) for part in (split.train, split.validation, split.test))
         )
@@ -144,8 +147,8 @@ class Cohort:
         cases : iterable of str, optional
             Only these cases.
         labels : {"binary", "stored"} or None
-            ``binary``: 1 where anything is labelled; ``stored``: the label values; None: images alone, which is the
-            only way to cases without a label map.
+            ``binary``: 1 where anything is labelled, 255 where voxels do not count; ``stored``: the label values; None:
+            images alone, which is the only way to cases without a label map.
         only_labelled : bool
             Only slices that have labelled voxels.
         context : int
@@ -224,7 +227,7 @@ class Cohort:
             If its bytes are not what was written.
         """
         if label and variant is None:
-            variant = next(iter(self._root.cases.get(case, {})), None)
+            variant = next(iter(self._root.cases.get(as_known(case, self._root.cases), {})), None)
         record = self.record(case, variant)
         array_xyz = read_label_xyz(self.path, record) if label else read_volume_xyz(self.path, record)
         array = np.ascontiguousarray(Orientation.of(record.geometry).to_file(array_xyz))
@@ -240,14 +243,23 @@ class Cohort:
         return (*self._root.enrolled, late) if late else self._root.enrolled
 
     def _is_labelled(self, case: str) -> bool:
-        return record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labelled
+        return bool(record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labels)
 
-    def _labelled(self, variant: str) -> frozenset[str]:
-        """Return the cases that have a label map in a variant; reads every record, once."""
-        if variant not in self._labelled_cases:
-            found = (record.case for record in records(self.path, self._root, variant) if record.labelled)
-            self._labelled_cases[variant] = frozenset(found)
-        return self._labelled_cases[variant]
+    def empty_label_maps(self, variant: str | None = None) -> tuple[str, ...]:
+        """Return the cases that came with a label map that labels nothing; they are in no part of a split."""
+        return self._read_label_maps(self._variant(variant))[1]
+
+    def _read_label_maps(self, variant: str) -> tuple[frozenset[str], tuple[str, ...]]:
+        if variant not in self._label_maps:
+            labelled: list[str] = []
+            empty: list[str] = []
+            for record in records(self.path, self._root, variant):
+                if record.labels:
+                    labelled.append(record.case)
+                elif EMPTY_LABEL_MAP in record.warnings:
+                    empty.append(record.case)
+            self._label_maps[variant] = frozenset(labelled), tuple(empty)
+        return self._label_maps[variant]
 
     def _variant(self, variant: str | None) -> str:
         known = ", ".join(self.variants) or "none: prepare some"
@@ -270,7 +282,7 @@ class Cohort:
         if isinstance(cases, str):
             raise InputError(f"cases={cases!r}", "is one name", f"give a list of them: [{cases!r}]")
         if cases is not None:
-            wanted = tuple(cases)
+            wanted = tuple(as_known(case, self._root.cases) for case in cases)
             unknown = [case for case in wanted if case not in self._root.cases]
             if unknown:
                 self.record(unknown[0], variant)

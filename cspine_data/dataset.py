@@ -23,6 +23,8 @@ from cspine_data.store import read_label_xyz, read_volume_xyz
 from cspine_data.writer import METADATA
 
 Labels = Literal["binary", "stored"] | None
+#: What stands in binary label maps where a voxel does not count: as `ignore_index` of many losses.
+IGNORE_INDEX = 255
 # A cohort has slices of few sizes, or of too many to keep a buffer for each.
 _MOST_BUFFERS = 32
 
@@ -39,8 +41,9 @@ class SlicePlace:
 class SliceDataset:
     """Slices of a cohort, in order of case, axis and position; `len`, `[]`, picklable.
 
-    Items are ``(image, label)``: float32 (C, H, W) normalised intensities, and uint8 (1, H, W), 1 where labelled (or
-    the stored values and dtype); with ``labels=None`` the image alone. C is 1 + 2 x context. H and W differ between
+    Items are ``(image, label)``: float32 (C, H, W) normalised intensities, and uint8 (1, H, W), 1 where labelled and
+    255 (`IGNORE_INDEX`) where voxels do not count (or the stored values and dtype, see `ignored_values`); with
+    ``labels=None`` the image alone. C is 1 + 2 x context. H and W differ between
     cases and axes, unless `size_hw` was asked for.
 
     Made by `Cohort.slices`. Of each slice it keeps how many labelled voxels it has, and of each case a kilobyte or two,
@@ -147,15 +150,25 @@ class SliceDataset:
             _put_image(self._cases[place[0]].levels, levels, images[number, channel])
         if labels is not None:
             for item, place, label in zip(items, places, labels, strict=True):
+                ignored = self._cases[place[0]].ignored_values
                 # What is known to be empty need not be read.
-                if self.labelled_voxels[item]:
-                    self._put_label(self._decoded(place, "label"), label[0])
+                if self.labelled_voxels[item] or ignored:
+                    self._put_label(self._decoded(place, "label"), label[0], ignored)
                 else:
                     label.fill(0)
 
     def scales(self, items: Sequence[int]) -> NDArray[np.float32]:
         """Return what the int16 numbers of each item's image are worth, float32 (N,): ``image * scale``."""
         return np.array([self._cases[self._place(item)[0]].levels.scale for item in items], np.float32)
+
+    def ignored_values(self, item: int) -> tuple[int, ...]:
+        """Return the stored label values of an item's voxels that do not count."""
+        return self._cases[self._place(item)[0]].ignored_values
+
+    @property
+    def ignores(self) -> bool:
+        """Whether any case has voxels that do not count."""
+        return any(case.ignored_values for case in self._cases)
 
     def place(self, item: int) -> SlicePlace:
         """Return which slice an item is."""
@@ -233,12 +246,13 @@ class SliceDataset:
         array.read_into(position, out)
         return out
 
-    def _put_label(self, label: NDArray[Any], canvas: NDArray[Any]) -> None:
+    def _put_label(self, label: NDArray[Any], canvas: NDArray[Any], ignored: Sequence[int]) -> None:
         window = _middle(canvas, label.shape)
         if window is not canvas:
             _fill_around(canvas, label.shape, 0)
         if self.labels == "binary":
             np.not_equal(label, 0, out=window.view(np.bool_))
+            _mark_ignored(window, label, ignored)
         elif np.can_cast(label.dtype, window.dtype):
             window[...] = label
         else:
@@ -258,6 +272,7 @@ class _SlicedCase:
     levels: Levels
     # H and W of the slices along each axis.
     shapes_hw: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    ignored_values: tuple[int, ...]
     # By axis and kind: the array's folder, and what the case's record says of its metadata and of its shard.
     arrays: dict[tuple[int, str], tuple[str, str, str]]
 
@@ -274,7 +289,7 @@ class _SlicedCase:
                 arrays[axis, kind] = (f"{folder}/{name}", metadata, shard)
         x, y, z = record.sliced_size_xyz
         spacing_mm, shapes_hw = record.sliced_spacing_xyz_mm, ((y, z), (x, z), (x, y))
-        return cls(record.case, (x, y, z), spacing_mm, record.levels, shapes_hw, arrays)
+        return cls(record.case, (x, y, z), spacing_mm, record.levels, shapes_hw, record.ignored_values, arrays)
 
 
 class _Buffers(threading.local):
@@ -336,8 +351,8 @@ class VolumeDataset:
     """Whole volumes of a cohort, in order of case; `len`, `[]`, picklable.
 
     Items are ``(image, label)``: float32 (1, X, Y, Z) normalised intensities, and uint8 (1, X, Y, Z), 1 where labelled
-    (or the stored values and dtype); with ``labels=None`` the image alone. Both lie on the volume's own grid, also
-    where its slices were resampled.
+    and 255 (`IGNORE_INDEX`) where voxels do not count (or the stored values and dtype); with ``labels=None`` the image
+    alone. Both lie on the volume's own grid, also where its slices were resampled.
 
     Made by `Cohort.volumes`.
     """
@@ -358,7 +373,16 @@ class VolumeDataset:
         if self.labels is None:
             return image
         label = read_label_xyz(self._store, record)[None]
-        return image, (label != 0).view(np.uint8) if self.labels == "binary" else label
+        if self.labels == "stored":
+            return image, label
+        binary = (label != 0).view(np.uint8)
+        _mark_ignored(binary, label, record.ignored_values)
+        return image, binary
+
+
+def _mark_ignored(binary: NDArray[np.uint8], label: NDArray[Any], ignored: Sequence[int]) -> None:
+    for value in ignored:
+        binary[label == value] = IGNORE_INDEX
 
 
 def _labelled_voxels(record: CaseRecord, axis: int) -> NDArray[np.int32]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from difflib import SequenceMatcher
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
-from cspine_data.volumes import Volume
+from cspine_data.label_content import looks_like_labels
+from cspine_data.volumes import Volume, label_name, read_volume, volume_stem, volume_suffix
 
 # Statistics are single precision: within these, neither they nor their reciprocals overflow.
 _LARGEST, _LEAST_SPAN = 1e30, 1e-30
@@ -42,7 +46,7 @@ def usable_image(image: Volume) -> Volume:
     ------
     InputError
         If it holds infinity, or NaN within the field of view; if it is constant, its floats are so large or small that
-        statistics overflow, or it is longer than any patient.
+        statistics overflow, it is longer than any patient, or it is a label map.
     """
     extent_mm = np.array(image.geometry.size) * np.array(image.geometry.spacing_mm)
     size = " x ".join(f"{mm:.3g}" for mm in extent_mm)
@@ -62,10 +66,44 @@ def usable_image(image: Volume) -> Volume:
             image.name, f"holds intensities from {lowest:.3g} to {highest:.3g}, a range that no scanner has",
             "was it read in the wrong byte order? export it anew",
         )  # fmt: skip
+    _refuse_labels(image)
     if extent_mm.max() < _SHORTEST_MM:
         note = f"it is only {size} mm large (is its unit of length right?)"
         image = replace(image, notes=tuple(dict.fromkeys((*image.notes, note))))
     return image
+
+
+def _refuse_labels(image: Volume) -> None:
+    if not looks_like_labels(image.array):
+        return
+    of = _volume_of(image)
+    told = f" of {of.name}: same grid," if of else ":"
+    name = label_name(of) if of else "X-label, as that of a volume X,"
+    raise InputError(image.name, f"looks like a label map{told} few whole numbers", f"call it {name} or leave it out")
+
+
+def _volume_of(label: Volume) -> Path | None:
+    """Return the file on a label map's grid, of those beside it the one that is called most alike; None if it is not.
+
+    One file is read: a folder may hold thousands.
+    """
+    if label.path is None or not label.path.is_file():
+        return None
+    stem = volume_stem(label.path)
+    others = [path for path in sorted(label.path.parent.iterdir()) if volume_suffix(path) and path != label.path]
+    if not others:
+        return None
+
+    def in_common(path: Path) -> tuple[int, int]:
+        name = volume_stem(path)
+        return SequenceMatcher(None, stem, name, autojunk=False).find_longest_match().size, -len(name)
+
+    nearest = max(others, key=in_common)
+    with suppress(InputError):
+        volume = read_volume(nearest)
+        if volume.geometry.same_grid(label.geometry) and not looks_like_labels(volume.array):
+            return nearest
+    return None
 
 
 def _without_nan(image: Volume) -> Volume:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cspine_data.cases import Case, Problem, copy_problem, describe_problem
 from cspine_data.errors import InputError
+from cspine_data.names import by_normalised
 from cspine_data.preprocess import Preprocessing
 from cspine_data.publishing import Replacement
 from cspine_data.schema import case_digest, case_path, volume_digest
@@ -39,6 +40,8 @@ class Job:
         See `load_case`. It does not change what is made of files, only whether they are refused.
     notes : tuple of str
         The notes on the case that is current in the store.
+    ignore_label : int or None
+        The value of voxels of the label map that do not count.
     """
 
     case: Case
@@ -51,6 +54,7 @@ class Job:
     anew: bool = False
     trust_voxels: bool = False
     notes: tuple[str, ...] = ()
+    ignore_label: int | None = None
 
     @property
     def volume_digest(self) -> str:
@@ -60,7 +64,7 @@ class Job:
     @property
     def digest(self) -> str:
         """Digest of the stored case that this job makes."""
-        return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes)
+        return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes, self.ignore_label)
 
     @property
     def replacement(self) -> Replacement:
@@ -69,10 +73,17 @@ class Job:
 
 
 def plan_jobs(
-    cases: Sequence[Case], store: Path, preprocessing: Preprocessing, axes: tuple[int, ...]
+    cases: Sequence[Case],
+    store: Path,
+    preprocessing: Preprocessing,
+    axes: tuple[int, ...],
+    ignore_label: int | None = None,
 ) -> tuple[list[Job], list[Problem]]:
     """Digest every case's files and find out what each will be known by."""
     published = read_root(store).cases
+    stored = by_normalised(published)
+    # An earlier cspine kept ids as macOS writes them, decomposed.
+    cases = [replace(case, id=stored.get(case.id, case.id)) for case in cases]
     jobs, problems = [], []
     # A case that is listed now may have got another file since: only the store's other cases keep theirs.
     listed = {case.id for case in cases}
@@ -87,7 +98,8 @@ def plan_jobs(
         if first != case.id:
             problems.append(copy_problem(case, first, only_in_store=first not in listed))
             continue
-        job = Job(case, image_sha256, label_sha256, preprocessing, axes)
+        ignored = ignore_label if label_sha256 else None
+        job = Job(case, image_sha256, label_sha256, preprocessing, axes, ignore_label=ignored)
         jobs.append(_with_current(job, store, published))
     return jobs, problems
 
@@ -99,15 +111,19 @@ def planned_anew(jobs: Sequence[Job], store: Path) -> list[Job]:
 
 
 def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -> Job:
-    """Tell a job how the store holds its case; the axes that it has already are kept."""
+    """Tell a job how the store holds its case; the axes and the ignored value that it has already are kept."""
     current = published.get(job.case.id, {}).get(job.preprocessing.variant)
     record = stored_record(store, job.case.id, current) if current else None
     kept, held = (record.axes, record.preprocessing) if record else ((), None)
     if current and record is None:
         # Its record is damaged or of an older cspine; its folders tell.
         kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
-    notes = record.notes if record else ()
-    return replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held, notes=notes)
+    job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held)
+    if record is None:
+        return job
+    # What a case ignores would become a vertebra where the option is forgotten once.
+    ignored = record.ignore_label if job.label_sha256 and job.ignore_label is None else job.ignore_label
+    return replace(job, notes=record.warnings, ignore_label=ignored)
 
 
 def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:

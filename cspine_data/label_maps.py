@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,49 +10,34 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry
-from cspine_data.volumes import Volume
+from cspine_data.volumes import SEGMENTATION_SUFFIX, Volume
 
-#: Segmentations of 3D Slicer, which are cropped to what is labelled.
-SEGMENTATION_SUFFIX = ".seg.nrrd"
 # What arithmetic in single precision leaves of whole numbers.
 _ROUNDED = 1e-3
 _RESAMPLE = "resample it to the volume"
 
 
-def fitted_label(label: Volume, image: Volume, *, trust_voxels: bool = False) -> Volume:
-    """Return a label map as whole numbers on its volume's grid, with notes on what was done to it.
+def whole_numbers(label: Volume, image: Volume) -> Volume:
+    """Return a label map as whole numbers, with notes on what was done to it.
 
     Parameters
     ----------
-    label : Volume
-        As `read_volume` gives it.
-    image : Volume
-        Its volume, as `read_volume` gives it.
-    trust_voxels : bool
-        Take a label map whose header does not say where it lies for one on the volume's grid, voxel for voxel.
+    label, image : Volume
+        The label map and its volume, as `read_volume` gives them.
 
     Raises
     ------
     InputError
-        If it lies on another grid, or holds values that are no whole numbers.
+        If it holds values that are no whole numbers.
     """
-    values, notes = _whole_numbers(label, image)
-    if label.path and label.path.name.lower().endswith(SEGMENTATION_SUFFIX):
-        values = _pasted(label, values, image.geometry)
-    elif not label.geometry.same_grid(image.geometry):
-        notes += (_placed(label, image, trust_voxels),)
-    return Volume(values, image.geometry, label.path, notes=(*label.notes, *notes))
-
-
-def _whole_numbers(label: Volume, image: Volume) -> tuple[NDArray[Any], tuple[str, ...]]:
     array = label.array
     if array.dtype.kind in "iu":
-        return array, ()
-    notes: tuple[str, ...] = ()
+        return label
+    notes = label.notes
     missing = np.isnan(array)
     if missing.any() and array.shape == image.array.shape and np.isnan(image.array[missing]).all():
         array = np.where(missing, 0, array)
-        notes = ("NaN outside the volume's field of view was taken for 0",)
+        notes = (*notes, "NaN outside the volume's field of view was taken for 0")
     rounded = np.rint(array)
     off = np.abs(rounded - array)
     # A file that keeps one number for two label values has lost which it was.
@@ -62,8 +48,33 @@ def _whole_numbers(label: Volume, image: Volume) -> tuple[NDArray[Any], tuple[st
         )
     if off.any():
         cause = "its header scales them" if label.intensity_step else "they are stored as floats"
-        notes += (f"values were rounded to whole numbers, by at most {off.max():.2g}: {cause}",)
-    return np.asarray(rounded, dtype=np.int32), notes
+        notes = (*notes, f"values were rounded to whole numbers, by at most {off.max():.2g}: {cause}")
+    return replace(label, array=np.asarray(rounded, dtype=np.int32), notes=notes)
+
+
+def on_volume_grid(label: Volume, image: Volume, *, trust_voxels: bool = False) -> Volume:
+    """Return a label map on its volume's grid, with notes on what was done to it.
+
+    Parameters
+    ----------
+    label : Volume
+        Of whole numbers.
+    image : Volume
+        Its volume.
+    trust_voxels : bool
+        Take a label map whose header does not say where it lies for one on the volume's grid, voxel for voxel.
+
+    Raises
+    ------
+    InputError
+        If it lies on another grid.
+    """
+    values, notes = label.array, label.notes
+    if label.path and label.path.name.lower().endswith(SEGMENTATION_SUFFIX):
+        values = _pasted(label, values, image.geometry)
+    elif not label.geometry.same_grid(image.geometry):
+        notes = (*notes, _placed(label, image, trust_voxels))
+    return replace(label, array=values, geometry=image.geometry, notes=notes)
 
 
 def _placed(label: Volume, image: Volume, trust_voxels: bool) -> str:

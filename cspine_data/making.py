@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import schema
-from cspine_data.cases import LoadedCase, load_usable_case
+from cspine_data.attributes import image_metadata, level_attributes, slice_grid
+from cspine_data.cases import LoadedCase, load_case
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.jobs import Job, file_digests
@@ -65,7 +66,7 @@ def prepare_case(job: Job, store: Path) -> int:
         # The run that wrote it may have been killed before its folders were durable.
         sync_above(store, job.case.id)
         return 0
-    loaded = load_usable_case(job.case, trust_voxels=job.trust_voxels)
+    loaded = load_case(job.case, job.ignore_label, trust_voxels=job.trust_voxels)
     if file_digests(job.case) != (job.image_sha256, job.label_sha256):
         raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
     # What is damaged may have lent its checksums to other voxels, so a case that is made anew takes nothing from it.
@@ -135,18 +136,18 @@ def write_case(
 
 def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None) -> None:
     origin_mm = Orientation.of(record.geometry).geometry_xyz(record.geometry).origin_mm
-    ome = schema.image_metadata(record.spacing_xyz_mm, origin_mm)
+    ome = image_metadata(record.spacing_xyz_mm, origin_mm)
     writer.write_group("volume", {"ome": ome})
     chunks = schema.volume_chunks(record.size_xyz)
     writer.write_array(schema.VOLUME_IMAGE, prepared.corrected.image_xyz, chunks, schema.AXES_XYZ, {})
-    sliced = {"image": (prepared.levels_xyz, schema.level_attributes(prepared.levels))}
+    sliced = {"image": (prepared.levels_xyz, level_attributes(prepared.levels))}
     if label is not None:
         writer.write_group("volume/labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
         label_ome = {**ome, "image-label": {"source": {"image": "../../"}}}
         writer.write_group("volume/labels/segmentation", {"ome": label_ome})
         writer.write_array(schema.VOLUME_LABEL, label.volume_xyz, chunks, schema.AXES_XYZ, {})
         sliced["label"] = (label.sliced_xyz, {})
-    grid = schema.slice_grid(record)
+    grid = slice_grid(record)
     for axis in record.axes:
         writer.write_group(f"axis{axis}", grid)
         axes = schema.AXES_XYZ[axis] + schema.AXES_XYZ.replace(schema.AXES_XYZ[axis], "")
@@ -173,13 +174,18 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
     corrected = prepared.corrected
     geometry_xyz = Orientation.of(corrected.geometry).geometry_xyz(corrected.geometry)
     label_voxels: dict[int, int] = {}
+    ignored_voxels = 0
     labelled_voxels: dict[int, tuple[int, ...]] = {}
     if label is not None:
         values, counts = np.unique(label.volume_xyz[label.volume_xyz != 0], return_counts=True)
         label_voxels = {int(value): int(n) for value, n in zip(values, counts, strict=True)}
+        ignored_voxels = label_voxels.pop(job.ignore_label, 0) if job.ignore_label is not None else 0
+        counted = label.sliced_xyz != 0
+        if ignored_voxels:
+            counted &= label.sliced_xyz != job.ignore_label
         for axis in range(3):
             others = tuple(a for a in range(3) if a != axis)
-            labelled_voxels[axis] = tuple(np.count_nonzero(label.sliced_xyz, axis=others).tolist())
+            labelled_voxels[axis] = tuple(np.count_nonzero(counted, axis=others).tolist())
     sliced_x, sliced_y, sliced_z = prepared.levels_xyz.shape
     return CaseRecord(
         case=job.case.id,
@@ -187,7 +193,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         digest=job.digest,
         volume_digest=job.volume_digest,
         image_sha256=job.image_sha256,
-        label_sha256=job.label_sha256,
+        label_sha256=job.label_sha256 if label is not None else None,
         voxels_sha256=_voxels_sha256(loaded.image),
         preprocessing=job.preprocessing,
         geometry=corrected.geometry,
@@ -212,6 +218,8 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         label_voxels=label_voxels,
         labelled_voxels=labelled_voxels,
         notes=loaded.notes,
+        ignore_label=job.ignore_label,
+        ignored_voxels=ignored_voxels,
     )
 
 

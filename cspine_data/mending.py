@@ -6,21 +6,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cspine_data.cases import Case, Problem, describe_problem, find_cases
+from cspine_data.cases import Case, Problem, describe_problem
 from cspine_data.cluster import check_workers
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.jobs import Job, file_digests
+from cspine_data.names import by_normalised
+from cspine_data.pairing import find_cases
 from cspine_data.pipeline import do_jobs, existing_key
 from cspine_data.preprocess import Preprocessing
 from cspine_data.progress import Progress
 from cspine_data.pseudonyms import read_key
 from cspine_data.publishing import mend_root
-from cspine_data.schema import RootRecord
+from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.store import read_root, stored_record
 from cspine_data.verification import STRAY, Damage, mend_groups, verify, verify_case
 from cspine_data.writer import METADATA
 
-Way = tuple[Preprocessing, tuple[int, ...]]
+Way = tuple[Preprocessing, tuple[int, ...], int | None]
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def _lost_root(store: Path) -> tuple[Damage, ...]:
 def _files(store: Path, root: RootRecord, cases: Iterable[Case]) -> dict[str, Case]:
     """Return a source's cases by the ids that the store knows them by."""
     if not root.neutral_ids:
-        return {case.id: case for case in cases}
+        stored = by_normalised(root.cases)
+        return {stored.get(case.id, case.id): replace(case, id=stored.get(case.id, case.id)) for case in cases}
     ids = read_key(existing_key(store, root))
     return {ids[case.id]: replace(case, id=ids[case.id]) for case in cases if case.id in ids}
 
@@ -147,11 +150,11 @@ def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, varia
     digest = root.cases[case][variant]
     image_sha256, label_sha256 = file_digests(files[case])
     record = stored_record(store, case, digest)
-    for preprocessing, axes in [(record.preprocessing, record.axes)] if record else ways:
+    for preprocessing, axes, ignored in [_way(record)] if record else ways:
         # The damaged case was made of these very files, so its label map was trusted where it had to be.
         job = Job(
-            files[case], image_sha256, label_sha256, preprocessing, axes, digest, preprocessing,
-            anew=True, trust_voxels=True,
+            files[case], image_sha256, label_sha256, preprocessing, axes, digest, preprocessing, anew=True,
+            trust_voxels=True, ignore_label=ignored,
         )  # fmt: skip
         if job.digest == digest:
             return job
@@ -163,9 +166,13 @@ def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, varia
 
 def _ways(store: Path, root: RootRecord, variant: str) -> list[Way]:
     """Return in which ways a store's cases were prepared: those that records tell, and the default."""
-    found: list[Way] = [(Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2))]
+    found: list[Way] = [(Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2), None)]
     for case, variants in root.cases.items():
         record = stored_record(store, case, variants[variant]) if variant in variants else None
-        if record and (record.preprocessing, record.axes) not in found:
-            found.append((record.preprocessing, record.axes))
+        if record and _way(record) not in found:
+            found.append(_way(record))
     return found
+
+
+def _way(record: CaseRecord) -> Way:
+    return record.preprocessing, record.axes, record.ignore_label

@@ -14,13 +14,13 @@ from cspine_data.cases import (
     cohort_note,
     copy_problem,
     describe_problem,
-    find_cases,
 )
 from cspine_data.cluster import Result, check_workers, run_jobs
 from cspine_data.errors import InputError
 from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, is_current, plan_jobs, planned_anew
 from cspine_data.making import prepare_case, stored_volume
+from cspine_data.pairing import find_cases
 from cspine_data.preprocess import Preprocessing, correct_volume
 from cspine_data.progress import Progress
 from cspine_data.pseudonyms import with_neutral_ids
@@ -103,6 +103,7 @@ def prepare(
     note: str | None = None,
     anonymise: bool = False,
     trust_voxels: bool = False,
+    ignore_label: int | None = None,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
@@ -136,6 +137,9 @@ def prepare(
         beside the store.
     trust_voxels : bool
         Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.
+    ignore_label : int, optional
+        The value of voxels of label maps that do not count, in training, validation and evaluation. A case that is
+        in the store keeps the one that it was prepared with unless another is given.
     progress : callable, optional
         Called with (cases finished, cases to compute, case id) each time a case is finished.
 
@@ -154,6 +158,8 @@ def prepare(
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
     check_workers(workers)
+    if ignore_label == 0:
+        raise InputError("ignore_label 0", "is the background", "give the value of voxels that must not count")
     if preprocessing is None:
         preprocessing = Preprocessing() if n4 else Preprocessing(bias=None)
     listing = find_cases(source, pairs)
@@ -167,7 +173,7 @@ def prepare(
     if preprocessing.normalisation == "nyul" and preprocessing.standard is None:
         standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
         preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks if standard else None})
-    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
+    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes, ignore_label)
     jobs = [replace(job, trust_voxels=trust_voxels) for job in jobs]
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
@@ -177,7 +183,7 @@ def prepare(
     reused = [job.case.id for job in jobs if job.case.id not in outcomes]
     enrol(
         store,
-        [job.case.id for job in jobs if job.label_sha256 and (job.case.id in written or job.case.id in reused)],
+        _labelled(store, [job for job in jobs if job.case.id in written or job.case.id in reused]),
         note or cohort_note(Path(pairs).parent if pairs else source),
     )
     return PrepareSummary(
@@ -194,6 +200,19 @@ def prepare(
     )
 
 
+def _labelled(store: Path, jobs: Sequence[Job]) -> list[str]:
+    """Return the cases that are to be enrolled, or are: a label map that is empty does not make a labelled case."""
+    enrolled = {case for batch in read_root(store).enrolled for case in batch}
+    labelled = []
+    for job in jobs:
+        if job.label_sha256 and job.case.id not in enrolled:
+            record = stored_record(store, job.case.id, job.digest)
+            if record is not None and not record.labels:
+                continue
+            labelled.append(job.case.id)
+    return labelled
+
+
 def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[str, tuple[str, ...]]:
     """Return the notes on each case that was computed or is reused."""
     notes: dict[str, tuple[str, ...]] = {}
@@ -201,7 +220,7 @@ def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[st
         if job.case.id in written:
             # Another run may have replaced it since, with other axes for example: its record tells then.
             record = stored_record(store, job.case.id, job.digest)
-            notes[job.case.id] = record.notes if record else ()
+            notes[job.case.id] = record.warnings if record else ()
         elif job.current == job.digest:
             notes[job.case.id] = job.notes
     return {case: found for case, found in sorted(notes.items()) if found}

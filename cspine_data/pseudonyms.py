@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cspine_data.cases import Case, Listing, Problem
 from cspine_data.errors import InputError
+from cspine_data.names import normalised
 from cspine_data.publishing import kept_lock
 from cspine_data.schema import NEUTRAL_ID
 from cspine_data.volumes import content_digest
@@ -122,7 +123,7 @@ def read_key(key: Path) -> dict[str, str]:
         wrong = _wrong(row, ids, given)
         if wrong:
             raise InputError(key, f"{wrong} in row {number}", _BY_HAND)
-        ids[row[1]] = row[0]
+        ids[normalised(row[1])] = row[0]
         given.add(row[0])
     return ids
 
@@ -135,7 +136,7 @@ def _wrong(row: list[str], ids: Mapping[str, str], given: set[str]) -> str | Non
         return "has an id unlike case0001"
     if neutral in given:
         return f"gives {neutral} a second time,"
-    return "names a case a second time" if case in ids else None
+    return "names a case a second time" if normalised(case) in ids else None
 
 
 def _write(key: Path, ids: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from cspine_data import schema
 from cspine_data.errors import NewerSchemaError, NotInStoreError, StoreError, describe_os_error
 from cspine_data.location import refuse_url
+from cspine_data.names import as_known
 from cspine_data.schema import CaseRecord, RootRecord, Standard
 from cspine_data.store import ROOT_COPY, read_metadata, read_root, stored_record
 from cspine_data.writer import METADATA, make_folder, replace_file, sync_folder
@@ -204,11 +205,11 @@ def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -
     NotInStoreError
         If the store does not hold one of them; then none is removed.
     """
-    wanted = list(dict.fromkeys(cases))
+    asked = list(dict.fromkeys(cases))
 
     def without(root: RootRecord) -> RootRecord:
         kept = {case: dict(variants) for case, variants in root.cases.items()}
-        for case in wanted:
+        for case in [as_known(name, kept) for name in asked]:
             named = [name for name in kept.get(case, {}) if variant in (None, name)]
             if not named:
                 what = f"case {case!r}" + (f" as {variant}" if variant else "")

@@ -24,8 +24,8 @@ import google_crc32c
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
-from cspine_data.cases import is_case_id
-from cspine_data.geometry import Geometry, Orientation, Triple
+from cspine_data.cases import EMPTY_LABEL_MAP, is_case_id
+from cspine_data.geometry import Geometry, Triple
 from cspine_data.intensity import Levels, Normalisation, TissueStatistics
 from cspine_data.preprocess import Preprocessing, RecordedPreprocessing, doubts
 
@@ -143,13 +143,17 @@ class CaseRecord(BaseModel):
     axes : tuple of int
         The axes along which slices are stored.
     label_voxels : dict
-        How many voxels each label value has in the volume, zero left out.
+        How many voxels each label value has in the volume, zero and what is ignored left out.
     labelled_voxels : dict
         ``labelled_voxels[axis][i]``: how many labelled voxels slice ``i`` has, for all three axes.
     files : dict
         SHA-256 of every file of the case but the one that holds this record, by path within the case.
     notes : tuple of str
         What a user should know about the source files; see `Volume`.
+    ignore_label : int or None
+        The value of voxels of the label map that do not count, where one was given.
+    ignored_voxels : int
+        How many voxels have it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -186,12 +190,15 @@ class CaseRecord(BaseModel):
     labelled_voxels: dict[int, tuple[int, ...]]
     files: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ignore_label: int | None = None
+    ignored_voxels: int = 0
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_not_there(self, handler: Callable[[CaseRecord], dict[str, Any]]) -> dict[str, Any]:
-        # A case without notes has the bytes that it had before there were any.
+        # A case that has none of these keeps the bytes that it had before there were any.
         content = handler(self)
-        return content if self.notes else {name: value for name, value in content.items() if name != "notes"}
+        absent = {"notes": (), "ignore_label": None, "ignored_voxels": 0}
+        return {name: value for name, value in content.items() if absent.get(name, ...) != getattr(self, name)}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> CaseRecord:
@@ -213,6 +220,27 @@ class CaseRecord(BaseModel):
     def doubts(self) -> tuple[str, ...]:
         """In what the estimate of its bias field is implausible, a line each."""
         return doubts(self.log_bias_deviation, self.tissue_fraction, self.noise_share)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The label values that count, sorted; empty where the label map labels nothing, or there is none."""
+        return tuple(sorted(value for value in self.label_voxels if value > 0))
+
+    @property
+    def ignored_values(self) -> tuple[int, ...]:
+        """The values of voxels of the label map that do not count: the one that was given, and what is negative.
+
+        Negative values are only in the stores of an earlier cspine.
+        """
+        given = {self.ignore_label} if self.ignore_label is not None and self.ignored_voxels else set()
+        return tuple(sorted(given | {value for value in self.label_voxels if value < 0}))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes, and what the counts of a record of an earlier cspine say that would be a note today."""
+        found = [EMPTY_LABEL_MAP] if self.labelled and not self.labels else []
+        found += [f"label map: holds the negative value {v}, which is ignored" for v in self.label_voxels if v < 0]
+        return (*self.notes, *found)
 
     def labelled_extent_mm(self, axis: int) -> float:
         """Return how far the labelled voxels reach along an axis; 0 where there are none."""
@@ -249,9 +277,16 @@ def standard_key(preprocessing: Preprocessing) -> str:
     return _digest([SCHEMA_VERSION, preprocessing.revision, _bias(preprocessing)])
 
 
-def case_digest(of_volume: str, label_sha256: str | None, preprocessing: Preprocessing, axes: tuple[int, ...]) -> str:
-    """Digest what a stored case depends on: its corrected volume, label map, preprocessing, and axes."""
-    return _digest([of_volume, label_sha256, preprocessing.model_dump(mode="json"), list(axes)])
+def case_digest(
+    of_volume: str,
+    label_sha256: str | None,
+    preprocessing: Preprocessing,
+    axes: tuple[int, ...],
+    ignore_label: int | None = None,
+) -> str:
+    """Digest what a stored case depends on: its corrected volume, label map, preprocessing, axes, ignored value."""
+    content = [of_volume, label_sha256, preprocessing.model_dump(mode="json"), list(axes)]
+    return _digest(content if ignore_label is None else [*content, {"ignore_label": ignore_label}])
 
 
 def record_checksum(record: dict[str, Any]) -> str:
@@ -363,42 +398,3 @@ def is_own_layout(metadata: dict[str, Any], chunks: tuple[int, ...]) -> bool:
         return sharding["name"], inner["chunk_shape"], inner["index_location"], names, endian, told
 
     return len(metadata["codecs"]) == 1 and bool(decided_by(metadata) == decided_by(own))
-
-
-def slice_grid(record: CaseRecord) -> dict[str, Any]:
-    """Return where a case's slices lie, for readers that know no records: x, y, z; mm, LPS."""
-    grid = Orientation.of(record.geometry).geometry_xyz(record.geometry)
-    centre = (np.array(grid.size) - 1) / 2
-    steps = np.array(record.sliced_spacing_xyz_mm) / np.array(grid.spacing_mm)
-    first = centre - (np.array(record.sliced_size_xyz) - 1) / 2 * steps
-    return {
-        "spacing_xyz_mm": list(record.sliced_spacing_xyz_mm),
-        "origin_xyz_mm": grid.positions_mm(first[None])[0].tolist(),
-        "directions_xyz": [list(row) for row in grid.directions],
-    }
-
-
-def level_attributes(levels: Levels) -> dict[str, Any]:
-    """Return what tells any reader (CF conventions) what an array's numbers stand for."""
-    return {"scale_factor": levels.scale, "add_offset": 0.0}
-
-
-def image_metadata(spacing_mm: Triple, origin_mm: Triple) -> dict[str, Any]:
-    """Return OME-Zarr 0.5 attributes of an image or label map whose only resolution is the array ``0``."""
-    return {
-        "version": "0.5",
-        "multiscales": [
-            {
-                "axes": [{"name": name, "type": "space", "unit": "millimeter"} for name in AXES_XYZ],
-                "datasets": [
-                    {
-                        "path": "0",
-                        "coordinateTransformations": [
-                            {"type": "scale", "scale": list(spacing_mm)},
-                            {"type": "translation", "translation": list(origin_mm)},
-                        ],
-                    }
-                ],
-            }
-        ],
-    }

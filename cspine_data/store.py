@@ -19,6 +19,7 @@ from cspine_data import schema
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
 from cspine_data.intensity import TissueStatistics
 from cspine_data.location import is_local, refuse_url
+from cspine_data.names import as_known
 from cspine_data.preprocess import CorrectedVolume
 from cspine_data.schema import CaseRecord, RootRecord
 from cspine_data.shards import open_file, read_whole
@@ -99,6 +100,7 @@ def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseReco
     DamagedStoreError
         If its record is missing or damaged.
     """
+    case = as_known(case, root.cases)
     variants = root.cases.get(case)
     if variants is None:
         raise NotInStoreError(f"{path}: holds no case {case!r}; cspine-data info lists what it holds")

@@ -20,7 +20,9 @@ from cspine_data._bounded import grid, stored_bytes
 from cspine_data.errors import InputError, printable
 from cspine_data.geometry import Geometry
 
-SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nhdr", ".nii")
+#: 3D Slicer's segmentations, which are label maps.
+SEGMENTATION_SUFFIX = ".seg.nrrd"
+SUFFIXES = (SEGMENTATION_SUFFIX, ".nii.gz", ".nrrd", ".nhdr", ".nii")
 # Okabe and Ito (2008): told apart by the colour-blind.
 _COLOURS = (
     "0.902 0.624 0", "0.337 0.706 0.914", "0 0.620 0.451", "0.941 0.894 0.259", "0 0.447 0.698", "0.835 0.369 0",

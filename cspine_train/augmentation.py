@@ -115,11 +115,16 @@ class Augmentation:
         Size of the part of each slice that is kept, see `crop_centres`; shifts then move it, by a share of the whole
         slice, off what it would hold. It is cut out as the slice is turned, so that what turns into view at its border
         is the slice itself.
+    labels : int, optional
+        How many channels of masks, the first ones, are labels for a crop to hold; all by default.
     """
 
-    def __init__(self, level: Level | Amounts, crop_hw: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, level: Level | Amounts, crop_hw: tuple[int, int] | None = None, labels: int | None = None
+    ) -> None:
         self.amounts = level if isinstance(level, Amounts) else LEVELS[level]
         self.crop_hw = crop_hw
+        self._labels = labels
 
     def __call__(self, images: torch.Tensor, masks: torch.Tensor, axes: torch.Tensor, seeds: Sequence[int]) -> Pair:
         """Change a batch.
@@ -157,7 +162,7 @@ class Augmentation:
         bent = draws.whether(amounts.chance if amounts.distortion else 0)
         knots = draws.around(2 * _GRID * _GRID).view(-1, 2, _GRID, _GRID)
         if self.crop_hw:
-            centre = centre + crop_centres(masks, crop_hw, where)
+            centre = centre + crop_centres(masks[:, : self._labels], crop_hw, where)
         elif amounts == Amounts():
             return images, masks
         grid = sampling_grid(full_hw, crop_hw, radians, scale, centre, flip & (axes != 0))

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cspine_data import CspineDataError, SliceDataset
+from cspine_data import IGNORE_INDEX, CspineDataError, SliceDataset
 from cspine_train.classes import class_numbers
 from cspine_train.transforms import masks_to_network, network_shape, shares_of, to_network
 
@@ -33,7 +33,8 @@ class Batch(NamedTuple):
         float32 (N,): what an image's numbers are worth.
     masks : Tensor
         uint8 (N, 1, H, W), the number of each pixel's label, 0 for none; where slices were resampled or cropped float32
-        (N, K, H, W), the share of each pixel that has each label. Binary labels are one.
+        (N, K, H, W), the share of each pixel that has each label. Binary labels are one. See `shares_of` for what does
+        not count.
     numbers : Tensor
         int64 (N,): which of `SliceDataset.cases` each slice is of.
     axes : Tensor
@@ -53,10 +54,10 @@ class Batch(NamedTuple):
         """Return the images as normalised intensities, float32."""
         return self.images.float() * self.scales.view(-1, 1, 1, 1)
 
-    def shares(self, labels: int) -> torch.Tensor:
-        """Return the share of each pixel that has each of so many labels, float32 (N, `labels`, H, W)."""
+    def shares(self, labels: int, ignores: bool = False) -> torch.Tensor:
+        """Return the share of each pixel that has each of so many labels, see `shares_of`."""
         # A byte a pixel is brought to the device, however many labels there are.
-        return shares_of(self.masks, labels) if self.masks.dtype == torch.uint8 else self.masks
+        return shares_of(self.masks, labels, ignores) if self.masks.dtype == torch.uint8 else self.masks
 
 
 # Ready, or being read, while another is used.
@@ -78,14 +79,22 @@ class SliceBatches(Dataset[Batch]):
         Size of every image.
     values : sequence of int
         For stored labels: the value of each, see `class_numbers`.
+    ignores : bool
+        Whether voxels of the run may be ignored, see `shares_of`.
     """
 
     def __init__(
-        self, slices: SliceDataset, pixel_mm: float | None, size_hw: tuple[int, int], values: Sequence[int] = ()
+        self,
+        slices: SliceDataset,
+        pixel_mm: float | None,
+        size_hw: tuple[int, int],
+        values: Sequence[int] = (),
+        ignores: bool = False,
     ) -> None:
         self.slices = slices
         self._values = tuple(values)
         self._labels = max(1, len(values))
+        self._ignores = ignores
         self._pixel_mm = pixel_mm
         self._size_hw = size_hw
         cropped = any(height > size_hw[0] or width > size_hw[1] for height, width in slices.shapes_hw)
@@ -110,7 +119,7 @@ class SliceBatches(Dataset[Batch]):
         channels = 2 * self.slices.context + 1
         image_dtype, mask_dtype = (torch.int16, torch.uint8) if self._as_stored else (torch.float32, torch.float32)
         images = _empty((len(items), channels, *self._size_hw), image_dtype)
-        masks = _empty((len(items), 1 if self._as_stored else self._labels, *self._size_hw), mask_dtype)
+        masks = _empty((len(items), 1 if self._as_stored else self._labels + self._ignores, *self._size_hw), mask_dtype)
         if self._as_stored:
             self._read(items, images.numpy(), masks.numpy())
             scales = torch.from_numpy(self.slices.scales(items))
@@ -134,7 +143,9 @@ class SliceBatches(Dataset[Batch]):
             self._read([items[number] for number in numbers], stored, labels)
             seen = to_network(stored.reshape(-1, *shape_hw), spacing_mm, self._pixel_mm, self._size_hw)
             images[numbers] = seen.view(len(numbers), -1, *self._size_hw)
-            masks[numbers] = masks_to_network(labels[:, 0], spacing_mm, self._pixel_mm, self._size_hw, self._labels)
+            masks[numbers] = masks_to_network(
+                labels[:, 0], spacing_mm, self._pixel_mm, self._size_hw, self._labels, self._ignores
+            )
 
     def _read(self, items: Sequence[int], images: NDArray[Any], masks: NDArray[np.uint8]) -> None:
         """Read images, and the number of each pixel's label."""
@@ -145,6 +156,9 @@ class SliceBatches(Dataset[Batch]):
         stored = np.empty(masks.shape, np.int64)
         self.slices.read_into(items, images, stored)
         masks[...] = class_numbers(stored, self._values)
+        for item, mask, values in zip(items, masks, stored, strict=True):
+            for ignored in self.slices.ignored_values(item):
+                mask[values == ignored] = IGNORE_INDEX
 
 
 class BatchLoader(DataLoader[Batch]):

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import Cohort, Split
+from cspine_data import IGNORE_INDEX, Cohort, Split
 from cspine_train.errors import RunError
 from cspine_train.settings import RunSettings
 
-#: Numbers of classes are a byte, 0 being what has no label.
-MOST_LABELS = 255
+#: Numbers of classes are a byte: 0 is what has no label, the last what does not count.
+MOST_LABELS = IGNORE_INDEX - 1
 _DTYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
 _TOLD = 3
 
@@ -26,12 +26,12 @@ def label_values(cohort: Cohort, split: Split, settings: RunSettings) -> tuple[i
     Raises
     ------
     RunError
-        If there are more than 255, or one that 32 bits do not hold.
+        If there are more than 254, or one that 32 bits do not hold.
     """
     if settings.labels == "binary":
         return ()
-    trained = [case for case in split.train if settings.case_weights.get(case, 1) > 0]
-    values = {value for case in trained for value in cohort.record(case, settings.variant).label_voxels}
+    trained = [case for case in split.train if settings.weight_of(case) > 0]
+    values = {value for case in trained for value in cohort.record(case, settings.variant).labels}
     limits = np.iinfo(np.int32)
     too_wide = [value for value in values if not limits.min <= value <= limits.max]
     if too_wide or len(values) > MOST_LABELS:
@@ -55,7 +55,7 @@ def unknown_labels(
     if settings.labels == "binary":
         return {}
     unknown = {
-        case: tuple(sorted(set(cohort.record(case, settings.variant).label_voxels) - set(values)))
+        case: tuple(sorted(set(cohort.record(case, settings.variant).labels) - set(values)))
         for case in (*split.validation, *split.test)
     }
     return {case: others for case, others in unknown.items() if others}

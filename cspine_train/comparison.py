@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,7 +131,7 @@ def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: s
     scores: dict[str, float] = {}
     for folder in folders:
         of_run = {
-            row["case"]: row[measure]
+            unicodedata.normalize("NFC", row["case"]): row[measure]
             for _, evaluation in recorded_evaluations(folder, records[folder])
             for row in evaluation["patients"]
             if row["split"] == split and measure in row

@@ -42,7 +42,7 @@ def confusion(
 def mean_label_dice(counts: torch.Tensor, unknown: Sequence[int]) -> float:
     """Return the mean, over patients, of the mean Dice over the labels that each has.
 
-    A patient without any label counts as 1 where none was found, else as 0.
+    A patient without any label has no Dice and is left out; where there is no other, it is 0.
 
     Parameters
     ----------
@@ -56,5 +56,5 @@ def mean_label_dice(counts: torch.Tensor, unknown: Sequence[int]) -> float:
     dice = 2 * both / (truth + found).clamp_min(1)
     has = truth > 0
     labels = has.sum(1) + torch.tensor(unknown, device=counts.device)
-    empty = (found.sum(1) == 0).double()
-    return float(torch.where(labels > 0, (dice * has).sum(1) / labels.clamp_min(1), empty).mean())
+    of_patients = ((dice * has).sum(1) / labels.clamp_min(1))[labels > 0]
+    return float(of_patients.mean()) if len(of_patients) else 0.0

@@ -86,11 +86,13 @@ class CohortSlices(lightning.LightningDataModule):
         #: The size of the part of it that training sees; None where it sees the whole.
         self.crop_hw = size_that_holds_labels(trained, settings, self.size_hw, sides)
         self._weights = weights_of(train.cases, settings.case_weights, cohort.cases)
-        self._train = SliceBatches(train, settings.pixel_mm, self.size_hw, values)
+        #: Whether voxels of any patient do not count.
+        self.ignores = train.ignores or validation.ignores
+        self._train = SliceBatches(train, settings.pixel_mm, self.size_hw, values, self.ignores)
         # Whole slices, as prediction sees them.
         height, width = (max(pair) for pair in zip(self.size_hw, holds_all, strict=True))
         self._validation_hw = height, width
-        self._validation = SliceBatches(validation, settings.pixel_mm, self._validation_hw, values)
+        self._validation = SliceBatches(validation, settings.pixel_mm, self._validation_hw, values, self.ignores)
 
     @property
     def labelled_slices(self) -> int:

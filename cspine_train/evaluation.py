@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import CspineDataError, Problem, open_cohort
+from cspine_data import Cohort, CspineDataError, Problem, open_cohort
 from cspine_train.errors import RunError
 from cspine_train.intervals import MeanInterval, mean_interval
 from cspine_train.metrics import (
@@ -179,7 +179,8 @@ def evaluate(
     Raises
     ------
     RunError
-        If the run cannot be used, the parts hold no patient, or the store holds other data than it was trained on.
+        If the run cannot be used, the parts hold no patient in whom something is labelled, or the store holds other
+        data than it was trained on.
     CspineDataError
         If the store cannot be used, or none of the patients; where only some cannot, the others are scored.
     """
@@ -195,6 +196,7 @@ def evaluate(
     cohort = open_cohort(store or record.store)
     for _, case in wanted:
         check_trained_on(loaded, cohort, case)
+    wanted, nothing = _labelled(loaded, cohort, wanted)
     gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST))
     scores, failed = [], []
     for number, (part, case) in enumerate(wanted, start=1):
@@ -217,7 +219,7 @@ def evaluate(
     with never_fatal(f"{folder}: pictures"):
         of = f"{len(scores)} {' and '.join(splits)} patient{'s' if len(scores) > 1 else ''}"
         pictures += gallery.draw(folder, f"{name}-", of, record.caveats())
-    evaluation = _written(loaded, name, tuple(scores), tuple(failed), time.monotonic() - started)
+    evaluation = _written(loaded, name, tuple(scores), tuple(failed), time.monotonic() - started, nothing)
     files = [*evaluation.files, *pictures]
     with never_fatal(f"{loaded.path / REPORT_NAME}"):
         files.append(write_report(loaded.path, record))
@@ -226,9 +228,33 @@ def evaluate(
     return replace(evaluation, files=tuple(files))
 
 
+def _labelled(
+    loaded: LoadedRun, cohort: Cohort, wanted: Sequence[tuple[str, str]]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the patients, by part and case, in whom something is labelled, and the cases of the others.
+
+    Raises
+    ------
+    RunError
+        If nothing is labelled in any of them.
+    """
+    labelled, nothing = [], []
+    for part, case in wanted:
+        if cohort.record(case, loaded.record.settings.variant).labels:
+            labelled.append((part, case))
+        else:
+            nothing.append(case)
+    if not labelled:
+        raise RunError(
+            f"{cohort.path}: the label maps of {', '.join(nothing)} label nothing, and there is nobody else to score; "
+            "choose another --split"
+        )
+    return labelled, nothing
+
+
 def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> PatientScore:
     """Return how well a patient's volume was segmented by a run."""
-    found, truth, spacing_mm = segmented.found_xyz, segmented.truth_xyz, segmented.spacing_mm
+    found, truth, spacing_mm = segmented.scored(segmented.found_xyz), segmented.truth_xyz, segmented.spacing_mm
     several = bool(loaded.record.label_values)
     slices = segmented.slices
     labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
@@ -256,7 +282,12 @@ def _confusion(found: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[tuple
 
 
 def _written(
-    loaded: LoadedRun, name: str, scores: tuple[PatientScore, ...], failed: tuple[Problem, ...], seconds: float
+    loaded: LoadedRun,
+    name: str,
+    scores: tuple[PatientScore, ...],
+    failed: tuple[Problem, ...],
+    seconds: float,
+    nothing: Sequence[str] = (),
 ) -> Evaluation:
     folder = loaded.path / EVALUATION_FOLDER
     record = loaded.record
@@ -266,6 +297,8 @@ def _written(
     caveats = record.caveats()
     if failed:
         caveats += (f"not scored, as the store is damaged: {', '.join(problem.case for problem in failed)}",)
+    if nothing:
+        caveats += (f"not scored, as their label maps label nothing: {', '.join(nothing)}",)
     evaluation = Evaluation(scores, caveats, files, _means(scores), failed)
     note = "; ".join(evaluation.caveats)
     rows = [_row(score, note) for score in scores]

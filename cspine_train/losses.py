@@ -14,6 +14,8 @@ from cspine_train.settings import LossName
 TVERSKY = (0.3, 0.7)
 #: Focal loss: the power of what is left to be learnt of a pixel (Lin et al. 2017, arXiv 1708.02002).
 GAMMA = 2.0
+# A logit whose probability is 0 or 1 in single precision.
+_CERTAIN = 1e4
 
 
 class SegmentationLoss(nn.Module):
@@ -46,6 +48,7 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         from segmentation_models_pytorch import losses
 
+        self._labels = labels
         self._several = labels > 1
         # SMP's "multiclass" takes numbers of classes, not shares; a softmax is made here and given as it is.
         how = {"mode": "multilabel", "from_logits": False} if self._several else {"mode": "binary"}
@@ -63,21 +66,36 @@ class SegmentationLoss(nn.Module):
         logits : Tensor
             (N, 1, H, W), or (N, 1 + K, H, W) where K labels are told apart.
         shares : Tensor
-            float32 (N, K, H, W), from 0 to 1.
+            float32 (N, K, H, W), from 0 to 1; or (N, K + 1, H, W), the last channel the share of each pixel that does
+            not count. A pixel of which any share does not count is left out of every sum and mean.
         """
         # Sums over a million pixels have no three digits in bfloat16, and the overlap is a difference of such sums.
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
+            counted = None
+            if shares.shape[1] > self._labels:
+                shares, counted = shares[:, : self._labels], shares[:, self._labels :] == 0
+                # Away from any border: nothing is marked there, nothing is labelled, nothing has a gradient.
+                logits, shares = torch.where(counted, logits, self._background(logits)), shares * counted
             if self._several:
                 probabilities = logits.softmax(1)[:, 1:]
                 overlap = self._overlap(probabilities.flatten(2), shares.flatten(2))
             else:
                 overlap = self._overlap(logits, shares)
             if self._pixels is not None:
-                return torch.add(overlap, self._pixels(logits, shares))
+                return torch.add(overlap, self._pixels(logits, shares, counted))
             probabilities = probabilities if self._several else torch.sigmoid(logits)
             absent = shares.sum((0, 2, 3)) == 0
-            return torch.add(overlap, (probabilities.mean((0, 2, 3)) * absent).mean())
+            # What does not count has probability 0.
+            share = 1.0 if counted is None else counted.numel() / counted.sum().clamp_min(1)
+            return torch.add(overlap, (probabilities.mean((0, 2, 3)) * absent * share).mean())
+
+    def _background(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits, (1, C, 1, 1), of a pixel that is background beyond doubt."""
+        certain = logits.new_full((1, logits.shape[1], 1, 1), -_CERTAIN)
+        if self._several:
+            certain[:, 0] = _CERTAIN
+        return certain
 
 
 def with_background(shares: torch.Tensor) -> torch.Tensor:
@@ -85,12 +103,22 @@ def with_background(shares: torch.Tensor) -> torch.Tensor:
     return torch.cat([(1 - shares.sum(1, keepdim=True)).clamp_min(0), shares], 1)
 
 
-def _entropy(logits: torch.Tensor, shares: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+def _mean(values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of one value a pixel, (N, 1, H, W), over the pixels that count; all do where that is None."""
+    return values.mean() if counted is None else (values * counted).sum() / counted.sum().clamp_min(1)
+
+
+def _entropy(
+    logits: torch.Tensor, shares: torch.Tensor, counted: torch.Tensor | None, reduction: str = "mean"
+) -> torch.Tensor:
+    if counted is not None and reduction == "mean":
+        return _mean(_entropy(logits, shares, counted, "none"), counted)
     if shares.shape[1] > 1:
-        return functional.cross_entropy(logits, with_background(shares), reduction=reduction)
+        entropy = functional.cross_entropy(logits, with_background(shares), reduction=reduction)
+        return entropy if reduction == "mean" else entropy.unsqueeze(1)
     return functional.binary_cross_entropy_with_logits(logits, shares, reduction=reduction)
 
 
-def _focal(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    entropy = _entropy(logits, shares, "none")
-    return ((1 - torch.exp(-entropy)) ** GAMMA * entropy).mean()
+def _focal(logits: torch.Tensor, shares: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    entropy = _entropy(logits, shares, counted, "none")
+    return _mean((1 - torch.exp(-entropy)) ** GAMMA * entropy, counted)

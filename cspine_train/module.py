@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     Attributes
     ----------
     images, masks : Tensor
-        float32 (N, C, H, W) and (N, K, H, W).
+        float32 (N, C, H, W) and (N, K, H, W), see `shares_of`.
     numbers : Tensor
         int64 (N,): which case each slice is of.
     shapes_hw : Tensor
@@ -47,15 +47,20 @@ class Seen(NamedTuple):
 def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
     """Return the highest mean Dice over patients and the threshold that gives it, of equals the nearest to 0.5.
 
+    A patient in whom no pixel is labelled has no Dice and decides nothing; where there is no other, Dice is 0.
+
     Parameters
     ----------
     counts : Tensor
         int64 (patients, 2, thresholds + 1): voxels not labelled and labelled, by how many of `THRESHOLDS` their
         probability is above.
     """
+    counts = counts[counts[:, 1].sum(1) > 0]
+    if not len(counts):
+        return 0.0, 0.5
     marked = counts.flip(2).cumsum(2).flip(2)[..., 1:].double()
     both, total = marked[:, 1], marked.sum(1) + counts[:, 1].sum(1, keepdim=True)
-    dice = torch.where(total > 0, 2 * both / total.clamp_min(1), torch.ones_like(both)).mean(0)
+    dice = (2 * both / total).mean(0)
     best = (dice > dice.max() - 1e-9).nonzero().flatten().tolist()
     nearest = min(best, key=lambda number: abs(THRESHOLDS[number] - 0.5))
     return float(dice[nearest]), THRESHOLDS[nearest]
@@ -83,6 +88,8 @@ class SliceSegmenter(lightning.LightningModule):
         How many labels are told apart.
     unknown : sequence of int, optional
         How many labels each validation case has that no training case has, see `mean_label_dice`.
+    ignores : bool
+        Whether pixels may be ignored, see `shares_of`.
     """
 
     def __init__(
@@ -93,25 +100,27 @@ class SliceSegmenter(lightning.LightningModule):
         crop_hw: tuple[int, int] | None = None,
         labels: int = 1,
         unknown: Sequence[int] | None = None,
+        ignores: bool = False,
     ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
         self._settings = settings
         self._sides = sides_of(network) if settings.coarse_share else USUAL_SIDES
         self._loss = SegmentationLoss(settings.loss, labels)
-        self._augment = Augmentation(settings.augment, crop_hw)
+        self._augment = Augmentation(settings.augment, crop_hw, labels)
         self._average = averaged(self.network, settings.average) if settings.average else None
         # For each size anew: what is made for all depends on the first, and a run that goes on begins with another.
         compiled = torch.compile(self.network, dynamic=False) if settings.compile else None
         self._forward = self.network.__call__ if compiled is None else compiled
         self._cases = tuple(validation_cases)
         self._labels = labels
+        self._ignores = ignores
         self._unknown = tuple(unknown or [0] * len(self._cases))
         self._counts = self._no_counts()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Seen:
         """Change a training batch at random, on its device; all randomness depends on seed and step only."""
-        images, masks = batch.intensities(), batch.shares(self._labels)
+        images, masks = batch.intensities(), batch.shares(self._labels, self._ignores)
         if self.trainer.training:
             # Dropout draws from this generator, so that a run that goes on draws what it would have.
             torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
@@ -147,6 +156,9 @@ class SliceSegmenter(lightning.LightningModule):
         """
         images, masks, numbers, shapes_hw = batch
         shown = inside(shapes_hw, (images.shape[2], images.shape[3]))
+        if self._ignores:
+            masks, ignored = masks[:, : self._labels], masks[:, self._labels :]
+            shown &= ignored == 0
         if self._labels > 1:
             self._counts += confusion(self.kept(images), masks, numbers, shown, len(self._cases)).cpu()
             return

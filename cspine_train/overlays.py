@@ -153,7 +153,7 @@ def extreme_slices(segmented: Segmented, axis: int, order: Callable[[Overlap], A
         chosen.append(index)
         image, found, truth = (
             as_seen(np.take(volume, index, axis), axis)
-            for volume in (segmented.image_xyz, segmented.found_xyz, segmented.truth_xyz)
+            for volume in (segmented.image_xyz, segmented.scored(segmented.found_xyz), segmented.truth_xyz)
         )
         count = segmented.image_xyz.shape[axis]
         yield SliceView(

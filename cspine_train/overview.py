@@ -50,7 +50,7 @@ def draw_overview(stem: Path, volume: Volume, label: Volume, truth: Volume | Non
     orientation = Orientation.of(volume.geometry)
     spacing_mm = orientation.geometry_xyz(volume.geometry).spacing_mm
     image, found = (orientation.to_anatomical(one.array) for one in (volume, label))
-    true = None if truth is None else orientation.to_anatomical(truth.array) != 0
+    true = None if truth is None else orientation.to_anatomical(truth.array) > 0
     shown = _Shown(image, found != 0, true, spacing_mm, window_of(image[::2, ::2, ::2]))
     files = []
     for axis in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from cspine_data import Cohort, Split
@@ -11,7 +12,7 @@ from cspine_train.settings import RunSettings
 
 
 def split_of(cohort: Cohort, settings: RunSettings) -> Split:
-    """Return the patients that train, validate and test.
+    """Return the patients that train, validate and test; those whose label map labels nothing are left out and named.
 
     Raises
     ------
@@ -19,11 +20,15 @@ def split_of(cohort: Cohort, settings: RunSettings) -> Split:
         If there are too few.
     """
     split = cohort.split(folds=settings.folds, fold=settings.fold, variant=settings.variant)
+    empty = cohort.empty_label_maps(settings.variant)
+    told = f"the label map of {', '.join(empty)} labels nothing" if empty else ""
     if not split.train or not split.validation:
         raise RunError(
             f"{cohort.path}: has too few labelled cases to train and validate on "
-            f"({len(split.train)} and {len(split.validation)}); prepare at least three"
+            f"({len(split.train)} and {len(split.validation)}{f'; {told}' if told else ''}); prepare at least three"
         )
+    if told:
+        warnings.warn(f"{cohort.path}: {told}: left out of training, validation and test", stacklevel=2)
     return split
 
 

@@ -50,7 +50,8 @@ def chosen_postprocessing(
     for segmented in segment_all(replace(loaded, record=untouched), cohort, loaded.record.validation, progress):
         found, truth = segmented.found_xyz != 0, segmented.truth_xyz != 0
         for way in ways:
-            dice[way].append(overlap(tidied(found, *way), truth).dice)
+            # Components and holes are those of the whole prediction, whatever of it counts.
+            dice[way].append(overlap(segmented.scored(tidied(found, *way)), truth).dice)
     means = {way: mean(figures) for way, figures in dice.items()}
     # The first of equals is what does least.
     best = max(ways, key=means.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,13 +33,18 @@ def weights_of(cases: Sequence[str], asked: Mapping[str, float], known: Sequence
     RunError
         If a weight is asked for a case that is not known.
     """
-    there = set(known)
+    there = {_composed(case) for case in known}
+    asked = {_composed(case): weight for case, weight in asked.items()}
     for case in asked:
         if case not in there:
             raise RunError(
                 f"case {case!r}: has a weight and is not in the store{meant(case, known)}; see --case-weight"
             )
-    return np.array([asked.get(case, 1.0) for case in cases], dtype=np.float64)
+    return np.array([asked.get(_composed(case), 1.0) for case in cases], dtype=np.float64)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 class EpochSampler(Sampler[int]):

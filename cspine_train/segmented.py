@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import Cohort
@@ -32,6 +33,8 @@ class Segmented:
         Label values that were found, and those that are true; 0 is none.
     axes : tuple of int
         The axes along whose slices the run looks.
+    ignored_xyz : ndarray of bool or None
+        The voxels that do not count; None where all do. `truth_xyz` is 0 there.
     """
 
     case: str
@@ -40,11 +43,16 @@ class Segmented:
     found_xyz: NDArray[Any]
     truth_xyz: NDArray[Any]
     axes: tuple[int, ...] = (0, 1, 2)
+    ignored_xyz: NDArray[np.bool_] | None = None
+
+    def scored(self, found_xyz: NDArray[Any]) -> NDArray[Any]:
+        """Return a segmentation, of the volume's shape, with 0 where voxels do not count."""
+        return found_xyz if self.ignored_xyz is None else np.where(self.ignored_xyz, 0, found_xyz)
 
     @cached_property
     def slices(self) -> Mapping[int, Mapping[int, Overlap]]:
         """How both overlap in each slice in which either marks anything, by the run's axes and index."""
-        found, truth = self.found_xyz != 0, self.truth_xyz != 0
+        found, truth = self.scored(self.found_xyz) != 0, self.truth_xyz != 0
         return {axis: slice_overlaps(found, truth, axis) for axis in self.axes}
 
     @cached_property
@@ -69,7 +77,11 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     found = label_map([loaded], loaded.on_source_grid(prepared))
     corrected = prepared.corrected
     truth, axes = cohort.label_xyz(case, variant), loaded.record.settings.axes
-    return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, truth, axes)
+    ignored, values = None, cohort.record(case, variant).ignored_values
+    if values:
+        ignored = np.isin(truth, values)
+        truth = np.where(ignored, 0, truth)
+    return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, truth, axes, ignored)
 
 
 def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:

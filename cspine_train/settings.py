@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -126,6 +127,15 @@ class RunSettings(BaseModel):
     @classmethod
     def _older_runs_said_yes_or_no(cls, augment: object) -> object:
         return {True: "light", False: "none"}.get(augment, augment) if isinstance(augment, bool) else augment
+
+    @field_validator("case_weights")
+    @classmethod
+    def _names_are_composed(cls, case_weights: dict[str, float]) -> dict[str, float]:
+        return {unicodedata.normalize("NFC", case): weight for case, weight in case_weights.items()}
+
+    def weight_of(self, case: str) -> float:
+        """Return a case's weight; names are compared in Unicode's composed form (NFC)."""
+        return self.case_weights.get(unicodedata.normalize("NFC", case), 1.0)
 
     @model_validator(mode="after")
     def _fold_is_one_of_folds(self) -> Self:

@@ -173,7 +173,9 @@ def _built(
     if trainer.world_size > 1:
         see_whole_batches(network)
     missed = [len(unknown.get(case, ())) for case in split.validation]
-    module = SliceSegmenter(network, settings, split.validation, data.crop_hw, max(1, len(values)), missed)
+    module = SliceSegmenter(
+        network, settings, split.validation, data.crop_hw, max(1, len(values)), missed, data.ignores
+    )
     labels = {"label_values": values, "label_meaning": label_meaning(values)}
     made = {"weights_used": weights_used, "size_hw": data.size_hw, **labels, "versions": _versions()}
     return module, data, made | {"processes": trainer.world_size}

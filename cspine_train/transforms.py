@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from cspine_data import IGNORE_INDEX
+
 
 def network_shape(
     shape_hw: tuple[int, int], spacing_mm: tuple[float, float], pixel_mm: float | None
@@ -139,11 +141,24 @@ def with_context(images: torch.Tensor, context: int, start: int, stop: int) -> t
     return images[around.clamp(0, len(images) - 1), 0]
 
 
-def shares_of(numbers: torch.Tensor, labels: int) -> torch.Tensor:
-    """Turn the number of each pixel's label, uint8 (N, 1, H, W), 0 for none, into shares, float32 (N, labels, H, W)."""
-    if labels == 1:
+def shares_of(numbers: torch.Tensor, labels: int, ignores: bool = False) -> torch.Tensor:
+    """Turn the number of each pixel's label into the share of it that has each label, float32 (N, K, H, W).
+
+    Parameters
+    ----------
+    numbers : Tensor
+        uint8 (N, 1, H, W): 0 for no label, `IGNORE_INDEX` for a pixel that does not count.
+    labels : int
+        How many labels are told apart.
+    ignores : bool
+        Whether pixels may be ignored: K is then `labels` + 1, the last channel the share that does not count.
+    """
+    if labels == 1 and not ignores:
         return numbers.float()
-    return (numbers == torch.arange(1, labels + 1, device=numbers.device).view(1, -1, 1, 1)).float()
+    told = torch.arange(1, labels + 1 + ignores, device=numbers.device)
+    if ignores:
+        told[-1] = IGNORE_INDEX
+    return (numbers == told.view(1, -1, 1, 1)).float()
 
 
 def masks_to_network(
@@ -152,13 +167,14 @@ def masks_to_network(
     pixel_mm: float | None,
     size_hw: tuple[int, int],
     labels: int = 1,
+    ignores: bool = False,
 ) -> torch.Tensor:
-    """Bring masks (N, h, w) to the network's grid as the share of each pixel that has each label, (N, labels, H, W).
+    """Bring masks (N, h, w) to the network's grid as the share of each pixel that has each label, (N, K, H, W).
 
-    A mask holds the number of each pixel's label, 0 for none. Half a share keeps where in a pixel the border runs:
+    A mask holds the number of each pixel's label, see `shares_of`. Half a share keeps where in a pixel the border runs:
     truth brought to 2 mm and back has Dice 0.99, thresholded on the way 0.96 (spine14).
     """
-    shares = shares_of(torch.from_numpy(masks)[:, None], labels)
+    shares = shares_of(torch.from_numpy(masks)[:, None], labels, ignores)
     shape_hw = network_shape((masks.shape[1], masks.shape[2]), spacing_mm, pixel_mm)
     return fit(resample(shares, shape_hw), size_hw, torch.zeros(1, 1, 1, 1))
 

@@ -11,7 +11,7 @@ from click.testing import Result
 
 from cspine_data import InputError, Volume, open_cohort, prepare, read_volume, repair, verify, write_volume
 from cspine_data.cases import Case, load_case
-from cspine_data.label_maps import fitted_label
+from cspine_data.label_maps import on_volume_grid, whole_numbers
 from tests.conftest import ball, geometry
 from tests.test_volumes import nifti_header
 
@@ -53,10 +53,10 @@ def test_a_scaled_label_map_is_rounded_with_a_note(dtype: type, tmp_path: Path) 
 
 def test_floats_that_are_nearly_whole_numbers_are_rounded_with_a_note() -> None:
     image, label = image_and_label()
-    found = fitted_label(Volume(label.array * 0.99999, label.geometry), image)
+    found = whole_numbers(Volume(label.array * 0.99999, label.geometry), image)
     np.testing.assert_array_equal(found.array, label.array)
     assert "rounded" in found.notes[0]
-    assert fitted_label(Volume(label.array.astype(np.float64), label.geometry), image).notes == ()
+    assert whole_numbers(Volume(label.array.astype(np.float64), label.geometry), image).notes == ()
 
 
 def test_a_scaled_probability_map_is_refused(tmp_path: Path) -> None:
@@ -64,14 +64,14 @@ def test_a_scaled_probability_map_is_refused(tmp_path: Path) -> None:
     probabilities = Volume(np.linspace(0, 1, label.array.size).reshape(label.array.shape), label.geometry)
     path = scaled(probabilities, np.uint8, tmp_path / "x-label.nii")
     with pytest.raises(InputError, match="no whole numbers; is it a probability map"):
-        fitted_label(read_volume(path), image)
+        whole_numbers(read_volume(path), image)
 
 
 def test_values_that_were_stored_too_coarsely_are_refused(tmp_path: Path) -> None:
     image, label = image_and_label()
     path = scaled(Volume(label.array.astype(np.float64) * 100, label.geometry), np.uint8, tmp_path / "x-label.nii")
     with pytest.raises(InputError, match="no whole numbers"):
-        fitted_label(read_volume(path), image)
+        whole_numbers(read_volume(path), image)
 
 
 def test_nan_in_a_label_map_alone_is_refused() -> None:
@@ -79,7 +79,7 @@ def test_nan_in_a_label_map_alone_is_refused() -> None:
     array = label.array.astype(np.float32)
     array[0] = np.nan
     with pytest.raises(InputError, match="no whole numbers"):
-        fitted_label(Volume(array, label.geometry), image)
+        whole_numbers(Volume(array, label.geometry), image)
 
 
 def placeless(folder: Path, suffix: str) -> Path:
@@ -132,17 +132,17 @@ def test_a_label_map_that_lies_elsewhere_is_not_trusted() -> None:
     image, label = ball()
     moved = label.geometry.model_copy(update={"origin_mm": (3.0, 2.0, 1.0)})
     with pytest.raises(InputError, match="another place or angle.*resample it"):
-        fitted_label(Volume(label.array, moved), image, trust_voxels=True)
+        on_volume_grid(Volume(label.array, moved), image, trust_voxels=True)
     larger = geometry((17, 20, 24))
     with pytest.raises(InputError, match=r"does not lie on its volume's grid \(17 x"):
-        fitted_label(Volume(np.zeros((17, 20, 24), np.uint8), larger), image, trust_voxels=True)
+        on_volume_grid(Volume(np.zeros((17, 20, 24), np.uint8), larger), image, trust_voxels=True)
 
 
 def test_of_a_volume_without_a_place_the_volume_is_named() -> None:
     image, label = ball()
     nowhere = Volume(image.array, geometry(image.array.shape), Path("x.nii"))
     with pytest.raises(InputError, match=r"x\.nii: its header does not say where it lies, and its label map's does"):
-        fitted_label(label, nowhere, trust_voxels=True)
+        on_volume_grid(label, nowhere, trust_voxels=True)
 
 
 def test_notes_on_a_label_map_change_nothing_of_the_image(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_nyul_learns_from_the_cohort_once_and_keeps_to_it(tmp_path: Path, run_da
 
 def test_a_cohort_without_contrast_is_told_so_by_nyul_too(tmp_path: Path, run_data) -> None:
     image, _ = ball()
-    write_volume(tmp_path / "raw" / "A.nrrd", Volume((image.array > 100).astype(np.uint8), image.geometry))
+    write_volume(tmp_path / "raw" / "A.nrrd", Volume(np.where(image.array > 100, 400, image.array), image.geometry))
     done = run_data("prepare", tmp_path / "raw", "--store", tmp_path / "s.zarr", "--no-n4", "--normalisation", "nyul")
     assert done.exit_code == 1
     assert "A.nrrd: has no contrast within its tissue; is it a mask or a label map? leave it out" in done.stderr

@@ -36,12 +36,13 @@ from cspine_data import (
     write_volume,
 )
 from cspine_data import schema as schema_module
+from cspine_data.attributes import slice_grid
 from cspine_data.geometry import as_rows
 from cspine_data.intensity import NYUL_PERCENTILES
 from cspine_data.jobs import Job, plan_jobs
 from cspine_data.pipeline import prepare_case
 from cspine_data.publishing import create_store, publish
-from cspine_data.schema import case_digest, slice_grid, volume_digest
+from cspine_data.schema import case_digest, volume_digest
 from cspine_data.tissue import tissue_threshold
 from tests.conftest import ball, geometry, write_case
 from tests.test_geometry import grids, itk_image
@@ -52,7 +53,9 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 RAW = Preprocessing(bias=None)
 #: What an image is refused for that holds nothing to look at.
-NOTHING_TO_SEE = ("is constant", "has no contrast within its tissue", "a range that no scanner has")
+NOTHING_TO_SEE = (
+    "is constant", "has no contrast within its tissue", "a range that no scanner has", "same voxels as its volume",
+)  # fmt: skip
 
 
 def planned(source: Path, store: Path, axes: str = "012", pairs: Path | None = None) -> list[Job]:
@@ -109,8 +112,11 @@ def sources(draw: st.DrawFn) -> Source:
     types = st.sampled_from(NRRD_TYPES).map(np.dtype)
     image_type, label_type = draw(types), draw(types)
     image = draw(hnp.arrays(image_type, grid.size, elements=numbers(image_type), fill=st.nothing()))
-    whole = st.integers(-(2**24), 2**24).map(float) if label_type.kind == "f" else numbers(label_type)
-    label = draw(hnp.arrays(label_type, grid.size, elements=whole))
+    highest = 2**24 if label_type.kind == "f" else np.iinfo(label_type).max
+    values = draw(st.lists(st.integers(1, highest), min_size=1, max_size=8))
+    label = draw(hnp.arrays(label_type, grid.size, elements=st.sampled_from([0, *values])))
+    # Something is labelled, and something is not.
+    label.flat[0], label.flat[-1] = 0, values[0]
     # ITK reads an sform by its own, smaller tolerance.
     steps = grid.direction_matrix
     endings = (".nrrd", ".nii.gz") if np.allclose(steps.T @ steps, np.eye(3), atol=1e-6) else (".nrrd",)

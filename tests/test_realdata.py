@@ -143,7 +143,9 @@ def test_odd_encodings_are_read_or_refused_by_name(realdata: Path, tmp_path: Pat
         from cspine_data.cases import Problem, scan_case
 
         found = scan_case(listing.cases[0], {})
-        outcomes[path.name] = found.message if isinstance(found, Problem) else "read"
+        # The ball is a mask: it is read, and then no volume to prepare.
+        told = found.message if isinstance(found, Problem) else "read"
+        outcomes[path.name] = "read" if "looks like a label map" in told else told
     for name in plain:
         assert outcomes.pop(name) == "read"
     # Without a skip its voxels would begin within the NIfTI header of its data file.

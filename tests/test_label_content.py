@@ -1,0 +1,180 @@
+"""What is looked at in a label map before it is trusted, and what scan, prepare and predict say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+from cspine_data import InputError, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
+from cspine_data.cases import Case, LoadedCase, load_case
+from cspine_data.label_content import looks_like_labels
+from cspine_data.preprocess import Preprocessing
+from tests.conftest import ball, geometry, write_case
+
+IMAGE, LABEL = ball()
+
+
+def case_of(folder: Path, label: np.ndarray, name: str = "P1", ending: str = "-label.nrrd", image=IMAGE) -> Case:
+    write_volume(folder / f"{name}.nrrd", image)
+    write_volume(folder / f"{name}{ending}", Volume(label, image.geometry))
+    return Case(name, folder / f"{name}.nrrd", folder / f"{name}{ending}")
+
+
+def loaded(folder: Path, label: np.ndarray, **options: Any) -> LoadedCase:
+    return load_case(case_of(folder, label), **options)
+
+
+def refused(folder: Path, label: np.ndarray, **options: Any) -> str:
+    with pytest.raises(InputError) as error:
+        loaded(folder, label, **options)
+    return str(error.value)
+
+
+def with_corner(value: int, dtype: type = np.int16) -> np.ndarray:
+    label = LABEL.array.astype(dtype)
+    label[:4] = value
+    return label
+
+
+def test_a_good_label_map_needs_no_note(tmp_path: Path) -> None:
+    assert loaded(tmp_path, LABEL.array).notes == ()
+
+
+def test_negative_values_are_refused_unless_they_are_ignored(tmp_path: Path) -> None:
+    message = refused(tmp_path, with_corner(-1))
+    assert "negative value -1" in message
+    assert "--ignore-label -1" in message
+    assert loaded(tmp_path, with_corner(-1), ignore_label=-1).notes == ()
+    both = with_corner(-1)
+    both[-1] = -2
+    assert "negative value -2" in refused(tmp_path, both, ignore_label=-1)
+    # Also where the ignored value is a positive one.
+    assert "negative value -1" in refused(tmp_path, with_corner(-1), ignore_label=3)
+
+
+def test_an_image_is_no_label_map(tmp_path: Path) -> None:
+    assert "as an image does" in refused(tmp_path, np.roll(IMAGE.array, 1, 0))
+    eight_bits = (IMAGE.array / IMAGE.array.max() * 200).astype(np.uint8)
+    assert np.unique(eight_bits).size < 256
+    assert "as an image does" in refused(tmp_path, eight_bits)
+    few = (IMAGE.array / IMAGE.array.max() * 20).astype(np.int16)
+    image = Volume(few, IMAGE.geometry)
+    with pytest.raises(InputError, match="same voxels as its volume"):
+        load_case(case_of(tmp_path, few, image=image))
+
+
+def test_a_label_map_of_many_structures_is_one(tmp_path: Path) -> None:
+    blocks = np.kron(np.arange(120).reshape(4, 5, 6), np.ones((4, 4, 4), int)).astype(np.uint8)
+    assert loaded(tmp_path, blocks).label is not None
+
+
+def test_a_label_map_without_background_is_refused(tmp_path: Path) -> None:
+    assert "labels every voxel" in refused(tmp_path, LABEL.array + 1)
+    assert "that counts" in refused(tmp_path, np.where(with_corner(-1), with_corner(-1), 1), ignore_label=-1)
+
+
+def test_what_is_odd_is_noted(tmp_path: Path) -> None:
+    (note,) = loaded(tmp_path, (IMAGE.array > -1).astype(np.uint8) * (np.indices(IMAGE.array.shape)[0] > 1)).notes
+    assert "labels 88% of the volume" in note
+    tiny = np.zeros_like(LABEL.array)
+    tiny[8, 10, 12] = 1
+    (note,) = loaded(tmp_path, tiny).notes
+    assert "only 1 voxels" in note
+    air = np.zeros_like(LABEL.array)
+    air[:2, :5] = 1
+    (note,) = loaded(tmp_path, air).notes
+    assert "100% of what it labels is as dark as air" in note
+    (note,) = loaded(tmp_path, with_corner(255, np.uint8)).notes
+    assert "--ignore-label 255" in note
+    assert loaded(tmp_path, np.where(LABEL.array, 255, 0).astype(np.uint8)).notes == ()
+
+
+def empty_segmentation(folder: Path, *, same_origin: bool) -> None:
+    """Write what 3D Slicer saves where nobody has drawn anything: one voxel, at the volume's origin or nowhere."""
+    grid = IMAGE.geometry.model_copy(update={"size": (1, 1, 1)}) if same_origin else geometry((1, 1, 1))
+    write_volume(folder / "P1.nrrd", IMAGE)
+    write_volume(folder / "P1.seg.nrrd", Volume(np.zeros((1, 1, 1), np.uint8), grid), {1: "C5"})
+
+
+@pytest.mark.parametrize("same_origin", [True, False])
+def test_a_segmentation_that_nobody_drew_is_empty(same_origin: bool, tmp_path: Path, run_data, serially: None) -> None:
+    empty_segmentation(tmp_path, same_origin=same_origin)
+    done = run_data("scan", tmp_path)
+    assert (done.exit_code, "note: P1: label map is empty" in done.stderr) == (0, True)
+    assert "1 cases can be prepared, 1 without a label map; 0 problems" in done.stdout
+    store = tmp_path / "s.zarr"
+    done = run_data("prepare", tmp_path, "--store", store, "--no-n4")
+    assert (done.exit_code, "note: P1: label map is empty" in done.stderr) == (0, True)
+    record = open_cohort(store).record("P1")
+    assert (record.labelled, record.label_voxels) == (False, {})
+
+
+def test_an_empty_label_map_makes_no_labelled_case(tmp_path: Path, serially: None, run_data) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    for name in ("P1", "P2", "P3", "P4"):
+        write_case(raw, name)
+    write_volume(raw / "P3S-label.nrrd", Volume(np.zeros_like(LABEL.array), LABEL.geometry))
+    summary = prepare(raw, store, n4=False)
+    assert list(summary.notes) == ["P3"]
+    assert open_cohort(store).empty_label_maps() == ("P3",)
+    split = open_cohort(store).split()
+    assert (split.train, split.validation, split.test) == (("P1",), ("P2",), ("P4",))
+    again = run_data("prepare", raw, "--store", store, "--no-n4")
+    assert "note: P3: label map is empty" in again.stderr
+    assert "nothing to do" in again.stdout
+    # Drawn later, it joins; the others keep their parts.
+    write_volume(raw / "P3S-label.nrrd", LABEL)
+    assert prepare(raw, store, n4=False).done == ("P3",)
+    assert open_cohort(store).empty_label_maps() == ()
+    later = open_cohort(store).split()
+    assert set(later.train) >= set(split.train)
+    assert "P3" in (*later.train, *later.validation, *later.test)
+
+
+def test_only_label_maps_look_like_label_maps() -> None:
+    rng = np.random.default_rng(0)
+    assert looks_like_labels(LABEL.array)
+    assert looks_like_labels(LABEL.array.astype(np.float32))
+    line = np.zeros((20, 30, 40), np.int16)
+    line[10, 15, ::2] = np.arange(20)
+    assert looks_like_labels(line)
+    assert not looks_like_labels(LABEL.array * np.float32(0.3))
+    assert not looks_like_labels(IMAGE.array)
+    eight_bits = (IMAGE.array / IMAGE.array.max() * 255).astype(np.uint8)
+    assert not looks_like_labels(eight_bits)
+    # A field of view that is mostly air of one value or two.
+    padded = np.pad(eight_bits, 20)
+    assert not looks_like_labels(padded)
+    assert not looks_like_labels(rng.integers(0, 5, (10, 12, 14)))
+
+
+@pytest.mark.parametrize("name", ["P1_vertebrae", "vertebrae P1", "P9_seg"])
+def test_a_label_map_is_not_taken_for_a_volume(name: str, tmp_path: Path, run_data: Callable[..., Result]) -> None:
+    write_volume(tmp_path / "P1.nrrd", IMAGE)
+    write_volume(tmp_path / f"{name}.nrrd", LABEL)
+    done = run_data("scan", tmp_path)
+    assert done.exit_code == 1
+    assert f"{name}.nrrd: looks like a label map of P1.nrrd: same grid, few whole numbers" in done.stderr
+    assert "1 cases can be prepared, 1 without a label map; 1 problems" in done.stdout
+    # What predict does with every volume.
+    with pytest.raises(InputError, match="looks like a label map"):
+        preprocess_volume(read_volume(tmp_path / f"{name}.nrrd"), Preprocessing())
+    (tmp_path / "P1.nrrd").unlink()
+    assert f"{name}.nrrd: looks like a label map: few whole numbers" in run_data("scan", tmp_path).stderr
+
+
+def test_one_file_beside_a_label_map_is_read_to_name_its_volume(tmp_path: Path, monkeypatch) -> None:
+    for number in range(5):
+        write_volume(tmp_path / f"P{number}.nrrd", IMAGE)
+    write_volume(tmp_path / "P3 bones.nrrd", LABEL)
+    label = read_volume(tmp_path / "P3 bones.nrrd")
+    read: list[str] = []
+    monkeypatch.setattr("cspine_data.volumes.read_volume", lambda path: read.append(path.name) or IMAGE)
+    with pytest.raises(InputError, match="of P3.nrrd"):
+        preprocess_volume(label, Preprocessing())
+    assert read == ["P3.nrrd"]
