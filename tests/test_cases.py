@@ -103,13 +103,17 @@ def test_missing_and_empty_sources(tmp_path: Path) -> None:
         find_cases(tmp_path)
 
 
-def load(folder: Path, image: Volume, label: Volume | None, label_name: str = "x-label.nrrd"):
+def written(folder: Path, image: Volume, label: Volume | None, label_name: str = "x-label.nrrd") -> Case:
     write_volume(folder / "x.nrrd", image)
     if label is not None:
         # The writer knows no .seg.nrrd; the reader takes it as any NRRD.
         write_volume(folder / "label.nrrd", label)
         (folder / "label.nrrd").rename(folder / label_name)
-    return load_case(Case("x", folder / "x.nrrd", folder / label_name if label else None))
+    return Case("x", folder / "x.nrrd", folder / label_name if label else None)
+
+
+def load(folder: Path, image: Volume, label: Volume | None, label_name: str = "x-label.nrrd"):
+    return load_case(written(folder, image, label, label_name))
 
 
 def test_a_good_case_loads(tmp_path: Path) -> None:
@@ -133,16 +137,14 @@ def test_voxels_that_are_no_numbers(spoiled: float, tmp_path: Path) -> None:
     image, label = ball()
     array = image.array.astype(np.float32)
     array[3, 4, 5] = spoiled
-    load(tmp_path, Volume(array, image.geometry), label)
-    found = scan_case(Case("x", tmp_path / "x.nrrd"), {})
+    found = scan_case(written(tmp_path, Volume(array, image.geometry), label), {})
     assert isinstance(found, Problem)
     assert "x.nrrd: holds 1 voxels that are NaN or infinite" in found.message
 
 
 def test_a_constant_volume(tmp_path: Path) -> None:
     image, label = ball()
-    load(tmp_path, Volume(np.full_like(image.array, 7), image.geometry), label)
-    found = scan_case(Case("x", tmp_path / "x.nrrd"), {})
+    found = scan_case(written(tmp_path, Volume(np.full_like(image.array, 7), image.geometry), label), {})
     assert isinstance(found, Problem)
     assert "x.nrrd: is constant" in found.message
 

@@ -62,7 +62,7 @@ def test_an_image_is_no_label_map(tmp_path: Path) -> None:
     eight_bits = (IMAGE.array / IMAGE.array.max() * 200).astype(np.uint8)
     assert np.unique(eight_bits).size < 256
     assert "as an image does" in refused(tmp_path, eight_bits)
-    few = (IMAGE.array / IMAGE.array.max() * 20).astype(np.int16)
+    few = np.random.default_rng(0).integers(0, 20, IMAGE.array.shape).astype(np.int16)
     image = Volume(few, IMAGE.geometry)
     with pytest.raises(InputError, match="same voxels as its volume"):
         load_case(case_of(tmp_path, few, image=image))
@@ -174,7 +174,7 @@ def test_one_file_beside_a_label_map_is_read_to_name_its_volume(tmp_path: Path, 
     write_volume(tmp_path / "P3 bones.nrrd", LABEL)
     label = read_volume(tmp_path / "P3 bones.nrrd")
     read: list[str] = []
-    monkeypatch.setattr("cspine_data.volumes.read_volume", lambda path: read.append(path.name) or IMAGE)
+    monkeypatch.setattr("cspine_data.images.read_volume", lambda path: read.append(path.name) or IMAGE)
     with pytest.raises(InputError, match="of P3.nrrd"):
         preprocess_volume(label, Preprocessing())
     assert read == ["P3.nrrd"]
