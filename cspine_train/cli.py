@@ -134,29 +134,33 @@ def join() -> None:
 def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     """Score RUN per patient, on whole volumes."""
     from cspine_train.evaluation import evaluate as evaluate_run
-    from cspine_train.metrics import MEASURES
+    from cspine_train.intervals import too_few
+    from cspine_train.metrics import MEASURES, Measure
 
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
     shown = ("dice", "iou", "hausdorff95_mm", "average_surface_distance_mm", "surface_dice_1mm")
-    measures, means = [measure for measure in MEASURES if measure.name in shown], evaluation.means
-    columns = ["patient", "split", *(measure.heading for measure in measures)]
-    rows = [
-        [score.case, score.split, *(m.figure(getattr(score.whole, m.name)) for m in measures)]
-        for score in evaluation.scores
-    ]
-    rows.append([f"mean of {len(rows)}", "", *(m.figure(means[m.name].mean) for m in measures)])
-    if evaluation.mean_label_dice is not None:
-        columns += ["Dice of labels", "IoU of labels"]
-        for row, of in zip(rows, [*evaluation.scores], strict=False):
-            row += [f"{of.label_dice:.4f}", f"{of.label_iou:.4f}"]
-        rows[-1] += [f"{evaluation.mean_label_dice:.4f}", f"{evaluation.mean_label_iou:.4f}"]
-    intervals = [means[m.name].between(m.digits) for m in measures]
-    if any(intervals):
-        rows.append(["95 % interval of the mean", "", *intervals, *[""] * (len(columns) - len(measures) - 2)])
+    measures = [measure for measure in MEASURES if measure.name in shown]
+    of_labels = [Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels")]
+    several = evaluation.scores[0].labels is not None
+    columns = ["patient", "split", *(measure.heading for measure in (*measures, *(of_labels if several else ())))]
+    rows, notes = [], list(evaluation.caveats)
+    for score in evaluation.scores:
+        figures = [m.figure(getattr(score.whole, m.name)) for m in measures]
+        if several:
+            figures += [m.figure(getattr(score, m.name)) for m in of_labels]
+        rows.append([score.case, score.split, *figures])
+    for split, means in evaluation.means.items():
+        count = sum(score.split == split for score in evaluation.scores)
+        known = [(m, means[m.name]) for m in (*measures, *of_labels) if m.name in means]
+        rows.append([f"mean of {count}", split, *(m.figure(one.mean) for m, one in known)])
+        if few := too_few(count, split):
+            notes.append(few)
+        else:
+            rows.append(["95 % interval of the mean", split, *(one.between(m.digits) for m, one in known)])
     print_table(columns, rows)
-    for caveat in evaluation.caveats:
-        click.echo(f"note: {caveat}")
+    for note in notes:
+        click.echo(f"note: {note}")
     for file in evaluation.files:
         click.echo(f"wrote {file}")
     for problem in evaluation.failed:
@@ -172,6 +176,7 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
 def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
     """Compare evaluated RUNS with the first, patient by patient; runs that differ in their fold are one model."""
     from cspine_train.comparison import compare as compare_runs
+    from cspine_train.intervals import too_few
 
     comparison = compare_runs(runs, split, measure)
     of = comparison.measure
@@ -184,7 +189,10 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
             row += [model.difference.told(of.digits, sign=True), str(model.higher), str(model.lower), p]
         rows.append(row + [""] * (len(columns) - len(row)))
     print_table(columns, rows)
-    click.echo("in brackets: 95 % intervals, by bootstrap over patients; p: Wilcoxon's signed-rank test, after Holm")
+    if too_few(len(comparison.patients)) is None:
+        click.echo(
+            "in brackets: 95 % intervals (Student's t); p: Wilcoxon's signed-rank test over patients, after Holm"
+        )
     for caveat in comparison.caveats:
         click.echo(f"note: {caveat}")
 
