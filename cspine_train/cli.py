@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cspine_data.terminal import CommandGroup, print_table, progress_bar, say, warn_in_one_line
+from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
+from cspine_train.allocator import keep_large_blocks
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_told
 from cspine_train.option_values import AXES, devices_of, weights_of
 from cspine_train.recipe_options import recipe_options, settings_of
@@ -87,10 +88,12 @@ def run(
     from cspine_train.machines import Machines, is_first
     from cspine_train.training import train
 
+    keep_large_blocks()
     folder = output or Path("runs") / default_run_name(settings)
     machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     try:
-        record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers)
+        with can_go_on(folder):
+            record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers, end_process=True)
     except ModelError as error:
         # Before the line that sums it up, which a terminal then still shows.
         for line in error.details:
@@ -115,10 +118,14 @@ def run(
 @main.command(hidden=True)
 def join() -> None:
     """Train as one of several processes; the one that starts them says what, on standard input."""
+    from cspine_train.machines import end_with_the_first
     from cspine_train.training import join as join_run
 
+    keep_large_blocks()
+    request = sys.stdin.buffer.readline()
+    end_with_the_first()
     try:
-        join_run(json.loads(sys.stdin.buffer.readline()))
+        join_run(json.loads(request))
     except RunError:
         # The first process says the same, or what became of it.
         raise SystemExit(1) from None
