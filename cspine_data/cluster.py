@@ -239,7 +239,6 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
             yield client
         return
     number = min(workers.number or usable_cores(), tasks)
-    _raise_open_files(number)
     settings = {
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, str(workers.threads)),
         "distributed.scheduler.allowed-failures": 0,
@@ -255,7 +254,7 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
         "distributed.admin.log-format": "%(message)s",
         "logging": {"distributed": "critical"},
     }
-    with dask.config.set(settings):
+    with _more_open_files(number), dask.config.set(settings):
         with _held_interrupts():
             cluster = _local_cluster(number)
         with cluster, Client(cluster, set_as_default=False) as client:
@@ -299,11 +298,13 @@ def _held_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _raise_open_files(workers: int) -> None:
+@contextmanager
+def _more_open_files(workers: int) -> Iterator[None]:
     """Let this process, and its workers, open as many files as they will; with too few, Dask waits for ever."""
     try:
         import resource
     except ImportError:
+        yield
         return
     needed = _FILES + _FILES_A_WORKER * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -312,6 +313,10 @@ def _raise_open_files(workers: int) -> None:
             remedy = f"raise their limit to {needed} (ulimit -n), or use fewer --workers"
             raise InputError(f"workers {workers}", f"need more than the {hard} open files that they may have", remedy)
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def usable_cores() -> int:

@@ -17,7 +17,8 @@ _NEVER = 2**31 - 1
 def keep_large_blocks() -> bool:
     """Tell glibc to take large blocks from its heap and keep them; return whether it was told.
 
-    Where the C library is another one, nothing happens.
+    Where the C library is another one, nothing happens. It holds for the rest of the process, as glibc cannot be asked
+    for what it was told before; so commands call it, and functions do not.
     """
     if not sys.platform.startswith("linux"):
         return False

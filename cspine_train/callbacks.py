@@ -18,15 +18,18 @@ from cspine_train.pictures import draw_curves, never_fatal
 from cspine_train.run_folder import CURVES_NAME, METRICS_NAME, MODEL_FOLDER, write_rows
 from cspine_train.settings import load_record, save_record
 
+# Epochs in a row without improvement. Validation Dice improves when it is above every earlier one, by however little:
+# the same rule decides which epoch is kept, when the learning rate falls and when training stops.
 _LOWER_AFTER = 5
 _STOP_AFTER = 7
+_PROGRESS = ("best", "num_bad_epochs", "last_epoch")
 # So that curves cost a run no more than a twentieth of its time.
 _DRAW_AFTER = 20
 _log = logging.getLogger("cspine_train")
 
 
 class Plateau(Callback):
-    """Divides the learning rate by 3 after 5 epochs without gain.
+    """Divides the learning rate by 3 after 5 epochs without improvement.
 
     Lightning steps a scheduler after it has saved the checkpoint, so that a run that goes on would miss one step; a
     callback's state is saved as it is.
@@ -51,11 +54,13 @@ class Plateau(Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Begin to watch the optimiser's rate."""
+        # PyTorch's patience is the number of epochs that it tolerates: the rate falls after one more.
         self._schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            trainer.optimizers[0], mode="max", factor=1 / 3, patience=_LOWER_AFTER
-        )
-        if self._state:
-            self._schedule.load_state_dict(self._state)
+            trainer.optimizers[0], mode="max", factor=1 / 3, patience=_LOWER_AFTER - 1, threshold=0,
+            threshold_mode="abs",
+        )  # fmt: skip
+        # Only what changes during training: older checkpoints also hold a patience and a threshold of their own.
+        self._schedule.load_state_dict({name: self._state[name] for name in _PROGRESS if name in self._state})
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Lower the rate if it is time to."""
@@ -174,7 +179,10 @@ class Curves(Callback):
 
 
 class Stop(EarlyStopping):
-    """Stops after 7 epochs without gain; a run that was killed after its last epoch and goes on has no other one."""
+    """Stops after 7 epochs without improvement.
+
+    A run that was killed after its last epoch trains no other one when it is resumed.
+    """
 
     def __init__(self) -> None:
         super().__init__(MONITOR, mode="max", patience=_STOP_AFTER)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cspine_data.terminal import CommandGroup, print_table, progress_bar, say, warn_in_one_line
+from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
+from cspine_train.allocator import keep_large_blocks
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_told
 from cspine_train.option_values import AXES, devices_of, weights_of
 from cspine_train.recipe_options import recipe_options, settings_of
@@ -87,10 +88,12 @@ def run(
     from cspine_train.machines import Machines, is_first
     from cspine_train.training import train
 
+    keep_large_blocks()
     folder = output or Path("runs") / default_run_name(settings)
     machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     try:
-        record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers)
+        with can_go_on(folder):
+            record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers, end_process=True)
     except ModelError as error:
         # Before the line that sums it up, which a terminal then still shows.
         for line in error.details:
@@ -115,10 +118,14 @@ def run(
 @main.command(hidden=True)
 def join() -> None:
     """Train as one of several processes; the one that starts them says what, on standard input."""
+    from cspine_train.machines import end_with_the_first
     from cspine_train.training import join as join_run
 
+    keep_large_blocks()
+    request = sys.stdin.buffer.readline()
+    end_with_the_first()
     try:
-        join_run(json.loads(sys.stdin.buffer.readline()))
+        join_run(json.loads(request))
     except RunError:
         # The first process says the same, or what became of it.
         raise SystemExit(1) from None
@@ -134,29 +141,33 @@ def join() -> None:
 def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     """Score RUN per patient, on whole volumes."""
     from cspine_train.evaluation import evaluate as evaluate_run
-    from cspine_train.metrics import MEASURES
+    from cspine_train.intervals import too_few
+    from cspine_train.metrics import MEASURES, Measure
 
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
     shown = ("dice", "iou", "hausdorff95_mm", "average_surface_distance_mm", "surface_dice_1mm")
-    measures, means = [measure for measure in MEASURES if measure.name in shown], evaluation.means
-    columns = ["patient", "split", *(measure.heading for measure in measures)]
-    rows = [
-        [score.case, score.split, *(m.figure(getattr(score.whole, m.name)) for m in measures)]
-        for score in evaluation.scores
-    ]
-    rows.append([f"mean of {len(rows)}", "", *(m.figure(means[m.name].mean) for m in measures)])
-    if evaluation.mean_label_dice is not None:
-        columns += ["Dice of labels", "IoU of labels"]
-        for row, of in zip(rows, [*evaluation.scores], strict=False):
-            row += [f"{of.label_dice:.4f}", f"{of.label_iou:.4f}"]
-        rows[-1] += [f"{evaluation.mean_label_dice:.4f}", f"{evaluation.mean_label_iou:.4f}"]
-    intervals = [means[m.name].between(m.digits) for m in measures]
-    if any(intervals):
-        rows.append(["95 % interval of the mean", "", *intervals, *[""] * (len(columns) - len(measures) - 2)])
+    measures = [measure for measure in MEASURES if measure.name in shown]
+    of_labels = [Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels")]
+    several = evaluation.scores[0].labels is not None
+    columns = ["patient", "split", *(measure.heading for measure in (*measures, *(of_labels if several else ())))]
+    rows, notes = [], list(evaluation.caveats)
+    for score in evaluation.scores:
+        figures = [m.figure(getattr(score.whole, m.name)) for m in measures]
+        if several:
+            figures += [m.figure(getattr(score, m.name)) for m in of_labels]
+        rows.append([score.case, score.split, *figures])
+    for split, means in evaluation.means.items():
+        count = sum(score.split == split for score in evaluation.scores)
+        known = [(m, means[m.name]) for m in (*measures, *of_labels) if m.name in means]
+        rows.append([f"mean of {count}", split, *(m.figure(one.mean) for m, one in known)])
+        if few := too_few(count, split):
+            notes.append(few)
+        else:
+            rows.append(["95 % interval of the mean", split, *(one.between(m.digits) for m, one in known)])
     print_table(columns, rows)
-    for caveat in evaluation.caveats:
-        click.echo(f"note: {caveat}")
+    for note in notes:
+        click.echo(f"note: {note}")
     for file in evaluation.files:
         click.echo(f"wrote {file}")
     for problem in evaluation.failed:
@@ -172,6 +183,7 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
 def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
     """Compare evaluated RUNS with the first, patient by patient; runs that differ in their fold are one model."""
     from cspine_train.comparison import compare as compare_runs
+    from cspine_train.intervals import too_few
 
     comparison = compare_runs(runs, split, measure)
     of = comparison.measure
@@ -184,7 +196,10 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
             row += [model.difference.told(of.digits, sign=True), str(model.higher), str(model.lower), p]
         rows.append(row + [""] * (len(columns) - len(row)))
     print_table(columns, rows)
-    click.echo("in brackets: 95 % intervals, by bootstrap over patients; p: Wilcoxon's signed-rank test, after Holm")
+    if too_few(len(comparison.patients)) is None:
+        click.echo(
+            "in brackets: 95 % intervals (Student's t); p: Wilcoxon's signed-rank test over patients, after Holm"
+        )
     for caveat in comparison.caveats:
         click.echo(f"note: {caveat}")
 

@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_train.errors import RunError
-from cspine_train.intervals import MeanInterval, mean_interval
+from cspine_train.intervals import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
 from cspine_train.metrics import MEASURES, Measure
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.settings import RunRecord, load_record
 
-#: With fewer patients that differ the smallest p that the test can give is above 5 %.
-FEWEST_PATIENTS = 6
 # As in scipy.
 _MOST_EXACT = 50
 
@@ -42,7 +40,7 @@ class Compared:
         How many patients have a higher and a lower figure than with the first model.
     p : float or None
         Of Wilcoxon's signed-rank test of the differences (1945), two-sided, after Holm's correction (1979) for as many
-        comparisons as there are; None for the first and where there are fewer than two patients.
+        comparisons as there are; None for the first and where there are fewer than `FEWEST_PATIENTS`.
     """
 
     name: str
@@ -102,13 +100,17 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
     if any(record.settings.folds for record in records.values()):
         caveats.append("folds share training patients, which the test takes for independent")
     first = [models[0][1][case] for case in patients]
-    compared = [_beside(folders, {case: scores[case] for case in patients}, first) for folders, scores in models]
+    of = known[measure]
+    compared = [_beside(folders, {case: scores[case] for case in patients}, first, of) for folders, scores in models]
     differ = max(one.higher + one.lower for one in compared[1:])
-    if differ < FEWEST_PATIENTS:
+    if few := too_few(len(patients)):
+        caveats.append(few)
+    elif differ < FEWEST_PATIENTS:
         caveats.append(
-            f"of too few patients, {differ}, do figures differ for the test ever to find a difference at 5 %"
+            f"figures of only {differ} patients differ: the test cannot find a difference at 5 % of fewer than "
+            f"{FEWEST_PATIENTS}"
         )
-    return Comparison(tuple(_corrected(compared)), known[measure], tuple(patients), tuple(caveats))
+    return Comparison(tuple(_corrected(compared)), of, tuple(patients), tuple(caveats))
 
 
 def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:
@@ -142,13 +144,13 @@ def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: s
     return scores
 
 
-def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float]) -> Compared:
+def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float], measure: Measure) -> Compared:
     differences = paired_differences(scores.values(), first)
     return Compared(
         _told(folders),
         tuple(folders),
         scores,
-        mean_interval(list(scores.values())),
+        mean_interval(list(scores.values()), measure.within),
         mean_interval(differences),
         sum(difference > 0 for difference in differences),
         sum(difference < 0 for difference in differences),
@@ -180,11 +182,11 @@ def paired_differences(figures: Iterable[float], others: Iterable[float]) -> lis
 
 
 def signed_rank_p(differences: Sequence[float]) -> float | None:
-    """Return the two-sided p of Wilcoxon's signed-rank test (1945); None of fewer than two differences.
+    """Return the two-sided p of Wilcoxon's signed-rank test (1945); None of fewer than `FEWEST_PATIENTS`.
 
     Differences of nothing are left out; where there is nothing else p is 1.
     """
-    if len(differences) < 2:
+    if len(differences) < FEWEST_PATIENTS:
         return None
     told = [difference for difference in differences if difference]
     if not told:

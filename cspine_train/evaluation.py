@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,8 @@ from cspine_train.prediction import LoadedRun, load_run
 from cspine_train.report import write_report
 from cspine_train.run_folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, write_rows, write_text
 from cspine_train.segmented import Segmented, check_trained_on, segment
+
+_SHARES = ("batch_averaged_dice", "label_dice", "label_iou")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Evaluation:
     files : tuple of Path
         Where they were written.
     means : dict
-        Each of `MEASURES`, and the batch-averaged Dice, averaged over patients, by name.
+        By split, as validation patients chose epoch and threshold: each of `MEASURES`, the batch-averaged Dice and,
+        for a run that tells labels apart, Dice and IoU over labels, averaged over patients, by name.
     failed : tuple of Problem
         Patients whose volumes could not be read from the store, and are in no figure.
     """
@@ -111,41 +113,44 @@ class Evaluation:
     scores: tuple[PatientScore, ...]
     caveats: tuple[str, ...]
     files: tuple[Path, ...]
-    means: Mapping[str, MeanInterval]
+    means: Mapping[str, Mapping[str, MeanInterval]]
     failed: tuple[Problem, ...] = ()
 
     @property
     def mean_dice(self) -> float:
-        """Dice averaged over patients."""
-        return mean(score.dice for score in self.scores)
+        """Dice averaged over patients; a `RunError` where they are of several splits, see `means`."""
+        return self._of_one_split["dice"].mean
 
     @property
     def mean_iou(self) -> float:
-        """Intersection over union averaged over patients."""
-        return mean(score.iou for score in self.scores)
+        """Intersection over union averaged over patients; a `RunError` where they are of several splits."""
+        return self._of_one_split["iou"].mean
 
     @property
     def mean_label_dice(self) -> float | None:
         """Mean Dice over the labels of each patient, averaged over patients; None for binary labels."""
-        return _mean(score.label_dice for score in self.scores)
+        found = self._of_one_split.get("label_dice")
+        return None if found is None else found.mean
 
     @property
     def mean_label_iou(self) -> float | None:
         """Mean intersection over union over the labels of each patient, averaged over them; None for binary ones."""
-        return _mean(score.label_iou for score in self.scores)
+        found = self._of_one_split.get("label_iou")
+        return None if found is None else found.mean
 
-
-_BATCH_AVERAGED = "batch_averaged_dice"
+    @property
+    def _of_one_split(self) -> Mapping[str, MeanInterval]:
+        if len(self.means) > 1:
+            raise RunError(f"{' and '.join(self.means)} patients are not averaged together; use `means`, by split")
+        return next(iter(self.means.values()))
 
 
 def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
-    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores]) for m in MEASURES}
-    return means | {_BATCH_AVERAGED: mean_interval([score.batch_averaged_dice for score in scores])}
-
-
-def _mean(figures: Iterable[float | None]) -> float | None:
-    known = [figure for figure in figures if figure is not None]
-    return mean(known) if known else None
+    """Return the means of the patients of one split."""
+    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores], m.within) for m in MEASURES}
+    # Of a run on binary labels there are none.
+    shares = {name: [getattr(score, name) for score in scores] for name in _SHARES}
+    return means | {name: mean_interval(known, (0.0, 1.0)) for name, known in shares.items() if None not in known}
 
 
 def evaluate(
@@ -299,18 +304,17 @@ def _written(
         caveats += (f"not scored, as the store is damaged: {', '.join(problem.case for problem in failed)}",)
     if nothing:
         caveats += (f"not scored, as their label maps label nothing: {', '.join(nothing)}",)
-    evaluation = Evaluation(scores, caveats, files, _means(scores), failed)
+    parts = dict.fromkeys(score.split for score in scores)
+    means = {part: _means([score for score in scores if score.split == part]) for part in parts}
+    evaluation = Evaluation(scores, caveats, files, means, failed)
     note = "; ".join(evaluation.caveats)
     rows = [_row(score, note) for score in scores]
     write_rows(files[0], rows[0].keys(), rows)
     slice_rows = [row for score in scores for row in _slice_rows(score)]
     write_rows(files[2], ("case", "split", "axis", "slice", *_counts(scores[0].voxels)), slice_rows)
-    means = {name: vars(interval) for name, interval in evaluation.means.items()}
     summary: dict[str, Any] = {
         "patients": rows,
-        "mean_dice": evaluation.mean_dice,
-        "mean_iou": evaluation.mean_iou,
-        "means": means,
+        "means": {part: {name: vars(one) for name, one in of_part.items()} for part, of_part in means.items()},
         "seconds": round(seconds, 1),
         "failed": {problem.case: problem.message for problem in failed},
         "caveats": evaluation.caveats,
@@ -334,18 +338,17 @@ def _written(
                 for (true, found), voxels in score.confusion.items()
             ],
         )
-        summary |= {
-            "labels": label_rows,
-            "mean_label_dice": evaluation.mean_label_dice,
-            "mean_label_iou": evaluation.mean_label_iou,
-        }
+        summary["labels"] = label_rows
+    if len(means) == 1:
+        names = ("dice", "iou", *(("label_dice", "label_iou") if several else ()))
+        summary |= {f"mean_{name}": getattr(evaluation, f"mean_{name}") for name in names}
     write_text(files[1], json.dumps(summary, indent=1))
     return evaluation
 
 
 def _row(score: PatientScore, note: str) -> dict[str, Any]:
     row = {"case": score.case, "split": score.split, **_figures(score.whole)}
-    row[_BATCH_AVERAGED] = round(score.batch_averaged_dice, 6)
+    row["batch_averaged_dice"] = round(score.batch_averaged_dice, 6)
     if score.label_dice is not None and score.label_iou is not None:
         row |= {"label_dice": round(score.label_dice, 6), "label_iou": round(score.label_iou, 6)}
     return row | {"note": note}

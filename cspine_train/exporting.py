@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import tempfile
 import warnings
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from torch import nn
 from cspine_train.errors import ModelError, RunError
 from cspine_train.models import sides_of
 from cspine_train.prediction import LoadedRun
+from cspine_train.process_state import quieten, restored_process_state
 
 #: Under which the file's metadata keep what prediction needs, as JSON.
 METADATA_KEY = "cspine"
@@ -110,9 +110,9 @@ def _slices(loaded: LoadedRun, count: int, any_size: bool) -> torch.Tensor:
 def _export(network: nn.Module, loaded: LoadedRun, file: Path, any_size: bool) -> None:
     free = torch.export.Dim.DYNAMIC
     shapes = {0: free, 2: free, 3: free} if any_size else {0: free}
-    with warnings.catch_warnings():
+    with restored_process_state():
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        quieten("torch.onnx")
         torch.onnx.export(
             network, (_slices(loaded, 2, any_size),), str(file), input_names=["slices"],
             output_names=["probabilities"], dynamic_shapes=(shapes,), dynamo=True, external_data=False, verbose=False,

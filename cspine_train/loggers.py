@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from cspine_train.errors import RunError, meant
 from cspine_train.module import MONITOR
+from cspine_train.process_state import quieten
 from cspine_train.run_folder import MLFLOW_FOLDER, TENSORBOARD_FOLDER, write_text
 from cspine_train.settings import RunRecord
 
@@ -149,8 +149,7 @@ def _mlflow(run: Path, record: RunRecord, epochs: int) -> _Log:
     import mlflow
     from lightning.pytorch.loggers import MLFlowLogger
 
-    for talker in (mlflow.__name__, "alembic"):
-        logging.getLogger(talker).setLevel(logging.ERROR)
+    quieten(mlflow.__name__, "alembic")
     folder = (run / MLFLOW_FOLDER).resolve()
     server = os.environ.get(_SERVER)
     if not server and "?" in str(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -31,7 +32,8 @@ from cspine_train.errors import RunError
 _GRACE_S = 10.0
 # What Lightning and PyTorch read.
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-_VARIABLES = (*_ADDRESS, "LOCAL_RANK")
+# Where a process that is started here writes a byte when it is about to connect to the others.
+_READY = "CSPINE_TRAIN_READY"
 
 
 class Machines(BaseModel):
@@ -151,8 +153,10 @@ def _end(*_: Any) -> None:
 
 
 @contextmanager
-def together(trainer: Any, run: Path, start: str, request: dict[str, Any]) -> Iterator[None]:
+def together(trainer: Any, run: Path, start: str, request: dict[str, Any], end_process: bool = False) -> Iterator[None]:
     """Train with all processes there: those of this machine are started here, where nobody else has.
+
+    What it sets for this process is for `restored_process_state` to restore.
 
     Parameters
     ----------
@@ -164,22 +168,23 @@ def together(trainer: Any, run: Path, start: str, request: dict[str, Any]) -> It
         What must be the same in all.
     request : dict
         What the processes are told, through their standard input: for `cspine_train.training.join`.
+    end_process : bool
+        As in `train`.
 
     Raises
     ------
     RunError
         If another process has died, or PyTorch cannot do what an option asks for.
     """
-    environment, threads = {name: os.environ.get(name) for name in _VARIABLES}, torch.get_num_threads()
     others: list[subprocess.Popen[bytes]] = []
     over = threading.Event()
     try:
         if trainer.world_size > 1:
             trainer.callbacks.insert(0, _SameStart(start))
-            others += _started(trainer, request)
-            threading.Thread(target=_watch, args=(others, over, run), daemon=True).start()
+            _start(trainer, request, others, run)
+            threading.Thread(target=_watch, args=(others, over, run, end_process), daemon=True).start()
             if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(max(1, threads // trainer.num_devices))
+                torch.set_num_threads(max(1, torch.get_num_threads() // trainer.num_devices))
         yield
         over.set()
         for process in others:
@@ -204,20 +209,16 @@ def together(trainer: Any, run: Path, start: str, request: dict[str, Any]) -> It
             process.kill()
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
-        torch.set_num_threads(threads)
-        if torch.are_deterministic_algorithms_enabled() and request["machines"]["deterministic"]:
-            torch.use_deterministic_algorithms(False)
-        for name, value in environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
-def _started(trainer: Any, request: dict[str, Any]) -> list[subprocess.Popen[bytes]]:
-    """Start the other processes of this node, but where srun, torchrun or this function have."""
+def _start(trainer: Any, request: dict[str, Any], others: list[subprocess.Popen[bytes]], run: Path) -> None:
+    """Start the other processes of this node, but where srun, torchrun or this function have, until all are ready."""
     environment = trainer.strategy.cluster_environment
     if environment.creates_processes_externally or not isinstance(environment, LightningEnvironment):
-        return []
+        if waiting := os.environ.pop(_READY, None):
+            with os.fdopen(int(waiting), "wb") as first:
+                first.write(b".")
+        return
     if trainer.num_nodes == 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -229,17 +230,31 @@ def _started(trainer: Any, request: dict[str, Any]) -> list[subprocess.Popen[byt
         )
     os.environ["LOCAL_RANK"] = "0"
     told = json.dumps(request).encode() + b"\n"
-    others = []
-    with _ctrl_c_ignored():
-        for rank in range(1, trainer.num_devices):
-            command = [sys.executable, "-m", "cspine_train", "join"]
-            # A pipe that ends when this process does, however that comes about.
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"LOCAL_RANK": str(rank)})
-            others.append(process)
-            assert process.stdin  # noqa: S101
-            process.stdin.write(told)
-            process.stdin.flush()
-    return others
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as ready:
+        with os.fdopen(writing, "wb"), _ctrl_c_ignored():
+            for number in range(1, trainer.num_devices):
+                command = [sys.executable, "-m", "cspine_train", "join"]
+                variables = os.environ | {"LOCAL_RANK": str(number), _READY: str(writing)}
+                # A pipe that ends when this process does, however that comes about.
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables, pass_fds=(writing,))
+                others.append(process)
+                assert process.stdin  # noqa: S101
+                # One that is dead already is found below.
+                with suppress(BrokenPipeError):
+                    process.stdin.write(told)
+                    process.stdin.flush()
+        _wait_for(others, ready, run)
+
+
+def _wait_for(others: list[subprocess.Popen[bytes]], ready: Any, run: Path) -> None:
+    """Wait until all processes are about to connect: PyTorch would wait half an hour for one that died before."""
+    waited_for = len(others)
+    while waited_for:
+        if any(process.poll() is not None for process in others):
+            raise RunError(_told(others, run))
+        if select.select([ready], [], [], 0.1)[0]:
+            waited_for -= len(ready.read(waited_for))
 
 
 @contextmanager
@@ -256,7 +271,7 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 
 def end_with_the_first() -> None:
-    """End this process, which `together` has started, when the one that did ends."""
+    """End this process, a command's own, when the one that started it ends."""
 
     def wait() -> None:
         # Not by way of `sys.stdin`, which Python could not close at its end while this waits.
@@ -267,14 +282,18 @@ def end_with_the_first() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _watch(others: list[subprocess.Popen[bytes]], over: threading.Event, run: Path) -> None:
-    """End this process when another has died, and it waits for that nevertheless."""
+def _watch(others: list[subprocess.Popen[bytes]], over: threading.Event, run: Path, end_process: bool) -> None:
+    """Stop PyTorch from waiting for a process that has died, or end this one where it may be ended."""
     while not over.wait(0.2):
         if any(process.poll() for process in others) and not over.wait(_GRACE_S):
-            print(f"Error: {_told(others, run)}", file=sys.stderr, flush=True)
             for process in others:
                 process.kill()
-            os._exit(1)
+            if end_process:
+                print(f"Error: {_told(others, run)}", file=sys.stderr, flush=True)
+                os._exit(1)
+            if distributed.is_initialized() and distributed.group.WORLD:
+                distributed.group.WORLD.abort()
+            return
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -53,6 +54,8 @@ class Measure(NamedTuple):
     told: str
     unit: str = ""
     digits: int = 4
+    #: The smallest and the largest value that it can have.
+    within: tuple[float, float] = (0.0, 1.0)
 
     @property
     def heading(self) -> str:
@@ -70,9 +73,9 @@ MEASURES = (
     Measure("iou", "IoU"),
     Measure("precision", "precision"),
     Measure("recall", "recall"),
-    Measure("volume_difference_ml", "volume difference", "ml", 2),
-    Measure("hausdorff95_mm", "Hausdorff 95 %", "mm", 2),
-    Measure("average_surface_distance_mm", "average surface distance", "mm", 2),
+    Measure("volume_difference_ml", "volume difference", "ml", 2, (-math.inf, math.inf)),
+    Measure("hausdorff95_mm", "Hausdorff 95 %", "mm", 2, (0.0, math.inf)),
+    Measure("average_surface_distance_mm", "average surface distance", "mm", 2, (0.0, math.inf)),
     Measure("surface_dice_1mm", "surface Dice at 1 mm"),
     Measure("surface_dice_2mm", "surface Dice at 2 mm"),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from cspine_data import Preprocessing
+from cspine_train.intervals import mean_interval, too_few
 from cspine_train.option_values import PLANES
 from cspine_train.recorded import recorded_evaluations
 from cspine_train.run_folder import CARD_NAME, METRICS_NAME, RECORD_NAME, write_text
@@ -199,12 +199,15 @@ def _results(run: Path, record: RunRecord) -> str:
         told.append("Training had not ended when this was written.")
     scores = dict(_scores(run, record))
     if scores:
-        told.append(f"Whole volumes, on the grid of their files, patient by patient{_kept(record)}:")
+        brackets = "; in brackets the 95 % confidence interval of the mean (Student's t)"
+        shown = brackets if any(too_few(len(rows)) is None for rows in scores.values()) else ""
+        told.append(f"Whole volumes, on the grid of their files, patient by patient{_kept(record)}{shown}:")
         told.append(_table({part: [row["dice"] for row in rows] for part, rows in scores.items()}, "vertebra or not"))
         if record.label_values:
             told.append(
                 _table({part: [row["label_dice"] for row in rows] for part, rows in scores.items()}, "by label")
             )
+    told += [f"{few}." for part, rows in scores.items() if (few := too_few(len(rows), part))]
     if "test" not in scores:
         told.append("Test patients: **not evaluated yet** (`cspine-train evaluate RUN` does, and writes it here).")
     told += [f"Beside each of these figures: {'; '.join(map(escaped, record.caveats()))}."]
@@ -213,7 +216,7 @@ def _results(run: Path, record: RunRecord) -> str:
 
 def _table(scores: Mapping[str, Sequence[float]], what: str) -> str:
     rows = [
-        f"| {part} | {len(dice)} | {mean(dice):.4f} | {min(dice):.4f} | {max(dice):.4f} |"
+        f"| {part} | {len(dice)} | {mean_interval(dice, (0.0, 1.0)).told()} | {min(dice):.4f} | {max(dice):.4f} |"
         for part, dice in scores.items()
     ]
     return "\n".join([f"| part | patients | mean Dice, {what} | lowest | highest |", "|---|---|---|---|---|", *rows])
@@ -232,8 +235,8 @@ def _scores(run: Path, record: RunRecord) -> Iterator[tuple[str, list[dict[str, 
 
 def _limits(record: RunRecord) -> str:
     return (
-        f"- {_patients(len(record.train))} to learn from and {len(record.validation) + len(record.test)} to say how "
-        "good it is: the next one can come out much better or worse than the mean.\n"
+        f"- {_patients(len(record.train))} to learn from, {len(record.validation)} to choose by and {len(record.test)} "
+        "to test on: the next one can come out much better or worse than the mean.\n"
         "- Where the training data are of one scanner and one sequence, expect it to be worse, or to fail, on others, "
         "and look before you count.\n"
         "- It was not tested on implants, fractures, tumours, motion or children unless the data hold them.\n"

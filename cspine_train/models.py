@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from cspine_train.errors import ModelError, meant
@@ -165,7 +166,9 @@ def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classe
     from safetensors.torch import load_file
 
     path = folder / "model.safetensors"
-    network = _create(model, encoder, None, channels, classes)
+    # First weights are drawn and then replaced: not from the caller's random generator.
+    with torch.random.fork_rng(devices=[]):
+        network = _create(model, encoder, None, channels, classes)
     try:
         network.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

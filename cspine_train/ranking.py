@@ -9,12 +9,13 @@ from statistics import mean
 from typing import TypeVar
 
 from cspine_train.comparison import holm, paired_differences, signed_rank_p
-from cspine_train.intervals import MeanInterval, mean_interval
+from cspine_train.intervals import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
 from cspine_train.results import Condition
 
 #: What a study varies, and compares the levels of.
 FACTORS = ("model", "encoder", "variant", "axes")
 SURE = 0.05
+_DICE = (0.0, 1.0)
 Scores = Mapping[Condition, Mapping[str, float]]
 
 
@@ -56,7 +57,7 @@ class Contrast:
         How many patients, and how many have a higher and a lower mean.
     p : float or None
         Of Wilcoxon's signed-rank test over patients, two-sided, after Holm's correction for all contrasts of the
-        study; None of one patient.
+        study; None of fewer than `FEWEST_PATIENTS`.
     ranks_agree : bool
         Whether the ranks that are tested are for the level of the higher mean.
     """
@@ -109,7 +110,7 @@ def _is_sure(tested: Contrast | Ranked) -> bool:
 
 
 def levels(scores: Scores) -> list[Level]:
-    """Return the levels of each factor that has several, the best of each first."""
+    """Return the levels of each factor that has several, the best of each first; none of too few patients."""
     found = []
     for factor in FACTORS:
         blocks, patients = _complete(scores, factor)
@@ -117,10 +118,10 @@ def levels(scores: Scores) -> list[Level]:
             Level(
                 factor,
                 name,
-                mean_interval(_over_blocks(scores, [block[name] for block in blocks], patients)),
+                mean_interval(_over_blocks(scores, [block[name] for block in blocks], patients), _DICE),
                 len(blocks),
             )
-            for name in (blocks[0] if blocks and patients else ())
+            for name in (blocks[0] if blocks and len(patients) >= FEWEST_PATIENTS else ())
         ]
         found += sorted(of_factor, key=lambda level: -level.mean.mean)
     return found
@@ -140,9 +141,12 @@ def contrasts(scores: Scores) -> list[Contrast]:
 
 
 def ranked(scores: Scores) -> list[Ranked]:
-    """Rank conditions by their mean over the patients that all have, and compare each with the best."""
+    """Rank conditions by their mean over the patients that all have, and compare each with the best.
+
+    Too few patients rank nothing.
+    """
     patients = _common(scores.values())
-    if not patients:
+    if len(patients) < FEWEST_PATIENTS:
         return []
     figures = {condition: [of[patient] for patient in patients] for condition, of in scores.items()}
     means = {condition: mean(several) for condition, several in figures.items()}
@@ -155,7 +159,7 @@ def ranked(scores: Scores) -> list[Ranked]:
             Ranked(
                 1 + sum(other > means[condition] for other in means.values()),
                 condition,
-                mean_interval(figures[condition]),
+                mean_interval(figures[condition], _DICE),
                 len(patients),
                 None if of_best else mean_interval(differences),
                 None if of_best else signed_rank_p(differences),
@@ -253,9 +257,7 @@ def n4_answer(found: Sequence[Contrast]) -> str:
         ends = sorted((100 * sign * interval.low, 100 * sign * interval.high))
         evidence += f", 95 % interval {ends[0]:+.2f} to {ends[1]:+.2f}"
     if contrast.p is None:
-        return (
-            f"Does N4 help? The evidence does not decide: of one patient nothing is known about the next. {evidence}."
-        )
+        return f"Does N4 help? The evidence does not decide: {too_few(contrast.patients)}. {evidence}."
     evidence += f", p = {contrast.p:.2g} after correction"
     if contrast.sure:
         return f"Does N4 help? {'Yes' if sign > 0 else 'No, it harms'}: {evidence}."

@@ -22,8 +22,8 @@ _RECIPE = (
         "--schedule",
         type=click.Choice(["plateau", "onecycle", "cosine"]),
         default="plateau",
-        help="plateau: rate / 3 after 5 epochs without gain, stop after 7; onecycle: up and down once, all epochs; "
-        "cosine: quickly up, slowly down.",
+        help="plateau: rate / 3 after 5 epochs without a higher Dice, stop after 7; onecycle: up and down once, "
+        "all epochs; cosine: quickly up, slowly down.",
     ),
     click.option(
         "--clip-norm",

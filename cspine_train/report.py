@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cspine_train.intervals import MeanInterval
+from cspine_train.intervals import mean_interval, too_few
 from cspine_train.metrics import MEASURES, Measure
 from cspine_train.option_values import PLANES
 from cspine_train.recorded import recorded_evaluations
@@ -64,16 +64,12 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
         {"case": row["case"], "figures": [_told(measure, row.get(measure.name)) for measure in _SHOWN]}
         for row in evaluation["patients"]
     ]
-    # Evaluations of an older cspine have no intervals.
-    known = evaluation.get("means", {})
-    means = [(measure, MeanInterval(**known[measure.name]) if measure.name in known else None) for measure in _SHOWN]
     plots = sorted(slice_plots(folder / f"{name}-slices.csv"), key=lambda plot: plot["lowest"])
     return {
         "title": f"{name.replace('-', ' and ')} patients".capitalize(),
         "headings": [measure.heading for measure in _SHOWN],
         "patients": patients,
-        "means": [_told(measure, interval.mean if interval else None) for measure, interval in means],
-        "intervals": [interval.between(measure.digits) if interval else "" for measure, interval in means],
+        "splits": list(_splits(evaluation["patients"])),
         "confusion": _confusion(folder / f"{name}-confusion.csv"),
         "pictures": embedded_pictures(
             (folder / f"{name}-{kind}.png", f"slices of {kind} Dice") for kind in ("best", "median", "worst")
@@ -81,6 +77,24 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
         "plots": plots[:MOST_PLOTS],
         "left_out": max(0, len(plots) - MOST_PLOTS),
     }
+
+
+def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Iterate over the means of each split: validation patients chose epoch and threshold, and are kept apart."""
+    for split in dict.fromkeys(row["split"] for row in rows):
+        patients = [row for row in rows if row["split"] == split]
+        figures = [[row[measure.name] for row in patients if measure.name in row] for measure in _SHOWN]
+        # Evaluations of an older cspine lack some measures.
+        known = [
+            mean_interval(of, m.within) if len(of) == len(patients) else None
+            for m, of in zip(_SHOWN, figures, strict=True)
+        ]
+        yield {
+            "title": f"mean of {len(patients)} {split} patient{'s' if len(patients) > 1 else ''}",
+            "few": too_few(len(patients), split),
+            "means": [_told(measure, one.mean if one else None) for measure, one in zip(_SHOWN, known, strict=True)],
+            "intervals": [one.between(m.digits) if one else "" for m, one in zip(_SHOWN, known, strict=True)],
+        }
 
 
 def _told(measure: Measure, figure: float | None) -> str:

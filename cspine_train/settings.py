@@ -41,7 +41,8 @@ class RunSettings(BaseModel):
     epochs, batch_size, learning_rate, seed
         As everywhere.
     schedule : str
-        ``plateau``: the rate divided by 3 after 5 epochs without gain, stop after 7 (the reference study);
+        ``plateau``: the rate divided by 3 after 5 epochs in a row without a higher validation Dice, stop after 7 (the
+        reference study);
         ``onecycle``: the rate rises and falls once over exactly `epochs` (Smith and Topin 2018); ``cosine``: it rises
         over the first 20th of them and falls as a cosine does.
     clip_norm : float or None

@@ -264,14 +264,9 @@ def _failure(answer: bytes, status: int, log: Path) -> str | None:
 
 
 def do_cell(request: dict[str, Any]) -> str | None:
-    """Train and evaluate a cell in the process that was started for it; return why it failed, if it did.
-
-    It ends when the process does that started it.
-    """
+    """Train and evaluate a cell in the process that was started for it; return why it failed, if it did."""
     from cspine_data import CspineDataError
-    from cspine_train.machines import end_with_the_first
 
-    end_with_the_first()
     run = Path(request["run"])
     run.parent.mkdir(parents=True, exist_ok=True)
     try:

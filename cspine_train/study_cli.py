@@ -290,11 +290,16 @@ def table(study: Path, form: str, output: Path | None) -> None:
 @click.command(hidden=True)
 def cell() -> None:
     """Train and evaluate one cell of a study; the process that starts this says which, on standard input."""
+    from cspine_train.allocator import keep_large_blocks
+    from cspine_train.machines import end_with_the_first
     from cspine_train.study import do_cell
 
+    keep_large_blocks()
     # What else is said there is no answer.
     answer, sys.stdout = sys.stdout, sys.stderr
-    failure = do_cell(json.loads(sys.stdin.buffer.readline()))
+    request = sys.stdin.buffer.readline()
+    end_with_the_first()
+    failure = do_cell(json.loads(request))
     # On a line of its own, whatever native code has said.
     answer.write(f"\n{json.dumps({'failure': failure})}\n")
     answer.flush()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cspine_data import Cohort
 from cspine_train.classes import label_values, network_classes
 from cspine_train.datamodule import CohortSlices
@@ -60,6 +62,8 @@ def check_names_of(cells: Sequence[Cell]) -> None:
         check_names(model, encoder)
 
 
+# Networks that are only looked at draw nothing from the caller's random generator.
+@torch.random.fork_rng(devices=[])
 def check_weights(cells: Sequence[Cell]) -> None:
     """Refuse a study whose encoders cannot all start from what was asked for.
 
@@ -102,6 +106,7 @@ def _why_not(encoder: str, weights: str, ways: Sequence[tuple[str, int]]) -> str
     return ""
 
 
+@torch.random.fork_rng(devices=[])
 def costs(
     cohort: Cohort,
     cells: Sequence[Cell],

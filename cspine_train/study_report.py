@@ -125,19 +125,23 @@ def _curves(study: Path, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def _shown(study: Path, rows: Sequence[Mapping[str, Any]], cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Iterate over the best, the median and the worst cell: their pictures and slices."""
+    """Iterate over the cells of the highest, the median and the lowest mean Dice: their pictures and slices."""
     dice: dict[str, list[float]] = {}
     for row in rows:
         dice.setdefault(row["cell"], []).append(row["dice"])
     means = {cell: sum(figures) / len(figures) for cell, figures in dice.items()}
     order = sorted(means, key=lambda cell: -means[cell])
-    places = {"Best": 0, "Median": len(order) // 2, "Worst": len(order) - 1} if order else {}
+    places = {"Highest": 0, "Median": len(order) // 2, "Lowest": len(order) - 1} if order else {}
     for kind, place in places.items():
         cell = order[place]
         folder = study / RUNS_FOLDER / cell / EVALUATION_FOLDER
         yield {
-            "title": f"{kind} cell",
-            "told": f"{cells[cell]}: mean Dice {means[cell]:.4f} ({RUNS_FOLDER}/{cell})",
+            # Often of one or two patients each: pictures to look at, not a ranking.
+            "title": f"{kind} Dice of a cell",
+            "told": (
+                f"{cells[cell]}: mean Dice {means[cell]:.4f} of {counted(len(dice[cell]), 'patient')} "
+                f"({RUNS_FOLDER}/{cell})"
+            ),
             "pictures": embedded_pictures(
                 (folder / f"test-{which}.png", f"slices of {which} Dice") for which in ("best", "median", "worst")
             ),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cspine_train.intervals import MeanInterval, mean_interval
+from cspine_train.intervals import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
 from cspine_train.option_values import PLANES
 from cspine_train.published import PublishedCell, published_percent
 from cspine_train.ranking import Contrast, Level, Ranked, Scores, contrasts, counted, levels, n4_answer, ranked
@@ -113,9 +113,7 @@ def findings(rows: Sequence[Mapping[str, Any]], unfinished: Sequence[str] = ()) 
     caveats = list(dict.fromkeys(part for row in rows for part in row["note"].split("; ")))
     if any(row["encoder"] == RANDOM_ENCODER and row["weights"] == RANDOM for row in rows):
         caveats.append(RANDOM_TOLD)
-    patients = {row["patient"] for row in rows}
-    if len(patients) == 1:
-        caveats.append("one test patient: no interval and no test can tell how the next one would come out")
+    caveats += _few(dice)
     if any(row["folds"] for row in rows):
         caveats.append("folds share training patients, which tests and intervals take for independent")
     if unfinished:
@@ -136,6 +134,15 @@ def findings(rows: Sequence[Mapping[str, Any]], unfinished: Sequence[str] = ()) 
     )
 
 
+def _few(dice: Scores) -> Iterator[str]:
+    """Iterate over why there is no interval, test or ranking."""
+    if not dice:
+        return
+    few = too_few(max(map(len, dice.values())))
+    if few := few or too_few(len(set.intersection(*map(set, dice.values()))), "common"):
+        yield few
+
+
 def _uneven(rows: Sequence[Mapping[str, Any]], dice: Scores) -> Iterator[str]:
     """Iterate over what has to be said of seeds and patients that not all conditions have."""
     seeds: dict[Condition, set[int]] = {}
@@ -150,10 +157,10 @@ def _uneven(rows: Sequence[Mapping[str, Any]], dice: Scores) -> Iterator[str]:
 
 
 def _figures(condition: Condition, dice: Mapping[str, float], batch_averaged: Mapping[str, float]) -> Figures:
-    percent = mean_interval([100 * one for one in batch_averaged.values()])
+    percent = mean_interval([100 * one for one in batch_averaged.values()], (0.0, 100.0))
     published = published_percent().get(_published(condition))
     difference = None if published is None else percent.less(published)
-    return Figures(condition, len(dice), mean_interval(list(dice.values())), percent, published, difference)
+    return Figures(condition, len(dice), mean_interval(list(dice.values()), (0.0, 1.0)), percent, published, difference)
 
 
 def _cells(axes: str, conditions: Sequence[Figures], recipes: bool) -> Table:
@@ -176,8 +183,8 @@ def _cells(axes: str, conditions: Sequence[Figures], recipes: bool) -> Table:
         columns,
         tuple(rows),
         (
-            "Dice: over whole volumes, mean over patients, in brackets 95 % intervals by bootstrap over patients, too "
-            "narrow of fewer than ten.",
+            "Dice: over whole volumes, mean over patients, in brackets 95 % confidence intervals (Student's t) of at "
+            f"least {FEWEST_PATIENTS} patients.",
             "Published: the reference study's figure of one other patient, averaged over batches, as the column before "
             "it; what it calls random names no encoder."
             if published
@@ -209,7 +216,7 @@ def _pairs(found: Sequence[Contrast]) -> Table:
         (
             one.factor, one.better, one.worse, one.difference.told(sign=True),
             f"{one.patients_higher} of {one.patients}", f"{one.pairs_higher} of {one.pairs}",
-            "" if one.p is None else f"{one.p:.2g}", "yes" if one.sure else "not decided",
+            *(("", "too few patients") if one.p is None else (f"{one.p:.2g}", "yes" if one.sure else "not decided")),
         )
         for one in found
     )  # fmt: skip

@@ -104,16 +104,30 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         compare([run, tmp_path / "nowhere"])
 
 
-def test_few_patients_find_nothing_and_that_is_said(tmp_path: Path) -> None:
+def test_patients_that_do_not_differ_find_nothing_and_that_is_said(tmp_path: Path) -> None:
+    """Enough patients, of whom too few differ for the test to reach 5 %."""
+    other = {case: dice + 0.01 * (number < 5) for number, (case, dice) in enumerate(PATIENTS.items())}
+    comparison = compare([evaluated(tmp_path / "a", PATIENTS), evaluated(tmp_path / "b", other)])
+    assert comparison.models[1].p == pytest.approx(2 / 32)
+    assert any("figures of only 5 patients differ" in caveat for caveat in comparison.caveats)
+
+
+def test_few_patients_find_nothing_and_that_is_said(tmp_path: Path, run_train: Callable[..., Result]) -> None:
     runs = [
         evaluated(tmp_path / name, {case: PATIENTS[case] + more for case in list(PATIENTS)[:5]})
         for name, more in (("a", 0), ("b", 0.05))
     ]
     comparison = compare(runs)
-    assert comparison.models[1].p == pytest.approx(2 / 32)
-    assert (
-        "of too few patients, 5, do figures differ for the test ever to find a difference at 5 %" in comparison.caveats
-    )
+    assert comparison.models[1].p is None
+    assert comparison.models[1].difference is not None
+    assert comparison.models[1].difference.low is None
+    assert comparison.models[1].difference.mean == pytest.approx(0.05)
+    assert any("5 patients: too few" in caveat and "6" in caveat for caveat in comparison.caveats)
+    told = run_train("compare", *runs).output
+    assert "[" not in told
+    assert "0.0625" not in told
+    assert "5 patients: too few" in told
+    assert "Wilcoxon" not in told
 
 
 def test_folds_are_called_what_their_folders_have_in_common(tmp_path: Path) -> None:
@@ -146,14 +160,14 @@ def exact_p(differences: Sequence[float]) -> float:
     return float(np.mean([abs(one - middle) >= own - 1e-9 for one in sums]))
 
 
-@given(st.lists(st.floats(0.01, 0.2), min_size=2, max_size=9, unique=True), st.integers(0, 511))
+@given(st.lists(st.floats(0.01, 0.2), min_size=6, max_size=9, unique=True), st.integers(0, 511))
 @settings(deadline=None)
 def test_p_is_what_all_signs_give(sizes: list[float], signs: int) -> None:
     differences = [size * (1 if signs >> place & 1 else -1) for place, size in enumerate(sizes)]
     assert signed_rank_p(differences) == pytest.approx(exact_p(differences))
     assert signed_rank_p([*differences, 0.0]) == pytest.approx(exact_p(differences))
-    assert signed_rank_p([0.0, 0.0]) == 1
-    assert signed_rank_p(differences[:1]) is None
+    assert signed_rank_p([0.0] * 6) == 1
+    assert signed_rank_p(differences[:5]) is None
 
 
 def test_p_is_exact_of_as_many_patients_as_real_cohorts_have_with_ties_and_without_a_difference() -> None:

@@ -29,7 +29,7 @@ from cspine_train import Machines, RunError, RunSettings, train
 from cspine_train import module as module_of_steps
 from cspine_train.checkpoints import checkpoints
 from cspine_train.cli import main as train_main
-from cspine_train.machines import _SameStart
+from cspine_train.machines import _SameStart, _watch
 from cspine_train.module import SliceSegmenter
 from cspine_train.run_folder import METRICS_NAME
 from cspine_train.settings import load_record
@@ -188,7 +188,7 @@ def test_two_processes_do_what_one_does(
 ) -> None:
     before = dict(os.environ)
     two, together = ran(TWO)
-    assert dict(os.environ) == before | {"PL_GLOBAL_SEED": "0", "PL_SEED_WORKERS": "1"}
+    assert dict(os.environ) == before
     assert capfd.readouterr() == ("", "")
     one, alone = ran(Machines())
     assert len(alone.masks) == len(together.masks) > 20
@@ -265,6 +265,34 @@ def test_processes_that_die_end_the_others_and_go_on_together(
     undisturbed, _ = ran(TWO)
     assert same(weights(run), weights(undisturbed))
     assert rows(run)[-1][2:5] == rows(undisturbed)[-1][2:5]
+
+
+def test_a_process_that_dies_before_it_connects_is_told_and_ends_no_caller(
+    phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch would wait half an hour for it; a notebook's kernel goes on."""
+    fails = tmp_path / "python"
+    fails.write_text("#!/bin/sh\nread request\nexit 3\n")
+    fails.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fails))
+    started = time.monotonic()
+    with pytest.raises(RunError, match=r"process 2 of this machine ended \(status 3\); run the same command"):
+        train(phantom_store, tmp_path / "run", SETTINGS, machines=TWO)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("end_process", [False, True])
+def test_only_a_command_ends_its_process(
+    end_process: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dead = subprocess.Popen(["/bin/sh", "-c", "exit 3"])
+    dead.wait()
+    ended: list[int] = []
+    monkeypatch.setattr("cspine_train.machines._GRACE_S", 0.01)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    _watch([dead], threading.Event(), tmp_path, end_process)
+    assert ended == [1] * end_process
+    assert ("status 3" in capfd.readouterr().err) == end_process
 
 
 def test_algorithms_are_deterministic_where_that_is_asked_for(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from cspine_train import Machines, RunError, RunSettings, train
+from cspine_train.callbacks import Plateau, Stop
 from cspine_train.machines import together
-from cspine_train.module import SliceSegmenter
+from cspine_train.module import MONITOR, SliceSegmenter
 from cspine_train.optimisation import averaged, cosine_share, optimisation
 from tests.conftest import Stopped
 from tests.test_checkpoints import ALWAYS, SMALL, history, same, weights
@@ -29,6 +33,83 @@ def test_a_cosine_rises_quickly_and_falls_to_nothing() -> None:
     assert rates[5 + 95 // 2] == pytest.approx(0.5, abs=0.01)
     assert rates[100] == 0
     assert cosine_share(0, 1) == 1
+
+
+class Scripted(lightning.LightningModule):
+    """One step an epoch, with validation scores that are known beforehand."""
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.scores = scores
+        #: The learning rate of each epoch.
+        self.rates: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log(MONITOR, self.scores[self.current_epoch], on_step=False, on_epoch=True)
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.9)
+
+
+def fit(scores: Sequence[float], folder: Path, epochs: int, checkpoint: Path | None = None) -> list[float]:
+    """Train on the plateau schedule; return the learning rate of each epoch. The last epoch leaves a checkpoint."""
+    trainer = lightning.Trainer(
+        max_epochs=epochs, callbacks=[Plateau(), Stop()], accelerator="cpu", logger=False, default_root_dir=folder,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Scripted(scores)
+    trainer.fit(module, DataLoader(torch.ones(1, 1)), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return module.rates
+
+
+FULL, THIRD, NINTH = 0.9, 0.3, 0.1
+
+
+@pytest.mark.parametrize(
+    ("scores", "rates"),
+    [
+        # Five epochs without a higher score, then a third of the rate; two more, then the end.
+        ([0.5] * 20, [FULL] * 6 + [THIRD] * 2),
+        ([0.1, 0.5, *[0.4] * 20], [FULL] * 7 + [THIRD] * 2),
+        # The first epoch at the lower rate improves: both counts start again.
+        ([0.5] * 6 + [0.6] * 14, [FULL] * 6 + [THIRD] * 6 + [NINTH] * 2),
+        # The smallest gain counts, for the rate as for the end: no threshold, whatever the level of the score.
+        ([0.9 + 1e-6 * epoch for epoch in range(12)], [FULL] * 12),
+        ([1e-6 * epoch for epoch in range(12)], [FULL] * 12),
+        # A gain in the fifth epoch is in time.
+        ([0.5] * 5 + [0.500001] * 15, [FULL] * 11 + [THIRD] * 2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_the_rate_falls_after_five_epochs_without_gain_and_training_stops_after_seven(
+    scores: list[float], rates: list[float], tmp_path: Path
+) -> None:
+    assert fit(scores, tmp_path, len(scores)) == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("stopped", [3, 5, 6, 7, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_goes_on_within_its_patience_lowers_and_stops_where_it_would_have(
+    stopped: int, tmp_path: Path
+) -> None:
+    scores = [0.5] * 20
+    before = fit(scores, tmp_path, stopped)
+    after = fit(scores, tmp_path, 20, tmp_path / "last.ckpt")
+    assert before + after == pytest.approx([FULL] * 6 + [THIRD] * 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_another_patience_goes_on_with_the_schedule_of_this_version(tmp_path: Path) -> None:
+    """Versions before this one left patience 5 and a relative threshold of 1e-4 in checkpoints."""
+    before = fit([0.5] * 4, tmp_path, 4)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint["callbacks"]["_Plateau"] |= {"patience": 5, "threshold": 1e-4, "threshold_mode": "rel"}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    assert before + fit([0.5] * 20, tmp_path, 20, tmp_path / "last.ckpt") == pytest.approx([FULL] * 6 + [THIRD] * 2)
 
 
 def test_an_average_is_of_the_latest_weights_and_statistics() -> None:

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from cspine_data import open_cohort
 from cspine_train import RunSettings, train
 from cspine_train.evaluation import _confusion
+from cspine_train.intervals import mean_interval
 from cspine_train.metrics import MEASURES
+from cspine_train.model_card import write_card
 from cspine_train.report import MOST_PLOTS, write_report
 from cspine_train.settings import load_record, save_record
 from tests.test_comparison import evaluated
@@ -73,11 +75,11 @@ def test_evaluation_writes_all_that_the_page_shows(
         done.output.splitlines()
     )
     (row,) = rows_of(folder / "test.csv")
-    means = json.loads((folder / "test.json").read_text())["means"]
+    means = json.loads((folder / "test.json").read_text())["means"]["test"]
     for measure in MEASURES:
         assert means[measure.name]["mean"] == pytest.approx(float(row[measure.name]), abs=1e-6)
-        # Of one patient nothing is known about the next.
         assert means[measure.name]["low"] is None
+    assert "1 test patient: too few" in done.output
     # Slices and the volume hold the same voxels, along each axis.
     slices = rows_of(folder / "test-slices.csv")
     for axis in "01":
@@ -116,6 +118,32 @@ def test_the_page_needs_nothing_beside_it(run: Path) -> None:
     text = (run / "report.html").read_text()
     assert "url(" not in text
     assert re.search("default-src 'none'", text)
+
+
+def test_each_split_has_its_own_mean_and_few_patients_no_interval(tmp_path: Path) -> None:
+    """Evaluations of versions that averaged validation and test patients together included."""
+    run = evaluated(tmp_path / "run", {})
+    (run / "evaluation" / "test.json").unlink()
+    dice = {"validation": [0.5, 0.7], "test": [0.80, 0.82, 0.84, 0.86, 0.88, 0.90]}
+    rows = [
+        {"case": f"{split}{number}", "split": split, "dice": figure}
+        for split, figures in dice.items()
+        for number, figure in enumerate(figures)
+    ]
+    joint = {"dice": {"mean": 0.7875, "low": 0.7, "high": 0.85}}
+    (run / "evaluation" / "validation-test.json").write_text(json.dumps({"patients": rows, "means": joint}))
+    write_report(run, load_record(run))
+    texts = Page(run / "report.html").texts
+    assert "0.6000" in texts[texts.index("mean of 2 validation patients") :][:2]
+    assert "0.8500" in texts[texts.index("mean of 6 test patients") :][:2]
+    assert not any("0.7875" in text or "[0.7000, 0.8500]" in text for text in texts)
+    assert [text for text in texts if text.startswith("[")] == [mean_interval(dice["test"]).between()]
+    assert any("2 validation patients: too few" in text for text in texts)
+    assert not any("6 test patients: too few" in text for text in texts)
+    card = write_card(run, load_record(run)).read_text()
+    assert "| validation | 2 | 0.6000 | 0.5000 | 0.7000 |" in card
+    assert f"| test | 6 | {mean_interval(dice['test']).told()} | 0.8000 | 0.9000 |" in card
+    assert "2 validation patients: too few" in card
 
 
 def test_names_are_shown_as_text(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from scipy.stats import wilcoxon
 from cspine_data import Preprocessing
 from cspine_train.metrics import MEASURES
 from cspine_train.published import published_percent
-from cspine_train.ranking import contrasts, levels, n4_answer, ranked
+from cspine_train.ranking import contrasts, counted, levels, n4_answer, ranked
 from cspine_train.results import FIGURES, Condition, scores, study_rows
 from cspine_train.run_folder import write_rows
 from cspine_train.settings import RunRecord, RunSettings, save_record
@@ -126,14 +126,45 @@ def test_whether_n4_helps_is_answered_or_said_to_be_undecided(gain: float, sprea
 def test_few_patients_decide_nothing() -> None:
     rows = grid({"n4": 0.05}, 0.001)
     of_five = n4_answer(contrasts(scores([one for one in rows if one["patient"] < "P5"])))
-    assert of_five.startswith(
+    assert of_five.startswith("Does N4 help? The evidence does not decide: 5 patients: too few")
+    assert "interval" not in of_five.partition("Dice with N4")[2]
+    assert "p =" not in of_five
+    of_six = n4_answer(contrasts(scores([one for one in rows if one["patient"] < "P6"])))
+    assert of_six.startswith(
         "Does N4 help? The evidence does not decide (after 2 comparisons fewer than 7 patients never can): "
     )
+    assert "95 % interval" in of_six
     of_one = n4_answer(contrasts(scores([one for one in rows if one["patient"] == "P0"])))
-    assert "of one patient nothing is known about the next" in of_one
-    assert "interval" not in of_one
+    assert of_one.startswith("Does N4 help? The evidence does not decide: 1 patient: too few")
+    assert "95 %" not in of_one
     alone = n4_answer(contrasts(scores([one for one in rows if one["variant"] == "n4"])))
     assert alone == "Does N4 help? Nothing can be said: no condition was run both with it and without."
+
+
+@pytest.mark.parametrize("patients", [1, 2, 5])
+@pytest.mark.parametrize("form", ["markdown", "csv", "latex", "html"])
+def test_too_few_patients_have_no_interval_test_or_ranking_in_any_form(form: str, patients: int) -> None:
+    rows = [one for one in grid({"n4": 0.05}) if one["patient"] < f"P{patients}"]
+    found = findings(rows)
+    assert found.ranking.rows == found.factors.rows == ()
+    assert any("too few" in caveat and counted(patients, "patient") in caveat for caveat in found.caveats)
+    assert all(one.dice.low is None and one.batch_averaged.low is None for one in found.conditions)
+    assert all(one.difference is None or one.difference.low is None for one in found.conditions)
+    assert {told[-2:] for told in found.pairs.rows} == {("", "too few patients")}
+    text = rendered(found, form)
+    assert "too few" in text
+    assert not re.search(r"\[[-+]?\d", text)
+    if form == "csv":
+        assert {line["dice_low"] for line in csv.DictReader(io.StringIO(text))} == {""}
+
+
+def test_six_patients_have_intervals_tests_and_a_ranking() -> None:
+    found = findings([one for one in grid({"n4": 0.05}) if one["patient"] < "P6"])
+    assert len(found.ranking.rows) == 4
+    assert found.factors.rows
+    assert not any("too few" in caveat for caveat in found.caveats)
+    assert all(one.dice.low is not None for one in found.conditions)
+    assert all(told[-2] for told in found.pairs.rows)
 
 
 @given(st.lists(st.floats(0, 1).map(lambda d: round(d, 4)), min_size=8, max_size=8), st.randoms())

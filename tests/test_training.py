@@ -35,6 +35,7 @@ from cspine_data.geometry import Orientation
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
 from cspine_train.cli import default_run_name
 from cspine_train.datamodule import CohortSlices
+from cspine_train.intervals import MeanInterval
 from cspine_train.metrics import overlap
 from cspine_train.models import build_model, sides_of
 from cspine_train.module import THRESHOLDS, SliceSegmenter, best_threshold
@@ -106,8 +107,14 @@ def test_scores_are_of_whole_volumes_patient_by_patient(trained: Path, phantom_s
     predicted = run.probabilities(image[0], spacing) > run.record.threshold
     both = (predicted & (label[0] > 0)).sum()
     assert evaluation.scores[1].dice == 2 * both / (predicted.sum() + label.sum())
-    assert evaluation.mean_dice == np.mean([score.dice for score in evaluation.scores])
+    # Validation patients chose epoch and threshold: their scores are never averaged with those of test patients.
+    for split, score in zip(("validation", "test"), evaluation.scores, strict=True):
+        assert evaluation.means[split]["dice"] == MeanInterval(score.dice, None, None)
+    with pytest.raises(RunError, match="validation and test"):
+        _ = evaluation.mean_dice
     written = json.loads(evaluation.files[1].read_text())
+    assert "mean_dice" not in written
+    assert written["means"]["test"]["dice"]["mean"] == pytest.approx(evaluation.scores[1].dice, abs=1e-6)
     assert written["patients"][1]["dice"] == pytest.approx(evaluation.scores[1].dice, abs=1e-6)
     assert written["caveats"] == list(evaluation.caveats)
     assert evaluation.files[0].read_text().startswith("case,split,dice,iou")
