@@ -1,4 +1,4 @@
-"""Work side by side on a Dask cluster: local processes that listen on loopback only, or a running scheduler's."""
+"""Work side by side on a Dask cluster: local processes that only this process can use, or a running scheduler's."""
 
 from __future__ import annotations
 
@@ -218,16 +218,13 @@ def _outcome(future: Any, task: Task, lost: Callable[[Task, str | Exception], An
 
 @contextmanager
 def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
-    """Open a client of a running scheduler, or of local worker processes that listen on loopback only."""
+    """Open a client of a running scheduler, or of local worker processes."""
     import dask
     from distributed import Client
 
     scheduler = workers.scheduler
     if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=10, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", "check its address") from None
+        client = _client(scheduler)
         with client:
             if not _has_worker_with(client, None):
                 told = f"scheduler {scheduler}: has no workers yet; waiting for one ({_PATIENCE_S:.0f} s)"
@@ -262,18 +259,37 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
             yield client
 
 
+def _client(scheduler: str) -> Any:
+    """Connect to a running scheduler; for TLS with the certificate that Dask's configuration names."""
+    from distributed import Client
+    from distributed.comm.addressing import get_address_host_port
+    from distributed.security import Security
+
+    try:
+        # A Client that cannot even try to connect takes 20 s to close.
+        get_address_host_port(scheduler)
+        security = Security()
+        encrypted = scheduler.startswith("tls://")
+        if encrypted and security.get_connection_args("client")["ssl_context"] is None:
+            raise ValueError("no certificate is configured")
+        if security.require_encryption and not encrypted:
+            raise ValueError("Dask's configuration requires encryption")
+        return Client(scheduler, timeout=10, security=security, set_as_default=False)
+    except (OSError, ValueError) as error:
+        remedy = (
+            "check its address, and for tls:// CA_FILE, CLIENT__CERT and CLIENT__KEY of DASK_DISTRIBUTED__COMM__TLS__*"
+        )
+        raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", remedy) from None
+
+
 def _local_cluster(workers: int) -> Any:
-    from distributed import LocalCluster
+    from cspine_data.local_dask import local_cluster
 
     reason: BaseException | None = None
     # Dask renews a worker that dies at work, but not one that dies before it got there.
     for _ in range(_STARTS):
         try:
-            return LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
-                # Dask's HTTP server has a port of its own all the same, and warns where another run has it.
-                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, silence_logs=50,
-            )  # fmt: skip
+            return local_cluster(workers)
         except (OSError, RuntimeError) as error:
             reason = error.__cause__ or error
     remedy = "use fewer, or free memory and processes"

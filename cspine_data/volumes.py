@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
 import unicodedata
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,19 +164,17 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     if suffix not in (".nrrd", ".nii", ".nii.gz", ".seg.nrrd"):
         raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz or .seg.nrrd")
     fields = _segment_fields(path, volume.array, segments or {}) if suffix == ".seg.nrrd" else {}
+    temporary = path.with_name(f".writing-{uuid.uuid4().hex}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary_name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
-    os.close(handle)
-    temporary = Path(temporary_name)
     try:
         if suffix.endswith(".nrrd"):
             _write_nrrd(temporary, volume, fields)
         else:
             _nifti.write(temporary, volume.array, volume.geometry)
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -219,12 +216,6 @@ def _is_series(path: Path) -> bool:
 
 def _is_nifti(path: Path) -> bool:
     return volume_suffix(path).lower() in (".nii", ".nii.gz")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _segment_fields(path: Path, array: NDArray[Any], segments: Mapping[int, str]) -> dict[str, str]:
