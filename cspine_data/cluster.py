@@ -61,6 +61,7 @@ def run_jobs(
     store: Path,
     workers: int | None,
     scheduler: str | None,
+    ticks: bool = False,
 ) -> Iterator[list[tuple[Job, Result | Problem]]]:
     """Do the jobs side by side, the largest first, and yield those that ended: their results, or problems.
 
@@ -74,6 +75,8 @@ def run_jobs(
         Where to, as the workers see it.
     workers, scheduler
         See `Workers`.
+    ticks : bool
+        See `side_by_side`.
 
     Raises
     ------
@@ -85,7 +88,7 @@ def run_jobs(
     def do(job: Job) -> Result | Problem:
         return work(job, str(store))
 
-    yield from side_by_side(do, ordered, _lost, Workers(workers, scheduler))
+    yield from side_by_side(do, ordered, _lost, Workers(workers, scheduler), ticks=ticks)
 
 
 def _lost(job: Job, reason: str | Exception) -> Problem:
@@ -99,6 +102,8 @@ def side_by_side(
     tasks: Sequence[Task],
     lost: Callable[[Task, str | Exception], Result],
     workers: Workers,
+    *,
+    ticks: bool = False,
 ) -> Iterator[list[tuple[Task, Result]]]:
     """Do tasks on a Dask cluster, in their order, and yield those that ended, each with its result.
 
@@ -114,6 +119,8 @@ def side_by_side(
         The result of a task that could not be done, given the task and the reason, as a sentence or an exception.
     workers : Workers
         Who does it.
+    ticks : bool
+        Yield an empty list, too, about twice a second while no task ends.
 
     Raises
     ------
@@ -129,11 +136,15 @@ def side_by_side(
         submit = partial(client.submit, work, pure=False, resources={resource: 1} if resource else None)
         suspects = []
         for ended in _as_they_end(client, submit, tasks, lost, resource):
+            if not (ended or ticks):
+                continue
             suspects += [task for task, outcome in ended if isinstance(outcome, KilledWorker)]
             yield [(task, outcome) for task, outcome in ended if not isinstance(outcome, KilledWorker)]
         # Dask blames every task that waited on a worker that died. Alone, only the guilty one dies again.
         for suspect in suspects:
             for ended in _as_they_end(client, submit, [suspect], lost, resource):
+                if not (ended or ticks):
+                    continue
                 yield [
                     (task, lost(task, _DIED) if isinstance(outcome, KilledWorker) else outcome)
                     for task, outcome in ended
@@ -159,7 +170,7 @@ def _as_they_end(
     lost: Callable[[Task, str | Exception], Any],
     resource: str | None,
 ) -> Iterator[list[tuple[Task, Any]]]:
-    """Do tasks and yield those that ended, until there is none, or no worker that could do the rest."""
+    """Do tasks and yield those that ended, or an empty list, until there is none, or no worker for the rest."""
     from distributed import as_completed
 
     futures = {submit(task): task for task in tasks}
@@ -175,6 +186,7 @@ def _as_they_end(
                 del futures[future]
                 future.release()
             continue
+        yield []
         time.sleep(pause)
         pause = min(1.1 * pause, _LONGEST_POLL_S)
         if time.monotonic() - looked < _LOOK_S:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,8 @@ from cspine_data.volumes import read_volume
 _CASES_OF_A_STANDARD = 32
 # Each but the first needs another run that was quicker.
 _MOST_ROUNDS = 6
+# A publication takes time in proportion to the store's cases: at most so often, and for so small a share of the time.
+_PUBLISH_EVERY_S, _PUBLISH_SHARE = 2.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,8 @@ def do_jobs(
     """Do jobs and publish what they make: the bytes written for each case, or its problem.
 
     Where another run published the same case meanwhile, with other axes for example, the job is planned and done
-    again, so that neither undoes what the other did.
+    again, so that neither undoes what the other did. What ends is published every few seconds, and when an error or
+    Ctrl-C ends this; what a killed run had not published yet is published by the next one, without being computed.
     """
     total = len(jobs)
     outcomes: dict[str, int | Problem] = {}
@@ -233,7 +236,7 @@ def do_jobs(
     while jobs:
         rounds += 1
         overtaken: list[Job] = []
-        for ended in run_jobs(_work, jobs, store, workers, scheduler):
+        for ended in _every_few_seconds(run_jobs(_work, jobs, store, workers, scheduler, True)):
             made = {job.case.id: (job, size) for job, size in ended if not isinstance(size, Problem)} | waiting
             refused = publish(store, [job.replacement for job, _ in made.values()]) if made else Refused(set(), {})
             # Two cases that have exchanged their volumes can only be published together.
@@ -253,6 +256,29 @@ def do_jobs(
     for case, (job, _) in waiting.items():
         finish(case, copy_problem(job.case, twice[case]))
     return outcomes
+
+
+def _every_few_seconds(
+    ends: Iterator[list[tuple[Job, int | Problem]]],
+) -> Iterator[list[tuple[Job, int | Problem]]]:
+    """Join the lists of what ended to one every few seconds, and to a last one however the work ends."""
+    held: list[tuple[Job, int | Problem]] = []
+    due = time.monotonic()
+    try:
+        for ended in ends:
+            held += ended
+            begun = time.monotonic()
+            if held and begun >= due:
+                together, held = held, []
+                yield together
+                now = time.monotonic()
+                due = now + max(_PUBLISH_EVERY_S, (now - begun) / _PUBLISH_SHARE)
+    except BaseException:
+        if held:
+            yield held
+        raise
+    if held:
+        yield held
 
 
 def _given_up(job: Job, store: Path, rounds: int) -> Problem | None:
