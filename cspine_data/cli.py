@@ -108,6 +108,7 @@ def scan(source: Path, pairs: Path | None) -> None:
 @PAIRS
 @click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
 @click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
+@click.option("--rehash", is_flag=True, help="Hash every file, also those whose size and times have not changed.")
 def prepare(
     source: Path,
     store: Path,
@@ -125,6 +126,7 @@ def prepare(
     pairs: Path | None,
     note: str | None,
     anonymise: bool,
+    rehash: bool,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
     from cspine_data.bias import bias_parameters
@@ -158,6 +160,7 @@ def prepare(
             scheduler=scheduler,
             note=note,
             anonymise=anonymise,
+            rehash=rehash,
             progress=progress,
         )
     for problem in summary.failed:

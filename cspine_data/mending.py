@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.cases import Case, Problem, describe_problem, find_cases
 from cspine_data.cluster import check_workers
+from cspine_data.digests import Digested
 from cspine_data.errors import DamagedStoreError, InputError
-from cspine_data.jobs import Job, file_digests
+from cspine_data.hashing import digest_files
+from cspine_data.jobs import Job, new_job
 from cspine_data.pipeline import do_jobs, existing_key
 from cspine_data.preprocess import Preprocessing
 from cspine_data.progress import Progress
@@ -82,6 +84,8 @@ def repair(
     root = read_root(store)
     files = _files(store, root, find_cases(source, pairs).cases)
     mend_groups(store)
+    damaged = [files[case] for case in {damage.case for damage in damages if damage.variant} if case in files]
+    sources = digest_files(damaged, store, workers, scheduler, rehash=True)
     ways = {variant: _ways(store, root, variant) for variant in {damage.variant for damage in damages}}
     jobs, failed = [], []
     strays = {(damage.case, damage.variant): damage for damage in damages if damage.problem == STRAY}
@@ -93,9 +97,13 @@ def repair(
             failed.append(Problem(case, f"{store}: {case} was prepared anew or removed meanwhile; verify again"))
             continue
         try:
-            jobs.append(_job(store, root, files, case, variant, ways[variant]))
-        except (InputError, OSError) as error:
-            failed.append(describe_problem(case, error))
+            job = _job(store, root, files, sources, case, variant, ways[variant])
+        except InputError as error:
+            job = describe_problem(case, error)
+        if isinstance(job, Problem):
+            failed.append(job)
+        else:
+            jobs.append(job)
     mended, differing = [], []
     for variant in sorted({job.preprocessing.variant for job in jobs}):
         of_variant = [job for job in jobs if job.preprocessing.variant == variant]
@@ -140,17 +148,24 @@ def _files(store: Path, root: RootRecord, cases: Iterable[Case]) -> dict[str, Ca
     return {ids[case.id]: replace(case, id=ids[case.id]) for case in cases if case.id in ids}
 
 
-def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, variant: str, ways: Sequence[Way]) -> Job:
+def _job(
+    store: Path,
+    root: RootRecord,
+    files: dict[str, Case],
+    sources: Mapping[Path, Digested | Problem],
+    case: str,
+    variant: str,
+    ways: Sequence[Way],
+) -> Job | Problem:
     """Return the job whose digest is the damaged one: made of the same files in the same way."""
     if case not in files:
         raise InputError(f"case {case!r}", "is damaged, and not in the source", "give the folder that holds its files")
     digest = root.cases[case][variant]
-    image_sha256, label_sha256 = file_digests(files[case])
     record = stored_record(store, case, digest)
     for preprocessing, axes in [(record.preprocessing, record.axes)] if record else ways:
-        job = Job(files[case], image_sha256, label_sha256, preprocessing, axes, digest, preprocessing, anew=True)
-        if job.digest == digest:
-            return job
+        job = new_job(files[case], preprocessing, axes, sources)
+        if isinstance(job, Problem) or job.digest == digest:
+            return job if isinstance(job, Problem) else replace(job, current=digest, held=preprocessing, anew=True)
     raise InputError(
         files[case].volume, "is not what the damaged case was made of, or was prepared in a way that is lost",
         "run cspine-data prepare with the options that you want",

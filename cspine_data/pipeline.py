@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from cspine_data.cases import (
     find_cases,
 )
 from cspine_data.cluster import Result, check_workers, run_jobs
+from cspine_data.digests import Digested
 from cspine_data.errors import InputError
+from cspine_data.hashing import digest_files
 from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, is_current, plan_jobs, planned_anew
 from cspine_data.making import prepare_case, stored_volume
@@ -101,6 +103,7 @@ def prepare(
     preprocessing: Preprocessing | None = None,
     note: str | None = None,
     anonymise: bool = False,
+    rehash: bool = False,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
@@ -132,6 +135,8 @@ def prepare(
     anonymise : bool
         Call the cases ``case0001`` and so on instead of by their files' names. Which is which stands in `key_file`,
         beside the store.
+    rehash : bool
+        Hash every source file. By default those are not whose size and times are as when they were hashed last.
     progress : callable, optional
         Called with (cases finished, cases to compute, case id) each time a case is finished.
 
@@ -157,13 +162,14 @@ def prepare(
     if key_file(store).exists() and not anonymise:
         raise InputError(key_file(store), "lies beside the store: its cases have neutral ids", "give --anonymise")
     create_store(store, neutral_ids=anonymise)
+    sources = digest_files(listing.cases, store, workers, scheduler, rehash=rehash)
     if anonymise:
-        listing = listed_neutrally(listing, store)
+        listing = listed_neutrally(listing, store, sources)
     standard = None
     if preprocessing.normalisation == "nyul" and preprocessing.standard is None:
-        standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
+        standard = _standard(listing.cases, store, preprocessing, workers, scheduler, sources)
         preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks if standard else None})
-    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes)
+    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes, sources)
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
     outcomes = do_jobs(to_do, store, workers, scheduler, progress)
@@ -194,7 +200,9 @@ def key_file(store: str | Path) -> Path:
     return store.with_name(f"{store.name}.key.csv")
 
 
-def listed_neutrally(listing: Listing, store: Path) -> Listing:
+def listed_neutrally(
+    listing: Listing, store: Path, sources: Mapping[Path, Digested | Problem] | None = None
+) -> Listing:
     """Give the cases of a listing the ids by which an anonymised store knows them.
 
     Raises
@@ -202,7 +210,7 @@ def listed_neutrally(listing: Listing, store: Path) -> Listing:
     InputError
         If the store holds cases and their key is missing or damaged: others would be given their ids.
     """
-    return with_neutral_ids(listing, existing_key(store, read_root(store)))
+    return with_neutral_ids(listing, existing_key(store, read_root(store)), sources)
 
 
 def existing_key(store: Path, root: RootRecord) -> Path:
@@ -294,7 +302,12 @@ def _given_up(job: Job, store: Path, rounds: int) -> Problem | None:
 
 
 def _standard(
-    cases: Sequence[Case], store: Path, preprocessing: Preprocessing, workers: int | None, scheduler: str | None
+    cases: Sequence[Case],
+    store: Path,
+    preprocessing: Preprocessing,
+    workers: int | None,
+    scheduler: str | None,
+    sources: Mapping[Path, Digested | Problem],
 ) -> Standard | None:
     """Return what Nyul's method matches the store's volumes to: what it holds, else what is learnt from the cohort.
 
@@ -304,7 +317,7 @@ def _standard(
     known = read_root(store).standards.get(key)
     if known is not None:
         return known
-    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, ())
+    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, (), sources)
     outcomes = run_jobs(_landmarks, jobs, store, workers, scheduler)
     of_cases = {job.case.id: found for ended in outcomes for job, found in ended if isinstance(found, tuple) and found}
     if not of_cases:

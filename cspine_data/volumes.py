@@ -193,6 +193,21 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def source_files(path: Path) -> list[Path]:
+    """Return the files that a volume is read from; of a folder of DICOM slices all that lie in it.
+
+    Raises
+    ------
+    InputError
+        If it is no file, or a header that cannot be read.
+    OSError
+        If the folder cannot be read.
+    """
+    if _is_series(path):
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return _parts(_existing(path))
+
+
 def _parts(path: Path) -> list[Path]:
     if _is_nifti(path):
         return [path]

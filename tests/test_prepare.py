@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -547,10 +548,11 @@ def test_axes() -> None:
             parse_axes(wrong)
 
 
-def test_a_running_scheduler_is_used(tmp_path: Path) -> None:
+def test_a_running_scheduler_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import LocalCluster
 
     write_case(tmp_path / "raw", "A")
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("its workers hash the files"))
     with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
         summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, scheduler=cluster.scheduler_address)
     assert summary.done == ("A",)
