@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cspine_data.cluster import Workers, side_by_side, usable_cores
     from cspine_data.cohort import Cohort, open_cohort
     from cspine_data.dataset import SliceDataset, SlicePlace, VolumeDataset
+    from cspine_data.digests import Digested, digest_source
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -49,6 +50,7 @@ _HOME = {
     "cluster": ("Workers", "side_by_side", "usable_cores"),
     "cohort": ("Cohort", "open_cohort"),
     "dataset": ("SliceDataset", "SlicePlace", "VolumeDataset"),
+    "digests": ("Digested", "digest_source"),
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
@@ -75,6 +77,7 @@ __all__ = [
     "CspineDataError",
     "Damage",
     "DamagedStoreError",
+    "Digested",
     "Garbage",
     "Geometry",
     "InputError",
@@ -99,6 +102,7 @@ __all__ = [
     "collect_garbage",
     "content_digest",
     "describe_problem",
+    "digest_source",
     "find_cases",
     "label_name",
     "open_cohort",

@@ -201,14 +201,16 @@ def _as_they_end(
             return
 
 
-def check_workers(workers: int | None) -> None:
-    """Refuse a number of workers that cannot be.
+def check_workers(workers: int | None, scheduler: str | None = None) -> None:
+    """Refuse a number of workers that cannot be, or that a scheduler already has.
 
     Raises
     ------
     InputError
-        If it is below one.
+        If it is below one, or given together with a scheduler.
     """
+    if workers is not None and scheduler is not None:
+        raise InputError("workers and scheduler", "exclude each other", "a scheduler has its own workers: give one")
     if workers is not None and workers < 1:
         raise InputError(f"workers {workers}", "are too few", "give 1 or more")
 

@@ -74,7 +74,7 @@ def repair(
     StoreError
         If there is no store, its root is damaged, or it cannot be written to.
     """
-    check_workers(workers)
+    check_workers(workers, scheduler)
     store = Path(store).resolve()
     lost = _lost_root(store)
     verified = read_root(store)

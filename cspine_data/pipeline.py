@@ -95,7 +95,7 @@ def prepare(
     source: str | Path = "data/raw",
     store: str | Path = "data/cspine.zarr",
     *,
-    n4: bool = True,
+    n4: bool | None = None,
     axes: str | Sequence[int] = "012",
     pairs: str | Path | None = None,
     workers: int | None = None,
@@ -118,17 +118,18 @@ def prepare(
     store : str or Path
         The store to make or to add to.
     n4 : bool
-        Correct the bias field (variant ``n4``) or leave it in (variant ``raw``).
+        Correct the bias field (variant ``n4``) or leave it in (variant ``raw``). By default what `preprocessing` says,
+        and without that the field is corrected.
     axes : str or sequence of int
         The axes to slice along; axes that a case has already are kept.
     pairs : str or Path, optional
         CSV file that names the cases instead of the folder.
     workers : int, optional
-        Worker processes; by default one a core.
+        Worker processes; by default one a core. Not together with `scheduler`.
     scheduler : str, optional
         Address of a running Dask scheduler to use instead of local processes. Its workers must see the same paths.
     preprocessing : Preprocessing, optional
-        Parameters other than the default ones; `n4` is then ignored.
+        Parameters other than the default ones.
     note : str, optional
         What the data are, where they stand in for something else ("synthetic", "lumbar stand-in"): kept in the store
         and said beside every figure. By default the first line of `COHORT.txt` in the source, if there is one.
@@ -148,15 +149,19 @@ def prepare(
     Raises
     ------
     InputError
-        If the source is missing or empty, or an option is out of range.
+        If the source is missing or empty, or an option is out of range or contradicts another one.
     StoreError
         If something else is at the store's place, or a newer cspine wrote it.
     """
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
-    check_workers(workers)
+    check_workers(workers, scheduler)
     if preprocessing is None:
-        preprocessing = Preprocessing() if n4 else Preprocessing(bias=None)
+        preprocessing = Preprocessing(bias=None) if n4 is False else Preprocessing()
+    elif n4 not in (None, preprocessing.bias is not None):
+        raise InputError(
+            f"n4={n4}", f"contradicts preprocessing ({preprocessing.description})", "leave out one of them"
+        )
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
     if key_file(store).exists() and not anonymise:

@@ -540,6 +540,28 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         prepare_case(job, tmp_path / "s.zarr")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"n4": False, "preprocessing": Preprocessing()}, "n4=False: contradicts preprocessing"),
+        ({"n4": True, "preprocessing": Preprocessing(bias=None)}, "n4=True: contradicts preprocessing"),
+        ({"workers": 2, "scheduler": "tcp://127.0.0.1:9"}, "workers and scheduler: exclude each other"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments: dict[str, Any], told: str, tmp_path: Path) -> None:
+    write_case(tmp_path / "raw", "A")
+    with pytest.raises(InputError, match=told):
+        prepare(tmp_path / "raw", tmp_path / "s.zarr", **arguments)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_what_n4_and_preprocessing_both_say_is_done(tmp_path: Path, serially: None) -> None:
+    write_case(tmp_path / "raw", "A")
+    for n4 in (False, None):
+        prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=n4, preprocessing=Preprocessing(bias=None))
+        assert open_cohort(tmp_path / "s.zarr").variants == ("raw",)
+
+
 def test_axes() -> None:
     assert parse_axes("20") == (0, 2)
     assert parse_axes([1, 1]) == (1,)
