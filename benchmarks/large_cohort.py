@@ -1,4 +1,4 @@
-"""What a cohort of ten thousand cases costs: opening it, listing it, a dataset of its slices, and what workers hold.
+"""What a cohort of ten thousand cases costs: opening it, adding to it, a dataset of its slices, and what workers hold.
 
 Run as ``python benchmarks/large_cohort.py STORE --work FOLDER``. STORE is any store of one variant. Its first case is
 put ten thousand times into another, each with a record of its own; the slices themselves are hard links, so FOLDER must
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cspine_data import open_cohort, schema
+from cspine_data import Geometry, Volume, open_cohort, prepare, schema, write_volume
 from cspine_data.publishing import write_record
 from cspine_data.store import read_root
 
@@ -98,23 +98,41 @@ def in_workers(large: Path) -> None:
         del coming, loader
 
 
+def adding(large: Path) -> None:
+    """Measure what it takes to add 50 small cases, and the same once more."""
+    rng = np.random.default_rng(0)
+    grid = Geometry(
+        size=(24, 24, 24), spacing_mm=(1.0, 1.0, 1.0), directions=((1, 0, 0), (0, 1, 0), (0, 0, 1)), origin_mm=(0, 0, 0)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(50):
+            write_volume(Path(folder) / f"new{number}.nrrd", Volume(rng.integers(0, 900, grid.size, np.int16), grid))
+        for title in ("prepare 50 small cases into it", "and again, with nothing to do"):
+            done = timed(title, lambda: prepare(folder, large, n4=False, workers=2))
+            assert not done.failed
+
+
+PARTS = {"notebook": without_torch, "workers": in_workers, "adding": adding}
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--work", type=Path, help="where to write, on the store's disk")
-    parser.add_argument("--part", choices=("notebook", "workers"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=tuple(PARTS), help="measure this part only")
+    parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        (without_torch if arguments.part == "notebook" else in_workers)(arguments.store)
+        PARTS[arguments.part](arguments.store)
         return
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         large = Path(folder) / "large.zarr"
         large.mkdir()
         write_large(arguments.store, large, arguments.cases)
         print("| | | resident |\n|---|---|---|", flush=True)
-        for part in ("notebook", "workers"):
+        for part in [arguments.only] if arguments.only else PARTS:
             subprocess.run([sys.executable, __file__, str(large), "--part", part], check=True)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cspine_data.cluster import Workers, side_by_side, usable_cores
     from cspine_data.cohort import Cohort, open_cohort
     from cspine_data.dataset import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
+    from cspine_data.digests import Digested, digest_source
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -51,6 +52,7 @@ _HOME = {
     "cluster": ("Workers", "side_by_side", "usable_cores"),
     "cohort": ("Cohort", "open_cohort"),
     "dataset": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
+    "digests": ("Digested", "digest_source"),
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
@@ -80,6 +82,7 @@ __all__ = [
     "CspineDataError",
     "Damage",
     "DamagedStoreError",
+    "Digested",
     "Garbage",
     "Geometry",
     "InputError",
@@ -105,6 +108,7 @@ __all__ = [
     "collect_garbage",
     "content_digest",
     "describe_problem",
+    "digest_source",
     "find_cases",
     "label_name",
     "open_cohort",

@@ -123,6 +123,7 @@ def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxel
 @IGNORE_LABEL
 @click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
 @TRUST_VOXELS
+@click.option("--rehash", is_flag=True, help="Hash every file, also those whose size and times have not changed.")
 def prepare(
     source: Path,
     store: Path,
@@ -142,6 +143,7 @@ def prepare(
     ignore_label: int | None,
     anonymise: bool,
     trust_voxels: bool,
+    rehash: bool,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
     from cspine_data.bias import bias_parameters
@@ -177,6 +179,7 @@ def prepare(
             ignore_label=ignore_label,
             anonymise=anonymise,
             trust_voxels=trust_voxels,
+            rehash=rehash,
             progress=progress,
         )
     print_notes(summary.notes.items())

@@ -1,4 +1,4 @@
-"""Work side by side on a Dask cluster: local processes that listen on loopback only, or a running scheduler's."""
+"""Work side by side on a Dask cluster: local processes that only this process can use, or a running scheduler's."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def run_jobs(
     store: Path,
     workers: int | None,
     scheduler: str | None,
+    ticks: bool = False,
 ) -> Iterator[list[tuple[Job, Result | Problem]]]:
     """Do the jobs side by side, the largest first, and yield those that ended: their results, or problems.
 
@@ -74,6 +75,8 @@ def run_jobs(
         Where to, as the workers see it.
     workers, scheduler
         See `Workers`.
+    ticks : bool
+        See `side_by_side`.
 
     Raises
     ------
@@ -85,7 +88,7 @@ def run_jobs(
     def do(job: Job) -> Result | Problem:
         return work(job, str(store))
 
-    yield from side_by_side(do, ordered, _lost, Workers(workers, scheduler))
+    yield from side_by_side(do, ordered, _lost, Workers(workers, scheduler), ticks=ticks)
 
 
 def _lost(job: Job, reason: str | Exception) -> Problem:
@@ -99,6 +102,8 @@ def side_by_side(
     tasks: Sequence[Task],
     lost: Callable[[Task, str | Exception], Result],
     workers: Workers,
+    *,
+    ticks: bool = False,
 ) -> Iterator[list[tuple[Task, Result]]]:
     """Do tasks on a Dask cluster, in their order, and yield those that ended, each with its result.
 
@@ -114,6 +119,8 @@ def side_by_side(
         The result of a task that could not be done, given the task and the reason, as a sentence or an exception.
     workers : Workers
         Who does it.
+    ticks : bool
+        Yield an empty list, too, about twice a second while no task ends.
 
     Raises
     ------
@@ -129,11 +136,15 @@ def side_by_side(
         submit = partial(client.submit, work, pure=False, resources={resource: 1} if resource else None)
         suspects = []
         for ended in _as_they_end(client, submit, tasks, lost, resource):
+            if not (ended or ticks):
+                continue
             suspects += [task for task, outcome in ended if isinstance(outcome, KilledWorker)]
             yield [(task, outcome) for task, outcome in ended if not isinstance(outcome, KilledWorker)]
         # Dask blames every task that waited on a worker that died. Alone, only the guilty one dies again.
         for suspect in suspects:
             for ended in _as_they_end(client, submit, [suspect], lost, resource):
+                if not (ended or ticks):
+                    continue
                 yield [
                     (task, lost(task, _DIED) if isinstance(outcome, KilledWorker) else outcome)
                     for task, outcome in ended
@@ -159,7 +170,7 @@ def _as_they_end(
     lost: Callable[[Task, str | Exception], Any],
     resource: str | None,
 ) -> Iterator[list[tuple[Task, Any]]]:
-    """Do tasks and yield those that ended, until there is none, or no worker that could do the rest."""
+    """Do tasks and yield those that ended, or an empty list, until there is none, or no worker for the rest."""
     from distributed import as_completed
 
     futures = {submit(task): task for task in tasks}
@@ -175,6 +186,7 @@ def _as_they_end(
                 del futures[future]
                 future.release()
             continue
+        yield []
         time.sleep(pause)
         pause = min(1.1 * pause, _LONGEST_POLL_S)
         if time.monotonic() - looked < _LOOK_S:
@@ -189,14 +201,16 @@ def _as_they_end(
             return
 
 
-def check_workers(workers: int | None) -> None:
-    """Refuse a number of workers that cannot be.
+def check_workers(workers: int | None, scheduler: str | None = None) -> None:
+    """Refuse a number of workers that cannot be, or that a scheduler already has.
 
     Raises
     ------
     InputError
-        If it is below one.
+        If it is below one, or given together with a scheduler.
     """
+    if workers is not None and scheduler is not None:
+        raise InputError("workers and scheduler", "exclude each other", "a scheduler has its own workers: give one")
     if workers is not None and workers < 1:
         raise InputError(f"workers {workers}", "are too few", "give 1 or more")
 
@@ -218,16 +232,13 @@ def _outcome(future: Any, task: Task, lost: Callable[[Task, str | Exception], An
 
 @contextmanager
 def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
-    """Open a client of a running scheduler, or of local worker processes that listen on loopback only."""
+    """Open a client of a running scheduler, or of local worker processes."""
     import dask
     from distributed import Client
 
     scheduler = workers.scheduler
     if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=10, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", "check its address") from None
+        client = _client(scheduler)
         with client:
             if not _has_worker_with(client, None):
                 told = f"scheduler {scheduler}: has no workers yet; waiting for one ({_PATIENCE_S:.0f} s)"
@@ -261,18 +272,37 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
             yield client
 
 
+def _client(scheduler: str) -> Any:
+    """Connect to a running scheduler; for TLS with the certificate that Dask's configuration names."""
+    from distributed import Client
+    from distributed.comm.addressing import get_address_host_port
+    from distributed.security import Security
+
+    try:
+        # A Client that cannot even try to connect takes 20 s to close.
+        get_address_host_port(scheduler)
+        security = Security()
+        encrypted = scheduler.startswith("tls://")
+        if encrypted and security.get_connection_args("client")["ssl_context"] is None:
+            raise ValueError("no certificate is configured")
+        if security.require_encryption and not encrypted:
+            raise ValueError("Dask's configuration requires encryption")
+        return Client(scheduler, timeout=10, security=security, set_as_default=False)
+    except (OSError, ValueError) as error:
+        remedy = (
+            "check its address, and for tls:// CA_FILE, CLIENT__CERT and CLIENT__KEY of DASK_DISTRIBUTED__COMM__TLS__*"
+        )
+        raise InputError(f"scheduler {scheduler}", f"cannot be reached ({error})", remedy) from None
+
+
 def _local_cluster(workers: int) -> Any:
-    from distributed import LocalCluster
+    from cspine_data.local_dask import local_cluster
 
     reason: BaseException | None = None
     # Dask renews a worker that dies at work, but not one that dies before it got there.
     for _ in range(_STARTS):
         try:
-            return LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
-                # Dask's HTTP server has a port of its own all the same, and warns where another run has it.
-                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, silence_logs=50,
-            )  # fmt: skip
+            return local_cluster(workers)
         except (OSError, RuntimeError) as error:
             reason = error.__cause__ or error
     remedy = "use fewer, or free memory and processes"

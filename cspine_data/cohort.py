@@ -109,8 +109,12 @@ class Cohort:
         Raises
         ------
         InputError
-            If there are too few cases, or no such fold.
+            If there are too few cases, no such fold, or arguments that exclude each other.
         """
+        if leave_out is not None and folds is not None:
+            raise InputError(f"leave_out={leave_out!r} and folds={folds}", "exclude each other", "give one of them")
+        if fold and folds is None:
+            raise InputError(f"fold={fold}", "is a fold of no cross-validation", "give folds too")
         variant = self._variant(variant)
         if leave_out is not None:
             split = leave_one_out(self._batches, as_known(leave_out, self._root.cases))

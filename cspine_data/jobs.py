@@ -1,19 +1,19 @@
-"""What is to be done: every case's files digested, and by what each will be known."""
+"""What is to be done: each case's files, and the digest by which the store will know it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.cases import Case, Problem, copy_problem, describe_problem
+from cspine_data.digests import Digested, digest_source
 from cspine_data.errors import InputError
 from cspine_data.names import by_normalised
 from cspine_data.preprocess import Preprocessing
 from cspine_data.publishing import Replacement
 from cspine_data.schema import case_digest, case_path, volume_digest
 from cspine_data.store import read_root, stored_record
-from cspine_data.volumes import content_digest
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Job:
         The notes on the case that is current in the store.
     ignore_label : int or None
         The value of voxels of the label map that do not count.
+    states : tuple
+        State of the volume and of the label map when they were hashed, see `Digested`. By default unknown.
     """
 
     case: Case
@@ -55,6 +57,7 @@ class Job:
     trust_voxels: bool = False
     notes: tuple[str, ...] = ()
     ignore_label: int | None = None
+    states: tuple[str | None, ...] = (None, None)
 
     @property
     def volume_digest(self) -> str:
@@ -78,8 +81,9 @@ def plan_jobs(
     preprocessing: Preprocessing,
     axes: tuple[int, ...],
     ignore_label: int | None = None,
+    sources: Mapping[Path, Digested | Problem] | None = None,
 ) -> tuple[list[Job], list[Problem]]:
-    """Digest every case's files and find out what each will be known by."""
+    """Find out by which digest each case will be known; files whose own digests are not given are hashed here."""
     published = read_root(store).cases
     stored = by_normalised(published)
     # An earlier cspine kept ids as macOS writes them, decomposed.
@@ -89,17 +93,15 @@ def plan_jobs(
     listed = {case.id for case in cases}
     seen = _stored_images(store, {case: digests for case, digests in published.items() if case not in listed})
     for case in cases:
-        try:
-            image_sha256, label_sha256 = file_digests(case)
-        except (InputError, OSError) as error:
-            problems.append(describe_problem(case.id, error))
+        job = new_job(case, preprocessing, axes, sources)
+        if isinstance(job, Problem):
+            problems.append(job)
             continue
-        first = seen.setdefault(image_sha256, case.id)
+        first = seen.setdefault(job.image_sha256, case.id)
         if first != case.id:
             problems.append(copy_problem(case, first, only_in_store=first not in listed))
             continue
-        ignored = ignore_label if label_sha256 else None
-        job = Job(case, image_sha256, label_sha256, preprocessing, axes, ignore_label=ignored)
+        job = replace(job, ignore_label=ignore_label if job.label_sha256 else None)
         jobs.append(_with_current(job, store, published))
     return jobs, problems
 
@@ -133,18 +135,50 @@ def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[st
     return {record.image_sha256: case for case, record in found if record}
 
 
-def file_digests(case: Case) -> tuple[str, str | None]:
-    """Return the SHA-256 of a case's volume and of its label map, if it has one.
+def files_of(case: Case) -> list[Path]:
+    """Return a case's volume, and its label map if it has one."""
+    return [case.volume, case.label] if case.label else [case.volume]
+
+
+def digest_file(path: Path) -> Digested | Problem:
+    """Hash a volume or a label map, or say why it cannot be used."""
+    try:
+        if not path.is_file():
+            raise InputError(path, "is no file", "check the path")
+        return digest_source(path)
+    except (InputError, OSError) as error:
+        return describe_problem("", error)
+
+
+def new_job(
+    case: Case,
+    preprocessing: Preprocessing,
+    axes: tuple[int, ...],
+    sources: Mapping[Path, Digested | Problem] | None = None,
+) -> Job | Problem:
+    """Return the job that prepares a case, as if the store did not hold it; or the first problem with its files."""
+    held: list[Digested] = []
+    for path in files_of(case):
+        one = sources[path] if sources is not None else digest_file(path)
+        if isinstance(one, Problem):
+            return replace(one, case=case.id)
+        held.append(one)
+    image, label = held[0], held[1] if case.label else None
+    states = (image.state, label.state if label else None)
+    return Job(case, image.sha256, label.sha256 if label else None, preprocessing, axes, states=states)
+
+
+def is_unchanged(job: Job) -> bool:
+    """Return whether a job's files hold what they held when it was planned.
 
     Raises
     ------
-    InputError
-        If one of them is no file.
+    InputError, OSError
+        If one of them cannot be read.
     """
-    for path in (case.volume, case.label):
-        if path is not None and not path.is_file():
-            raise InputError(path, "is no file", "check the path")
-    return content_digest(case.volume), content_digest(case.label) if case.label else None
+    of_image, of_label = job.states
+    planned = Digested(job.image_sha256, of_image), Digested(job.label_sha256 or "", of_label)
+    return all(held.is_still(path) for held, path in zip(planned, files_of(job.case), strict=False))
 
 
 def is_current(store: Path, job: Job) -> bool:

@@ -20,7 +20,7 @@ from cspine_data.attributes import image_metadata, level_attributes, slice_grid
 from cspine_data.cases import LoadedCase, load_case
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
-from cspine_data.jobs import Job, file_digests
+from cspine_data.jobs import Job, is_unchanged
 from cspine_data.preprocess import CorrectedVolume, PreparedVolume, correct_volume, normalise_volume
 from cspine_data.publishing import (
     REMOVED,
@@ -67,7 +67,7 @@ def prepare_case(job: Job, store: Path) -> int:
         sync_above(store, job.case.id)
         return 0
     loaded = load_case(job.case, job.ignore_label, trust_voxels=job.trust_voxels)
-    if file_digests(job.case) != (job.image_sha256, job.label_sha256):
+    if not is_unchanged(job):
         raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
     # What is damaged may have lent its checksums to other voxels, so a case that is made anew takes nothing from it.
     stored = None if job.anew else stored_volume(job, store)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.cases import Case, Problem, describe_problem
 from cspine_data.cluster import check_workers
+from cspine_data.digests import Digested
 from cspine_data.errors import DamagedStoreError, InputError
-from cspine_data.jobs import Job, file_digests
+from cspine_data.hashing import digest_files
+from cspine_data.jobs import Job, new_job
 from cspine_data.names import by_normalised
 from cspine_data.pairing import find_cases
 from cspine_data.pipeline import do_jobs, existing_key
@@ -74,7 +76,7 @@ def repair(
     StoreError
         If there is no store, its root is damaged, or it cannot be written to.
     """
-    check_workers(workers)
+    check_workers(workers, scheduler)
     store = Path(store).resolve()
     lost = _lost_root(store)
     verified = read_root(store)
@@ -84,6 +86,8 @@ def repair(
     root = read_root(store)
     files = _files(store, root, find_cases(source, pairs).cases)
     mend_groups(store)
+    damaged = [files[case] for case in {damage.case for damage in damages if damage.variant} if case in files]
+    sources = digest_files(damaged, store, workers, scheduler, rehash=True)
     ways = {variant: _ways(store, root, variant) for variant in {damage.variant for damage in damages}}
     jobs, failed = [], []
     strays = {(damage.case, damage.variant): damage for damage in damages if damage.problem == STRAY}
@@ -95,9 +99,13 @@ def repair(
             failed.append(Problem(case, f"{store}: {case} was prepared anew or removed meanwhile; verify again"))
             continue
         try:
-            jobs.append(_job(store, root, files, case, variant, ways[variant]))
-        except (InputError, OSError) as error:
-            failed.append(describe_problem(case, error))
+            job = _job(store, root, files, sources, case, variant, ways[variant])
+        except InputError as error:
+            job = describe_problem(case, error)
+        if isinstance(job, Problem):
+            failed.append(job)
+        else:
+            jobs.append(job)
     mended, differing = [], []
     for variant in sorted({job.preprocessing.variant for job in jobs}):
         of_variant = [job for job in jobs if job.preprocessing.variant == variant]
@@ -143,19 +151,26 @@ def _files(store: Path, root: RootRecord, cases: Iterable[Case]) -> dict[str, Ca
     return {ids[case.id]: replace(case, id=ids[case.id]) for case in cases if case.id in ids}
 
 
-def _job(store: Path, root: RootRecord, files: dict[str, Case], case: str, variant: str, ways: Sequence[Way]) -> Job:
+def _job(
+    store: Path,
+    root: RootRecord,
+    files: dict[str, Case],
+    sources: Mapping[Path, Digested | Problem],
+    case: str,
+    variant: str,
+    ways: Sequence[Way],
+) -> Job | Problem:
     """Return the job whose digest is the damaged one: made of the same files in the same way."""
     if case not in files:
         raise InputError(f"case {case!r}", "is damaged, and not in the source", "give the folder that holds its files")
     digest = root.cases[case][variant]
-    image_sha256, label_sha256 = file_digests(files[case])
     record = stored_record(store, case, digest)
     for preprocessing, axes, ignored in [_way(record)] if record else ways:
+        job = new_job(files[case], preprocessing, axes, sources)
+        if isinstance(job, Problem):
+            return job
         # The damaged case was made of these very files, so its label map was trusted where it had to be.
-        job = Job(
-            files[case], image_sha256, label_sha256, preprocessing, axes, digest, preprocessing, anew=True,
-            trust_voxels=True, ignore_label=ignored,
-        )  # fmt: skip
+        job = replace(job, current=digest, held=preprocessing, anew=True, trust_voxels=True, ignore_label=ignored)
         if job.digest == digest:
             return job
     raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from cspine_data.cases import (
     describe_problem,
 )
 from cspine_data.cluster import Result, check_workers, run_jobs
+from cspine_data.digests import Digested
 from cspine_data.errors import InputError
+from cspine_data.hashing import digest_files
 from cspine_data.intensity import standard_landmarks
 from cspine_data.jobs import Job, is_current, plan_jobs, planned_anew
 from cspine_data.making import prepare_case, stored_volume
@@ -39,6 +41,8 @@ from cspine_data.volumes import read_volume
 _CASES_OF_A_STANDARD = 32
 # Each but the first needs another run that was quicker.
 _MOST_ROUNDS = 6
+# A publication takes time in proportion to the store's cases: at most so often, and for so small a share of the time.
+_PUBLISH_EVERY_S, _PUBLISH_SHARE = 2.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def prepare(
     source: str | Path = "data/raw",
     store: str | Path = "data/cspine.zarr",
     *,
-    n4: bool = True,
+    n4: bool | None = None,
     axes: str | Sequence[int] = "012",
     pairs: str | Path | None = None,
     workers: int | None = None,
@@ -104,6 +108,7 @@ def prepare(
     anonymise: bool = False,
     trust_voxels: bool = False,
     ignore_label: int | None = None,
+    rehash: bool = False,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
@@ -118,17 +123,18 @@ def prepare(
     store : str or Path
         The store to make or to add to.
     n4 : bool
-        Correct the bias field (variant ``n4``) or leave it in (variant ``raw``).
+        Correct the bias field (variant ``n4``) or leave it in (variant ``raw``). By default what `preprocessing` says,
+        and without that the field is corrected.
     axes : str or sequence of int
         The axes to slice along; axes that a case has already are kept.
     pairs : str or Path, optional
         CSV file that names the cases instead of the folder.
     workers : int, optional
-        Worker processes; by default one a core.
+        Worker processes; by default one a core. Not together with `scheduler`.
     scheduler : str, optional
         Address of a running Dask scheduler to use instead of local processes. Its workers must see the same paths.
     preprocessing : Preprocessing, optional
-        Parameters other than the default ones; `n4` is then ignored.
+        Parameters other than the default ones.
     note : str, optional
         What the data are, where they stand in for something else ("synthetic", "lumbar stand-in"): kept in the store
         and said beside every figure. By default the first line of `COHORT.txt` in the source, if there is one.
@@ -140,6 +146,8 @@ def prepare(
     ignore_label : int, optional
         The value of voxels of label maps that do not count, in training, validation and evaluation. A case that is
         in the store keeps the one that it was prepared with unless another is given.
+    rehash : bool
+        Hash every source file. By default those are not whose size and times are as when they were hashed last.
     progress : callable, optional
         Called with (cases finished, cases to compute, case id) each time a case is finished.
 
@@ -151,29 +159,34 @@ def prepare(
     Raises
     ------
     InputError
-        If the source is missing or empty, or an option is out of range.
+        If the source is missing or empty, or an option is out of range or contradicts another one.
     StoreError
         If something else is at the store's place, or a newer cspine wrote it.
     """
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
-    check_workers(workers)
+    check_workers(workers, scheduler)
     if ignore_label == 0:
         raise InputError("ignore_label 0", "is the background", "give the value of voxels that must not count")
     if preprocessing is None:
-        preprocessing = Preprocessing() if n4 else Preprocessing(bias=None)
+        preprocessing = Preprocessing(bias=None) if n4 is False else Preprocessing()
+    elif n4 not in (None, preprocessing.bias is not None):
+        raise InputError(
+            f"n4={n4}", f"contradicts preprocessing ({preprocessing.description})", "leave out one of them"
+        )
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
     if key_file(store).exists() and not anonymise:
         raise InputError(key_file(store), "lies beside the store: its cases have neutral ids", "give --anonymise")
     create_store(store, neutral_ids=anonymise)
+    sources = digest_files(listing.cases, store, workers, scheduler, rehash=rehash)
     if anonymise:
-        listing = listed_neutrally(listing, store)
+        listing = listed_neutrally(listing, store, sources)
     standard = None
     if preprocessing.normalisation == "nyul" and preprocessing.standard is None:
-        standard = _standard(listing.cases, store, preprocessing, workers, scheduler)
+        standard = _standard(listing.cases, store, preprocessing, workers, scheduler, sources)
         preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks if standard else None})
-    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes, ignore_label)
+    jobs, failed = plan_jobs(listing.cases, store, preprocessing, wanted_axes, ignore_label, sources)
     jobs = [replace(job, trust_voxels=trust_voxels) for job in jobs]
     failed = [*listing.problems, *failed]
     to_do = [job for job in jobs if not is_current(store, job)]
@@ -232,7 +245,9 @@ def key_file(store: str | Path) -> Path:
     return store.with_name(f"{store.name}.key.csv")
 
 
-def listed_neutrally(listing: Listing, store: Path) -> Listing:
+def listed_neutrally(
+    listing: Listing, store: Path, sources: Mapping[Path, Digested | Problem] | None = None
+) -> Listing:
     """Give the cases of a listing the ids by which an anonymised store knows them.
 
     Raises
@@ -240,7 +255,7 @@ def listed_neutrally(listing: Listing, store: Path) -> Listing:
     InputError
         If the store holds cases and their key is missing or damaged: others would be given their ids.
     """
-    return with_neutral_ids(listing, existing_key(store, read_root(store)))
+    return with_neutral_ids(listing, existing_key(store, read_root(store)), sources)
 
 
 def existing_key(store: Path, root: RootRecord) -> Path:
@@ -257,7 +272,8 @@ def do_jobs(
     """Do jobs and publish what they make: the bytes written for each case, or its problem.
 
     Where another run published the same case meanwhile, with other axes for example, the job is planned and done
-    again, so that neither undoes what the other did.
+    again, so that neither undoes what the other did. What ends is published every few seconds, and when an error or
+    Ctrl-C ends this; what a killed run had not published yet is published by the next one, without being computed.
     """
     total = len(jobs)
     outcomes: dict[str, int | Problem] = {}
@@ -273,7 +289,7 @@ def do_jobs(
     while jobs:
         rounds += 1
         overtaken: list[Job] = []
-        for ended in run_jobs(_work, jobs, store, workers, scheduler):
+        for ended in _every_few_seconds(run_jobs(_work, jobs, store, workers, scheduler, True)):
             made = {job.case.id: (job, size) for job, size in ended if not isinstance(size, Problem)} | waiting
             refused = publish(store, [job.replacement for job, _ in made.values()]) if made else Refused(set(), {})
             # Two cases that have exchanged their volumes can only be published together.
@@ -295,6 +311,29 @@ def do_jobs(
     return outcomes
 
 
+def _every_few_seconds(
+    ends: Iterator[list[tuple[Job, int | Problem]]],
+) -> Iterator[list[tuple[Job, int | Problem]]]:
+    """Join the lists of what ended to one every few seconds, and to a last one however the work ends."""
+    held: list[tuple[Job, int | Problem]] = []
+    due = time.monotonic()
+    try:
+        for ended in ends:
+            held += ended
+            begun = time.monotonic()
+            if held and begun >= due:
+                together, held = held, []
+                yield together
+                now = time.monotonic()
+                due = now + max(_PUBLISH_EVERY_S, (now - begun) / _PUBLISH_SHARE)
+    except BaseException:
+        if held:
+            yield held
+        raise
+    if held:
+        yield held
+
+
 def _given_up(job: Job, store: Path, rounds: int) -> Problem | None:
     """Tell why a job that was overtaken is not planned again; None where it is."""
     case = job.case.id
@@ -308,7 +347,12 @@ def _given_up(job: Job, store: Path, rounds: int) -> Problem | None:
 
 
 def _standard(
-    cases: Sequence[Case], store: Path, preprocessing: Preprocessing, workers: int | None, scheduler: str | None
+    cases: Sequence[Case],
+    store: Path,
+    preprocessing: Preprocessing,
+    workers: int | None,
+    scheduler: str | None,
+    sources: Mapping[Path, Digested | Problem],
 ) -> Standard | None:
     """Return what Nyul's method matches the store's volumes to: what it holds, else what is learnt from the cohort.
 
@@ -318,7 +362,7 @@ def _standard(
     known = read_root(store).standards.get(key)
     if known is not None:
         return known
-    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, ())
+    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, (), sources=sources)
     outcomes = run_jobs(_landmarks, jobs, store, workers, scheduler)
     of_cases = {job.case.id: found for ended in outcomes for job, found in ended if isinstance(found, tuple) and found}
     if not of_cases:

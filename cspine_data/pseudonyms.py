@@ -15,18 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from cspine_data.cases import Case, Listing, Problem
+from cspine_data.digests import Digested
 from cspine_data.errors import InputError
+from cspine_data.jobs import digest_file
 from cspine_data.names import normalised
 from cspine_data.publishing import kept_lock
 from cspine_data.schema import NEUTRAL_ID
-from cspine_data.volumes import content_digest
 from cspine_data.writer import replace_file
 
 COLUMNS = ("id", "case")
 _BY_HAND = "mend it by hand or bring back a copy; another key would give other ids"
 
 
-def with_neutral_ids(listing: Listing, key: Path) -> Listing:
+def with_neutral_ids(listing: Listing, key: Path, sources: Mapping[Path, Digested | Problem] | None = None) -> Listing:
     """Give every case of a listing its neutral id: the one that the key knows, or a new one, which the key gets.
 
     Parameters
@@ -36,6 +37,8 @@ def with_neutral_ids(listing: Listing, key: Path) -> Listing:
     key : Path
         The CSV file that says which id is which case; made, with its folder, where it is not there yet. Two processes
         may use it at once.
+    sources : dict, optional
+        What each volume holds; without it, the new ones are hashed here.
 
     Returns
     -------
@@ -59,7 +62,7 @@ def with_neutral_ids(listing: Listing, key: Path) -> Listing:
     cases = [case for case in listing.cases if _fits_the_key(case)]
     unfit = [case for case in listing.cases if not _fits_the_key(case)]
     try:
-        ids = _enter(key, cases)
+        ids = _enter(key, cases, sources)
     except OSError as error:
         problem = f"cannot be used as a key ({error.strerror or error})"
         raise InputError(key, problem, "choose another place, or mend that") from None
@@ -68,11 +71,11 @@ def with_neutral_ids(listing: Listing, key: Path) -> Listing:
     return Listing(tuple(named), (*problems, *map(_unfit, unfit)))
 
 
-def _enter(key: Path, cases: Iterable[Case]) -> dict[str, str]:
+def _enter(key: Path, cases: Iterable[Case], sources: Mapping[Path, Digested | Problem] | None) -> dict[str, str]:
     """Enter the cases that a key does not know yet; return the id of every case that it knows then."""
     # What takes long comes before the lock: a key that is replaced at once can be read without it.
     before = read_key(key)
-    in_order = _in_order(case for case in cases if case.id not in before)
+    in_order = _in_order((case for case in cases if case.id not in before), sources)
     if not in_order:
         return before
     key.parent.mkdir(parents=True, exist_ok=True)
@@ -86,14 +89,12 @@ def _enter(key: Path, cases: Iterable[Case]) -> dict[str, str]:
     return ids
 
 
-def _in_order(cases: Iterable[Case]) -> list[str]:
+def _in_order(cases: Iterable[Case], sources: Mapping[Path, Digested | Problem] | None) -> list[str]:
     """Return cases by the digest of their volume; those whose file has none come last, by name."""
 
     def place(case: Case) -> tuple[bool, str, str]:
-        try:
-            return False, content_digest(case.volume), case.id
-        except (InputError, OSError):
-            return True, "", case.id
+        held = sources[case.volume] if sources is not None else digest_file(case.volume)
+        return (True, "", case.id) if isinstance(held, Problem) else (False, held.sha256, case.id)
 
     return [case for *_, case in sorted(map(place, cases))]
 

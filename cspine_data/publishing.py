@@ -253,9 +253,7 @@ def keep_standard(path: Path, key: str, standard: Standard) -> Standard:
 
 def write_record(folder: Path, record: RootRecord | CaseRecord, name: str = METADATA) -> None:
     """Write a record into its group's attributes, with its checksum, in one step."""
-    content = record.model_dump(mode="json")
-    attributes = {schema.ATTRIBUTE: content, schema.CHECKSUM_ATTRIBUTE: schema.record_checksum(content)}
-    _write_metadata(folder, schema.group_bytes(attributes), name)
+    _write_metadata(folder, _record_bytes(record), name)
 
 
 def write_empty_group(folder: Path, *, anew: bool = False) -> None:
@@ -331,11 +329,18 @@ def _update_root(path: Path, change: Callable[[RootRecord], RootRecord]) -> None
             _write_root(path, after)
 
 
+def _record_bytes(record: RootRecord | CaseRecord) -> bytes:
+    content = record.model_dump(mode="json")
+    return schema.group_bytes({schema.ATTRIBUTE: content, schema.CHECKSUM_ATTRIBUTE: schema.record_checksum(content)})
+
+
 def _write_root(path: Path, root: RootRecord) -> None:
-    write_record(path, root)
+    # Once for both: with ten thousand cases this takes longer than all else.
+    content = _record_bytes(root)
+    _write_metadata(path, content)
     # The one file of a store that nothing else could bring back. Where it cannot be written, the next change does it.
     with suppress(OSError):
-        write_record(path, root, ROOT_COPY)
+        _write_metadata(path, content, ROOT_COPY)
 
 
 def _copy_is_current(path: Path) -> bool:

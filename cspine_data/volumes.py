@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
 import unicodedata
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,13 +151,12 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     # Nothing is written that would be refused when it is read.
     steps_mm = geometry.direction_matrix * geometry.spacing_mm
     grid(path, geometry.size, steps_mm, np.array(geometry.origin_mm), np.array(geometry.spacing_mm))
+    temporary = path.with_name(f".writing-{uuid.uuid4().hex}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary_name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
-    os.close(handle)
-    temporary = Path(temporary_name)
     try:
         if suffix.endswith(".nrrd"):
             _write_nrrd(temporary, volume, fields)
@@ -167,7 +165,6 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
         read = _nifti.read_header if _is_nifti(path) else _nrrd.read_header
         if not read(temporary).geometry.same_grid(geometry):
             raise InputError(path, "cannot keep where the volume lies: its numbers are rounded too far", "write .nrrd")
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -184,6 +181,21 @@ def content_digest(path: Path) -> str:
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def source_files(path: Path) -> list[Path]:
+    """Return the files that a volume is read from; of a folder of DICOM slices all that lie in it.
+
+    Raises
+    ------
+    InputError
+        If it is no file, or a header that cannot be read.
+    OSError
+        If the folder cannot be read.
+    """
+    if _is_series(path):
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return _parts(_existing(path))
 
 
 def _parts(path: Path) -> list[Path]:
@@ -209,12 +221,6 @@ def _is_series(path: Path) -> bool:
 
 def _is_nifti(path: Path) -> bool:
     return volume_suffix(path).lower() in (".nii", ".nii.gz")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _segment_fields(path: Path, array: NDArray[Any], segments: Mapping[int, str]) -> dict[str, str]:

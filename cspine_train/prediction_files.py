@@ -14,7 +14,7 @@ from pathlib import Path
 from cspine_data import (
     CspineDataError,
     Volume,
-    content_digest,
+    digest_source,
     find_cases,
     label_name,
     read_volume,
@@ -179,7 +179,8 @@ def _beside(target: Path) -> Path:
 def _predicted(
     runs: Sequence[LoadedRun], path: Path, target: Path, options: Options, index: _Index, truth: Path | None
 ) -> Predicted:
-    digest = content_digest(path)
+    held = digest_source(path)
+    digest = held.sha256
     known = index.known(path, target, digest)
     if known and target.exists():
         return known
@@ -190,7 +191,7 @@ def _predicted(
             raise RunError(f"{file}: is there already, and not of these runs; remove it or choose another -o")
     volume = usable_image(read_volume(path))
     prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
-    if content_digest(path) != digest:
+    if not held.is_still(path):
         raise RunError(f"{path}: was changed while it was read; give the command again when it is whole")
     done = Predicted(path, target, prediction.expected_dice, prediction.agreement, prediction.warnings)
     index.add(done, digest)

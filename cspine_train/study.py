@@ -141,10 +141,12 @@ def run_study(
     Raises
     ------
     RunError
-        If another process runs this study.
+        If another process runs this study, or `workers` and `scheduler` are both given.
     CspineDataError
         If the workers cannot be had.
     """
+    if workers is not None and scheduler is not None:
+        raise RunError("workers and scheduler: exclude each other; a scheduler has its own workers: give one")
     check_output(Path(study))
     folder = Path(study).resolve()
     folder.mkdir(parents=True, exist_ok=True)

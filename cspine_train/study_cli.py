@@ -72,6 +72,8 @@ def study(
     if unknown:
         several = ", and several stand with commas between them" if set(unknown[0]) < set("012") else ""
         raise click.UsageError(f"--axes {unknown[0]}: is none of {', '.join(AXES)}{several}")
+    if workers is not None and scheduler is not None:
+        raise click.UsageError("--workers and --scheduler: exclude each other, as a scheduler has its own workers")
     if queue is not None:
         _check_said_once()
     grid = Grid(models, encoders, weights, variants, [AXES[axis] for axis in axes], folds, seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -442,11 +445,122 @@ def test_an_interrupted_run_says_that_it_can_go_on(tmp_path: Path) -> None:
     assert len(open_cohort(store).cases) == 16
 
 
+def stopped_clock(patches: pytest.MonkeyPatch) -> list[float]:
+    """Stop the clock by which cases are published; return its seconds, to be changed."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    patches.setattr("cspine_data.pipeline.time", clock)
+    return now
+
+
+def test_cases_are_published_together_and_not_one_by_one(
+    serially: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publication takes time in proportion to the store's cases, so one for each would be quadratic."""
+    for number in range(12):
+        write_case(tmp_path / "raw", f"case{number:02d}", label=False)
+    published: list[int] = []
+
+    def watched(path: Path, made: list[Replacement]) -> Refused:
+        published.append(len(made))
+        return publish(path, made)
+
+    monkeypatch.setattr("cspine_data.pipeline.publish", watched)
+    stopped_clock(monkeypatch)
+    told: list[tuple[int, int, str]] = []
+    summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, progress=lambda *one: told.append(one))
+    # The first at once, so that a wrong place shows at once.
+    assert published == [1, 11]
+    assert len(summary.done) == 12
+    assert [done for done, *_ in told] == list(range(1, 13))
+
+
+def test_what_has_ended_is_published_while_others_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, now, seen = tmp_path / "s.zarr", stopped_clock(monkeypatch), []
+
+    def run_jobs(work: Any, jobs: list[Job], *_: Any) -> Iterator[list[Any]]:
+        for seconds, ended in ((0.0, jobs[:1]), (0.5, jobs[1:2]), (0.5, []), (1.5, []), (0.1, jobs[2:])):
+            now[0] += seconds
+            yield [(job, work(job, str(store))) for job in ended]
+            seen.append(len(read_root(store).cases))
+
+    monkeypatch.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+    for name in "ABC":
+        write_case(tmp_path / "raw", name)
+    prepare(tmp_path / "raw", store, n4=False)
+    assert seen == [1, 1, 1, 2, 2]
+    assert len(read_root(store).cases) == 3
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_what_has_ended_is_published_however_a_run_ends(
+    ending: type[BaseException] | BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_clock(monkeypatch)
+    store = tmp_path / "s.zarr"
+
+    def run_jobs(work: Any, jobs: list[Job], *_: Any) -> Iterator[list[Any]]:
+        for job in jobs[:3]:
+            yield [(job, work(job, str(store)))]
+        raise ending
+
+    monkeypatch.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+    for name in "ABCD":
+        write_case(tmp_path / "raw", name)
+    with pytest.raises(ending if isinstance(ending, type) else type(ending)):
+        prepare(tmp_path / "raw", store, n4=False)
+    assert open_cohort(store).cases == ("A", "B", "C")
+
+
+def test_a_killed_run_loses_no_case_that_was_written(tmp_path: Path) -> None:
+    """Those that were not published yet are published by the next run, from the files that are there."""
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    for number in range(16):
+        write_case(raw, f"case{number:02d}")
+
+    def written() -> dict[Path, int]:
+        return {record: record.stat().st_mtime_ns for record in store.glob("cases/case*/[0-9a-f]*/zarr.json")}
+
+    process = started(raw, store, "--no-n4", "--workers", "1", stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(written()) < 4 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = written()
+    assert len(read_root(store).cases) < len(before)
+    assert prepare(raw, store, n4=False).failed == ()
+    assert before.items() <= written().items()
+    assert len(open_cohort(store).cases) == 16
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = write_case(tmp_path, "A", label=False)
     job = Job(Case("A", path), "0" * 64, None, Preprocessing(bias=None), (0,))
     with pytest.raises(InputError, match="changed while it was read; run it again"):
         prepare_case(job, tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"n4": False, "preprocessing": Preprocessing()}, "n4=False: contradicts preprocessing"),
+        ({"n4": True, "preprocessing": Preprocessing(bias=None)}, "n4=True: contradicts preprocessing"),
+        ({"workers": 2, "scheduler": "tcp://127.0.0.1:9"}, "workers and scheduler: exclude each other"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments: dict[str, Any], told: str, tmp_path: Path) -> None:
+    write_case(tmp_path / "raw", "A")
+    with pytest.raises(InputError, match=told):
+        prepare(tmp_path / "raw", tmp_path / "s.zarr", **arguments)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_what_n4_and_preprocessing_both_say_is_done(tmp_path: Path, serially: None) -> None:
+    write_case(tmp_path / "raw", "A")
+    for n4 in (False, None):
+        prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=n4, preprocessing=Preprocessing(bias=None))
+        assert open_cohort(tmp_path / "s.zarr").variants == ("raw",)
 
 
 def test_axes() -> None:
@@ -457,10 +571,11 @@ def test_axes() -> None:
             parse_axes(wrong)
 
 
-def test_a_running_scheduler_is_used(tmp_path: Path) -> None:
+def test_a_running_scheduler_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import LocalCluster
 
     write_case(tmp_path / "raw", "A")
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("its workers hash the files"))
     with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
         summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, scheduler=cluster.scheduler_address)
     assert summary.done == ("A",)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cspine_data import InputError, Split
+from cspine_data import InputError, Split, open_cohort
 from cspine_data.splits import fold_split, leave_one_out, reference_split
 
 names = st.lists(st.text("abcdefgh", min_size=1, max_size=4), unique=True, min_size=1, max_size=40)
@@ -73,3 +76,9 @@ def test_what_is_not_there_is_told() -> None:
         fold_split([["a", "b", "c"]], 2, 0)
     with pytest.raises(InputError, match="split 'holdout': is not known; choose one of train"):
         reference_split([["a"]]).cases("holdout")
+
+
+@pytest.mark.parametrize("arguments", [{"leave_out": "A", "folds": 3}, {"fold": 1}])
+def test_arguments_that_exclude_each_other_are_refused(arguments: dict[str, Any], store: Path) -> None:
+    with pytest.raises(InputError, match="exclude each other|give folds too"):
+        open_cohort(store).split(**arguments)

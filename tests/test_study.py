@@ -32,9 +32,9 @@ from cspine_train.patients import what_is_fed
 from cspine_train.results import write_results
 from cspine_train.settings import RunRecord, load_record, save_record
 from cspine_train.step_timing import Step, StepTimer
-from cspine_train.study import CellWork, check_output, is_done, processes_here, threads_of_cell
+from cspine_train.study import CellWork, check_output, is_done, processes_here, run_study, threads_of_cell
 from cspine_train.study_cost import costs
-from cspine_train.study_plan import Cell, Grid, load_plan, plan_study, queued
+from cspine_train.study_plan import Cell, Grid, Plan, load_plan, plan_study, queued
 from tests.conftest import QUICK_N4
 from tests.test_report import Page
 
@@ -513,6 +513,17 @@ def test_what_a_cells_process_says_counts_before_how_it_ends(
     monkeypatch.setattr(sys, "executable", str(program))
     outcome = CellWork(str(tmp_path), cohort.location, (), shares_cores=False)(cell)
     assert outcome.failure == failure if failure is None else outcome.failure.startswith(failure)
+
+
+def test_a_scheduler_takes_no_number_of_workers(phantom_store: Path, tmp_path: Path, run_train) -> None:
+    told = run_train(
+        "study", "--store", phantom_store, "--workers", "2", "--scheduler", "tcp://127.0.0.1:9", "-o", tmp_path / "s"
+    )
+    assert told.exit_code == 2
+    assert "--workers and --scheduler: exclude each other" in told.output
+    with pytest.raises(RunError, match="workers and scheduler: exclude each other"):
+        run_study(Plan(store=str(phantom_store), cells=()), tmp_path / "s", workers=2, scheduler="tcp://127.0.0.1:9")
+    assert not (tmp_path / "s").exists()
 
 
 def test_cells_of_a_scheduler_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

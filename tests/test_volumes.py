@@ -240,6 +240,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert os.listdir(tmp_path) == ["x.nrrd"]
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".seg.nrrd", ".nii.gz"])
+def test_a_written_file_has_the_modes_of_any_new_file(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The umask belongs to the whole process: while one thread changes it, others create files with the wrong mode."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patches:
+            patches.setattr(os, "umask", lambda mask: pytest.fail(f"the umask of all threads is set to {mask:o}"))
+            write_volume(tmp_path / f"x{suffix}", ball()[1])
+        assert (tmp_path / f"x{suffix}").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
 def test_written_files_hold_geometry_and_voxels_only(tmp_path: Path) -> None:
     write_volume(tmp_path / "x.nrrd", ball()[0])
     head = (tmp_path / "x.nrrd").read_bytes().split(b"\n\n")[0].decode()
