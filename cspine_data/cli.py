@@ -213,13 +213,12 @@ def info(store: Path) -> None:
     from cspine_data.errors import printable
 
     cohort = open_cohort(store)
-    rows, ways, doubts = [], [], []
+    rows, ways = [], []
     for variant in cohort.variants:
         split = cohort.split(variant=variant)
         part_of = {case: part for part in ("train", "validation", "test") for case in split.cases(part)}
         for record in cohort.records(variant):
             ways.append((variant, record.preprocessing.description))
-            doubts += [f"{record.case} ({variant}): {line}" for line in record.doubts]
             deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
             rows.append(
                 (
@@ -232,8 +231,6 @@ def info(store: Path) -> None:
     print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
     for (variant, description), number in Counter(ways).items():
         click.echo(f"{variant}: {number} cases prepared with {description}")
-    for doubt in doubts:
-        click.echo(printable(f"warning: {doubt}"))
     for note in cohort.notes:
         click.echo(printable(f"note: {note}"))
     print_notes(

@@ -83,7 +83,8 @@ class Levels(BaseModel):
         levels = np.empty(normalised.shape, np.int16)
         # Plane by plane: a large volume is there once more in single precision otherwise.
         for plane, out in zip(np.atleast_2d(normalised), np.atleast_2d(levels), strict=True):
-            exact = plane * np.float32(1 / self.scale)
+            with np.errstate(over="ignore"):
+                exact = plane * np.float32(1 / self.scale)
             np.rint(exact, out=exact)
             out[...] = np.clip(exact, -_HIGHEST_LEVEL, _HIGHEST_LEVEL, out=exact)
         return levels
@@ -231,7 +232,9 @@ def _along_lines(image: NDArray[Any], start: tuple[float, ...], end: tuple[float
     slopes = (np.diff(values) / np.diff(places)).astype(np.float32)
     if slopes.size == 1:
         line: NDArray[np.float32] = np.subtract(image, np.float32(start[0]), dtype=np.float32)
-        line *= slopes[0]
+        # An outlier may lie so many deviations away that it becomes infinite; levels end at 32 deviations anyway.
+        with np.errstate(over="ignore"):
+            line *= slopes[0]
         line += np.float32(end[0])
         return line
     result = np.empty(image.shape, dtype=np.float32)
@@ -239,5 +242,6 @@ def _along_lines(image: NDArray[Any], start: tuple[float, ...], end: tuple[float
     # Plane by plane: which line a voxel is on takes twice the room of its value.
     for plane, out in zip(np.atleast_2d(image), np.atleast_2d(result), strict=True):
         line = np.searchsorted(first_places[1:-1], plane, side="right")
-        out[...] = (plane - first_places[line]) * slopes[line] + first_values[line]
+        with np.errstate(over="ignore"):
+            out[...] = (plane - first_places[line]) * slopes[line] + first_values[line]
     return result

@@ -217,11 +217,6 @@ class CaseRecord(BaseModel):
         return self.label_sha256 is not None
 
     @property
-    def doubts(self) -> tuple[str, ...]:
-        """In what the estimate of its bias field is implausible, a line each."""
-        return doubts(self.log_bias_deviation, self.tissue_fraction, self.noise_share)
-
-    @property
     def labels(self) -> tuple[int, ...]:
         """The label values that count, sorted; empty where the label map labels nothing, or there is none."""
         return tuple(sorted(value for value in self.label_voxels if value > 0))
@@ -237,10 +232,10 @@ class CaseRecord(BaseModel):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The notes, and what the counts of a record of an earlier cspine say that would be a note today."""
+        """The notes, what the counts of an earlier version's record say that would be a note today, and `doubts`."""
         found = [EMPTY_LABEL_MAP] if self.labelled and not self.labels else []
         found += [f"label map: holds the negative value {v}, which is ignored" for v in self.label_voxels if v < 0]
-        return (*self.notes, *found)
+        return (*self.notes, *found, *doubts(self.log_bias_deviation, self.tissue_fraction, self.noise_share))
 
     def labelled_extent_mm(self, axis: int) -> float:
         """Return how far the labelled voxels reach along an axis; 0 where there are none."""

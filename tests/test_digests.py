@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from cspine_data import InputError, open_cohort, prepare
-from cspine_data.cases import find_cases
 from cspine_data.digests import DigestCache, digest_source
 from cspine_data.hashing import digest_files
 from cspine_data.jobs import Job, plan_jobs
 from cspine_data.making import prepare_case
+from cspine_data.pairing import find_cases
 from cspine_data.preprocess import Preprocessing
 from cspine_data.publishing import create_store
 from cspine_data.volumes import content_digest
@@ -175,7 +175,7 @@ def test_every_file_of_a_source_is_part_of_its_state(tmp_path: Path) -> None:
 def planned(raw: Path, store: Path) -> Job:
     create_store(store)
     cases = find_cases(raw).cases
-    jobs, problems = plan_jobs(cases, store, RAW, (0,), digest_files(cases, store, None, None))
+    jobs, problems = plan_jobs(cases, store, RAW, (0,), sources=digest_files(cases, store, None, None))
     assert not problems
     return jobs[0]
 
