@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cspine_data.cluster import Workers, side_by_side, usable_cores
     from cspine_data.cohort import Cohort, open_cohort
     from cspine_data.dataset import SliceDataset, SlicePlace, VolumeDataset
+    from cspine_data.durable import atomic_write, exclusive_lock, make_folder, remove_unfinished
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -49,6 +50,7 @@ _HOME = {
     "cluster": ("Workers", "side_by_side", "usable_cores"),
     "cohort": ("Cohort", "open_cohort"),
     "dataset": ("SliceDataset", "SlicePlace", "VolumeDataset"),
+    "durable": ("atomic_write", "exclusive_lock", "make_folder", "remove_unfinished"),
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
@@ -95,18 +97,22 @@ __all__ = [
     "VolumeDataset",
     "Workers",
     "__version__",
+    "atomic_write",
     "bias_parameters",
     "collect_garbage",
     "content_digest",
     "describe_problem",
+    "exclusive_lock",
     "find_cases",
     "label_name",
+    "make_folder",
     "open_cohort",
     "parse_axes",
     "prepare",
     "preprocess_volume",
     "read_volume",
     "remove_cases",
+    "remove_unfinished",
     "repair",
     "side_by_side",
     "usable_cores",

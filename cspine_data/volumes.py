@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +15,8 @@ from numpy.typing import NDArray
 
 from cspine_data import _dicom, _nifti, _nrrd
 from cspine_data._bounded import stored_bytes
-from cspine_data.errors import InputError, printable
+from cspine_data.durable import atomic_write, make_folder
+from cspine_data.errors import InputError, os_error_remedy, printable
 from cspine_data.geometry import Geometry
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nhdr", ".nii")
@@ -140,7 +139,7 @@ def check_image(image: Volume) -> None:
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:
-    """Write a volume as NRRD or NIfTI, as the name's ending says; a file of that name is replaced at once.
+    """Write a volume as NRRD or NIfTI, as the name's ending says; a file of that name is replaced in one step.
 
     Only geometry and voxels are written: no name, date or comment.
 
@@ -158,7 +157,7 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     Raises
     ------
     InputError
-        If the ending is another one, the folder cannot be made, or segments are to be made of what is no label map.
+        If the ending is another one, the file cannot be written, or segments are to be made of what is no label map.
     """
     path = Path(path)
     suffix = volume_suffix(path).lower()
@@ -166,21 +165,14 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
         raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz or .seg.nrrd")
     fields = _segment_fields(path, volume.array, segments or {}) if suffix == ".seg.nrrd" else {}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary_name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=path.parent)
+        make_folder(path.parent)
+        with atomic_write(path) as temporary:
+            if suffix.endswith(".nrrd"):
+                _write_nrrd(temporary, volume, fields)
+            else:
+                _nifti.write(temporary, volume.array, volume.geometry)
     except OSError as error:
-        raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
-    os.close(handle)
-    temporary = Path(temporary_name)
-    try:
-        if suffix.endswith(".nrrd"):
-            _write_nrrd(temporary, volume, fields)
-        else:
-            _nifti.write(temporary, volume.array, volume.geometry)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise InputError(path, f"cannot be written ({error.strerror})", os_error_remedy(error)) from None
 
 
 def content_digest(path: Path) -> str:
@@ -219,12 +211,6 @@ def _is_series(path: Path) -> bool:
 
 def _is_nifti(path: Path) -> bool:
     return volume_suffix(path).lower() in (".nii", ".nii.gz")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _segment_fields(path: Path, array: NDArray[Any], segments: Mapping[int, str]) -> dict[str, str]:

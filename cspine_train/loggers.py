@@ -14,6 +14,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from cspine_data import make_folder
 from cspine_train.errors import RunError, meant
 from cspine_train.module import MONITOR
 from cspine_train.run_folder import MLFLOW_FOLDER, TENSORBOARD_FOLDER, write_text
@@ -157,7 +158,7 @@ def _mlflow(run: Path, record: RunRecord, epochs: int) -> _Log:
         raise RunError(
             f"logger mlflow: its database cannot lie in {folder}, as a ? ends its address; choose another -o"
         )
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     known = folder / _RUN_ID
     run_id = known.read_text(encoding="utf-8").strip() if known.exists() else None
     logger = MLFlowLogger(

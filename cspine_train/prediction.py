@@ -21,7 +21,7 @@ from cspine_train.errors import RunError
 from cspine_train.likeness import differences, looks_of
 from cspine_train.metrics import Overlap
 from cspine_train.models import load_model, sides_of
-from cspine_train.run_folder import MODEL_FOLDER
+from cspine_train.run_folder import MODEL_FOLDER, is_in_use
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.transforms import fixed_size, from_network, network_shape, to_network, with_context
 
@@ -187,7 +187,7 @@ def load_run(path: str | Path) -> LoadedRun:
     """
     path = Path(path)
     record = load_record(path)
-    if not (path / MODEL_FOLDER).is_dir():
+    if not is_in_use(path / MODEL_FOLDER):
         raise RunError(f"{path}: has no trained model yet; run cspine-train run again to go on")
     settings, outputs = record.settings, network_classes(record.label_values)
     network = load_model(settings.model, settings.encoder, path / MODEL_FOLDER, settings.channels, outputs)
