@@ -130,7 +130,7 @@ def join() -> None:
     "--split", "splits", type=click.Choice(["train", "validation", "test"]), multiple=True, default=("test",),
     help="Whose volumes; may be given more than once.",
 )  # fmt: skip
-@click.option("--store", help="Where the store is, if it has moved: a folder or a URL.")
+@click.option("--store", help="Where the store is, if it has moved or is at a URL.")
 def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     """Score RUN per patient, on whole volumes."""
     from cspine_train.evaluation import evaluate as evaluate_run
