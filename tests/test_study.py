@@ -231,7 +231,7 @@ def test_the_same_patients_dealt_in_another_way_are_another_cell(phantom_folder:
 def test_weights_that_cannot_be_had_are_told_before_anything_starts(
     phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = ("study", "--store", phantom_store, "-o", tmp_path / "study", "--models", "unet", *TINY)
     refused = run_train(*asked, "--encoders", "random,tu-test_vit:random,tu-resnet10t", "--plan")
     assert refused.exit_code == 1
