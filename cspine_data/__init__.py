@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         NotInStoreError,
         StoreError,
     )
+    from cspine_data.extras import install_hint
     from cspine_data.garbage import Garbage, collect_garbage
     from cspine_data.geometry import Geometry, Orientation
     from cspine_data.mending import RepairSummary, repair
@@ -54,6 +55,7 @@ _HOME = {
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
+    "extras": ("install_hint",),
     "garbage": ("Garbage", "collect_garbage"),
     "geometry": ("Geometry", "Orientation"),
     "mending": ("RepairSummary", "repair"),
@@ -104,6 +106,7 @@ __all__ = [
     "describe_problem",
     "exclusive_lock",
     "find_cases",
+    "install_hint",
     "label_name",
     "make_folder",
     "open_cohort",
