@@ -116,7 +116,7 @@ def _train(
     loggers: Sequence[str],
     lock: ExitStack,
 ) -> RunRecord:
-    """Do what `train` does; of several processes the first holds the run's lock, from when its folder exists."""
+    """Do what `train` does; of several processes the first holds the run's lock until `lock` is closed."""
     cohort = open_cohort(store)
     split = split_of(cohort, settings)
     fed = what_is_fed(cohort, split, settings.variant)
@@ -126,9 +126,11 @@ def _train(
         # Of several processes one tells.
         _log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-    elif run.is_dir():
-        lock.enter_context(only_writer(run))
     earlier = _earlier(run, settings, fed["digests"], trainer.is_global_zero)
+    if trainer.is_global_zero and earlier is not None and not earlier.finished:
+        lock.enter_context(only_writer(run))
+        # Another process may have finished it before this one held the lock.
+        earlier = _earlier(run, settings, fed["digests"], first=True)
     if earlier is not None and earlier.finished:
         _log.info("nothing to do: %s is finished", run)
         return earlier

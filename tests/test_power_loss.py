@@ -324,7 +324,9 @@ def test_a_run_folder_keeps_its_promises_after_a_power_failure(
 ) -> None:
     assert len(life_of_a_run.steps) > 60
     assert {"/run/run.json", "/run/evaluation/test.json", "/out/CS_02-label.nrrd"} <= life_of_a_run.promised[-1]
-    assert list(faults_of_a_run(life_of_a_run.steps, life_of_a_run, tmp_path, 20 if long_run else 2)) == []
+    often = 20 if long_run else 2
+    assert list(faults_of_a_run(life_of_a_run.steps, life_of_a_run, tmp_path, often)) == []
+    print(f"{len(life_of_a_run.steps)} steps, {len(life_of_a_run.steps) * (1 + often)} failures")
 
 
 @pytest.mark.parametrize("kind", [bytes, dict], ids=["files", "folders"])
