@@ -99,7 +99,7 @@ def run(
     if not is_first():
         return
     for caveat in record.caveats():
-        click.echo(f"note: {caveat}")
+        say(f"note: {caveat}")
     if record.kept_epoch is not None:
         click.echo(
             f"kept epoch {record.kept_epoch + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
@@ -156,7 +156,7 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
         rows.append(["95 % interval of the mean", "", *intervals, *[""] * (len(columns) - len(measures) - 2)])
     print_table(columns, rows)
     for caveat in evaluation.caveats:
-        click.echo(f"note: {caveat}")
+        say(f"note: {caveat}")
     for file in evaluation.files:
         click.echo(f"wrote {file}")
     for problem in evaluation.failed:
@@ -186,7 +186,7 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
     print_table(columns, rows)
     click.echo("in brackets: 95 % intervals, by bootstrap over patients; p: Wilcoxon's signed-rank test, after Holm")
     for caveat in comparison.caveats:
-        click.echo(f"note: {caveat}")
+        say(f"note: {caveat}")
 
 
 @main.command()
@@ -225,7 +225,7 @@ def predict(
     from cspine_train.settings import load_record
 
     for caveat in dict.fromkeys(caveat for path in runs for caveat in load_record(path).caveats()):
-        click.echo(f"note: trained: {caveat}", err=True)
+        say(f"note: trained: {caveat}", err=True)
     # Not before: PyTorch takes seconds to be imported.
     from cspine_train.prediction import load_run
     from cspine_train.prediction_files import Options, find_volumes, predict_files

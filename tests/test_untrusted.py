@@ -119,6 +119,7 @@ def test_a_name_that_this_version_cannot_build_is_refused(name: str, value: obje
     change(run, name, value)
     with pytest.raises(CspineTrainError) as told:
         load_run(run)
+    assert str(told.value).startswith(f"{run / 'run.json'}: ")
     assert name in str(told.value)
     assert "\n" not in str(told.value)
     assert watch.outside(run) == []
@@ -173,3 +174,11 @@ def test_a_folder_that_a_record_names_is_not_read(run: Path, tmp_path: Path, wat
     with pytest.raises(ModelError, match="encoder 'tu-local-dir:.*is not known"):
         load_run(run)
     assert watch.outside(run) == []
+
+
+def test_names_of_a_record_do_nothing_to_a_terminal(run: Path, run_train: Callable[..., Result]) -> None:
+    change(run, "encoder", "tu-\x1b[31m\nred")
+    told = run_train("predict", run, "--run", run, "-o", run / "x.nrrd")
+    assert told.exit_code == 1
+    assert "encoder tu-?[31m?red started from" in told.stderr
+    assert told.stderr.count("\n") == 2
