@@ -22,12 +22,9 @@ _REMEDIES = {
 def describe_os_error(error: OSError) -> str:
     """Say in one line what the operating system refused, of which file, and what to do about it."""
     where = f"{error.filename}: " if error.filename else ""
-    return printable(f"{where}{error.strerror or error}; {os_error_remedy(error)}")
-
-
-def os_error_remedy(error: OSError) -> str:
-    """Return what a user can do about an error of the operating system."""
-    return _REMEDIES.get(error.errno or 0, "mend that and run it again")
+    return printable(
+        f"{where}{error.strerror or error}; {_REMEDIES.get(error.errno or 0, 'mend that and run it again')}"
+    )
 
 
 def printable(text: str) -> str:

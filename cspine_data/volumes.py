@@ -6,6 +6,7 @@ import hashlib
 import io
 import unicodedata
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from cspine_data import _dicom, _nifti, _nrrd
 from cspine_data._bounded import stored_bytes
 from cspine_data.durable import atomic_write, make_folder
-from cspine_data.errors import InputError, os_error_remedy, printable
+from cspine_data.errors import InputError, printable
 from cspine_data.geometry import Geometry
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nhdr", ".nii")
@@ -164,15 +165,16 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     if suffix not in (".nrrd", ".nii", ".nii.gz", ".seg.nrrd"):
         raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz or .seg.nrrd")
     fields = _segment_fields(path, volume.array, segments or {}) if suffix == ".seg.nrrd" else {}
-    try:
-        make_folder(path.parent)
-        with atomic_write(path) as temporary:
-            if suffix.endswith(".nrrd"):
-                _write_nrrd(temporary, volume, fields)
-            else:
-                _nifti.write(temporary, volume.array, volume.geometry)
-    except OSError as error:
-        raise InputError(path, f"cannot be written ({error.strerror})", os_error_remedy(error)) from None
+    with ExitStack() as files:
+        try:
+            make_folder(path.parent)
+            temporary = files.enter_context(atomic_write(path))
+        except OSError as error:
+            raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
+        if suffix.endswith(".nrrd"):
+            _write_nrrd(temporary, volume, fields)
+        else:
+            _nifti.write(temporary, volume.array, volume.geometry)
 
 
 def content_digest(path: Path) -> str:

@@ -97,7 +97,7 @@ class RunSettings(BaseModel):
     encoder: str = "resnet18"
     weights: str = "auto"
     axes: tuple[_Axis, ...] = Field(default=(0,), min_length=1)
-    variant: Literal["n4", "raw"] = "n4"
+    variant: str = "n4"
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)

@@ -216,7 +216,7 @@ def _tell_plan(plan: Plan, to_do: int, asked: int) -> None:
         "encoders": [
             f"{one.encoder} from {one.weights if one.weights != 'none' else 'random'} weights" for one in cells
         ],
-        "variants": [str(one.variant) for one in cells],
+        "variants": [one.variant for one in cells],
         "axes": [one.axes_name for one in cells],
         "folds": [f"{one.fold} of {one.folds}" if one.folds else "reference split" for one in cells],
         "seeds": [str(one.seed) for one in cells],
