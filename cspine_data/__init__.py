@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cspine_data.cohort import Cohort, open_cohort
     from cspine_data.dataset import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.digests import Digested, digest_source
+    from cspine_data.durable import atomic_write, exclusive_lock, make_folder, remove_unfinished
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         NotInStoreError,
         StoreError,
     )
+    from cspine_data.extras import install_hint
     from cspine_data.garbage import Garbage, collect_garbage
     from cspine_data.geometry import Geometry, Orientation
     from cspine_data.images import usable_image
@@ -53,9 +55,11 @@ _HOME = {
     "cohort": ("Cohort", "open_cohort"),
     "dataset": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
     "digests": ("Digested", "digest_source"),
+    "durable": ("atomic_write", "exclusive_lock", "make_folder", "remove_unfinished"),
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
+    "extras": ("install_hint",),
     "garbage": ("Garbage", "collect_garbage"),
     "geometry": ("Geometry", "Orientation"),
     "images": ("usable_image",),
@@ -104,19 +108,24 @@ __all__ = [
     "VolumeDataset",
     "Workers",
     "__version__",
+    "atomic_write",
     "bias_parameters",
     "collect_garbage",
     "content_digest",
     "describe_problem",
     "digest_source",
+    "exclusive_lock",
     "find_cases",
+    "install_hint",
     "label_name",
+    "make_folder",
     "open_cohort",
     "parse_axes",
     "prepare",
     "preprocess_volume",
     "read_volume",
     "remove_cases",
+    "remove_unfinished",
     "repair",
     "side_by_side",
     "usable_cores",

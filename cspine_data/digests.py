@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cspine_data.durable import replace_file
 from cspine_data.schema import record_checksum
 from cspine_data.volumes import content_digest, source_files
-from cspine_data.writer import replace_file
 
 # The coarsest times of any file system (FAT); those of others are at most 10 ms late.
 _COARSEST_NS = 2_000_000_000

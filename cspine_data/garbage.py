@@ -11,11 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cspine_data.durable import sync_folder
 from cspine_data.errors import InputError
 from cspine_data.publishing import REMOVED, TEMPORARY, UNFINISHED, locked
 from cspine_data.schema import CASES, DIGEST, RootRecord
 from cspine_data.store import read_root
-from cspine_data.writer import METADATA, sync_folder
+from cspine_data.writer import METADATA
 
 #: A week: longer than a training run reads the digests that it began with.
 GRACE_S = 7 * 24 * 3600.0

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cspine_data import schema
 from cspine_data.attributes import image_metadata, level_attributes, slice_grid
 from cspine_data.cases import LoadedCase, load_case
+from cspine_data.durable import make_folder
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.jobs import Job, is_unchanged
@@ -35,7 +36,7 @@ from cspine_data.publishing import (
 from cspine_data.schema import CaseRecord
 from cspine_data.store import read_corrected, stored_record
 from cspine_data.volumes import Volume
-from cspine_data.writer import CaseWriter, make_folder
+from cspine_data.writer import CaseWriter
 
 
 @dataclass(frozen=True, eq=False)

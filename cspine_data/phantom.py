@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from cspine_data._anatomy import PhantomCase, make_case
 from cspine_data.cases import NOTE_FILE, cohort_note
+from cspine_data.durable import atomic_write, make_folder
 from cspine_data.errors import InputError
 from cspine_data.geometry import Geometry, Orientation, as_rows
 from cspine_data.volumes import Volume, volume_stem, volume_suffix, write_volume
@@ -73,8 +74,9 @@ def make_phantom_cohort(
             raise InputError(folder, "holds volumes that are no phantoms of cspine", "choose an empty folder")
     elif folder.exists():
         raise InputError(folder, "is a file", "choose a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / NOTE_FILE).write_text(f"{_NOTE} (seed {seed})\n", encoding="utf-8")
+    make_folder(folder)
+    with atomic_write(folder / NOTE_FILE) as temporary:
+        temporary.write_text(f"{_NOTE} (seed {seed})\n", encoding="utf-8")
     paths = []
     for number, name in enumerate(names):
         case = make_case(seed, number)

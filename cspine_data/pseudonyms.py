@@ -16,14 +16,14 @@ from pathlib import Path
 
 from cspine_data.cases import Case, Listing, Problem
 from cspine_data.digests import Digested
+from cspine_data.durable import exclusive_lock, make_folder, replace_file
 from cspine_data.errors import InputError
 from cspine_data.jobs import digest_file
 from cspine_data.names import normalised
-from cspine_data.publishing import kept_lock
 from cspine_data.schema import NEUTRAL_ID
-from cspine_data.writer import replace_file
 
 COLUMNS = ("id", "case")
+_PATIENCE_S = 60
 _BY_HAND = "mend it by hand or bring back a copy; another key would give other ids"
 
 
@@ -78,8 +78,8 @@ def _enter(key: Path, cases: Iterable[Case], sources: Mapping[Path, Digested | P
     in_order = _in_order((case for case in cases if case.id not in before), sources)
     if not in_order:
         return before
-    key.parent.mkdir(parents=True, exist_ok=True)
-    with kept_lock(key.with_name(f".{key.name}.lock")):
+    make_folder(key.parent)
+    with exclusive_lock(key.with_name(f".{key.name}.lock"), _PATIENCE_S):
         ids = read_key(key)
         last = max(map(_number, ids.values()), default=0)
         new = [case for case in in_order if case not in ids]

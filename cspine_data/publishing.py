@@ -11,17 +11,17 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cspine_data import schema
+from cspine_data.durable import exclusive_lock, make_folder, replace_file, sync_folder
 from cspine_data.errors import NewerSchemaError, NotInStoreError, StoreError, describe_os_error
 from cspine_data.location import refuse_url
 from cspine_data.names import as_known
 from cspine_data.schema import CaseRecord, RootRecord, Standard
 from cspine_data.store import ROOT_COPY, read_metadata, read_root, stored_record
-from cspine_data.writer import METADATA, make_folder, replace_file, sync_folder
+from cspine_data.writer import METADATA
 
 #: How the folders and files begin that no reader looks at: being written, and set aside to be deleted.
 UNFINISHED, TEMPORARY, REMOVED = ".unfinished-", f".{METADATA}-", ".removed-"
@@ -272,33 +272,16 @@ def locked(path: Path) -> Iterator[None]:
     StoreError
         If the store cannot be written to, or somebody else has been writing for a minute.
     """
-    from filelock import Timeout
-
-    lock = kept_lock(path / _LOCK)
     try:
-        lock.acquire()
-    except Timeout:
+        held = exclusive_lock(path / _LOCK, _PATIENCE_S)
+    except TimeoutError:
         raise StoreError(
             f"{path}: another run has been writing to it for {_PATIENCE_S} s; run it again when that has ended"
         ) from None
     except OSError as error:
-        error.filename = error.filename or str(path / _LOCK)
         raise StoreError(describe_os_error(error)) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
-
-
-@cache
-def kept_lock(file: Path) -> Any:
-    """Return the lock that a file stands for, always the same one; the kernel frees it when its holder dies.
-
-    Kept, since dropping it runs its destructor, and Python loses a Ctrl-C that arrives within a destructor.
-    """
-    from filelock import FileLock
-
-    return FileLock(file, timeout=_PATIENCE_S)
 
 
 def mend_root(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from cspine_data.errors import CspineDataError, describe_os_error, printable
+from cspine_data.extras import install_hint
 from cspine_data.progress import Progress
 
 
@@ -22,11 +23,16 @@ class CommandGroup(click.Group):
     expected: tuple[type[BaseException], ...] = (CspineDataError, OSError, MemoryError)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command and turn an expected error into one line."""
+        """Run a command and turn an expected error, or a missing optional dependency, into one line."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
+        except ImportError as error:
+            hint = install_hint(error)
+            if hint is None:
+                raise
+            raise click.ClickException(hint) from None
         except self.expected as error:
             raise click.ClickException(printable(_one_line(error))) from None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import unicodedata
-import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cspine_data import _dicom, _nifti, _nrrd
 from cspine_data._bounded import grid, stored_bytes
+from cspine_data.durable import atomic_write, make_folder
 from cspine_data.errors import InputError, printable
 from cspine_data.geometry import Geometry
 
@@ -121,7 +122,7 @@ def read_volume(path: str | Path) -> Volume:
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:
-    """Write a volume as NRRD or NIfTI, as the name's ending says; a file of that name is replaced at once.
+    """Write a volume as NRRD or NIfTI, as the name's ending says; a file of that name is replaced in one step.
 
     Only geometry and voxels are written: no name, date or comment.
 
@@ -139,7 +140,7 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     Raises
     ------
     InputError
-        If the ending is another one, the folder cannot be made, or segments are to be made of what is no label map; if
+        If the ending is another one, the file cannot be written, or segments are to be made of what is no label map; if
         the format cannot hold the voxels, or where they lie.
     """
     path = Path(path)
@@ -151,13 +152,12 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     # Nothing is written that would be refused when it is read.
     steps_mm = geometry.direction_matrix * geometry.spacing_mm
     grid(path, geometry.size, steps_mm, np.array(geometry.origin_mm), np.array(geometry.spacing_mm))
-    temporary = path.with_name(f".writing-{uuid.uuid4().hex}{suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
-    try:
+    with ExitStack() as files:
+        try:
+            make_folder(path.parent)
+            temporary = files.enter_context(atomic_write(path))
+        except OSError as error:
+            raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
         if suffix.endswith(".nrrd"):
             _write_nrrd(temporary, volume, fields)
         else:
@@ -165,9 +165,6 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
         read = _nifti.read_header if _is_nifti(path) else _nrrd.read_header
         if not read(temporary).geometry.same_grid(geometry):
             raise InputError(path, "cannot keep where the volume lies: its numbers are rounded too far", "write .nrrd")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def content_digest(path: Path) -> str:

@@ -5,12 +5,9 @@ zarr-python writes the same arrays, chunk by chunk through its event loop, in so
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import schema
+from cspine_data.durable import sync_folder, write_file
 
 METADATA = "zarr.json"
 
@@ -79,57 +77,6 @@ class CaseWriter:
         file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         self.checksums[name] = write_file(file, parts)
-
-
-def write_file(file: Path, parts: Iterable[bytes], mode: int = 0o666) -> str:
-    """Write a new file, durably; return the SHA-256, in hex, of what was to be written."""
-    digest = hashlib.sha256()
-    with _naming(file), os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as handle:
-        for part in parts:
-            digest.update(part)
-            handle.write(part)
-        handle.flush()
-        os.fsync(handle.fileno())
-    return digest.hexdigest()
-
-
-def replace_file(file: Path, content: bytes, temporary: Path, mode: int = 0o666) -> None:
-    """Write a file, or replace it, in one step and durably; a temporary one lies beside it meanwhile."""
-    try:
-        write_file(temporary, [content], mode)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(file.parent)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let an error of the system say of which file it is: that of a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, so that they survive a power failure."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    with _naming(folder):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _shard(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[bytes]:

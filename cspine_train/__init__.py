@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cspine_data import install_hint
+
 if TYPE_CHECKING:
     from cspine_train.comparison import Comparison, compare
     from cspine_train.errors import CspineTrainError, ModelError, RunError
@@ -58,7 +60,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    try:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    except ImportError as error:
+        hint = install_hint(error)
+        if hint is None:
+            raise
+        raise ImportError(hint, name=error.name) from None
     globals()[name] = value
     return value
 

@@ -102,7 +102,7 @@ def run(
     if not is_first():
         return
     for caveat in record.caveats():
-        click.echo(f"note: {caveat}")
+        say(f"note: {caveat}")
     if record.kept_epoch is not None:
         click.echo(
             f"kept epoch {record.kept_epoch + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
@@ -137,7 +137,7 @@ def join() -> None:
     "--split", "splits", type=click.Choice(["train", "validation", "test"]), multiple=True, default=("test",),
     help="Whose volumes; may be given more than once.",
 )  # fmt: skip
-@click.option("--store", help="Where the store is, if it has moved: a folder or a URL.")
+@click.option("--store", help="Where the store is, if it has moved or is at a URL.")
 def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     """Score RUN per patient, on whole volumes."""
     from cspine_train.evaluation import evaluate as evaluate_run
@@ -167,7 +167,7 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
             rows.append(["95 % interval of the mean", split, *(one.between(m.digits) for m, one in known)])
     print_table(columns, rows)
     for note in notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
     for file in evaluation.files:
         click.echo(f"wrote {file}")
     for problem in evaluation.failed:
@@ -201,7 +201,7 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
             "in brackets: 95 % intervals (Student's t); p: Wilcoxon's signed-rank test over patients, after Holm"
         )
     for caveat in comparison.caveats:
-        click.echo(f"note: {caveat}")
+        say(f"note: {caveat}")
 
 
 @main.command()
@@ -240,7 +240,7 @@ def predict(
     from cspine_train.settings import load_record
 
     for caveat in dict.fromkeys(caveat for path in runs for caveat in load_record(path).caveats()):
-        click.echo(f"note: trained: {caveat}", err=True)
+        say(f"note: trained: {caveat}", err=True)
     # Not before: PyTorch takes seconds to be imported.
     from cspine_train.prediction import load_run
     from cspine_train.prediction_files import Options, find_volumes, predict_files

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import Cohort, CspineDataError, Problem, open_cohort
+from cspine_data import Cohort, CspineDataError, Problem, make_folder, open_cohort
 from cspine_train.errors import RunError
 from cspine_train.intervals import MeanInterval, mean_interval
 from cspine_train.metrics import (
@@ -29,8 +29,9 @@ from cspine_train.overlays import BEST, MEDIAN, WORST, Gallery
 from cspine_train.pictures import never_fatal
 from cspine_train.prediction import LoadedRun, load_run
 from cspine_train.report import write_report
-from cspine_train.run_folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, write_rows, write_text
+from cspine_train.run_folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, only_writer, write_rows, write_text
 from cspine_train.segmented import Segmented, check_trained_on, segment
+from cspine_train.settings import load_record
 
 _SHARES = ("batch_averaged_dice", "label_dice", "label_iou")
 
@@ -172,7 +173,7 @@ def evaluate(
     splits : sequence of str
         ``train``, ``validation`` or ``test``.
     store : str or Path, optional
-        The store, where it has moved since the run was trained.
+        The store, where it has moved since the run was trained, or is at a URL.
     progress : callable, optional
         Called with (patients done, patients, case id).
 
@@ -184,11 +185,23 @@ def evaluate(
     Raises
     ------
     RunError
-        If the run cannot be used, the parts hold no patient in whom something is labelled, or the store holds other
-        data than it was trained on.
+        If the run cannot be used, another process trains or evaluates it, the parts hold no patient in whom something
+        is labelled, or the store holds other data than it was trained on.
     CspineDataError
         If the store cannot be used, or none of the patients; where only some cannot, the others are scored.
     """
+    # Refuses what is no run, before anything is written there.
+    load_record(Path(run))
+    with only_writer(Path(run)):
+        return _evaluate(run, splits, store, progress)
+
+
+def _evaluate(
+    run: str | Path,
+    splits: Sequence[str],
+    store: str | Path | None,
+    progress: Callable[[int, int, str], None] | None,
+) -> Evaluation:
     started = time.monotonic()
     loaded = load_run(run)
     record = loaded.record
@@ -196,7 +209,10 @@ def evaluate(
     wanted = [(part, case) for part in splits for case in record.split.cases(part)]
     if not wanted:
         raise RunError(f"{run}: has no {' or '.join(splits)} patients; choose another --split")
-    if store is None and "://" not in record.store and not Path(record.store).exists():
+    if store is None and "://" in record.store:
+        # Whoever made the run folder chose this address.
+        raise RunError(f"{run}: its store is at {record.store}; name it with --store to read from there")
+    if store is None and not Path(record.store).exists():
         raise RunError(f"{record.store}: is not there any more; say with --store where the store of {run} is now")
     cohort = open_cohort(store or record.store)
     for _, case in wanted:
@@ -218,7 +234,7 @@ def evaluate(
             progress(number, len(wanted), case)
     name = "-".join(splits)
     folder = loaded.path / EVALUATION_FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     pictures: list[Path] = []
     # Before the scores: whoever finds those takes the patients for done.
     with never_fatal(f"{folder}: pictures"):

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cspine_data import atomic_write, make_folder
 from cspine_train.errors import ModelError, RunError
 from cspine_train.models import sides_of
 from cspine_train.prediction import LoadedRun
@@ -52,7 +53,7 @@ def export_onnx(loaded: LoadedRun, output: Path) -> bool:
     loaded : LoadedRun
         The run.
     output : Path
-        A name that ends in ``.onnx``; a file of that name is replaced at once.
+        A name that ends in ``.onnx``; a file of that name is replaced in one step.
 
     Returns
     -------
@@ -73,7 +74,8 @@ def export_onnx(loaded: LoadedRun, output: Path) -> bool:
         raise RunError(f"{output}: is no name for an ONNX file; end it with .onnx")
     # Of a copy: whoever loaded the run goes on with it where it is.
     network = _Probabilities(copy.deepcopy(loaded.network)).cpu().eval()
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=_folder(output)) as folder:
+    make_folder(output.parent)
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=output.parent) as folder:
         reasons = []
         for any_size in (True, False):
             file = Path(folder) / f"{'any' if any_size else 'one'}.onnx"
@@ -85,14 +87,10 @@ def export_onnx(loaded: LoadedRun, output: Path) -> bool:
                 reasons.append(" ".join(str(error).split())[:160])
             else:
                 _describe(loaded, file, any_size)
-                file.replace(output)
+                with atomic_write(output) as temporary:
+                    file.replace(temporary)
                 return any_size
     raise ModelError(f"{loaded.path}: cannot be written as ONNX ({reasons[-1]}); use another architecture")
-
-
-def _folder(output: Path) -> Path:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output.parent
 
 
 def _slices(loaded: LoadedRun, count: int, any_size: bool) -> torch.Tensor:

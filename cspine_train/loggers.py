@@ -13,6 +13,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from cspine_data import make_folder
 from cspine_train.errors import RunError, meant
 from cspine_train.module import MONITOR
 from cspine_train.process_state import quieten
@@ -156,7 +157,7 @@ def _mlflow(run: Path, record: RunRecord, epochs: int) -> _Log:
         raise RunError(
             f"logger mlflow: its database cannot lie in {folder}, as a ? ends its address; choose another -o"
         )
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     known = folder / _RUN_ID
     run_id = known.read_text(encoding="utf-8").strip() if known.exists() else None
     logger = MLFlowLogger(

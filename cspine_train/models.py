@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from cspine_data import atomic_write, make_folder
 from cspine_train.errors import ModelError, meant
 from cspine_train.transforms import Sides
 from cspine_train.weights import give_weights
 
 REFERENCE_MODELS = ("unet", "fpn", "linknet", "pspnet")
+_TIMM_NAME = re.compile(r"tu-[\w.-]+")
 
 
 def architectures() -> tuple[str, ...]:
@@ -62,7 +66,6 @@ def build_model(
         If there is no such architecture or encoder, they do not go together, or the weights cannot be had or do not
         fit: `ModelError.details` then lists the tensors.
     """
-    check_names(model, encoder)
     network = _create(model, encoder, None, channels, classes)
 
     def in_colour() -> nn.Module:
@@ -72,7 +75,7 @@ def build_model(
 
 
 def check_names(model: str, encoder: str) -> None:
-    """Refuse what is no architecture, and what is no encoder of SMP's own or of timm's.
+    """Refuse what is no architecture, and what is no encoder of SMP's own or of timm's, without a network.
 
     Raises
     ------
@@ -85,13 +88,12 @@ def check_names(model: str, encoder: str) -> None:
         )
     import segmentation_models_pytorch as smp
 
-    # What lies in a folder or on a hub, as in tu-local-dir:PATH, is found out when it is built.
-    if ":" in encoder:
-        return
     if encoder.startswith("tu-"):
         import timm
 
-        others = () if timm.is_model(encoder[3:]) else tuple(f"tu-{name}" for name in timm.list_models())
+        # timm also takes hf-hub:NAME and local-dir:PATH, which would reach for a server or a folder.
+        known = _TIMM_NAME.fullmatch(encoder) and timm.is_model(encoder[3:])
+        others = () if known else tuple(f"tu-{name}" for name in timm.list_models())
     else:
         others = () if encoder in smp.encoders.get_encoder_names() else encoders()
     if others:
@@ -116,6 +118,8 @@ def sides_of(network: nn.Module) -> Sides:
 def _create(model: str, encoder: str, weights: str | None, channels: int, classes: int) -> nn.Module:
     import segmentation_models_pytorch as smp
 
+    # Names come from a run folder of anybody, too.
+    check_names(model, encoder)
     options: dict[str, Any] = {"encoder_weights": weights, "in_channels": channels, "classes": classes}
     reason = ""
     for of_any_size in ({"dynamic_img_size": True}, {}) if _of_one_size(encoder) else ({},):
@@ -141,17 +145,21 @@ def _of_one_size(encoder: str) -> bool:
 
 
 def save_model(network: Any, folder: Path) -> None:
-    """Save a network as safetensors beside its JSON, in the format that SMP's own `from_pretrained` reads."""
-    unfinished = folder.with_name(f".{folder.name}")
-    network.save_pretrained(unfinished)
-    folder.mkdir(parents=True, exist_ok=True)
-    # safetensors lets nobody else read it, wherever the rest of the folder can be read.
-    shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
-    for name in ("config.json", "model.safetensors"):
-        (unfinished / name).replace(folder / name)
-    for leftover in unfinished.iterdir():
-        leftover.unlink()
-    unfinished.rmdir()
+    """Save a network as safetensors beside its JSON, in the format that SMP's own `from_pretrained` reads.
+
+    Both files survive a power failure when this returns, see `atomic_write`.
+    """
+    make_folder(folder)
+    names = ("config.json", "model.safetensors")
+    with ExitStack() as files:
+        config, weights = (files.enter_context(atomic_write(folder / name)) for name in names)
+        saved = weights.with_suffix("")
+        files.callback(shutil.rmtree, saved, ignore_errors=True)
+        network.save_pretrained(saved)
+        # safetensors lets nobody else read it, wherever the rest of the folder can be read.
+        shutil.copymode(config, saved / names[1])
+        for name, temporary in zip(names, (config, weights), strict=True):
+            (saved / name).replace(temporary)
 
 
 def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classes: int = 1) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cspine_data import Cohort
+from cspine_data import Cohort, make_folder
 from cspine_train.metrics import Overlap
 from cspine_train.pictures import SliceView, as_seen, draw_overlays
 from cspine_train.prediction import LoadedRun
@@ -79,7 +79,7 @@ class Gallery:
         for kind in self._kinds:
             shown = [view for axis in self._views for view in self._first(kind, axis, _SHOWN)]
             if shown:
-                folder.mkdir(exist_ok=True)
+                make_folder(folder)
                 files.append(folder / f"{stem}{kind.name}.png")
                 draw_overlays(files[-1], shown, f"{kind.name} slices of {of}", notes)
         return tuple(files)

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from cspine_data import Orientation, Volume
+from cspine_data import Orientation, Volume, atomic_write
 from cspine_train.pictures import BORDERS, as_seen, window_of
-from cspine_train.run_folder import in_one_step
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -133,11 +132,11 @@ def _save_picture(path: Path, frames: list[Picture]) -> None:
     sheet = Image.new("RGB", (columns * width + columns - 1, rows * height + rows - 1))
     for number, frame in enumerate(frames):
         sheet.paste(frame, ((number % columns) * (width + 1), (number // columns) * (height + 1)))
-    with in_one_step(path) as temporary:
+    with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
 def _save_animation(path: Path, frames: Iterator[Picture]) -> None:
     first = next(frames)
-    with in_one_step(path) as temporary:
+    with atomic_write(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=frames, duration=_FRAME_MS, loop=0)

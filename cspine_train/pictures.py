@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cspine_data import atomic_write
 from cspine_train.metrics import Overlap
 from cspine_train.module import MONITOR
 from cspine_train.option_values import PLANES
-from cspine_train.run_folder import CURVES_NAME, METRICS_NAME, in_one_step
+from cspine_train.run_folder import CURVES_NAME, METRICS_NAME
 from cspine_train.settings import load_record
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _entitle(figure: Figure, title: str, notes: Sequence[str]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with in_one_step(path) as temporary, warnings.catch_warnings():
+    with atomic_write(path) as temporary, warnings.catch_warnings():
         # A case may bear a name that the font has no letters for.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(temporary, format="png")

@@ -17,11 +17,11 @@ from torch import nn
 from cspine_data import PreparedVolume, Preprocessing, Volume, preprocess_volume, usable_image
 from cspine_train.classes import network_classes, stored_values
 from cspine_train.components import tidied
-from cspine_train.errors import RunError
+from cspine_train.errors import ModelError, RunError
 from cspine_train.likeness import differences, looks_of
 from cspine_train.metrics import Overlap
-from cspine_train.models import load_model, sides_of
-from cspine_train.run_folder import MODEL_FOLDER
+from cspine_train.models import check_names, load_model, sides_of
+from cspine_train.run_folder import MODEL_FOLDER, RECORD_NAME, is_in_use
 from cspine_train.settings import RunRecord, load_record
 from cspine_train.transforms import fixed_size, from_network, network_shape, to_network, with_context
 
@@ -190,13 +190,17 @@ def load_run(path: str | Path) -> LoadedRun:
     RunError
         If it is no run folder, its record is damaged, or a file of it lies elsewhere.
     ModelError
-        If its weights are missing, damaged, or of another network.
+        If this version cannot build its network, or its weights are missing, damaged, or of another network.
     """
     path = Path(path)
     record = load_record(path)
-    if not (path / MODEL_FOLDER).is_dir():
+    if not is_in_use(path / MODEL_FOLDER):
         raise RunError(f"{path}: has no trained model yet; run cspine-train run again to go on")
     settings, outputs = record.settings, network_classes(record.label_values)
+    try:
+        check_names(settings.model, settings.encoder)
+    except ModelError as error:
+        raise ModelError(f"{path / RECORD_NAME}: {error}") from None
     network = load_model(settings.model, settings.encoder, path / MODEL_FOLDER, settings.channels, outputs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LoadedRun(path, record, network.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]

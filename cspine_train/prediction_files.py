@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +15,11 @@ from pathlib import Path
 from cspine_data import (
     CspineDataError,
     Volume,
+    atomic_write,
     digest_source,
     find_cases,
     label_name,
+    make_folder,
     read_volume,
     usable_image,
     volume_stem,
@@ -27,7 +30,7 @@ from cspine_data import (
 from cspine_train.errors import RunError
 from cspine_train.overview import draw_overview
 from cspine_train.prediction import LoadedRun, check_runs, predict
-from cspine_train.run_folder import MODEL_FOLDER, in_one_step, only_one
+from cspine_train.run_folder import MODEL_FOLDER, only_one
 
 #: What was predicted into a folder, a row a volume.
 INDEX_NAME = "predictions.csv"
@@ -127,9 +130,8 @@ def predict_files(
         raise RunError(f"{output}: holds volumes, and what is predicted could be taken for some; choose another -o")
     truths = _truths(volumes) if options.pictures else {}
     home = output.parent if to_file else output
-    home.mkdir(parents=True, exist_ok=True)
-    told = f"{home}: another command predicts into it; wait for that, or choose another -o"
-    with only_one(home / _LOCK_NAME, told):
+    make_folder(home)
+    with only_one(home / _LOCK_NAME, f"{home}: another command predicts into it"):
         index = _Index(home / INDEX_NAME, made_by(runs, options))
         for number, (volume, target) in enumerate(zip(volumes, targets, strict=True), start=1):
             try:
@@ -240,10 +242,12 @@ class _Index:
         if not path.exists():
             return
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
+            text = file.read()
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
         # What a killed command left unfinished, or a spreadsheet has changed, is nobody's.
         self._rows = {row["label"]: row for row in rows if _is_whole(row)}
-        if len(self._rows) < len(rows):
+        # The next row would go on in a line that was cut short.
+        if len(self._rows) < len(rows) or not text.endswith("\n"):
             self._write()
 
     def known(self, volume: Path, target: Path, digest: str) -> Predicted | None:
@@ -279,10 +283,13 @@ class _Index:
         # A line, not the whole: there may be ten thousand.
         with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.DictWriter(file, _COLUMNS).writerow(row)
+            file.flush()
+            # A label map that survives a power failure without its row would be nobody's.
+            os.fsync(file.fileno())
 
     def _write(self) -> None:
         with (
-            in_one_step(self._path) as temporary,
+            atomic_write(self._path) as temporary,
             temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cspine_data import atomic_write
 from cspine_train.recorded import FIGURES
-from cspine_train.run_folder import METRICS_NAME, in_one_step, read_rows, write_rows
+from cspine_train.run_folder import METRICS_NAME, read_rows, write_rows
 from cspine_train.settings import RunRecord
 from cspine_train.study import RUNS_FOLDER, what_came_out
 from cspine_train.study_plan import Cell, Plan, start_told
@@ -107,6 +108,6 @@ def write_results(study: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Path,
     }  # fmt: skip
     write_rows(study / RESULTS_NAME, types, rows)
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(types.items()))
-    with in_one_step(study / PARQUET_NAME) as temporary:
+    with atomic_write(study / PARQUET_NAME) as temporary:
         parquet.write_table(table, temporary)
     return study / RESULTS_NAME, study / PARQUET_NAME

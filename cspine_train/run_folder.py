@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from cspine_data import atomic_write, exclusive_lock, remove_unfinished
 from cspine_train.errors import RunError
 
 #: What was asked and what was fed: JSON, see `RunRecord`.
 RECORD_NAME = "run.json"
 #: The weights that the run keeps, safetensors beside a JSON: what SMP's own `from_pretrained` reads.
 MODEL_FOLDER = "model"
+#: The empty file that stands for the lock of a run or study folder.
+LOCK_NAME = ".lock"
 #: A row an epoch.
 METRICS_NAME = "metrics.csv"
 #: Loss, validation Dice and learning rate by epoch, as a picture.
@@ -37,19 +38,9 @@ TENSORBOARD_FOLDER = "tensorboard"
 MLFLOW_FOLDER = "mlruns"
 
 
-@contextmanager
-def in_one_step(path: Path) -> Iterator[Path]:
-    """Give a hidden file to write, which then takes a file's place: that is there as it was, or as it is to be."""
-    temporary = path.with_name(f".{path.name}")
-    # A link that came with the folder would be written through.
-    temporary.unlink(missing_ok=True)
-    yield temporary
-    temporary.replace(path)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a file of a run folder in one step."""
-    with in_one_step(path) as temporary:
+    """Write a text file, see `atomic_write`."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
@@ -76,20 +67,40 @@ def is_in_use(folder: Path) -> bool:
 
 
 @contextmanager
-def only_one(lock: Path, told: str) -> Iterator[None]:
-    """Hold a lock as long as this lasts, or refuse with what is told where another process holds it.
+def only_writer(folder: Path, others: str = "is being trained or evaluated", patience_s: float = 0) -> Iterator[None]:
+    """Hold the lock of a run or study folder, and remove what killed processes left unfinished there.
+
+    Parameters
+    ----------
+    folder : Path
+        A folder that exists.
+    others : str
+        What another process that holds the lock does, for the message.
+    patience_s : float
+        See `exclusive_lock`.
 
     Raises
     ------
     RunError
-        If one does.
+        If another process holds the lock.
+    """
+    with only_one(folder / LOCK_NAME, f"{folder}: {others} by another process", patience_s):
+        remove_unfinished(folder)
+        yield
+
+
+def only_one(lock: Path, problem: str, patience_s: float = 0) -> AbstractContextManager[Any]:
+    """Return a lock that is held, see `exclusive_lock`; refuse with `problem` where another process holds it.
+
+    Raises
+    ------
+    RunError
+        If another process holds it.
     """
     try:
-        held = FileLock(lock, blocking=False).acquire()
-    except Timeout:
-        raise RunError(told) from None
-    with held:
-        yield
+        return exclusive_lock(lock, patience_s)
+    except TimeoutError:
+        raise RunError(f"{problem}; wait until it has ended, or choose another folder") from None
 
 
 def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:

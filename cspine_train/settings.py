@@ -20,6 +20,7 @@ RECORD_VERSION = 1
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
 _MOST_LABELS = 255
+_Axis = Annotated[int, Field(ge=0, le=2)]
 _Side = Annotated[int, Field(gt=0, le=1 << 14)]
 #: See `SegmentationLoss`.
 LossName = Literal["dice", "dice_bce", "dice_focal", "tversky"]
@@ -97,7 +98,7 @@ class RunSettings(BaseModel):
     model: str = "unet"
     encoder: str = "resnet18"
     weights: str = "auto"
-    axes: tuple[int, ...] = (0,)
+    axes: tuple[_Axis, ...] = Field(default=(0,), min_length=1)
     variant: str = "n4"
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -277,6 +278,8 @@ def load_record(run: Path) -> RunRecord:
         for inside in (Path(folder, name) for name in (*folders, *files)):
             if inside.is_symlink() and not inside.resolve().is_relative_to(run.resolve()):
                 raise RunError(f"{inside}: leads out of the run folder; copy the run whole, without links")
+            if not inside.is_symlink() and not (inside.is_file() or inside.is_dir()):
+                raise RunError(f"{inside}: is neither a file nor a folder; remove it")
     try:
         content = (run / RECORD_NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

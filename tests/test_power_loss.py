@@ -1,5 +1,7 @@
 """The power fails at any instant: what was published is there, whole, and the next run ends as if nothing had been.
 
+The same for a run folder and for predicted label maps.
+
 Every call that changes a folder or makes something durable is recorded while a store is made and changed. From the
 record, the disk is rebuilt as a failure at any step may leave it: what was not synced is lost, or half of it is,
 or all of it is there in another order. That is harsher than a journalling file system is.
@@ -23,19 +25,22 @@ import pytest
 from cspine_data import StoreError, Volume, collect_garbage, prepare, remove_cases, verify, write_volume
 from cspine_data.publishing import Refused, publish
 from cspine_data.store import read_root
+from cspine_train import RunSettings, evaluate, load_run, predict_files, train
+from cspine_train.settings import load_record
 from tests.conftest import ball, contents, write_case
 
 Entry = bytes | dict[str, int]
 Named = dict[str, dict[str, str]]
 
 
-@dataclass
+@dataclass(repr=False)
 class Step:
     """The disk after one call: all that is there, what of it was synced, and what was promised by then."""
 
     there: dict[int, Entry]
     durable: dict[int, Entry]
     promises: int
+    synced: int | None = None
 
 
 @dataclass
@@ -44,18 +49,22 @@ class Recorder:
     #: What is not to be synced although the code asks for it, to see that it is missed.
     forgets: Callable[[Path], bool] = lambda path: False
     steps: list[Step] = field(default_factory=list)
-    #: What the root named whenever a function that publishes had returned.
-    promised: list[Named] = field(default_factory=lambda: [{}])
+    #: What a function that writes promised whenever it had returned: for a store what its root named.
+    promised: list[Any] = field(default_factory=lambda: [{}])
     durable: dict[int, Entry] = field(default_factory=dict)
     lives: dict[int, int] = field(default_factory=dict)
     births: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    #: Each content once, however often it was read.
+    contents: dict[bytes, bytes] = field(default_factory=dict)
 
     def after_call(self, synced: int | None = None) -> None:
         found: dict[int, bytes | dict[str, int]] = {}
         for folder, _, files in os.walk(self.disk):
             with os.scandir(folder) as entries:
                 found[Path(folder).stat().st_ino] = {entry.name: entry.inode() for entry in entries}
-            found |= {path.stat().st_ino: path.read_bytes() for path in (Path(folder, name) for name in files)}
+            for path in (Path(folder, name) for name in files):
+                content = path.read_bytes()
+                found[path.stat().st_ino] = self.contents.setdefault(content, content)
         # An inode's number is given to another file once it is free; each life of it has a number of its own here.
         self.lives = {inode: self.lives.get(inode) or next(self.births) for inode in found}
         there: dict[int, Entry] = {}
@@ -64,10 +73,8 @@ class Recorder:
             there[self.lives[inode]] = entry if is_file else {name: self.lives[child] for name, child in entry.items()}
         if synced in found:
             self.durable[self.lives[synced]] = there[self.lives[synced]]
-        self.steps.append(Step(there, dict(self.durable), len(self.promised) - 1))
-
-    def promise(self, store: Path) -> None:
-        self.promised.append(read_root(store).cases)
+        synced = self.lives.get(synced) if synced is not None else None
+        self.steps.append(Step(there, dict(self.durable), len(self.promised) - 1, synced))
 
 
 @contextmanager
@@ -152,7 +159,7 @@ def life_of_a_store(tmp_path: Path, serially: None, monkeypatch: pytest.MonkeyPa
 
         def publish_and_promise(*arguments: Any) -> Refused:
             refused = publish(*arguments)
-            recorder.promise(store)
+            recorder.promised.append(read_root(store).cases)
             return refused
 
         with recorded(recorder, monkeypatch), monkeypatch.context() as patch:
@@ -165,7 +172,7 @@ def life_of_a_store(tmp_path: Path, serially: None, monkeypatch: pytest.MonkeyPa
             write_volume(raw / "AS-label.nrrd", Volume(np.roll(ball()[1].array, 1, 0), ball()[1].geometry))
             prepare(raw, store, n4=False, axes="0")
             remove_cases(store, ["B"])
-            recorder.promise(store)
+            recorder.promised.append(read_root(store).cases)
             prepare(raw, store, n4=False, axes="0")
             collect_garbage(store, grace_s=0, delete=True)
         return recorder
@@ -225,3 +232,110 @@ def test_whatever_is_not_synced_is_missed(
 ) -> None:
     """The tests above can fail: without one of the steps that make things durable, something is lost."""
     assert next(faults(life_of_a_store(forgets), tmp_path, often=0), None)
+
+
+# Run folders
+
+
+@dataclass(repr=False)
+class Life:
+    """What was recorded of a run folder and of a folder of predictions."""
+
+    steps: list[Step]
+    #: Names of the files that were there when `train`, `evaluate` and `predict_files` had returned.
+    promised: list[set[str]]
+    #: Everything that each file ever held.
+    contents: dict[str, set[bytes]]
+
+
+def files_in(entries: dict[int, Entry], inode: int = 1, folder: str = "") -> Iterator[tuple[str, bytes]]:
+    """Iterate over the files of a recorded disk that are not hidden."""
+    entry = entries[inode]
+    if isinstance(entry, bytes):
+        yield folder, entry
+        return
+    for name, child in entry.items():
+        if not name.startswith("."):
+            yield from files_in(entries, child, f"{folder}/{name}")
+
+
+@pytest.fixture(scope="module")
+def life_of_a_run(
+    phantom_store: Path, phantom_folder: Path, without_pictures: None, tmp_path_factory: pytest.TempPathFactory
+) -> Life:
+    recorder = Recorder(tmp_path_factory.mktemp("power") / "disk")
+    recorder.disk.mkdir()
+    run, out = recorder.disk / "run", recorder.disk / "out"
+    settings = RunSettings(
+        model="linknet", encoder="tu-test_resnet", weights="none", pixel_mm=12, epochs=2, precision="32"
+    )
+    with pytest.MonkeyPatch.context() as patches, recorded(recorder, patches):
+
+        def promise() -> None:
+            recorder.promised.append({name for name, _ in files_in(recorder.steps[-1].there)})
+
+        train(phantom_store, run, settings)
+        promise()
+        evaluate(run)
+        promise()
+        volumes = [phantom_folder / f"CS_0{number}.nrrd" for number in (1, 2)]
+        for done in predict_files([load_run(run)], volumes, out):
+            assert done.error is None
+            promise()
+    contents: dict[str, set[bytes]] = {}
+    for step in recorder.steps:
+        for name, content in files_in(step.there):
+            contents.setdefault(name, set()).add(content)
+    return Life(recorder.steps, [set(names) for names in recorder.promised], contents)
+
+
+def what_is_wrong_with_a_run(disk: Path, step: Step, life: Life) -> str:
+    there = {f"/{path.relative_to(disk)}": path for path in disk.rglob("*") if path.is_file()}
+    there = {name: path for name, path in there.items() if "/." not in name}
+    if lost := life.promised[step.promises] - set(there):
+        return f"lost {lost}"
+    index = there.get("/out/predictions.csv")
+    for name, path in there.items():
+        if path != index and path.read_bytes() not in life.contents[name]:
+            return f"{name} is not whole"
+        if name.endswith("-label.nrrd") and (index is None or path.name not in index.read_text()):
+            return f"{name} has no row"
+    record = load_record(disk / "run") if "/run/run.json" in there else None
+    if record and record.kept_epoch is not None and "/run/model/model.safetensors" not in there:
+        return "the record names a model that is lost"
+    if record and record.finished and not life.promised[1] - {"/run/run.json"} <= set(there):
+        return "the record says finished before all is there"
+    return ""
+
+
+def faults_of_a_run(steps: list[Step], life: Life, folder: Path, often: int) -> Iterator[str]:
+    rng = random.Random(3)
+    for number, step in enumerate(steps):
+        for dice in (None, *[rng] * often):
+            after_failure(step, folder / "after", dice)
+            problem = what_is_wrong_with_a_run(folder / "after", step, life)
+            shutil.rmtree(folder / "after")
+            if problem:
+                yield f"step {number}: {problem}"
+
+
+def test_a_run_folder_keeps_its_promises_after_a_power_failure(
+    life_of_a_run: Life, tmp_path: Path, long_run: bool
+) -> None:
+    assert len(life_of_a_run.steps) > 60
+    assert {"/run/run.json", "/run/evaluation/test.json", "/out/CS_02-label.nrrd"} <= life_of_a_run.promised[-1]
+    often = 20 if long_run else 2
+    assert list(faults_of_a_run(life_of_a_run.steps, life_of_a_run, tmp_path, often)) == []
+    print(f"{len(life_of_a_run.steps)} steps, {len(life_of_a_run.steps) * (1 + often)} failures")
+
+
+@pytest.mark.parametrize("kind", [bytes, dict], ids=["files", "folders"])
+def test_what_a_run_folder_does_not_sync_is_missed(kind: type, life_of_a_run: Life, tmp_path: Path) -> None:
+    """The test above can fail: without syncing files, or folders, something is lost."""
+    durable: dict[int, Entry] = {}
+    steps = []
+    for step in life_of_a_run.steps:
+        if step.synced is not None and not isinstance(step.there[step.synced], kind):
+            durable[step.synced] = step.there[step.synced]
+        steps.append(Step(step.there, dict(durable), step.promises))
+    assert next(faults_of_a_run(steps, life_of_a_run, tmp_path, often=0), None)

@@ -407,7 +407,7 @@ def test_what_is_written_of_two_volumes_never_meets(
     with FileLock(tmp_path / "out" / ".predictions.lock"):
         waiting = run_train("predict", volume, "--run", run, "-o", tmp_path / "out")
     assert waiting.exit_code == 1
-    assert "out: another command predicts into it; wait for that, or choose another -o" in waiting.output
+    assert "out: another command predicts into it; wait until it has ended, or choose another folder" in waiting.output
     assert list(tmp_path.glob("*/A-label*")) == []
 
 

@@ -246,7 +246,7 @@ def test_a_process_that_dies_with_the_lock_does_not_hold_up_the_next(tmp_path: P
     key = tmp_path / "key.csv"
     holder = (
         "import os, signal, sys; from pathlib import Path\n"
-        "import cspine_data.pseudonyms as p, cspine_data.writer as w\n"
+        "import cspine_data.pseudonyms as p, cspine_data.durable as w\n"
         "w.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from cspine_data import Case, Listing\n"
         "p.with_neutral_ids(Listing((Case('x', Path('x.nii')),)), Path(sys.argv[1]))\n"

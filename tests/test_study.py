@@ -231,7 +231,7 @@ def test_the_same_patients_dealt_in_another_way_are_another_cell(phantom_folder:
 def test_weights_that_cannot_be_had_are_told_before_anything_starts(
     phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = ("study", "--store", phantom_store, "-o", tmp_path / "study", "--models", "unet", *TINY)
     refused = run_train(*asked, "--encoders", "random,tu-test_vit:random,tu-resnet10t", "--plan")
     assert refused.exit_code == 1
@@ -363,7 +363,7 @@ def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
     second = subprocess.Popen(command(phantom_store, study), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     one, other = wait_until(lambda: (found := cells_running(psutil.Process(second.pid)))[1:] and found)
     refused = run_train("study", "--store", phantom_store, *ASKED, "-o", study)
-    assert "is being run by another process; wait for it, or choose another -o" in refused.output
+    assert "is being run by another process; wait until it has ended" in refused.output
     worker = one.parent()
     other.kill()
     worker.kill()
@@ -449,14 +449,14 @@ def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(co
     cell = weighed(cohort, tmp_path / "weights.pth")
     (tmp_path / "weights.pth").write_bytes(b"two")
     run = tmp_path / "runs" / cell.name
-    run.parent.mkdir()
-    with FileLock(run.with_name(f".{run.name}.lock")) as others, cell_process(cohort, run, cell) as process:
+    run.mkdir(parents=True)
+    with FileLock(run / ".lock") as others, cell_process(cohort, run, cell) as process:
         # A worker of a command that was killed may still be at this cell.
         assert process.stderr.readline() == f"{run.name}: waits for another process that trains it\n"
         others.release()
         told = process.stdout.read()
     assert json.loads(told)["failure"].startswith("its patients' data or the file of its weights are others than were")
-    assert not run.exists()
+    assert [path.name for path in run.iterdir()] == [".lock"]
 
 
 def test_a_cell_goes_on_when_its_weights_have_moved_and_not_with_other_defaults(cohort: Cohort, tmp_path: Path) -> None:

@@ -677,4 +677,4 @@ def test_a_run_trains_and_is_evaluated_over_the_network(
     assert train(url, far, settings).store == url
     train(phantom_store, near, settings)
     assert same(weights(far), weights(near))
-    assert [score.dice for score in evaluate(far).scores] == [score.dice for score in evaluate(near).scores]
+    assert [score.dice for score in evaluate(far, store=url).scores] == [score.dice for score in evaluate(near).scores]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,7 @@ State = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def closed_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +264,74 @@ def test_the_list_of_models_says_whose_weights_are_at_hand() -> None:
     result = CliRunner().invoke(train_main, ["models"])
     assert result.exit_code == 0
     assert f"ImageNet weights that need no network: {LITE0}" in result.output
+
+
+MIRROR = """
+import hashlib, json, os, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Mirror(BaseHTTPRequestHandler):
+    # As a mirror that serves files, and has no page at its root.
+    files, asked = {}, []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        content = self.files.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"' + hashlib.sha256(content or b"").hexdigest() + '"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content or b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": sys.argv[1]}
+os.environ.pop("HF_HUB_OFFLINE", None)
+
+import timm
+from safetensors.torch import save
+from cspine_train.errors import ModelError
+from cspine_train.models import build_model
+
+wanted = timm.create_model("test_resnet").state_dict()
+Mirror.files["/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"] = save(wanted)
+
+def start(encoder):
+    began = time.monotonic()
+    try:
+        network, used = build_model("linknet", encoder, "imagenet", 3)
+        same = bool((network.encoder.model.conv1[0].weight == wanted["conv1.0.weight"]).all())
+    except ModelError as error:
+        used, same = str(error), None
+    return used, same, time.monotonic() - began
+
+found = {"not there": start("tu-mobilenetv3_small_100"), "there": start("tu-test_resnet"), "root": "/" in Mirror.asked}
+server.shutdown()
+server.server_close()
+found |= {"cached": start("tu-test_resnet"), "neither": start("tu-test_efficientnet")}
+from huggingface_hub import constants
+found["offline"] = os.environ.get("HF_HUB_OFFLINE"), constants.HF_HUB_OFFLINE
+print(json.dumps(found))
+"""
+
+
+def test_a_mirror_is_asked_for_the_file_and_nothing_is_switched_off(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MIRROR, str(tmp_path)], capture_output=True, text=True, check=True, timeout=200
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["there"][:2] == ["imagenet", True]
+    assert found["cached"][:2] == ["imagenet", True]
+    for name in ("not there", "neither"):
+        assert "cannot be fetched" in found[name][0]
+    # The library alone tries for half a minute where there is no server.
+    assert found["neither"][2] < 15
+    assert found["root"] is False
+    assert found["offline"] == [None, False]
