@@ -1,6 +1,7 @@
 """How much of a known bias field each way of N4 leaves, and what it costs, on phantoms and on real volumes.
 
-Run as ``python benchmarks/bias_accuracy.py [COHORT] [--cases N] [--peers] [--sweep] [--pictures FOLDER]``.
+Run as ``python benchmarks/bias_accuracy.py [COHORT] [--cases N] [--peers] [--sweep] [--pictures FOLDER]``; with
+``--coil [--run RUN]`` it simulates weak coils on the last case instead, see `weak_coil.py`.
 
 On a phantom the true field is known; four more of known shapes are multiplied in, one after the other. On a real volume
 it is not known, so that the difference of two estimates, with and without a known field multiplied into what lies
@@ -24,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+import weak_coil
 from numpy.typing import NDArray
 
-from cspine_data import Orientation, bias_parameters, find_cases
+from cspine_data import Case, Orientation, bias_parameters, find_cases
 from cspine_data._anatomy import make_case
 from cspine_data.bias import correct, estimate_bias
 from cspine_data.cases import load_case
@@ -230,6 +232,25 @@ def draw(found: dict[str, Findings], folder: Path) -> None:
     figure.savefig(folder / "n4-accuracy.png", dpi=80)
 
 
+def in_anatomical_order(case: Case) -> tuple[Image, Spacing, NDArray[np.generic] | None]:
+    """Read a case: its image (x, y, z), voxel spacing, and label map."""
+    loaded = load_case(case)
+    orientation = Orientation.of(loaded.image.geometry)
+    image = np.ascontiguousarray(orientation.to_anatomical(loaded.image.array)).astype(np.float32)
+    label = orientation.to_anatomical(loaded.label.array) if loaded.label else None
+    return image, orientation.geometry_xyz(loaded.image.geometry).spacing_mm, label
+
+
+def try_coils(case: Case, ways: dict[str, Way], run: str | None) -> None:
+    """Print what each way leaves of the fields of simulated weak coils."""
+    image, spacing_mm, label = in_anatomical_order(case)
+    assert label is not None or run is None, "Dice needs a label map"
+    dice = weak_coil.dice_of(run, spacing_mm, label > 0) if run and label is not None else None
+    print(f"{case.id}, a coil behind the patient, Rician noise, 8 bits")
+    for row in weak_coil.rows(image, spacing_mm, ways, dice):
+        print(row, flush=True)
+
+
 def main() -> None:
     """Print a row for each way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,11 +263,16 @@ def main() -> None:
     )
     parser.add_argument("--sweep", action="store_true", help="one parameter after the other, too")
     parser.add_argument("--pictures", type=Path, help="folder for the sweeps' curves")
+    parser.add_argument("--coil", action="store_true", help="simulate weak coils on the cohort's last case instead")
+    parser.add_argument("--run", help="with --coil: run folder whose Dice is reported")
     arguments = parser.parse_args()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     ways = dict(PRESETS)
     if arguments.peers:
         ways = {**PEERS, **ways}
+    if arguments.coil:
+        try_coils(find_cases(arguments.cohort).cases[-1], ways, arguments.run)
+        return
     if arguments.sweep or arguments.pictures:
         ways.update({f"{name}: {value}": way for name, values in SWEEPS.items() for value, way in values.items()})
     findings: dict[str, Findings] = defaultdict(Findings)
@@ -256,12 +282,7 @@ def main() -> None:
     cases = find_cases(arguments.cohort).cases if arguments.cohort else ()
     for case in cases[:: max(1, len(cases) // arguments.cases)][: arguments.cases]:
         print(case.id, file=sys.stderr)
-        loaded = load_case(case)
-        orientation = Orientation.of(loaded.image.geometry)
-        image = np.ascontiguousarray(orientation.to_anatomical(loaded.image.array)).astype(np.float32)
-        label = orientation.to_anatomical(loaded.label.array) if loaded.label else None
-        spacing_mm = orientation.geometry_xyz(loaded.image.geometry).spacing_mm
-        try_on_real(image, spacing_mm, label, ways, findings, arguments.deviation)
+        try_on_real(*in_anatomical_order(case), ways, findings, arguments.deviation)
     print("| way | s a volume | phantoms: left, mean (worst) | real: left, mean (worst) | " + " | ".join(KINDS), end="")
     print(" | image | CV together / each |\n" + "|---" * (6 + len(KINDS)) + "|")
     for name in ways:

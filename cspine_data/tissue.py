@@ -31,7 +31,7 @@ _ENOUGH_VALUES = 100_000
 _NEIGHBOURHOOD_MM = 9.0
 # Noise lies within this many deviations of its mean, but for one voxel in four hundred.
 _NOISE_DEVIATIONS = 3.0
-_NOISE_ROUNDS = 5
+_NOISE_ROUNDS = 10
 # Air is -1000 Hounsfield units; no magnitude of MRI is negative, nor does scaling bring it that low.
 _DARKEST_MRI = -500.0
 
