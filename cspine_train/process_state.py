@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 # Loggers with the levels that they had, the latest last.
 _quietened: list[tuple[logging.Logger, int]] = []
@@ -31,7 +32,8 @@ def restored_process_state() -> Iterator[None]:
     """Restore what is set for the whole process within, however that ends.
 
     These are environment variables, warning filters, levels of loggers (by `quieten`), the global random generators,
-    handlers of SIGINT and SIGTERM, and PyTorch's threads and deterministic algorithms.
+    handlers of SIGINT and SIGTERM, and PyTorch's threads and deterministic algorithms. After an error it is also the
+    rank that Lightning keeps, by which it silences loggers.
     """
     environment, first, threads = dict(os.environ), len(_quietened), torch.get_num_threads()
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -39,10 +41,13 @@ def restored_process_state() -> Iterator[None]:
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, rank = torch.backends.cudnn.benchmark, getattr(rank_zero_only, "rank", None)
     try:
         with warnings.catch_warnings():
             yield
+    except BaseException:
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        raise
     finally:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]

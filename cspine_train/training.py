@@ -16,6 +16,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
 from cspine_data import Cohort, Split, make_folder, open_cohort
 from cspine_data.terminal import progress_bar
@@ -272,7 +273,7 @@ def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> N
 def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, machines: Machines) -> lightning.Trainer:
     plateau = [Plateau(), Stop()] if settings.schedule == "plateau" else []
     callbacks = [*plateau, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         max_epochs=settings.epochs,
         gradient_clip_val=settings.clip_norm,
         accelerator="auto",
@@ -285,6 +286,9 @@ def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, machin
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+    # On a single device Lightning leaves the rank that the run before had in this process.
+    rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
+    return trainer
 
 
 def _earlier(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from lightning.pytorch.utilities import rank_zero_only
 
 from cspine_data import open_cohort, prepare, read_volume
 from cspine_train import Machines, RunError, RunSettings, compare, evaluate, load_run, predict_volume, train
@@ -64,6 +65,7 @@ def process_state() -> dict[str, Any]:
         "random": hashable(random.getstate()),
         "numpy.random": hashable(np.random.get_state()),
         "torch's generator": torch.get_rng_state().numpy().tobytes(),
+        "Lightning's rank": getattr(rank_zero_only, "rank", None),
         "torch threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "only warned of": torch.is_deterministic_algorithms_warn_only_enabled(),
