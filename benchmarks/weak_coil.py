@@ -110,6 +110,6 @@ def _dices(coil: CoilVolume, found: BiasEstimate, true: Image, dice: Dice) -> tu
     by_true_field = correct(coil.image, true, found.air_level, found.noise_ratio)
     return (
         dice(coil.image, found.tissue_xyz),
-        dice(found.correct(coil.image), found.tissue_xyz),
+        dice(found.corrected_xyz, found.tissue_xyz),
         dice(by_true_field, found.tissue_xyz),
     )

@@ -48,6 +48,8 @@ def usable_image(image: Volume) -> Volume:
         If it holds infinity, or NaN within the field of view; if it is constant, its floats are so large or small that
         statistics overflow, it is longer than any patient, or it is a label map.
     """
+    if image.usable:
+        return image
     extent_mm = np.array(image.geometry.size) * np.array(image.geometry.spacing_mm)
     size = " x ".join(f"{mm:.3g}" for mm in extent_mm)
     if extent_mm.max() > _LONGEST_MM:
@@ -70,7 +72,7 @@ def usable_image(image: Volume) -> Volume:
     if extent_mm.max() < _SHORTEST_MM:
         note = f"it is only {size} mm large (is its unit of length right?)"
         image = replace(image, notes=tuple(dict.fromkeys((*image.notes, note))))
-    return image
+    return replace(image, usable=True)
 
 
 def _refuse_labels(image: Volume) -> None:

@@ -22,7 +22,7 @@ TISSUE_PERCENTILES = tuple(sorted({2, 10, 25, 50, 75, 90, 98, *NYUL_PERCENTILES}
 # fluid). Noise that a field amplified lies at 30 and more.
 _OUTLIER = 12.0
 # Percentiles of so many voxels are those of all to a thousandth of the spread.
-_ENOUGH_VOXELS = 500_000
+_ENOUGH_VOXELS, _MANY_VOXELS = 500_000, 4_000_000
 # Levels of 16 bits would grow coarse where one broken voxel is a thousand times as bright as tissue. All that networks
 # see lies within a few units; what lies beyond these is put to them.
 _FARTHEST = 32.0
@@ -131,8 +131,11 @@ class TissueStatistics(BaseModel):
         tissue : ndarray of bool
             Which voxels are tissue, same shape.
         """
+        fraction = np.count_nonzero(tissue) / max(tissue.size, 1)
+        if image.ndim == 3 and image.size > _MANY_VOXELS:
+            # Every other voxel along each axis: an eighth of the time, and the same to a thousandth of a deviation.
+            image, tissue = image[::2, ::2, ::2], tissue[::2, ::2, ::2]
         found = image[tissue]
-        fraction = found.size / max(tissue.size, 1)
         if not found.size:
             return cls(fraction=fraction, mean=0.0, deviation=0.0, percentiles=(0.0,) * len(TISSUE_PERCENTILES))
         low, high = _inlying(found)

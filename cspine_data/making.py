@@ -22,6 +22,7 @@ from cspine_data.durable import make_folder
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.geometry import Orientation
 from cspine_data.jobs import Job, is_unchanged
+from cspine_data.label_content import value_counts
 from cspine_data.preprocess import CorrectedVolume, PreparedVolume, correct_volume, normalise_volume
 from cspine_data.publishing import (
     REMOVED,
@@ -178,8 +179,8 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
     ignored_voxels = 0
     labelled_voxels: dict[int, tuple[int, ...]] = {}
     if label is not None:
-        values, counts = np.unique(label.volume_xyz[label.volume_xyz != 0], return_counts=True)
-        label_voxels = {int(value): int(n) for value, n in zip(values, counts, strict=True)}
+        values, counts = value_counts(label.volume_xyz)
+        label_voxels = {int(value): int(n) for value, n in zip(values, counts, strict=True) if value}
         ignored_voxels = label_voxels.pop(job.ignore_label, 0) if job.ignore_label is not None else 0
         counted = label.sliced_xyz != 0
         if ignored_voxels:

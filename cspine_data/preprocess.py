@@ -296,7 +296,7 @@ def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolu
     with one_blas_thread():
         found = estimate_bias(image, spacing_mm, bias)
     in_tissue = found.log_bias_xyz[found.tissue_xyz]
-    image = found.correct(image)
+    image = found.corrected_xyz
     return CorrectedVolume(
         image_xyz=image,
         geometry=geometry,

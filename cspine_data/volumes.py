@@ -48,6 +48,8 @@ class Volume:
         What a user should know about the file although it can be used, a sentence each, without the file's name.
     intensity_step : float
         Distance between neighbouring intensities where the file scales stored integers, as NIfTI's slope does; else 0.
+    usable : bool
+        True once `usable_image` has checked it.
     """
 
     array: NDArray[Any]
@@ -56,6 +58,7 @@ class Volume:
     assumed_orientation: bool = False
     notes: tuple[str, ...] = ()
     intensity_step: float = 0.0
+    usable: bool = False
 
     @property
     def name(self) -> str:
