@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 
 #: It has dropout, and does not magnify what is lost in rounding as deeper networks do in their first steps.
 OPTIONS = {"model": "pspnet", "encoder": "resnet18", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
-OPTIONS |= {"epochs": 2, "schedule": "onecycle", "learning_rate": 1e-4, "augment": "strong", "batch_size": 8}
+OPTIONS |= {"epochs": 2, "schedule": "onecycle", "learning_rate": 3e-5, "augment": "strong", "batch_size": 8}
 SETTINGS = RunSettings(**OPTIONS)
 TWO = Machines(devices=2)
 ALWAYS = 1e-9

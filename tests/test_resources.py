@@ -202,7 +202,7 @@ def test_a_worker_over_dasks_limit(cohort_with_a_giant: Path, tmp_path: Path, mo
     from distributed import system
 
     # Of which each worker, with its one thread, gets its share.
-    monkeypatch.setattr(system, "MEMORY_LIMIT", CPU_COUNT * 450_000_000)
+    monkeypatch.setattr(system, "MEMORY_LIMIT", CPU_COUNT * 350_000_000)
     summary = prepare(cohort_with_a_giant, tmp_path / "s.zarr", n4=False, workers=1)
     assert summary.done == ("A", "B")
     assert [problem.message for problem in summary.failed] == [told_of_the_giant(cohort_with_a_giant)]
