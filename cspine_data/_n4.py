@@ -162,6 +162,8 @@ def itk_log_bias(
     for volume in volumes:
         volume.SetSpacing(spacing_mm)
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
+    # Volumes are corrected side by side, each on one thread.
+    n4.SetNumberOfThreads(1)
     n4.SetMaximumNumberOfIterations(list(parameters.iterations))
     n4.SetConvergenceThreshold(parameters.threshold)
     n4.SetNumberOfControlPoints([parameters.control_points] * 3)

@@ -6,13 +6,10 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from cspine_data.errors import CspineDataError, describe_os_error, printable
 from cspine_data.images import usable_image
-from cspine_data.label_content import check_labels, check_not_the_image, label_notes, value_counts
+from cspine_data.label_content import check_labels, check_not_the_image, label_notes, labelled_values, value_counts
 from cspine_data.label_maps import on_volume_grid, whole_numbers
 from cspine_data.tissue import tissue_threshold
 from cspine_data.volumes import Volume, content_digest, read_volume
@@ -117,24 +114,20 @@ def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool
         return LoadedCase(case, image, None, notes=image.notes)
     stored = read_volume(case.label)
     label = whole_numbers(stored, stored_image)
-    if _labels_nothing(label.array, ignore_label):
+    counts = value_counts(label.array)
+    if not labelled_values(counts, ignore_label)[0].size:
         return LoadedCase(case, image, None, notes=(*image.notes, EMPTY_LABEL_MAP))
-    check_labels(label.name, label.array, ignore_label)
+    check_labels(label.name, label.array, counts, ignore_label)
     label = on_volume_grid(label, image, trust_voxels=trust_voxels)
     check_not_the_image(label.name, label.array, image.array)
     spacing_mm = image.geometry.spacing_mm
-    # An eighth of the voxels is enough to say how bright air is.
-    first, second, third = (2 * mm for mm in spacing_mm)
-    tissue = tissue_threshold(image.array[::2, ::2, ::2], (first, second, third))
-    found = label_notes(label.array, image.array, tissue, math.prod(spacing_mm) / 1e3, ignore_label)
+    # A few of the voxels are enough to say how bright air is.
+    first, second, third = (3 * mm for mm in spacing_mm)
+    tissue = tissue_threshold(image.array[::3, ::3, ::3], (first, second, third))
+    found = label_notes(label.array, image.array, counts, tissue, math.prod(spacing_mm) / 1e3, ignore_label)
     notes = [note for note in (*label.notes, *found) if note not in image.notes]
     notes = [*image.notes, *(f"label map: {note}" for note in notes)]
     return LoadedCase(case, image, label, stored.array.dtype.name, tuple(notes))
-
-
-def _labels_nothing(values: NDArray[Any], ignore_label: int | None) -> bool:
-    labelled = values != 0
-    return not (labelled if ignore_label is None else labelled & (values != ignore_label)).any()
 
 
 def describe_problem(case_id: str, error: BaseException) -> Problem:

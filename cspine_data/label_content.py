@@ -24,11 +24,16 @@ _LARGE_SHARE = 0.5
 # A cervical vertebra has some 8 ml.
 _TINY_ML = 0.05
 _MOSTLY_AIR = 0.9
-_COUNTED_VALUES, _COUNTED_AT_ONCE = 2**16, 2**17
+_COUNTED_VALUES, _COUNTED_AT_ONCE = 2**16, 2**13
+# Neighbours are compared within slices, and a few slices tell as much as all.
+_SLICES = 8
+
+#: The values of an array, ascending, and how often each is there.
+CountedValues = tuple[NDArray[Any], NDArray[np.int64]]
 
 
-def value_counts(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return the values of an array, ascending, and how often each is there; `np.unique` sorts, which takes longer.
+def value_counts(array: NDArray[Any]) -> CountedValues:
+    """Return the values of an array, ascending, and how often each is there; faster than `np.unique`, which sorts.
 
     Parameters
     ----------
@@ -42,12 +47,22 @@ def value_counts(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         return np.unique(array, return_counts=True)
     counts = np.zeros(highest - lowest + 1, np.int64)
     in_order = array.ravel(order="K")
-    # Part by part: counting widens what it counts to 64 bits.
+    # Part by part: counting widens what it counts to 64 bits, and much of a label map is one value.
     for start in range(0, in_order.size, _COUNTED_AT_ONCE):
-        part = in_order[start : start + _COUNTED_AT_ONCE].astype(np.int64)
-        counts += np.bincount(part - lowest, minlength=counts.size)
+        part = in_order[start : start + _COUNTED_AT_ONCE]
+        if (part == part[0]).all():
+            counts[int(part[0]) - lowest] += part.size
+        else:
+            counts += np.bincount(part.astype(np.int64) - lowest, minlength=counts.size)
     found = np.flatnonzero(counts)
     return (found + lowest).astype(array.dtype), counts[found]
+
+
+def labelled_values(counted_values: CountedValues, ignore_label: int | None = None) -> CountedValues:
+    """Return those of a label map's `value_counts` that mark a structure: neither background nor ignored."""
+    values, counts = counted_values
+    structures = (values != 0) & (values != (0 if ignore_label is None else ignore_label))
+    return values[structures], counts[structures]
 
 
 def looks_like_labels(array: NDArray[Any]) -> bool:
@@ -65,14 +80,16 @@ def looks_like_labels(array: NDArray[Any]) -> bool:
         for part in (array[:1], array):
             if not np.isfinite(part).all() or (np.rint(part) != part).any():
                 return False
-    # Of most images, one slice tells that they have too many values.
-    if np.unique(array[array.shape[0] // 2]).size > _MOST_VALUES:
-        return False
-    values, counts = value_counts(array)
-    return _are_labels(array, values, counts)
+    # A few slices tell that most images have many values; where they have few, the other slices may have more.
+    counted_values = value_counts(_few_slices(array))
+    if counted_values[0].size <= _FEW_VALUES:
+        counted_values = value_counts(array)
+    return _are_labels(array, counted_values)
 
 
-def check_labels(name: Path | str, labels: NDArray[Any], ignore_label: int | None = None) -> None:
+def check_labels(
+    name: Path | str, labels: NDArray[Any], counted_values: CountedValues, ignore_label: int | None = None
+) -> None:
     """Refuse a label map whose values cannot be labels.
 
     Parameters
@@ -81,6 +98,8 @@ def check_labels(name: Path | str, labels: NDArray[Any], ignore_label: int | Non
         What to call it in an error.
     labels : ndarray of int
         The label map.
+    counted_values : tuple of ndarray
+        Its `value_counts`.
     ignore_label : int, optional
         The value of voxels that do not count.
 
@@ -89,10 +108,10 @@ def check_labels(name: Path | str, labels: NDArray[Any], ignore_label: int | Non
     InputError
         If it is an image, holds a negative value other than the ignored one, or labels every voxel that counts.
     """
-    values, counts = value_counts(labels)
+    values, _ = counted_values
     counted = values != (0 if ignore_label is None else ignore_label)
     lowest = int(values[counted].min(initial=0)) if ignore_label is not None else int(values.min())
-    if values.size > _MOST_VALUES or (values.size > _FEW_VALUES and not _are_labels(labels, values, counts)):
+    if values.size > _FEW_VALUES and not _are_labels(labels, counted_values):
         problem = f"holds {values.size} different values, as an image does and no label map"
         raise InputError(name, problem, "pair the volume with its label map, or leave this file out")
     if lowest < 0:
@@ -116,7 +135,12 @@ def check_not_the_image(name: Path | str, labels: NDArray[Any], image: NDArray[A
 
 
 def label_notes(
-    labels: NDArray[Any], image: NDArray[Any], tissue_threshold: float, voxel_ml: float, ignore_label: int | None = None
+    labels: NDArray[Any],
+    image: NDArray[Any],
+    counted_values: CountedValues,
+    tissue_threshold: float,
+    voxel_ml: float,
+    ignore_label: int | None = None,
 ) -> tuple[str, ...]:
     """Return what a user should look at in a label map that can be used.
 
@@ -124,6 +148,8 @@ def label_notes(
     ----------
     labels, image : ndarray
         On one grid.
+    counted_values : tuple of ndarray
+        The label map's `value_counts`.
     tissue_threshold : float
         Intensity of the image above which a voxel is tissue.
     voxel_ml : float
@@ -131,43 +157,44 @@ def label_notes(
     ignore_label : int, optional
         The value of voxels that do not count.
     """
-    labelled = labels != 0
-    size = labels.size
-    if ignore_label is not None:
-        ignored = labels == ignore_label
-        labelled &= ~ignored
-        size -= int(np.count_nonzero(ignored))
-    voxels = int(np.count_nonzero(labelled))
+    values, counts = labelled_values(counted_values, ignore_label)
+    voxels = int(counts.sum())
+    size = labels.size - int(counted_values[1][counted_values[0] == ignore_label].sum())
     notes = []
     if voxels > _LARGE_SHARE * size:
         notes.append(f"labels {voxels / size:.0%} of the volume, more than vertebrae fill; is its background 0?")
     if voxels * voxel_ml < _TINY_ML:
         notes.append(f"labels only {voxels} voxels, {voxels * voxel_ml:.2g} ml")
-    dark = np.count_nonzero(image[labelled] <= tissue_threshold) / voxels
+    labelled = labels != 0
+    if ignore_label is not None:
+        labelled &= labels != ignore_label
+    dark = np.count_nonzero(labelled & (image <= tissue_threshold)) / voxels
     if dark > _MOSTLY_AIR:
         notes.append(f"{dark:.0%} of what it labels is as dark as air; is it this volume's, and turned as it is?")
-    values, _ = value_counts(labels[labelled])
     if labels.dtype.kind == "u" and values.size > 1 and values[-1] == np.iinfo(labels.dtype).max:
         told = f"give --ignore-label {values[-1]} if it marks voxels that must not count"
         notes.append(f"holds {values[-1]} beside other labels; {told}")
     return tuple(notes)
 
 
-def _are_labels(array: NDArray[Any], values: NDArray[Any], counts: NDArray[np.int64]) -> bool:
+def _few_slices(array: NDArray[Any]) -> NDArray[Any]:
+    return array[:: max(1, array.shape[0] // _SLICES)]
+
+
+def _are_labels(array: NDArray[Any], counted_values: CountedValues) -> bool:
+    values, counts = counted_values
     if values.size > _MOST_VALUES:
         return False
     few = values.size <= _FEW_VALUES
     if few and counts.max() >= _MOSTLY_BACKGROUND * array.size:
         return True
-    return _flatness(array, values[counts.argmax()]) > (_FLAT_OF_FEW if few else _FLAT_OF_MANY)
+    return _flatness(_few_slices(array), values[counts.argmax()]) > (_FLAT_OF_FEW if few else _FLAT_OF_MANY)
 
 
 def _flatness(array: NDArray[Any], background: Any) -> float:
     """Return the share of neighbours along the last two axes that are equal, pairs of background left out."""
-    # A fourth of the slices: neighbours are compared within them.
-    some = array[::4]
     equal, pairs = 0, 0
-    for first, second in ((some[:, 1:], some[:, :-1]), (some[:, :, 1:], some[:, :, :-1])):
+    for first, second in ((array[:, 1:], array[:, :-1]), (array[:, :, 1:], array[:, :, :-1])):
         counted = (first != background) | (second != background)
         equal += int(np.count_nonzero((first == second) & counted))
         pairs += int(np.count_nonzero(counted))

@@ -389,10 +389,8 @@ def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
 
 def _in_worker(job: Job, do: Callable[[], Result]) -> Result | Problem:
     """Do something on one thread; whatever goes wrong is told in one line."""
-    import SimpleITK as sitk  # noqa: N813
     from numcodecs import blosc
 
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     blosc.use_threads = False
     try:
         return do()

@@ -124,7 +124,7 @@ def as_an_earlier_cspine(patches: pytest.MonkeyPatch) -> None:
     for check in ("check_labels", "check_not_the_image"):
         patches.setattr(f"cspine_data.cases.{check}", lambda *_: None)
     patches.setattr("cspine_data.cases.label_notes", lambda *_: ())
-    patches.setattr("cspine_data.cases._labels_nothing", lambda *_: False)
+    patches.setattr("cspine_data.cases.labelled_values", lambda *_: (np.ones(1), np.ones(1)))
 
 
 def test_negative_values_in_a_store_of_an_earlier_cspine_do_not_count(
