@@ -17,11 +17,11 @@ import torch
 from torch.nn import functional
 
 from cspine_data import Preprocessing, preprocess_volume, read_volume
-from cspine_data.geometry import Orientation
-from cspine_data.phantom import make_phantom_cohort
-from cspine_train.allocator import keep_large_blocks
-from cspine_train.augmentation import LEVELS, Amounts, Augmentation, sample_seeds
-from cspine_train.models import build_model
+from cspine_data.phantom.cohort import make_phantom_cohort
+from cspine_data.volumes.geometry import Orientation
+from cspine_train.data.augmentation import LEVELS, Amounts, Augmentation, sample_seeds
+from cspine_train.models.build import build_model
+from cspine_train.training.allocator import keep_large_blocks
 
 FULL, CROP, BATCH, CONTEXT = (192, 192), (128, 192), 8, 1
 Pair = tuple[torch.Tensor, torch.Tensor]

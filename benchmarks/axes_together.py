@@ -19,8 +19,8 @@ from scipy.stats import spearmanr, wilcoxon
 
 from cspine_data import open_cohort
 from cspine_train import LoadedRun, load_run
-from cspine_train.metrics import overlap
-from cspine_train.prediction import expected_dice, label_map
+from cspine_train.metrics.overlap import overlap
+from cspine_train.prediction.predictor import expected_dice, label_map
 
 EXPECTED, AGREEMENT = "expected Dice", "agreement"
 

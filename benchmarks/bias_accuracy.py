@@ -29,10 +29,10 @@ import weak_coil
 from numpy.typing import NDArray
 
 from cspine_data import Case, Orientation, bias_parameters, find_cases
-from cspine_data._anatomy import make_case
-from cspine_data.bias import correct, estimate_bias
-from cspine_data.cases import load_case
-from cspine_data.tissue import air_level, tissue_threshold
+from cspine_data.phantom.anatomy import make_case
+from cspine_data.preprocessing.bias_field import correct, estimate_bias
+from cspine_data.preprocessing.tissue import air_level, tissue_threshold
+from cspine_data.sources.cases import load_case
 
 Image = NDArray[np.float32]
 Spacing = tuple[float, float, float]

@@ -22,8 +22,8 @@ from numcodecs import blosc
 from torch.utils.data import DataLoader
 
 from cspine_data import CaseRecord, open_cohort
-from cspine_train.allocator import keep_large_blocks
-from cspine_train.batches import Batch, BatchLoader, SliceBatches
+from cspine_train.data.batches import Batch, BatchLoader, SliceBatches
+from cspine_train.training.allocator import keep_large_blocks
 
 BATCH = 8
 CONTENDERS = {

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from cspine_data import Preprocessing, SliceDataset, open_cohort, prepare
-from cspine_data.phantom import make_phantom_cohort
-from cspine_train.allocator import keep_large_blocks
-from cspine_train.batches import BatchLoader, SliceBatches
-from cspine_train.models import build_model
+from cspine_data.phantom.cohort import make_phantom_cohort
+from cspine_train.data.batches import BatchLoader, SliceBatches
+from cspine_train.models.build import build_model
+from cspine_train.training.allocator import keep_large_blocks
 
 MODEL, ENCODER = "fpn", "inceptionv4"
 SIZE = 512

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from cspine_train.intervals import FEWEST_PATIENTS
+from cspine_train.metrics.statistics import FEWEST_PATIENTS
 
 COHORTS, RESAMPLES = 2000, 1999
 PATIENTS = (3, 4, 5, 6, 7, 8, 10, 12, 14, 20, 30)

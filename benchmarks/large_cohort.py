@@ -23,8 +23,8 @@ import numpy as np
 import psutil
 
 from cspine_data import Geometry, Volume, open_cohort, prepare, schema, write_volume
-from cspine_data.publishing import write_record
-from cspine_data.store import read_root
+from cspine_data.store.publishing import write_record
+from cspine_data.store.records import read_root
 
 
 def write_large(store: Path, large: Path, cases: int) -> None:
@@ -77,7 +77,7 @@ def without_torch(large: Path) -> None:
 
 def in_workers(large: Path) -> None:
     """Measure what the workers of a training run hold."""
-    from cspine_train.batches import BatchLoader, SliceBatches
+    from cspine_train.data.batches import BatchLoader, SliceBatches
 
     slices = open_cohort(large).slices(axis=(0, 1, 2))
     batches = SliceBatches(slices, None, (384, 384))

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import CaseRecord, SliceDataset, open_cohort
-from cspine_data.intensity import Levels
-from cspine_data.reader import open_slices
-from cspine_data.schema import case_path, slice_array, slice_chunks
-from cspine_data.writer import CaseWriter
+from cspine_data.datasets.slice_reader import open_slices
+from cspine_data.preprocessing.normalisation import Levels
+from cspine_data.store.schema import case_path, slice_array, slice_chunks
+from cspine_data.store.writer import CaseWriter
 
 KINDS = ("image", "label")
 #: Encoders halve the size five times.
@@ -212,7 +212,7 @@ class OursUnchecked(Ours):
     name = "cspine without checksum"
 
     def read_into(self, items: Sequence[int], images: NDArray[Any], masks: NDArray[np.uint8]) -> None:
-        from cspine_data import shards
+        from cspine_data.store import shards
 
         shards.fits_checksum = lambda content: True
         super().read_into(items, images, masks)

@@ -19,9 +19,9 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from cspine_data import BiasParameters, Orientation, read_volume
-from cspine_data._anatomy import make_case
-from cspine_data.bias import estimate_bias, estimate_log_bias
-from cspine_data.tissue import tissue_threshold
+from cspine_data.phantom.anatomy import make_case
+from cspine_data.preprocessing.bias_field import estimate_bias, estimate_log_bias
+from cspine_data.preprocessing.tissue import tissue_threshold
 
 FULL_RESOLUTION = 1e-3
 # SimpleITK's own settings, as its tutorial has them, and the same run until nothing changes any more.

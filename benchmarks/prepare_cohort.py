@@ -24,7 +24,7 @@ import SimpleITK as sitk
 from bias_accuracy import simpleitk_log_bias
 
 from cspine_data import Geometry, Volume, find_cases, open_cohort, read_volume, write_volume
-from cspine_data._anatomy import make_case
+from cspine_data.phantom.anatomy import make_case
 
 _SIZE = (176, 256, 256)
 _ANATOMIES = 8

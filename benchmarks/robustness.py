@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cspine_data import Volume, find_cases, read_volume
-from cspine_data.cases import load_case
-from cspine_data.geometry import Orientation
-from cspine_data.tissue import tissue_threshold
+from cspine_data.preprocessing.tissue import tissue_threshold
+from cspine_data.sources.cases import load_case
+from cspine_data.volumes.geometry import Orientation
 from cspine_train import LoadedRun, load_run
-from cspine_train.metrics import overlap
+from cspine_train.metrics.overlap import overlap
 
 Image = NDArray[np.float32]
 SEED = 20_260

@@ -165,7 +165,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 def stores(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[str, Path]]:
     """Yield cohorts as stores, made where they are not stores already."""
-    from cspine_data.phantom import make_phantom_cohort
+    from cspine_data.phantom.cohort import make_phantom_cohort
 
     if not arguments.no_phantom:
         make_phantom_cohort(work / "phantom", arguments.cases)

@@ -41,13 +41,13 @@ def plain_loop(store: str, epochs: int) -> None:
     import torch
 
     from cspine_data import open_cohort
-    from cspine_train.augmentation import Augmentation, sample_seeds
-    from cspine_train.datamodule import CohortSlices
-    from cspine_train.losses import SegmentationLoss
-    from cspine_train.models import build_model, sides_of
-    from cspine_train.module import THRESHOLDS, best_threshold
-    from cspine_train.settings import RunSettings
-    from cspine_train.transforms import inside
+    from cspine_train.data.augmentation import Augmentation, sample_seeds
+    from cspine_train.data.datamodule import CohortSlices
+    from cspine_train.data.transforms import inside
+    from cspine_train.models.build import build_model, sides_of
+    from cspine_train.run.settings import RunSettings
+    from cspine_train.training.losses import SegmentationLoss
+    from cspine_train.training.segmentation_module import THRESHOLDS, best_threshold
 
     torch.manual_seed(0)
     settings = RunSettings(**RECIPE, epochs=epochs)

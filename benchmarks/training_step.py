@@ -19,8 +19,8 @@ def step_seconds(way: str, model: str, encoder: str, size: int, steps: int) -> f
     """Return the median seconds of a training step on random slices, eight a batch."""
     import torch
 
-    from cspine_train.allocator import keep_large_blocks
-    from cspine_train.models import build_model
+    from cspine_train.models.build import build_model
+    from cspine_train.training.allocator import keep_large_blocks
 
     if "allocator" in way:
         keep_large_blocks()

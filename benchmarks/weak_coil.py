@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import bias_parameters
-from cspine_data.bias import BiasEstimate, correct, estimate_bias
-from cspine_data.intensity import TissueStatistics, normalisation_of
+from cspine_data.preprocessing.bias_field import BiasEstimate, correct, estimate_bias
+from cspine_data.preprocessing.normalisation import TissueStatistics, normalisation_of
 
 Image = NDArray[np.float32]
 Spacing = tuple[float, float, float]

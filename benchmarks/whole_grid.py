@@ -16,8 +16,8 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import torch
 
-from cspine_data.phantom import make_phantom_cohort
-from cspine_train.study_report import write_outcome
+from cspine_data.phantom.cohort import make_phantom_cohort
+from cspine_train.study.report import write_outcome
 
 # A batch larger than an epoch makes one step of it.
 RECIPE = ["--epochs", "1", "--batch-size", "4096", "--pixel-mm", "8", "--empty-share", "0"]

@@ -11,13 +11,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cspine_data.bias import BiasParameters, bias_parameters
-    from cspine_data.cases import Case, Listing, Problem, describe_problem
-    from cspine_data.cluster import Workers, side_by_side, usable_cores
-    from cspine_data.cohort import Cohort, open_cohort
-    from cspine_data.dataset import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
-    from cspine_data.digests import Digested, digest_source
-    from cspine_data.durable import atomic_write, exclusive_lock, make_folder, remove_unfinished
+    from cspine_data.datasets.cohort import Cohort, open_cohort
+    from cspine_data.datasets.slices import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
+    from cspine_data.datasets.splits import Split
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -27,18 +23,22 @@ if TYPE_CHECKING:
         StoreError,
     )
     from cspine_data.extras import install_hint
-    from cspine_data.garbage import Garbage, collect_garbage
-    from cspine_data.geometry import Geometry, Orientation
-    from cspine_data.images import usable_image
-    from cspine_data.mending import RepairSummary, repair
-    from cspine_data.pairing import find_cases, volumes_in
-    from cspine_data.pipeline import PrepareSummary, parse_axes, prepare
-    from cspine_data.preprocess import PreparedVolume, Preprocessing, RecordedPreprocessing, preprocess_volume
-    from cspine_data.publishing import remove_cases
-    from cspine_data.schema import CaseRecord
-    from cspine_data.splits import Split
-    from cspine_data.verification import Damage, verify
-    from cspine_data.volumes import (
+    from cspine_data.files import atomic_write, exclusive_lock, make_folder, remove_unfinished
+    from cspine_data.preparation.pipeline import PrepareSummary, parse_axes, prepare
+    from cspine_data.preparation.repair import RepairSummary, repair
+    from cspine_data.preparation.source_digests import Digested, digest_source
+    from cspine_data.preparation.workers import Workers, side_by_side, usable_cores
+    from cspine_data.preprocessing.bias_field import BiasParameters, bias_parameters
+    from cspine_data.preprocessing.steps import PreparedVolume, Preprocessing, RecordedPreprocessing, preprocess_volume
+    from cspine_data.sources.cases import Case, Listing, Problem, describe_problem
+    from cspine_data.sources.pairing import find_cases, volumes_in
+    from cspine_data.store.garbage import Garbage, collect_garbage
+    from cspine_data.store.publishing import remove_cases
+    from cspine_data.store.schema import CaseRecord
+    from cspine_data.store.verification import Damage, verify
+    from cspine_data.volumes.geometry import Geometry, Orientation
+    from cspine_data.volumes.image_checks import usable_image
+    from cspine_data.volumes.io import (
         Volume,
         content_digest,
         label_name,
@@ -49,29 +49,29 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "bias": ("BiasParameters", "bias_parameters"),
-    "cases": ("Case", "Listing", "Problem", "describe_problem"),
-    "cluster": ("Workers", "side_by_side", "usable_cores"),
-    "cohort": ("Cohort", "open_cohort"),
-    "dataset": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
-    "digests": ("Digested", "digest_source"),
-    "durable": ("atomic_write", "exclusive_lock", "make_folder", "remove_unfinished"),
+    "preprocessing.bias_field": ("BiasParameters", "bias_parameters"),
+    "sources.cases": ("Case", "Listing", "Problem", "describe_problem"),
+    "preparation.workers": ("Workers", "side_by_side", "usable_cores"),
+    "datasets.cohort": ("Cohort", "open_cohort"),
+    "datasets.slices": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
+    "preparation.source_digests": ("Digested", "digest_source"),
+    "files": ("atomic_write", "exclusive_lock", "make_folder", "remove_unfinished"),
     "errors": (
         "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
     ),
     "extras": ("install_hint",),
-    "garbage": ("Garbage", "collect_garbage"),
-    "geometry": ("Geometry", "Orientation"),
-    "images": ("usable_image",),
-    "mending": ("RepairSummary", "repair"),
-    "pairing": ("find_cases", "volumes_in"),
-    "pipeline": ("PrepareSummary", "parse_axes", "prepare"),
-    "preprocess": ("PreparedVolume", "Preprocessing", "RecordedPreprocessing", "preprocess_volume"),
-    "publishing": ("remove_cases",),
-    "schema": ("CaseRecord",),
-    "splits": ("Split",),
-    "verification": ("Damage", "verify"),
-    "volumes": (
+    "store.garbage": ("Garbage", "collect_garbage"),
+    "volumes.geometry": ("Geometry", "Orientation"),
+    "volumes.image_checks": ("usable_image",),
+    "preparation.repair": ("RepairSummary", "repair"),
+    "sources.pairing": ("find_cases", "volumes_in"),
+    "preparation.pipeline": ("PrepareSummary", "parse_axes", "prepare"),
+    "preprocessing.steps": ("PreparedVolume", "Preprocessing", "RecordedPreprocessing", "preprocess_volume"),
+    "store.publishing": ("remove_cases",),
+    "store.schema": ("CaseRecord",),
+    "datasets.splits": ("Split",),
+    "store.verification": ("Damage", "verify"),
+    "volumes.io": (
         "Volume", "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_volume",
     ),
 }  # fmt: skip

@@ -1,5 +1,5 @@
 """`python -m cspine_data` is `cspine-data`."""
 
-from cspine_data.cli import main
+from cspine_data.cli.commands import main
 
 main(prog_name="cspine-data")

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 from cspine_data import install_hint
 
 if TYPE_CHECKING:
-    from cspine_train.comparison import Comparison, compare
     from cspine_train.errors import CspineTrainError, ModelError, RunError
-    from cspine_train.evaluation import Evaluation, PatientScore, evaluate
-    from cspine_train.machines import Machines
-    from cspine_train.prediction import LoadedRun, Prediction, load_run, predict, predict_volume
-    from cspine_train.prediction_files import Options, Predicted, find_volumes, predict_files
-    from cspine_train.settings import RunRecord, RunSettings
-    from cspine_train.training import train
+    from cspine_train.evaluation.comparison import Comparison, compare
+    from cspine_train.evaluation.scoring import Evaluation, PatientScore, evaluate
+    from cspine_train.prediction.files import Options, Predicted, find_volumes, predict_files
+    from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
+    from cspine_train.run.settings import RunRecord, RunSettings
+    from cspine_train.training.pipeline import train
+    from cspine_train.training.processes import Machines
 
 _HOME = {
-    "comparison": ("Comparison", "compare"),
+    "evaluation.comparison": ("Comparison", "compare"),
     "errors": ("CspineTrainError", "ModelError", "RunError"),
-    "evaluation": ("Evaluation", "PatientScore", "evaluate"),
-    "machines": ("Machines",),
-    "prediction": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
-    "prediction_files": ("Options", "Predicted", "find_volumes", "predict_files"),
-    "settings": ("RunRecord", "RunSettings"),
-    "training": ("train",),
+    "evaluation.scoring": ("Evaluation", "PatientScore", "evaluate"),
+    "training.processes": ("Machines",),
+    "prediction.predictor": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
+    "prediction.files": ("Options", "Predicted", "find_volumes", "predict_files"),
+    "run.settings": ("RunRecord", "RunSettings"),
+    "training.pipeline": ("train",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import cspine_data
-from cspine_data.phantom import make_phantom_cohort
+from cspine_data.phantom.cohort import make_phantom_cohort
 
 
 def main(folder: Path) -> None:

@@ -19,11 +19,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cspine_data import BiasParameters, Geometry, Preprocessing, Volume, prepare, write_volume
-from cspine_data.cli import main as data_main
-from cspine_data.jobs import Job
-from cspine_data.phantom import make_phantom_cohort
-from cspine_train.cli import main as train_main
-from cspine_train.waiting import stay_awake
+from cspine_data.cli.commands import main as data_main
+from cspine_data.phantom.cohort import make_phantom_cohort
+from cspine_data.preparation.plan import Job
+from cspine_train.cli.commands import main as train_main
+from cspine_train.cli.waiting import stay_awake
 
 # Before PyTorch is imported, as `cspine-train` does.
 stay_awake()
@@ -116,7 +116,7 @@ def do_serially(patches: pytest.MonkeyPatch) -> None:
         for job in jobs:
             yield [(job, work(job, str(store)))]
 
-    patches.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+    patches.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
 
 
 @pytest.fixture

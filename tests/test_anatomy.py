@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from cspine_data._anatomy import PhantomCase, make_case
+from cspine_data.phantom.anatomy import PhantomCase, make_case
 
 SEED = 20
 INDICES = range(4)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cspine_train.augmentation import LEVELS, Amounts, Augmentation, sample_seeds
-from cspine_train.changes import (
+from cspine_train.data.augmentation import LEVELS, Amounts, Augmentation, sample_seeds
+from cspine_train.data.random_changes import (
     blurred,
     coarsened,
     convolved,
@@ -25,7 +25,7 @@ from cspine_train.changes import (
     standardised_like,
     warped,
 )
-from cspine_train.settings import RunSettings
+from cspine_train.run.settings import RunSettings
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

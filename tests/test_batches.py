@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from cspine_data import DamagedStoreError, open_cohort
-from cspine_data.dataset import SliceDataset
-from cspine_train.batches import BatchLoader, SliceBatches
-from cspine_train.transforms import masks_to_network, to_network
+from cspine_data.datasets.slices import SliceDataset
+from cspine_train.data.batches import BatchLoader, SliceBatches
+from cspine_train.data.transforms import masks_to_network, to_network
 
 SIZE = (224, 256)
 
@@ -102,7 +102,7 @@ def test_a_damaged_slice_is_told_in_one_line(workers: int, store: Path) -> None:
 LEAVING = """
 import sys, threading
 from cspine_data import open_cohort
-from cspine_train.batches import BatchLoader, SliceBatches
+from cspine_train.data.batches import BatchLoader, SliceBatches
 
 slices = open_cohort(sys.argv[1]).slices(axis=(0, 1, 2), variant="n4")
 loader = BatchLoader(SliceBatches(slices, None, (224, 256)), 16, shuffle=True, num_workers=int(sys.argv[2]))
@@ -134,7 +134,7 @@ import numpy as np
 import zarr
 from torch.utils.data import DataLoader
 from cspine_data import open_cohort
-from cspine_train.batches import BatchLoader, SliceBatches
+from cspine_train.data.batches import BatchLoader, SliceBatches
 
 cohort = open_cohort(sys.argv[1])
 record = cohort.record("CS_01", "n4")

@@ -6,11 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from cspine_data._anatomy import make_case
-from cspine_data.bias import BiasParameters, bias_parameters, correct, estimate_bias, estimate_log_bias
 from cspine_data.errors import InputError
-from cspine_data.resampling import resample_image
-from cspine_data.tissue import average_down, tissue_threshold, working_factors
+from cspine_data.phantom.anatomy import make_case
+from cspine_data.preprocessing.bias_field import (
+    BiasParameters,
+    bias_parameters,
+    correct,
+    estimate_bias,
+    estimate_log_bias,
+)
+from cspine_data.preprocessing.resampling import resample_image
+from cspine_data.preprocessing.tissue import average_down, tissue_threshold, working_factors
 
 
 @given(st.tuples(*[st.integers(1, 7)] * 3), st.tuples(*[st.integers(1, 3)] * 3))

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from cspine_data import open_cohort
 from cspine_train import RunSettings, train
-from cspine_train.checkpoints import DurableCheckpoints, Place, checkpoints, newest_checkpoint
-from cspine_train.datamodule import CohortSlices
-from cspine_train.module import SliceSegmenter
-from cspine_train.sampling import EpochSampler
-from cspine_train.settings import load_record
+from cspine_train.data.datamodule import CohortSlices
+from cspine_train.data.sampling import EpochSampler
+from cspine_train.run.settings import load_record
+from cspine_train.training.checkpoints import DurableCheckpoints, Place, checkpoints, newest_checkpoint
+from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -129,7 +129,7 @@ def test_early_stopping_goes_on_counting(
 ) -> None:
     """The rate falls on a plateau, and the run stops, when they would have."""
     # Dice that never gains: at any rate of learning, statistics of batch normalisation move it a little.
-    monkeypatch.setattr("cspine_train.module.best_threshold", lambda counts: (0.5, 0.5))
+    monkeypatch.setattr("cspine_train.training.segmentation_module.best_threshold", lambda counts: (0.5, 0.5))
     settings = RunSettings(**{**SMALL, "model": "linknet"}, learning_rate=1e-4, epochs=12, batch_size=32)
     train(phantom_store, tmp_path / "undisturbed", settings)
     count, run = batches_of(phantom_store, settings), tmp_path / "run"
@@ -259,7 +259,7 @@ def test_time_between_checkpoints_is_waited_for(
 
     monkeypatch.setattr(DurableCheckpoints, "save_checkpoint", noted)
     clock: Callable[[], float] = iter(range(0, 10**6, 60)).__next__
-    monkeypatch.setattr("cspine_train.checkpoints.monotonic", clock)
+    monkeypatch.setattr("cspine_train.training.checkpoints.monotonic", clock)
     settings = RunSettings(**SMALL, epochs=1)
     count = batches_of(phantom_store, settings)
     train(phantom_store, tmp_path / "run", settings, checkpoint_minutes=3)

@@ -16,12 +16,12 @@ from scipy import ndimage
 
 from cspine_data import Cohort, open_cohort, read_volume
 from cspine_train import LoadedRun, RunSettings, evaluate, load_run, predict_volume, train
-from cspine_train.components import common_box, filled, largest_components, tidied
-from cspine_train.metrics import overlap
-from cspine_train.model_card import write_card
-from cspine_train.postprocessing import chosen_postprocessing
-from cspine_train.segmented import Segmented, segment
-from cspine_train.settings import load_record
+from cspine_train.metrics.components import common_box, filled, largest_components, tidied
+from cspine_train.metrics.overlap import overlap
+from cspine_train.prediction.postprocessing import chosen_postprocessing
+from cspine_train.prediction.stored_volumes import Segmented, segment
+from cspine_train.reports.model_card import write_card
+from cspine_train.run.settings import load_record
 from tests.test_training import SMALL
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -126,7 +126,7 @@ def test_holes_are_filled_if_validation_is_better_for_it(
     cube = np.ones((7, 7, 7), np.bool_)
     shell = cube & ~ndimage.binary_erosion(cube)
     patient = Segmented("A", cube, (1.0, 1.0, 1.0), shell, cube if helps else shell)
-    monkeypatch.setattr("cspine_train.postprocessing.segment_all", lambda *_: iter([patient]))
+    monkeypatch.setattr("cspine_train.prediction.postprocessing.segment_all", lambda *_: iter([patient]))
     with caplog.at_level("INFO", logger="cspine_train"):
         chosen = chosen_postprocessing(asked, cohort)
     # One component is all there is, so keeping one changes nothing and is not done.
@@ -149,7 +149,7 @@ def test_where_it_cannot_be_found_out_all_are_kept_and_the_run_is_finished(
     def fail(*_: object) -> None:
         raise MemoryError("no memory for this volume")
 
-    monkeypatch.setattr("cspine_train.training.chosen_postprocessing", fail)
+    monkeypatch.setattr("cspine_train.training.pipeline.chosen_postprocessing", fail)
     settings = RunSettings(**{**SMALL, "epochs": 1, "pixel_mm": 12.0}, largest_components=7)
     with pytest.warns(UserWarning, match="--largest-components: could not be made .no memory for this volume"):
         record = train(phantom_store, tmp_path / "run", settings)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cspine_data import InputError, NotInStoreError, Preprocessing, open_cohort, prepare, read_volume
-from cspine_data.geometry import Orientation
-from cspine_data.reader import DirectSlices
+from cspine_data.datasets.slice_reader import DirectSlices
+from cspine_data.volumes.geometry import Orientation
 from tests.conftest import write_case
 
 

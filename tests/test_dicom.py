@@ -24,7 +24,7 @@ from pydicom.uid import (
 )
 
 from cspine_data import Geometry, InputError, Volume, read_volume
-from cspine_data.geometry import as_rows
+from cspine_data.volumes.geometry import as_rows
 
 Changed = Callable[[int, dict[str, Any]], dict[str, Any]]
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from cspine_data import InputError, open_cohort, prepare
-from cspine_data.digests import DigestCache, digest_source
-from cspine_data.hashing import digest_files
-from cspine_data.jobs import Job, plan_jobs
-from cspine_data.making import prepare_case
-from cspine_data.pairing import find_cases
-from cspine_data.preprocess import Preprocessing
-from cspine_data.publishing import create_store
-from cspine_data.volumes import content_digest
+from cspine_data.preparation.case_writer import prepare_case
+from cspine_data.preparation.hashing import digest_files
+from cspine_data.preparation.plan import Job, plan_jobs
+from cspine_data.preparation.source_digests import DigestCache, digest_source
+from cspine_data.preprocessing.steps import Preprocessing
+from cspine_data.sources.pairing import find_cases
+from cspine_data.store.publishing import create_store
+from cspine_data.volumes.io import content_digest
 from tests.conftest import write_case
 
 RAW = Preprocessing(bias=None)

@@ -26,14 +26,14 @@ from torch.utils.data import BatchSampler
 
 from cspine_data import open_cohort
 from cspine_train import Machines, RunError, RunSettings, train
-from cspine_train import module as module_of_steps
-from cspine_train.checkpoints import checkpoints
-from cspine_train.cli import main as train_main
-from cspine_train.machines import _SameStart, _watch
-from cspine_train.module import SliceSegmenter
-from cspine_train.run_folder import METRICS_NAME
-from cspine_train.settings import load_record
-from cspine_train.shares import Share, SharedBatches
+from cspine_train.cli.commands import main as train_main
+from cspine_train.data.process_shares import Share, SharedBatches
+from cspine_train.run.folder import METRICS_NAME
+from cspine_train.run.settings import load_record
+from cspine_train.training import segmentation_module as module_of_steps
+from cspine_train.training.checkpoints import checkpoints
+from cspine_train.training.processes import _SameStart, _watch
+from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.test_checkpoints import same, weights
 from tests.test_killed import processes
 
@@ -66,7 +66,7 @@ def test_shares_are_all_once_and_in_order(count: int, size: int, world: int, dro
 LAYERS = """
 import copy, sys, torch
 from torch import distributed, nn
-from cspine_train.shares import processes, see_whole_batches, sum_over_processes, this_share, whole_batch
+from cspine_train.data.process_shares import processes, see_whole_batches, sum_over_processes, this_share, whole_batch
 
 class WithActivation(nn.BatchNorm2d):  # As timm's.
     def __init__(self, channels):
@@ -291,7 +291,7 @@ def test_only_a_command_ends_its_process(
     dead = subprocess.Popen(["/bin/sh", "-c", "exit 3"])
     dead.wait()
     ended: list[int] = []
-    monkeypatch.setattr("cspine_train.machines._GRACE_S", 0.01)
+    monkeypatch.setattr("cspine_train.training.processes._GRACE_S", 0.01)
     monkeypatch.setattr(os, "_exit", ended.append)
     _watch([dead], threading.Event(), tmp_path, end_process)
     assert ended == [1] * end_process

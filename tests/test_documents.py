@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cspine_data.cli import main as data_main
-from cspine_train.cli import main as train_main
+from cspine_data.cli.commands import main as data_main
+from cspine_train.cli.commands import main as train_main
 
 ROOT = Path(__file__).parents[1]
 

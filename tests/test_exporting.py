@@ -15,10 +15,10 @@ from click.testing import Result
 
 from cspine_data import Preprocessing, preprocess_volume, read_volume
 from cspine_train import RunError, RunSettings
-from cspine_train.exporting import METADATA_KEY, export_onnx, run_onnx
-from cspine_train.models import build_model, save_model
-from cspine_train.prediction import LoadedRun, load_run
-from cspine_train.settings import RunRecord, save_record
+from cspine_train.models.build import build_model, save_model
+from cspine_train.prediction.onnx import METADATA_KEY, export_onnx, run_onnx
+from cspine_train.prediction.predictor import LoadedRun, load_run
+from cspine_train.run.settings import RunRecord, save_record
 
 
 def run_of(folder: Path, model: str, encoder: str, labels: tuple[int, ...] = ()) -> LoadedRun:
@@ -94,6 +94,6 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     loaded = run_of(tmp_path / "run", "unet", "tu-test_resnet")
     with pytest.raises(RunError, match=r"m\.pb: is no name for an ONNX file; end it with \.onnx"):
         export_onnx(loaded, tmp_path / "m.pb")
-    monkeypatch.setattr("cspine_train.exporting.find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr("cspine_train.prediction.onnx.find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(RunError, match=r"^ONNX needs onnxscript; pip install 'cspine\[onnx\]'$"):
         export_onnx(loaded, tmp_path / "m.onnx")

@@ -15,7 +15,7 @@ import pytest
 from cspine_data import Preprocessing
 from cspine_data.extras import _MODULES, install_hint
 from cspine_train import RunSettings
-from cspine_train.settings import RunRecord, save_record
+from cspine_train.run.settings import RunRecord, save_record
 
 #: Calls each command in a process where some packages cannot be found.
 BARE = """
@@ -28,8 +28,8 @@ PathFinder.find_spec = staticmethod(
 )
 import cspine_train
 from click.testing import CliRunner
-from cspine_data.cli import main as data
-from cspine_train.cli import main as train
+from cspine_data.cli.commands import main as data
+from cspine_train.cli.commands import main as train
 found = []
 for program, *arguments in commands:
     done = CliRunner().invoke({"cspine-data": data, "cspine-train": train}[program], arguments)

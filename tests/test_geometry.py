@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from cspine_data.geometry import Geometry, Orientation, as_rows
+from cspine_data.volumes.geometry import Geometry, Orientation, as_rows
 
 sizes = st.tuples(*[st.integers(1, 5)] * 3)
 spacings = st.tuples(*[st.floats(0.2, 8)] * 3)

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from cspine_data import InputError, Volume, read_volume
-from cspine_data.volumes import content_digest
+from cspine_data.volumes.io import content_digest
 from tests.mutants import DATA_FILES, PATIENT, mutants
 from tests.test_volumes import VOXELS, header, nifti_header
 

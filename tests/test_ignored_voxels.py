@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 
 from cspine_data import IGNORE_INDEX, Volume, open_cohort, prepare, repair, verify, write_volume
 from cspine_train import RunError, RunSettings, evaluate, train
-from cspine_train.augmentation import Amounts, Augmentation
-from cspine_train.batches import SliceBatches
-from cspine_train.losses import SegmentationLoss
-from cspine_train.metrics import overlap
-from cspine_train.module import THRESHOLDS, SliceSegmenter, best_threshold
-from cspine_train.segmented import Segmented
-from cspine_train.settings import LossName
-from cspine_train.transforms import shares_of
+from cspine_train.data.augmentation import Amounts, Augmentation
+from cspine_train.data.batches import SliceBatches
+from cspine_train.data.transforms import shares_of
+from cspine_train.metrics.overlap import overlap
+from cspine_train.prediction.stored_volumes import Segmented
+from cspine_train.run.settings import LossName
+from cspine_train.training.losses import SegmentationLoss
+from cspine_train.training.segmentation_module import THRESHOLDS, SliceSegmenter, best_threshold
 from tests.conftest import ball, contents, write_case
 from tests.test_labels import BALLS
 
@@ -122,9 +122,9 @@ def test_a_damaged_case_is_made_again_with_it(lost: bool, tmp_path: Path, serial
 def as_an_earlier_cspine(patches: pytest.MonkeyPatch) -> None:
     """Let `prepare` check no label map's content, as before there was such a check."""
     for check in ("check_labels", "check_not_the_image"):
-        patches.setattr(f"cspine_data.cases.{check}", lambda *_: None)
-    patches.setattr("cspine_data.cases.label_notes", lambda *_: ())
-    patches.setattr("cspine_data.cases.labelled_values", lambda *_: (np.ones(1), np.ones(1)))
+        patches.setattr(f"cspine_data.sources.cases.{check}", lambda *_: None)
+    patches.setattr("cspine_data.sources.cases.label_notes", lambda *_: ())
+    patches.setattr("cspine_data.sources.cases.labelled_values", lambda *_: (np.ones(1), np.ones(1)))
 
 
 def test_negative_values_in_a_store_of_an_earlier_cspine_do_not_count(

@@ -11,9 +11,9 @@ import pytest
 from click.testing import Result
 
 from cspine_data import InputError, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
-from cspine_data.cases import Case, LoadedCase, load_case
-from cspine_data.label_content import looks_like_labels
-from cspine_data.preprocess import Preprocessing
+from cspine_data.preprocessing.steps import Preprocessing
+from cspine_data.sources.cases import Case, LoadedCase, load_case
+from cspine_data.volumes.label_checks import looks_like_labels
 from tests.conftest import ball, geometry, write_case
 
 IMAGE, LABEL = ball()
@@ -174,7 +174,7 @@ def test_one_file_beside_a_label_map_is_read_to_name_its_volume(tmp_path: Path, 
     write_volume(tmp_path / "P3 bones.nrrd", LABEL)
     label = read_volume(tmp_path / "P3 bones.nrrd")
     read: list[str] = []
-    monkeypatch.setattr("cspine_data.images.read_volume", lambda path: read.append(path.name) or IMAGE)
+    monkeypatch.setattr("cspine_data.volumes.image_checks.read_volume", lambda path: read.append(path.name) or IMAGE)
     with pytest.raises(InputError, match="of P3.nrrd"):
         preprocess_volume(label, Preprocessing())
     assert read == ["P3.nrrd"]

@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 
 from cspine_data import InputError, Volume, open_cohort, prepare, read_volume, repair, verify, write_volume
-from cspine_data.cases import Case, load_case
-from cspine_data.label_maps import on_volume_grid, whole_numbers
+from cspine_data.sources.cases import Case, load_case
+from cspine_data.volumes.label_maps import on_volume_grid, whole_numbers
 from tests.conftest import ball, geometry
 from tests.test_volumes import nifti_header
 

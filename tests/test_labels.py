@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cspine_data import Preprocessing, Split, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
-from cspine_data.geometry import Geometry, Orientation, as_rows
+from cspine_data.volumes.geometry import Geometry, Orientation, as_rows
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
-from cspine_train.batches import SliceBatches
-from cspine_train.classes import class_numbers, label_values, stored_values, unknown_labels, unknown_told
-from cspine_train.cli import main as train_main
-from cspine_train.confusion import confusion, mean_label_dice
-from cspine_train.metrics import MEASURES, Overlap, agreement, label_agreements, mean_over_labels, overlap
-from cspine_train.prediction import LoadedRun
-from cspine_train.prediction_files import predict_files
-from cspine_train.settings import RunRecord, load_record
-from cspine_train.transforms import masks_to_network
+from cspine_train.cli.commands import main as train_main
+from cspine_train.data.batches import SliceBatches
+from cspine_train.data.transforms import masks_to_network
+from cspine_train.metrics.overlap import MEASURES, Overlap, agreement, label_agreements, mean_over_labels, overlap
+from cspine_train.prediction.files import predict_files
+from cspine_train.prediction.predictor import LoadedRun
+from cspine_train.run.label_classes import class_numbers, label_values, stored_values, unknown_labels, unknown_told
+from cspine_train.run.settings import RunRecord, load_record
+from cspine_train.training.confusion import confusion, mean_label_dice
 from tests.conftest import ball
 from tests.test_training import SMALL
 

@@ -17,14 +17,14 @@ from click.testing import Result
 
 from cspine_data import exclusive_lock
 from cspine_train import RunError
-from cspine_train.run_folder import only_writer
-from cspine_train.settings import load_record
-from cspine_train.training import _begin
+from cspine_train.run.folder import only_writer
+from cspine_train.run.settings import load_record
+from cspine_train.training.pipeline import _begin
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from cspine_train.run_folder import only_writer
+from cspine_train.run.folder import only_writer
 with only_writer(Path(sys.argv[1])):
     # As PyTorch's loaders do, which live on for a while when their process is killed.
     child = os.fork()
@@ -35,7 +35,7 @@ with only_writer(Path(sys.argv[1])):
 SAVE = """
 import sys
 from pathlib import Path
-from cspine_train.run_folder import write_text
+from cspine_train.run.folder import write_text
 print("ready", flush=True)
 sys.stdin.read()
 for number in range(300):

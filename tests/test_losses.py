@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cspine_train.losses import SegmentationLoss, with_background
-from cspine_train.settings import LossName
+from cspine_train.run.settings import LossName
+from cspine_train.training.losses import SegmentationLoss, with_background
 
 LOSSES = get_args(LossName)
 

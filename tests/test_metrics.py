@@ -23,9 +23,17 @@ from scipy import ndimage
 from scipy.stats import ttest_1samp
 
 from cspine_data import read_volume
-from cspine_train.intervals import FEWEST_PATIENTS, mean_interval
-from cspine_train.metrics import MEASURES, Agreement, Overlap, agreement, batch_averaged_dice, label_agreements, overlap
-from cspine_train.surfaces import surface_distances
+from cspine_train.metrics.overlap import (
+    MEASURES,
+    Agreement,
+    Overlap,
+    agreement,
+    batch_averaged_dice,
+    label_agreements,
+    overlap,
+)
+from cspine_train.metrics.statistics import FEWEST_PATIENTS, mean_interval
+from cspine_train.metrics.surfaces import surface_distances
 
 Mask = NDArray[np.bool_]
 Spacing = tuple[float, float, float]

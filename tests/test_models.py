@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 from cspine_train.errors import ModelError
-from cspine_train.models import REFERENCE_MODELS, architectures, build_model, encoders, load_model, save_model, sides_of
+from cspine_train.models.build import (
+    REFERENCE_MODELS,
+    architectures,
+    build_model,
+    encoders,
+    load_model,
+    save_model,
+    sides_of,
+)
 
 
 @pytest.fixture(autouse=True)

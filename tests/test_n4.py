@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cspine_data._anatomy import make_case
-from cspine_data._n4 import N4Parameters, SplineField, fit_log_bias, itk_log_bias
-from cspine_data.bias import BiasParameters, estimate_log_bias
-from cspine_data.tissue import average_down, tissue_threshold, working_factors
+from cspine_data.phantom.anatomy import make_case
+from cspine_data.preprocessing.bias_field import BiasParameters, estimate_log_bias
+from cspine_data.preprocessing.n4 import N4Parameters, SplineField, fit_log_bias, itk_log_bias
+from cspine_data.preprocessing.tissue import average_down, tissue_threshold, working_factors
 
 
 def our_log_bias(image: np.ndarray, mask: np.ndarray, parameters: N4Parameters) -> np.ndarray:

@@ -16,10 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cspine_train import Machines, RunError, RunSettings, train
-from cspine_train.callbacks import Plateau, Stop
-from cspine_train.machines import together
-from cspine_train.module import MONITOR, SliceSegmenter
-from cspine_train.optimisation import averaged, cosine_share, optimisation
+from cspine_train.run.folder import MONITOR
+from cspine_train.training.callbacks import Plateau, Stop
+from cspine_train.training.optimisers import averaged, cosine_share, optimisation
+from cspine_train.training.processes import together
+from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
 from tests.test_checkpoints import ALWAYS, SMALL, history, same, weights
 

@@ -83,7 +83,7 @@ def test_a_store_whose_ids_are_decomposed_stays_in_use(
         write_case(raw, name)
     with monkeypatch.context() as earlier:
         # As cspine did before it compared names normalised.
-        earlier.setattr("cspine_data.pairing.normalised", lambda name: name)
+        earlier.setattr("cspine_data.sources.pairing.normalised", lambda name: name)
         assert prepare(raw, store, n4=False).done == ("A", "B", NFD)
     summary = prepare(raw, store, n4=False)
     assert (summary.done, sorted(summary.reused), summary.failed) == ((), ["A", "B", NFD], ())
@@ -103,8 +103,8 @@ def test_a_store_whose_ids_are_decomposed_stays_in_use(
 def test_weights_and_comparisons_take_a_name_in_either_encoding() -> None:
     import numpy as np
 
-    from cspine_train.sampling import weights_of
-    from cspine_train.settings import RunSettings
+    from cspine_train.data.sampling import weights_of
+    from cspine_train.run.settings import RunSettings
 
     for asked, stored in ((NFC, NFD), (NFD, NFC)):
         assert weights_of([stored, "A"], {asked: 3.0}, [stored, "A"]).tolist() == [3.0, 1.0]

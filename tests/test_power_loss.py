@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 
 from cspine_data import StoreError, Volume, collect_garbage, prepare, remove_cases, verify, write_volume
-from cspine_data.publishing import Refused, publish
-from cspine_data.store import read_root
+from cspine_data.store.publishing import Refused, publish
+from cspine_data.store.records import read_root
 from cspine_train import RunSettings, evaluate, load_run, predict_files, train
-from cspine_train.settings import load_record
+from cspine_train.run.settings import load_record
 from tests.conftest import ball, contents, write_case
 
 Entry = bytes | dict[str, int]
@@ -163,10 +163,10 @@ def life_of_a_store(tmp_path: Path, serially: None, monkeypatch: pytest.MonkeyPa
             return refused
 
         with recorded(recorder, monkeypatch), monkeypatch.context() as patch:
-            patch.setattr("cspine_data.pipeline.publish", publish_and_promise)
+            patch.setattr("cspine_data.preparation.pipeline.publish", publish_and_promise)
             # A run killed before its folders were durable, and its digest found by the next.
             with monkeypatch.context() as killed, suppress(KeyboardInterrupt):
-                killed.setattr("cspine_data.making.sync_above", interrupt)
+                killed.setattr("cspine_data.preparation.case_writer.sync_above", interrupt)
                 prepare(raw, store, n4=False, axes="0")
             prepare(raw, store, n4=False, axes="0")
             write_volume(raw / "AS-label.nrrd", Volume(np.roll(ball()[1].array, 1, 0), ball()[1].geometry))

@@ -26,12 +26,12 @@ from PIL import Image
 
 from cspine_data import Geometry, Orientation, Volume, open_cohort, preprocess_volume, read_volume, write_volume
 from cspine_train import RunError, RunSettings, load_run, predict, predict_volume, train
-from cspine_train.likeness import CohortLooks, differences, looks_of, looks_of_record
-from cspine_train.metrics import overlap
-from cspine_train.overview import draw_overview
-from cspine_train.prediction import LoadedRun, expected_dice
-from cspine_train.prediction_files import find_volumes
-from cspine_train.settings import save_record
+from cspine_train.metrics.overlap import overlap
+from cspine_train.prediction.files import find_volumes
+from cspine_train.prediction.predictor import LoadedRun, expected_dice
+from cspine_train.prediction.preview import draw_overview
+from cspine_train.run.cohort_range import CohortLooks, differences, looks_of, looks_of_record
+from cspine_train.run.settings import save_record
 from tests.conftest import ball, write_case
 from tests.test_dicom import write_series
 from tests.test_labels import a_run
@@ -365,7 +365,7 @@ def test_whatever_goes_wrong_with_one_volume_the_others_go_on(
             write_volume(path, ball(seed=7)[0])
         return volume
 
-    monkeypatch.setattr("cspine_train.prediction_files.read_volume", reads)
+    monkeypatch.setattr("cspine_train.prediction.files.read_volume", reads)
     for name in ("A", "B", "C\x1b[31m"):
         write_case(tmp_path / "raw", name, label=False)
     done = run_train("predict", tmp_path / "raw", "--run", run, "-o", tmp_path / "out")

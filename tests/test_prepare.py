@@ -32,11 +32,11 @@ from cspine_data import (
     verify,
     write_volume,
 )
-from cspine_data.cases import Case
-from cspine_data.jobs import Job
-from cspine_data.pipeline import prepare_case
-from cspine_data.publishing import Refused, Replacement, create_store, publish
-from cspine_data.store import read_root
+from cspine_data.preparation.pipeline import prepare_case
+from cspine_data.preparation.plan import Job
+from cspine_data.sources.cases import Case
+from cspine_data.store.publishing import Refused, Replacement, create_store, publish
+from cspine_data.store.records import read_root
 from tests.conftest import QUICK_N4, ball, contents, started, write_case
 
 
@@ -337,7 +337,7 @@ def test_an_exchange_waits_for_the_half_that_was_overtaken(
             return Refused({"B"}, publish(path, [one for one in made if one.case == "A"]).twice)
         return publish(path, made)
 
-    monkeypatch.setattr("cspine_data.pipeline.publish", publish_late)
+    monkeypatch.setattr("cspine_data.preparation.pipeline.publish", publish_late)
     assert prepare(raw, store, n4=False).done == ("A", "B")
     assert verify(store) == []
 
@@ -351,7 +351,7 @@ def test_workers_that_write_elsewhere_are_told_of(store: Path, tmp_path: Path, m
         for job in jobs:
             yield [(job, work(job, str(elsewhere)))]
 
-    monkeypatch.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
     write_case(store.parent / "raw", "C")
     (problem,) = prepare(store.parent / "raw", store, n4=False).failed
     assert "what its worker wrote is not there, or others keep replacing it; do all workers see" in problem.message
@@ -449,7 +449,7 @@ def stopped_clock(patches: pytest.MonkeyPatch) -> list[float]:
     """Stop the clock by which cases are published; return its seconds, to be changed."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
-    patches.setattr("cspine_data.pipeline.time", clock)
+    patches.setattr("cspine_data.preparation.pipeline.time", clock)
     return now
 
 
@@ -465,7 +465,7 @@ def test_cases_are_published_together_and_not_one_by_one(
         published.append(len(made))
         return publish(path, made)
 
-    monkeypatch.setattr("cspine_data.pipeline.publish", watched)
+    monkeypatch.setattr("cspine_data.preparation.pipeline.publish", watched)
     stopped_clock(monkeypatch)
     told: list[tuple[int, int, str]] = []
     summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, progress=lambda *one: told.append(one))
@@ -484,7 +484,7 @@ def test_what_has_ended_is_published_while_others_take_long(tmp_path: Path, monk
             yield [(job, work(job, str(store))) for job in ended]
             seen.append(len(read_root(store).cases))
 
-    monkeypatch.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
     for name in "ABC":
         write_case(tmp_path / "raw", name)
     prepare(tmp_path / "raw", store, n4=False)
@@ -504,7 +504,7 @@ def test_what_has_ended_is_published_however_a_run_ends(
             yield [(job, work(job, str(store)))]
         raise ending
 
-    monkeypatch.setattr("cspine_data.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
     for name in "ABCD":
         write_case(tmp_path / "raw", name)
     with pytest.raises(ending if isinstance(ending, type) else type(ending)):
@@ -610,7 +610,7 @@ def test_a_damaged_volume_is_not_reused_for_other_axes(store: Path) -> None:
 
 def test_help_starts_at_once_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys, json; from cspine_data.cli import main; "
+        "import sys, json; from cspine_data.cli.commands import main; "
         "import contextlib\nwith contextlib.suppress(SystemExit): main(['--help'])\n"
         "print(json.dumps([m for m in ('numpy', 'dask', 'SimpleITK', 'zarr', 'torch') if m in sys.modules]))"
     )

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 from cspine_data import BiasParameters, InputError, Preprocessing, Volume, preprocess_volume
-from cspine_data.geometry import Orientation
-from cspine_data.intensity import (
+from cspine_data.preprocessing.normalisation import (
     METHODS,
     NYUL_PERCENTILES,
     Levels,
@@ -24,6 +23,7 @@ from cspine_data.intensity import (
     normalisation_of,
     standard_landmarks,
 )
+from cspine_data.volumes.geometry import Orientation
 from tests.conftest import ball
 
 N4 = Preprocessing(bias=BiasParameters(resolution_mm=3, iterations=(5, 5)))

@@ -26,8 +26,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from cspine_data import open_cohort, prepare, read_volume
 from cspine_train import Machines, RunError, RunSettings, compare, evaluate, load_run, predict_volume, train
-from cspine_train.exporting import export_onnx
-from cspine_train.module import SliceSegmenter
+from cspine_train.prediction.onnx import export_onnx
+from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import write_case
 from tests.test_training import SMALL
 

@@ -35,15 +35,15 @@ from cspine_data import (
     read_volume,
     write_volume,
 )
-from cspine_data import schema as schema_module
-from cspine_data.attributes import slice_grid
-from cspine_data.geometry import as_rows
-from cspine_data.intensity import NYUL_PERCENTILES
-from cspine_data.jobs import Job, plan_jobs
-from cspine_data.pipeline import prepare_case
-from cspine_data.publishing import create_store, publish
-from cspine_data.schema import case_digest, volume_digest
-from cspine_data.tissue import tissue_threshold
+from cspine_data.preparation.pipeline import prepare_case
+from cspine_data.preparation.plan import Job, plan_jobs
+from cspine_data.preprocessing.normalisation import NYUL_PERCENTILES
+from cspine_data.preprocessing.tissue import tissue_threshold
+from cspine_data.store import schema as schema_module
+from cspine_data.store.attributes import slice_grid
+from cspine_data.store.publishing import create_store, publish
+from cspine_data.store.schema import case_digest, volume_digest
+from cspine_data.volumes.geometry import as_rows
 from tests.conftest import ball, geometry, write_case
 from tests.test_geometry import grids, itk_image
 from tests.test_volumes import NRRD_TYPES, VOXELS, header

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cspine_data import Case, InputError, Listing, Problem, find_cases
-from cspine_data.pseudonyms import with_neutral_ids
-from cspine_data.volumes import content_digest
+from cspine_data.preparation.pseudonyms import with_neutral_ids
+from cspine_data.volumes.io import content_digest
 from tests.conftest import write_case
 
 
@@ -191,7 +191,7 @@ ENTER = """
 import sys
 from pathlib import Path
 from cspine_data import Case, Listing
-from cspine_data.pseudonyms import with_neutral_ids
+from cspine_data.preparation.pseudonyms import with_neutral_ids
 folder, key, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 for name in names:
     print(name, with_neutral_ids(Listing((Case(name, folder / f"{name}.nii"),)), key).cases[0].id, flush=True)
@@ -246,7 +246,7 @@ def test_a_process_that_dies_with_the_lock_does_not_hold_up_the_next(tmp_path: P
     key = tmp_path / "key.csv"
     holder = (
         "import os, signal, sys; from pathlib import Path\n"
-        "import cspine_data.pseudonyms as p, cspine_data.durable as w\n"
+        "import cspine_data.preparation.pseudonyms as p, cspine_data.files as w\n"
         "w.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from cspine_data import Case, Listing\n"
         "p.with_neutral_ids(Listing((Case('x', Path('x.nii')),)), Path(sys.argv[1]))\n"

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cspine_data import StoreError, open_cohort, prepare, publishing, read_volume, remove_cases, verify
-from cspine_data.store import read_root
+from cspine_data import StoreError, open_cohort, prepare, read_volume, remove_cases, verify
+from cspine_data.store import publishing
+from cspine_data.store.records import read_root
 from tests.conftest import contents, started, write_case
 
 N4 = ("--n4-resolution", "12", "--n4-iterations", "5,5")
@@ -126,7 +127,7 @@ def test_a_store_that_another_run_makes_meanwhile_is_used(tmp_path: Path, monkey
 HOLD = """
 import sys, time
 from pathlib import Path
-from cspine_data.publishing import locked
+from cspine_data.store.publishing import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -22,10 +22,10 @@ from hypothesis.extra import numpy as hnp
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from cspine_data import DamagedStoreError, StoreError, open_cohort, read_volume
-from cspine_data.publishing import write_record
-from cspine_data.reader import DirectSlices, ForeignSlices, SliceArray, _OpenArrays, open_slices
-from cspine_data.schema import case_path, chunk_checksum, slice_chunks
-from cspine_data.writer import CaseWriter
+from cspine_data.datasets.slice_reader import DirectSlices, ForeignSlices, SliceArray, _OpenArrays, open_slices
+from cspine_data.store.publishing import write_record
+from cspine_data.store.schema import case_path, chunk_checksum, slice_chunks
+from cspine_data.store.writer import CaseWriter
 from tests.conftest import write_case
 
 DTYPES = ("float32", "uint8", "int16", "uint16", "int32")

@@ -19,8 +19,8 @@ from cspine_data import (
     read_volume,
     verify,
 )
-from cspine_data.bias import estimate_log_bias
-from cspine_data.tissue import tissue_threshold
+from cspine_data.preprocessing.bias_field import estimate_log_bias
+from cspine_data.preprocessing.tissue import tissue_threshold
 
 pytestmark = pytest.mark.realdata
 
@@ -140,7 +140,7 @@ def test_odd_encodings_are_read_or_refused_by_name(realdata: Path, tmp_path: Pat
                         (folder / path.name).write_bytes(header)
         listing = find_cases(folder)
         assert len(listing.cases) == 1
-        from cspine_data.cases import Problem, scan_case
+        from cspine_data.sources.cases import Problem, scan_case
 
         found = scan_case(listing.cases[0], {})
         # The ball is a mask: it is read, and then no volume to prepare.

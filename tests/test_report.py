@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from cspine_data import open_cohort
 from cspine_train import RunSettings, train
-from cspine_train.evaluation import _confusion
-from cspine_train.intervals import mean_interval
-from cspine_train.metrics import MEASURES
-from cspine_train.model_card import write_card
-from cspine_train.report import MOST_PLOTS, write_report
-from cspine_train.settings import load_record, save_record
+from cspine_train.evaluation.scoring import _confusion
+from cspine_train.metrics.overlap import MEASURES
+from cspine_train.metrics.statistics import mean_interval
+from cspine_train.reports.model_card import write_card
+from cspine_train.reports.run_report import MOST_PLOTS, write_report
+from cspine_train.run.settings import load_record, save_record
 from tests.test_comparison import evaluated
 from tests.test_training import SMALL
 

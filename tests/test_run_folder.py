@@ -25,15 +25,15 @@ from markdown_it import MarkdownIt
 
 from cspine_data import open_cohort
 from cspine_train import RunError, RunSettings, evaluate, load_run, train
-from cspine_train.loggers import Logged, _Log
-from cspine_train.metrics import Overlap, overlap, slice_overlaps
-from cspine_train.model_card import escaped, write_card
-from cspine_train.module import SliceSegmenter
-from cspine_train.overlays import BEST, WORST, extreme_slices, save_overlays
-from cspine_train.pictures import SliceView, as_seen, draw_curves, draw_overlays
-from cspine_train.progress import Pace
-from cspine_train.segmented import Segmented
-from cspine_train.settings import RunRecord, load_record, save_record
+from cspine_train.metrics.overlap import Overlap, overlap, slice_overlaps
+from cspine_train.prediction.overlays import BEST, WORST, extreme_slices, save_overlays
+from cspine_train.prediction.stored_volumes import Segmented
+from cspine_train.reports.figures import SliceView, as_seen, draw_curves, draw_overlays
+from cspine_train.reports.model_card import escaped, write_card
+from cspine_train.run.settings import RunRecord, load_record, save_record
+from cspine_train.training.loggers import Logged, _Log
+from cspine_train.training.progress import Pace
+from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
 
 SMALL = {"encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
@@ -157,7 +157,9 @@ def test_a_logger_that_cannot_be_had_is_told_before_training(
         RunError, match="logger mlflow: its database cannot lie in .*a . ends its address; choose another -o"
     ):
         train(phantom_store, tmp_path / "why?", settings, loggers=["mlflow"])
-    monkeypatch.setattr("cspine_train.loggers.find_spec", lambda name: None if name == "mlflow" else find_spec(name))
+    monkeypatch.setattr(
+        "cspine_train.training.loggers.find_spec", lambda name: None if name == "mlflow" else find_spec(name)
+    )
     told = r"^logger mlflow: needs mlflow, not installed here; pip install 'cspine\[loggers\]'$"
     with pytest.raises(RunError, match=told):
         train(phantom_store, folder, settings, loggers=["tensorboard", "mlflow"])
@@ -199,7 +201,7 @@ def test_pictures_that_were_not_made_are_made_again_and_nothing_is_trained(
     )
     folder = tmp_path / "run"
     with monkeypatch.context() as patches:
-        patches.setattr("cspine_train.training.save_overlays", lambda *_: (_ for _ in ()).throw(Stopped))
+        patches.setattr("cspine_train.training.pipeline.save_overlays", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             train(phantom_store, folder, settings)
     before = load_record(folder)
@@ -467,7 +469,7 @@ def test_a_terminal_shows_epoch_step_time_dice_and_time_left(
     monkeypatch.setattr(
         rich.progress.Progress, "update", lambda bar, *a, **named: (update(bar, *a, **named), bar.refresh())
     )
-    monkeypatch.setattr("cspine_train.training.save_overlays", lambda *_: ())
+    monkeypatch.setattr("cspine_train.training.pipeline.save_overlays", lambda *_: ())
     with terminal(monkeypatch) as written:
         train(phantom_store, tmp_path / "run", RunSettings(**SMALL, epochs=2, schedule="onecycle"))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())

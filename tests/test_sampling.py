@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from cspine_data import open_cohort
 from cspine_train import RunError, RunSettings, train
-from cspine_train.datamodule import CohortSlices
-from cspine_train.sampling import EpochSampler, weights_of
+from cspine_train.data.datamodule import CohortSlices
+from cspine_train.data.sampling import EpochSampler, weights_of
 
 #: Labelled voxels of each slice of each case.
 cohorts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=6)

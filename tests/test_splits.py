@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cspine_data import InputError, Split, open_cohort
-from cspine_data.splits import fold_split, leave_one_out, reference_split
+from cspine_data.datasets.splits import fold_split, leave_one_out, reference_split
 
 names = st.lists(st.text("abcdefgh", min_size=1, max_size=4), unique=True, min_size=1, max_size=40)
 

@@ -28,7 +28,7 @@ from cspine_data import (
     verify,
     write_volume,
 )
-from cspine_data.store import read_root
+from cspine_data.store.records import read_root
 from tests.conftest import QUICK_N4, ball, do_serially
 
 WAYS = {"raw": Preprocessing(bias=None), "n4": QUICK_N4}
@@ -218,7 +218,7 @@ def is_held_so(store: Path, held: Held, record: Any) -> bool:
 
 
 def image_sha256(source: Source) -> str:
-    from cspine_data.volumes import content_digest
+    from cspine_data.volumes.io import content_digest
 
     with tempfile.TemporaryDirectory() as folder:
         source.write(Path(folder))

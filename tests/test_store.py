@@ -21,9 +21,9 @@ from cspine_data import (
     read_volume,
     verify,
 )
-from cspine_data.publishing import Replacement, create_store, publish
-from cspine_data.schema import SCHEMA_VERSION, record_checksum
-from cspine_data.store import read_root
+from cspine_data.store.publishing import Replacement, create_store, publish
+from cspine_data.store.records import read_root
+from cspine_data.store.schema import SCHEMA_VERSION, record_checksum
 from tests.conftest import QUICK_N4, write_case
 
 

@@ -27,14 +27,14 @@ from pyarrow import parquet
 
 from cspine_data import Cohort, Preprocessing, Workers, open_cohort, prepare, side_by_side, usable_cores
 from cspine_train import RunError, RunSettings, evaluate, train
-from cspine_train.metrics import MEASURES
-from cspine_train.patients import what_is_fed
-from cspine_train.results import write_results
-from cspine_train.settings import RunRecord, load_record, save_record
-from cspine_train.step_timing import Step, StepTimer
-from cspine_train.study import CellWork, check_output, is_done, processes_here, run_study, threads_of_cell
-from cspine_train.study_cost import costs
-from cspine_train.study_plan import Cell, Grid, Plan, load_plan, plan_study, queued
+from cspine_train.metrics.overlap import MEASURES
+from cspine_train.run.patient_split import what_is_fed
+from cspine_train.run.settings import RunRecord, load_record, save_record
+from cspine_train.study.cost import costs
+from cspine_train.study.plan import Cell, Grid, Plan, load_plan, plan_study, queued
+from cspine_train.study.results import write_results
+from cspine_train.study.runner import CellWork, check_output, is_done, processes_here, run_study, threads_of_cell
+from cspine_train.study.step_timing import Step, StepTimer
 from tests.conftest import QUICK_N4
 from tests.test_report import Page
 
@@ -251,7 +251,7 @@ def test_costs_are_those_of_a_timed_step_times_the_pixels(cohort: Cohort, monkey
             RECIPE.model_copy(update={"epochs": 9}))).cells,
         *plan_study(cohort, Grid(("nosuch",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
     ]  # fmt: skip
-    monkeypatch.setattr("cspine_train.study_cost.StepTimer.seconds", lambda *_: 1000.0)
+    monkeypatch.setattr("cspine_train.study.cost.StepTimer.seconds", lambda *_: 1000.0)
     once, nine, none = costs(cohort, cells, threads=1).values()
     # Whole batches; validation and what is beside the network cost less than training again.
     steps = once.slices / RECIPE.batch_size
@@ -289,7 +289,7 @@ def test_steps_are_timed_in_a_process_of_their_own_and_another_follows_one_that_
 
 
 def test_steps_cannot_be_timed_in_a_script_that_runs_itself_again() -> None:
-    script = "from cspine_train.step_timing import StepTimer\nwith StepTimer(1): pass\n"
+    script = "from cspine_train.study.step_timing import StepTimer\nwith StepTimer(1): pass\n"
     done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     told = (
@@ -548,8 +548,8 @@ def test_cells_of_a_scheduler_share_the_cores_of_a_machine(monkeypatch: pytest.M
 def test_tasks_take_a_workers_gpu_in_turns_and_are_lost_when_no_worker_has_any(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cspine_data.cluster._PATIENCE_S", 0.0)
-    monkeypatch.setattr("cspine_data.cluster._LOOK_S", 0.5)
+    monkeypatch.setattr("cspine_data.preparation.workers._PATIENCE_S", 0.0)
+    monkeypatch.setattr("cspine_data.preparation.workers._LOOK_S", 0.5)
     with ExitStack() as stack:
         cluster = stack.enter_context(LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None))
         gpu, _ = (
@@ -593,9 +593,9 @@ def with_threads_allowed(number: int) -> int:
 def test_an_interrupted_study_says_that_it_can_go_on(
     phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cspine_train.study_cost.StepTimer.seconds", lambda *_: 1.0)
-    monkeypatch.setattr("cspine_train.study_cost.StepTimer.disturbed", True)
-    monkeypatch.setattr("cspine_train.study.run_study", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("cspine_train.study.cost.StepTimer.seconds", lambda *_: 1.0)
+    monkeypatch.setattr("cspine_train.study.cost.StepTimer.disturbed", True)
+    monkeypatch.setattr("cspine_train.study.runner.run_study", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     study = tmp_path / "study"
     told = run_train("study", "--store", phantom_store, "-o", study, *ASKED)
     assert told.exit_code == 1

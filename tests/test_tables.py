@@ -23,16 +23,16 @@ from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
 from cspine_data import Preprocessing
-from cspine_train.metrics import MEASURES
-from cspine_train.published import published_percent
-from cspine_train.ranking import contrasts, counted, levels, n4_answer, ranked
-from cspine_train.results import FIGURES, Condition, scores, study_rows
-from cspine_train.run_folder import write_rows
-from cspine_train.settings import RunRecord, RunSettings, save_record
-from cspine_train.study import is_done
-from cspine_train.study_plan import Cell, Plan, load_plan, save_plan
-from cspine_train.study_report import write_outcome
-from cspine_train.tables import findings, rendered
+from cspine_train.metrics.overlap import MEASURES
+from cspine_train.run.folder import write_rows
+from cspine_train.run.settings import RunRecord, RunSettings, save_record
+from cspine_train.study.plan import Cell, Plan, load_plan, save_plan
+from cspine_train.study.published import published_percent
+from cspine_train.study.ranking import contrasts, counted, levels, n4_answer, ranked
+from cspine_train.study.report import write_outcome
+from cspine_train.study.results import FIGURES, Condition, scores, study_rows
+from cspine_train.study.runner import is_done
+from cspine_train.study.tables import findings, rendered
 from tests.browser import CHROMIUM, browser
 
 HOSTILE = "<img src=x onerror=alert(1)>|\"'&{{ 7 * 7 }}_%"

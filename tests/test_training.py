@@ -31,17 +31,17 @@ from cspine_data import (
     read_volume,
     write_volume,
 )
-from cspine_data.geometry import Orientation
+from cspine_data.volumes.geometry import Orientation
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
-from cspine_train.cli import default_run_name
-from cspine_train.datamodule import CohortSlices
-from cspine_train.intervals import MeanInterval
-from cspine_train.metrics import overlap
-from cspine_train.models import build_model, sides_of
-from cspine_train.module import THRESHOLDS, SliceSegmenter, best_threshold
-from cspine_train.sampling import EpochSampler
-from cspine_train.settings import load_record
-from cspine_train.transforms import Sides
+from cspine_train.cli.commands import default_run_name
+from cspine_train.data.datamodule import CohortSlices
+from cspine_train.data.sampling import EpochSampler
+from cspine_train.data.transforms import Sides
+from cspine_train.metrics.overlap import overlap
+from cspine_train.metrics.statistics import MeanInterval
+from cspine_train.models.build import build_model, sides_of
+from cspine_train.run.settings import load_record
+from cspine_train.training.segmentation_module import THRESHOLDS, SliceSegmenter, best_threshold
 from tests.conftest import ball, write_case
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

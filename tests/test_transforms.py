@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cspine_train.metrics import Overlap, overlap
-from cspine_train.sizes import labelled_pixels
-from cspine_train.transforms import (
+from cspine_train.data.sizes import labelled_pixels
+from cspine_train.data.transforms import (
     Sides,
     fit,
     fixed_size,
@@ -18,6 +17,7 @@ from cspine_train.transforms import (
     network_shape,
     to_network,
 )
+from cspine_train.metrics.overlap import Overlap, overlap
 
 shapes = st.tuples(st.integers(1, 90), st.integers(1, 90))
 

@@ -14,11 +14,12 @@ from torch import nn
 
 from cspine_data import open_cohort
 from cspine_train import RunError, RunSettings
-from cspine_train.datamodule import CohortSlices
+from cspine_train.data.datamodule import CohortSlices
+from cspine_train.data.sizes import Steps
+from cspine_train.data.transforms import Sides, coarser
 from cspine_train.errors import ModelError
-from cspine_train.models import architectures, build_model, encoders, sides_of
-from cspine_train.transforms import Sides, coarser
-from cspine_train.trial import Steps, check_steps, try_step
+from cspine_train.models.build import architectures, build_model, encoders, sides_of
+from cspine_train.training.step_check import check_steps, try_step
 
 ONE_VALUE = "Expected more than 1 value per channel"
 SETTINGS = RunSettings(model="pspnet", encoder="resnet18", batch_size=4)
@@ -161,7 +162,7 @@ def test_steps_that_do_not_go_into_memory_are_refused(monkeypatch: pytest.Monkey
 
     def free(number: float) -> None:
         memory = psutil.virtual_memory()._replace(available=int(number))
-        monkeypatch.setattr("cspine_train.trial.psutil.virtual_memory", lambda: memory)
+        monkeypatch.setattr("cspine_train.training.step_check.psutil.virtual_memory", lambda: memory)
 
     free(1.1 * kept)
     check_steps(network, settings, steps())

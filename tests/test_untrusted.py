@@ -14,8 +14,8 @@ from click.testing import Result
 
 from cspine_data import Preprocessing
 from cspine_train import CspineTrainError, ModelError, RunError, RunSettings, evaluate, load_run
-from cspine_train.models import build_model, save_model
-from cspine_train.settings import RunRecord, save_record
+from cspine_train.models.build import build_model, save_model
+from cspine_train.run.settings import RunRecord, save_record
 
 #: Where Python and its packages are read from.
 INSTALLED = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), "/proc/", "/sys/", "/dev/")

@@ -21,15 +21,15 @@ from cspine_data import (
     collect_garbage,
     open_cohort,
     prepare,
-    reader,
     remove_cases,
     repair,
-    schema,
     verify,
 )
-from cspine_data.pipeline import do_jobs
-from cspine_data.publishing import Replacement, publish
-from cspine_data.store import read_root
+from cspine_data.datasets import slice_reader as reader
+from cspine_data.preparation.pipeline import do_jobs
+from cspine_data.store import schema
+from cspine_data.store.publishing import Replacement, publish
+from cspine_data.store.records import read_root
 from tests.conftest import QUICK_N4, contents, write_case
 
 
@@ -200,7 +200,7 @@ def test_repair_undoes_nothing_that_another_run_does_meanwhile(
 
     pairs = store.parent / "raw" / "a.csv"
     pairs.write_text("case,volume,label\nA,A.nrrd,AS-label.nrrd\n")
-    monkeypatch.setattr("cspine_data.mending.do_jobs", meanwhile)
+    monkeypatch.setattr("cspine_data.preparation.repair.do_jobs", meanwhile)
     summary = repair(store, store.parent / "raw")
     assert summary.mended == ()
     assert {problem.message for problem in summary.failed} == {
@@ -222,7 +222,7 @@ def test_repair_tells_where_it_could_not_make_the_very_bytes(
         blosc, checksum = codecs(chunks, itemsize)
         return [{**blosc, "configuration": {**blosc["configuration"], "clevel": 1}}, checksum]
 
-    monkeypatch.setattr("cspine_data.schema.codecs", other_level)
+    monkeypatch.setattr("cspine_data.store.schema.codecs", other_level)
     summary = repair(store, store.parent / "raw")
     assert (summary.mended, summary.differing) == ((("A", "raw"),), (("A", "raw"),))
     assert verify(store) == []
@@ -368,7 +368,7 @@ def test_a_case_removed_while_repair_verifies_is_not_brought_back(store: Path, m
         remove_cases(path, ["A"])
         return damages
 
-    monkeypatch.setattr("cspine_data.mending.verify", verify_and_remove)
+    monkeypatch.setattr("cspine_data.preparation.repair.verify", verify_and_remove)
     (problem,) = repair(store, store.parent / "raw").failed
     assert problem.message.endswith("A was prepared anew or removed meanwhile; verify again")
     assert open_cohort(store).cases == ("B",)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cspine_data import InputError, Volume, read_volume, write_volume
-from cspine_data.volumes import content_digest, label_name, volume_stem
+from cspine_data.volumes.io import content_digest, label_name, volume_stem
 from tests.conftest import ball, geometry
 from tests.test_geometry import grids
 
@@ -233,7 +233,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cspine_data.volumes._write_nrrd", full)
+    monkeypatch.setattr("cspine_data.volumes.io._write_nrrd", full)
     with pytest.raises(OSError, match="No space"):
         write_volume(path, ball(seed=1)[0])
     assert path.read_bytes() == before
@@ -584,7 +584,7 @@ def test_an_unused_form_of_numbers_that_are_none_is_told(tmp_path: Path) -> None
 @pytest.mark.parametrize("by", ["qform", "sform"])
 @pytest.mark.parametrize("suffix", ["-label.nii", ".seg.nrrd"])
 def test_a_label_map_may_lie_where_either_form_says(by: str, suffix: str, tmp_path: Path) -> None:
-    from cspine_data.cases import Case, load_case
+    from cspine_data.sources.cases import Case, load_case
 
     path = two_places(tmp_path / "x.nii")
     place = {"qform": (-10.0, -20.0, 30.0), "sform": (-13.0, -24.0, 30.0)}[by]

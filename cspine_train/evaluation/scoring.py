@@ -1,0 +1,398 @@
+"""How good a run is: whole volumes, patient by patient, on the grid of the file they came from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data import Cohort, CspineDataError, Problem, make_folder, open_cohort
+from cspine_train.errors import RunError
+from cspine_train.metrics.overlap import (
+    MEASURES,
+    Agreement,
+    Overlap,
+    agreement,
+    batch_averaged_dice,
+    label_agreements,
+    mean_over_labels,
+)
+from cspine_train.metrics.statistics import MeanInterval, mean_interval
+from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, Gallery
+from cspine_train.prediction.predictor import LoadedRun, load_run
+from cspine_train.prediction.stored_volumes import Segmented, check_trained_on, segment
+from cspine_train.reports.figures import never_fatal
+from cspine_train.reports.model_card import write_card
+from cspine_train.reports.run_report import write_report
+from cspine_train.run.folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, only_writer, write_rows, write_text
+from cspine_train.run.settings import load_record
+
+_SHARES = ("batch_averaged_dice", "label_dice", "label_iou")
+
+
+@dataclass(frozen=True)
+class PatientScore:
+    """How well one patient's volume was segmented.
+
+    Attributes
+    ----------
+    case, split : str
+        Whose volume, and which part of the split it is in.
+    whole : Agreement
+        Every measure over the whole volume: vertebra or not, whatever the labels.
+    batch_averaged_dice : float
+        What the reference study calls Dice, see `batch_averaged_dice`; over slices along the run's axes.
+    labels : dict or None
+        The same as `whole` for each label value that the patient has or was given; None for a run on binary labels.
+    slices : dict
+        How found and true masks overlap in each slice in which either marks anything, by axis and index; along the
+        run's axes.
+    confusion : dict
+        For a run that tells labels apart: how many voxels have a true value and were given another, or the same, by
+        (true, given); 0 is none.
+    """
+
+    case: str
+    split: str
+    whole: Agreement
+    batch_averaged_dice: float
+    labels: Mapping[int, Agreement] | None = None
+    slices: Mapping[int, Mapping[int, Overlap]] = field(default_factory=dict)
+    confusion: Mapping[tuple[int, int], int] = field(default_factory=dict)
+
+    @property
+    def voxels(self) -> Overlap:
+        """The counts that Dice and IoU are made of."""
+        return self.whole.voxels
+
+    @property
+    def dice(self) -> float:
+        """Dice over the whole volume."""
+        return self.whole.dice
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union over the whole volume."""
+        return self.whole.iou
+
+    @property
+    def label_dice(self) -> float | None:
+        """Mean Dice over the labels that the patient has, see `mean_over_labels`; None for binary labels."""
+        return None if self.labels is None else mean_over_labels(self.labels, "dice")
+
+    @property
+    def label_iou(self) -> float | None:
+        """Mean intersection over union over the labels that the patient has; None for binary labels."""
+        return None if self.labels is None else mean_over_labels(self.labels, "iou")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run's scores, what has to be said beside them, and where they were written.
+
+    Attributes
+    ----------
+    scores : tuple of PatientScore
+        A score a patient.
+    caveats : tuple of str
+        What has to be said beside them.
+    files : tuple of Path
+        Where they were written.
+    means : dict
+        By split, as validation patients chose epoch and threshold: each of `MEASURES`, the batch-averaged Dice and,
+        for a run that tells labels apart, Dice and IoU over labels, averaged over patients, by name.
+    failed : tuple of Problem
+        Patients whose volumes could not be read from the store, and are in no figure.
+    """
+
+    scores: tuple[PatientScore, ...]
+    caveats: tuple[str, ...]
+    files: tuple[Path, ...]
+    means: Mapping[str, Mapping[str, MeanInterval]]
+    failed: tuple[Problem, ...] = ()
+
+    @property
+    def mean_dice(self) -> float:
+        """Dice averaged over patients; a `RunError` where they are of several splits, see `means`."""
+        return self._of_one_split["dice"].mean
+
+    @property
+    def mean_iou(self) -> float:
+        """Intersection over union averaged over patients; a `RunError` where they are of several splits."""
+        return self._of_one_split["iou"].mean
+
+    @property
+    def mean_label_dice(self) -> float | None:
+        """Mean Dice over the labels of each patient, averaged over patients; None for binary labels."""
+        found = self._of_one_split.get("label_dice")
+        return None if found is None else found.mean
+
+    @property
+    def mean_label_iou(self) -> float | None:
+        """Mean intersection over union over the labels of each patient, averaged over them; None for binary ones."""
+        found = self._of_one_split.get("label_iou")
+        return None if found is None else found.mean
+
+    @property
+    def _of_one_split(self) -> Mapping[str, MeanInterval]:
+        if len(self.means) > 1:
+            raise RunError(f"{' and '.join(self.means)} patients are not averaged together; use `means`, by split")
+        return next(iter(self.means.values()))
+
+
+def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
+    """Return the means of the patients of one split."""
+    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores], m.within) for m in MEASURES}
+    # Of a run on binary labels there are none.
+    shares = {name: [getattr(score, name) for score in scores] for name in _SHARES}
+    return means | {name: mean_interval(known, (0.0, 1.0)) for name, known in shares.items() if None not in known}
+
+
+def evaluate(
+    run: str | Path,
+    splits: Sequence[str] = ("test",),
+    store: str | Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Evaluation:
+    """Predict every volume of some parts of a run's split, slice by slice, and compare it with its label map.
+
+    Writes into the run folder: `evaluation/<parts>.csv` and `.json`, the scores; `<parts>-slices.csv`, a row a slice;
+    for a run that tells labels apart `<parts>-labels.csv` and `<parts>-confusion.csv`; pictures of the best, median and
+    worst slices; `report.html`, which shows all of that; and the scores into `MODEL_CARD.md`.
+
+    Parameters
+    ----------
+    run : str or Path
+        The run folder.
+    splits : sequence of str
+        ``train``, ``validation`` or ``test``.
+    store : str or Path, optional
+        The store, where it has moved since the run was trained, or is at a URL.
+    progress : callable, optional
+        Called with (patients done, patients, case id).
+
+    Returns
+    -------
+    Evaluation
+        A score a patient.
+
+    Raises
+    ------
+    RunError
+        If the run cannot be used, another process trains or evaluates it, the parts hold no patient in whom something
+        is labelled, or the store holds other data than it was trained on.
+    CspineDataError
+        If the store cannot be used, or none of the patients; where only some cannot, the others are scored.
+    """
+    # Refuses what is no run, before anything is written there.
+    load_record(Path(run))
+    with only_writer(Path(run)):
+        return _evaluate(run, splits, store, progress)
+
+
+def _evaluate(
+    run: str | Path,
+    splits: Sequence[str],
+    store: str | Path | None,
+    progress: Callable[[int, int, str], None] | None,
+) -> Evaluation:
+    started = time.monotonic()
+    loaded = load_run(run)
+    record = loaded.record
+    splits = tuple(dict.fromkeys(splits))
+    wanted = [(part, case) for part in splits for case in record.split.cases(part)]
+    if not wanted:
+        raise RunError(f"{run}: has no {' or '.join(splits)} patients; choose another --split")
+    if store is None and "://" in record.store:
+        # Whoever made the run folder chose this address.
+        raise RunError(f"{run}: its store is at {record.store}; name it with --store to read from there")
+    if store is None and not Path(record.store).exists():
+        raise RunError(f"{record.store}: is not there any more; say with --store where the store of {run} is now")
+    cohort = open_cohort(store or record.store)
+    for _, case in wanted:
+        check_trained_on(loaded, cohort, case)
+    wanted, nothing = _labelled(loaded, cohort, wanted)
+    gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST))
+    scores, failed = [], []
+    for number, (part, case) in enumerate(wanted, start=1):
+        try:
+            volume = segment(loaded, cohort, case)
+        except CspineDataError as error:
+            failed.append(Problem(case, str(error)))
+            if len(failed) == len(wanted):
+                raise
+        else:
+            scores.append(score_patient(volume, part, loaded))
+            gallery.add(volume)
+        if progress:
+            progress(number, len(wanted), case)
+    name = "-".join(splits)
+    folder = loaded.path / EVALUATION_FOLDER
+    make_folder(folder)
+    pictures: list[Path] = []
+    # Before the scores: whoever finds those takes the patients for done.
+    with never_fatal(f"{folder}: pictures"):
+        of = f"{len(scores)} {' and '.join(splits)} patient{'s' if len(scores) > 1 else ''}"
+        pictures += gallery.draw(folder, f"{name}-", of, record.caveats())
+    evaluation = _written(loaded, name, tuple(scores), tuple(failed), time.monotonic() - started, nothing)
+    files = [*evaluation.files, *pictures]
+    with never_fatal(f"{loaded.path / REPORT_NAME}"):
+        files.append(write_report(loaded.path, record))
+    with never_fatal(f"{loaded.path / CARD_NAME}"):
+        write_card(loaded.path, record)
+    return replace(evaluation, files=tuple(files))
+
+
+def _labelled(
+    loaded: LoadedRun, cohort: Cohort, wanted: Sequence[tuple[str, str]]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the patients, by part and case, in whom something is labelled, and the cases of the others.
+
+    Raises
+    ------
+    RunError
+        If nothing is labelled in any of them.
+    """
+    labelled, nothing = [], []
+    for part, case in wanted:
+        if cohort.record(case, loaded.record.settings.variant).labels:
+            labelled.append((part, case))
+        else:
+            nothing.append(case)
+    if not labelled:
+        raise RunError(
+            f"{cohort.path}: the label maps of {', '.join(nothing)} label nothing, and there is nobody else to score; "
+            "choose another --split"
+        )
+    return labelled, nothing
+
+
+def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> PatientScore:
+    """Return how well a patient's volume was segmented by a run."""
+    found, truth, spacing_mm = segmented.scored(segmented.found_xyz), segmented.truth_xyz, segmented.spacing_mm
+    several = bool(loaded.record.label_values)
+    slices = segmented.slices
+    labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
+    return PatientScore(
+        segmented.case,
+        part,
+        agreement(found != 0, truth != 0, spacing_mm),
+        batch_averaged_dice(labelled, loaded.record.settings.batch_size),
+        label_agreements(found, truth, spacing_mm) if several else None,
+        slices,
+        dict(_confusion(found, truth)) if several else {},
+    )
+
+
+def _confusion(found: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[tuple[int, int], int]]:
+    """Iterate over (true value, found value) and in how many voxels they meet, but for the background's with itself."""
+    marked = (found != 0) | (truth != 0)
+    values = np.union1d(truth[marked], found[marked])
+    # As one number each: numpy takes a hundred times as long to count pairs.
+    numbers = np.searchsorted(values, truth[marked]) * len(values) + np.searchsorted(values, found[marked])
+    for pair, count in enumerate(np.bincount(numbers).tolist()):
+        if count:
+            true, was = divmod(pair, len(values))
+            yield (int(values[true]), int(values[was])), count
+
+
+def _written(
+    loaded: LoadedRun,
+    name: str,
+    scores: tuple[PatientScore, ...],
+    failed: tuple[Problem, ...],
+    seconds: float,
+    nothing: Sequence[str] = (),
+) -> Evaluation:
+    folder = loaded.path / EVALUATION_FOLDER
+    record = loaded.record
+    several = bool(record.label_values)
+    endings = (".csv", ".json", "-slices.csv", *(("-labels.csv", "-confusion.csv") if several else ()))
+    files = tuple(folder / f"{name}{ending}" for ending in endings)
+    caveats = record.caveats()
+    if failed:
+        caveats += (f"not scored, as the store is damaged: {', '.join(problem.case for problem in failed)}",)
+    if nothing:
+        caveats += (f"not scored, as their label maps label nothing: {', '.join(nothing)}",)
+    parts = dict.fromkeys(score.split for score in scores)
+    means = {part: _means([score for score in scores if score.split == part]) for part in parts}
+    evaluation = Evaluation(scores, caveats, files, means, failed)
+    note = "; ".join(evaluation.caveats)
+    rows = [_row(score, note) for score in scores]
+    write_rows(files[0], rows[0].keys(), rows)
+    slice_rows = [row for score in scores for row in _slice_rows(score)]
+    write_rows(files[2], ("case", "split", "axis", "slice", *_counts(scores[0].voxels)), slice_rows)
+    summary: dict[str, Any] = {
+        "patients": rows,
+        "means": {part: {name: vars(one) for name, one in of_part.items()} for part, of_part in means.items()},
+        "seconds": round(seconds, 1),
+        "failed": {problem.case: problem.message for problem in failed},
+        "caveats": evaluation.caveats,
+        "settings": record.settings.model_dump(),
+        # Of a run that goes on training, what was scored may not be what it keeps in the end.
+        "kept_epoch": record.kept_epoch,
+        "kept_components": record.kept_components,
+        "filled_holes": record.filled_holes,
+        "digests": {score.case: record.digests[score.case] for score in scores},
+    }
+    if several:
+        label_rows = [row for score in scores for row in _label_rows(score, note)]
+        columns = ("case", "split", "label", *_figures(scores[0].whole), "note")
+        write_rows(files[3], columns, label_rows)
+        write_rows(
+            files[4],
+            ("case", "split", "true_label", "found_label", "voxels"),
+            [
+                {"case": score.case, "split": score.split, "true_label": true, "found_label": found, "voxels": voxels}
+                for score in scores
+                for (true, found), voxels in score.confusion.items()
+            ],
+        )
+        summary["labels"] = label_rows
+    if len(means) == 1:
+        names = ("dice", "iou", *(("label_dice", "label_iou") if several else ()))
+        summary |= {f"mean_{name}": getattr(evaluation, f"mean_{name}") for name in names}
+    write_text(files[1], json.dumps(summary, indent=1))
+    return evaluation
+
+
+def _row(score: PatientScore, note: str) -> dict[str, Any]:
+    row = {"case": score.case, "split": score.split, **_figures(score.whole)}
+    row["batch_averaged_dice"] = round(score.batch_averaged_dice, 6)
+    if score.label_dice is not None and score.label_iou is not None:
+        row |= {"label_dice": round(score.label_dice, 6), "label_iou": round(score.label_iou, 6)}
+    return row | {"note": note}
+
+
+def _label_rows(score: PatientScore, note: str) -> list[dict[str, Any]]:
+    return [
+        {"case": score.case, "split": score.split, "label": value, **_figures(of_label), "note": note}
+        for value, of_label in (score.labels or {}).items()
+    ]
+
+
+def _slice_rows(score: PatientScore) -> Iterator[dict[str, Any]]:
+    for axis, of_axis in score.slices.items():
+        for index, voxels in of_axis.items():
+            yield {"case": score.case, "split": score.split, "axis": axis, "slice": index, **_counts(voxels)}
+
+
+def _figures(of: Agreement) -> dict[str, Any]:
+    counts = _counts(of.voxels)
+    return counts | {measure.name: round(getattr(of, measure.name), 6) for measure in MEASURES}
+
+
+def _counts(voxels: Overlap) -> dict[str, Any]:
+    return {
+        "dice": round(voxels.dice, 6),
+        "iou": round(voxels.iou, 6),
+        "true_positive_voxels": voxels.true_positive,
+        "false_positive_voxels": voxels.false_positive,
+        "false_negative_voxels": voxels.false_negative,
+    }

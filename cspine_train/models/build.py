@@ -1,0 +1,185 @@
+"""Which networks there are, and how one is built, saved and loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from cspine_data import atomic_write, make_folder
+from cspine_train.data.transforms import Sides
+from cspine_train.errors import ModelError, meant
+from cspine_train.models.pretrained import give_weights
+
+REFERENCE_MODELS = ("unet", "fpn", "linknet", "pspnet")
+_TIMM_NAME = re.compile(r"tu-[\w.-]+")
+
+
+def architectures() -> tuple[str, ...]:
+    """Return the names of the architectures, those of the reference study first."""
+    import segmentation_models_pytorch as smp
+
+    others = sorted(name for name in smp.MODEL_ARCHITECTURES_MAPPING if name not in REFERENCE_MODELS)
+    return (*REFERENCE_MODELS, *others)
+
+
+def encoders() -> tuple[str, ...]:
+    """Return the names of SMP's own encoders; any timm encoder is reached as ``tu-NAME`` besides."""
+    import segmentation_models_pytorch as smp
+
+    return tuple(sorted(name for name in smp.encoders.get_encoder_names() if not name.startswith("timm-")))
+
+
+def build_model(
+    model: str, encoder: str, weights: str = "none", channels: int = 1, classes: int = 1
+) -> tuple[nn.Module, str]:
+    """Build a network.
+
+    Parameters
+    ----------
+    model, encoder : str
+        Names of architecture and encoder.
+    weights : str
+        ``imagenet``; ``none``; ``auto``: ImageNet weights where they can be had, else random ones; or a file.
+    channels : int
+        Of the images: a slice, and its neighbours on both sides if the network sees them.
+    classes : int
+        Channels of the output, see `network_classes`.
+
+    Returns
+    -------
+    network : Module
+        Maps (N, C, H, W) to logits (N, classes, H, W); H and W are what `sides_of` says.
+    weights_used : str
+        ``imagenet``, ``none``, or the SHA-256 of the file.
+
+    Raises
+    ------
+    ModelError
+        If there is no such architecture or encoder, they do not go together, or the weights cannot be had or do not
+        fit: `ModelError.details` then lists the tensors.
+    """
+    network = _create(model, encoder, None, channels, classes)
+
+    def in_colour() -> nn.Module:
+        return cast("nn.Module", _create(model, encoder, "imagenet", 3, classes).encoder)
+
+    return network, give_weights(cast("nn.Module", network.encoder), encoder, weights, in_colour)
+
+
+def check_names(model: str, encoder: str) -> None:
+    """Refuse what is no architecture, and what is no encoder of SMP's own or of timm's, without a network.
+
+    Raises
+    ------
+    ModelError
+        If one of them is not known.
+    """
+    if model not in architectures():
+        raise ModelError(
+            f"model {model!r}: is not known{meant(model, architectures())}; cspine-train models lists them"
+        )
+    import segmentation_models_pytorch as smp
+
+    if encoder.startswith("tu-"):
+        import timm
+
+        # timm also takes hf-hub:NAME and local-dir:PATH, which would reach for a server or a folder.
+        known = _TIMM_NAME.fullmatch(encoder) and timm.is_model(encoder[3:])
+        others = () if known else tuple(f"tu-{name}" for name in timm.list_models())
+    else:
+        others = () if encoder in smp.encoders.get_encoder_names() else encoders()
+    if others:
+        raise ModelError(f"encoder {encoder!r}: is not known{meant(encoder, others)}; cspine-train models lists them")
+
+
+def sides_of(network: nn.Module) -> Sides:
+    """Return what the height and width of a network's images may be: multiples of what its encoder divides them by.
+
+    SMP's Unet takes other sizes too, and stretches its features until they fit onto each other, which shifts them by
+    another part of a pixel for each size: what prediction sees would not be what training saw. PAN halves what its
+    encoder gives three times more; DPT brings it to strides of 4 to 32, whatever the encoder's.
+    """
+    import segmentation_models_pytorch as smp
+
+    stride = int(cast("Any", network).encoder.output_stride)
+    if isinstance(network, smp.DPT):
+        stride = math.lcm(stride, 32)
+    return Sides(stride, 8 * stride if isinstance(network, smp.PAN) else stride)
+
+
+def _create(model: str, encoder: str, weights: str | None, channels: int, classes: int) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    # Names come from a run folder of anybody, too.
+    check_names(model, encoder)
+    options: dict[str, Any] = {"encoder_weights": weights, "in_channels": channels, "classes": classes}
+    reason = ""
+    for of_any_size in ({"dynamic_img_size": True}, {}) if _of_one_size(encoder) else ({},):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return cast("nn.Module", smp.create_model(model, encoder, **options, **of_any_size))
+        # Architectures, encoders, timm and the hub each raise kinds of their own.
+        except Exception as error:  # noqa: BLE001
+            reason = " ".join(str(error).split())[:200]
+    raise ModelError(
+        f"{model} with encoder {encoder!r}: cannot be built ({reason}); choose another --encoder or --model, "
+        "cspine-train models lists them"
+    )
+
+
+def _of_one_size(encoder: str) -> bool:
+    """Return whether a network of timm takes images of one size, unless it is told to take any and can."""
+    import timm
+
+    known = timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
+    return known is not None and bool(known.fixed_input_size)
+
+
+def save_model(network: Any, folder: Path) -> None:
+    """Save a network as safetensors beside its JSON, in the format that SMP's own `from_pretrained` reads.
+
+    Both files survive a power failure when this returns, see `atomic_write`.
+    """
+    make_folder(folder)
+    names = ("config.json", "model.safetensors")
+    with ExitStack() as files:
+        config, weights = (files.enter_context(atomic_write(folder / name)) for name in names)
+        saved = weights.with_suffix("")
+        files.callback(shutil.rmtree, saved, ignore_errors=True)
+        network.save_pretrained(saved)
+        # safetensors lets nobody else read it, wherever the rest of the folder can be read.
+        shutil.copymode(config, saved / names[1])
+        for name, temporary in zip(names, (config, weights), strict=True):
+            (saved / name).replace(temporary)
+
+
+def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classes: int = 1) -> nn.Module:
+    """Build a network and load the weights that `save_model` saved.
+
+    Raises
+    ------
+    ModelError
+        If the weights are missing, damaged, or of another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "model.safetensors"
+    # First weights are drawn and then replaced: not from the caller's random generator.
+    with torch.random.fork_rng(devices=[]):
+        network = _create(model, encoder, None, channels, classes)
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"{path}: cannot be loaded ({reason}); train the run anew") from None
+    return network.eval()

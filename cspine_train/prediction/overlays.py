@@ -1,0 +1,172 @@
+"""Which slices a run segments best, worst and so-so, and pictures of them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cspine_data import Cohort, make_folder
+from cspine_train.metrics.overlap import Overlap
+from cspine_train.prediction.predictor import LoadedRun
+from cspine_train.prediction.stored_volumes import Segmented, segment_all
+from cspine_train.reports.figures import SliceView, as_seen, draw_overlays
+from cspine_train.run.folder import OVERLAYS_FOLDER
+
+#: How many validation patients are looked at: whole volumes are predicted, and a few show what there is to see.
+MOST_PATIENTS = 8
+_SHOWN = 4
+# Neighbours look alike.
+_APART_MM = 5.0
+
+
+class Kind(NamedTuple):
+    """What makes a slice worth a look: its name, and what to sort slices by, given the median Dice of all."""
+
+    name: str
+    order: Callable[[Overlap, float], Any]
+
+
+BEST = Kind("best", lambda voxels, _: (-voxels.dice, -voxels.true_positive))
+MEDIAN = Kind("median", lambda voxels, middle: (abs(voxels.dice - middle), -voxels.true_positive))
+WORST = Kind("worst", lambda voxels, _: (voxels.dice, -voxels.false_positive - voxels.false_negative))
+
+
+class Gallery:
+    """The slices worth a look among any number of patients, along some axes.
+
+    Only slices count in which something is labelled, or was found.
+    """
+
+    def __init__(self, axes: Sequence[int], kinds: Sequence[Kind]) -> None:
+        self._kinds = kinds
+        self._views: dict[int, dict[str, list[SliceView]]] = {axis: {kind.name: [] for kind in kinds} for axis in axes}
+        self._dice: dict[int, list[float]] = {axis: [] for axis in axes}
+        self._middle = dict.fromkeys(axes, 0.0)
+
+    def add(self, segmented: Segmented) -> None:
+        """See one more patient; of all so far the slices are kept that may be shown."""
+        for axis, views in self._views.items():
+            dice = self._dice[axis]
+            dice += [voxels.dice for voxels in segmented.slices[axis].values()]
+            # Once a patient, and of what is nearly in order already: there may be ten thousand of them.
+            dice.sort()
+            self._middle[axis] = median(dice) if dice else 0.0
+            for kind in self._kinds:
+                views[kind.name] += extreme_slices(segmented, axis, self._order(kind, axis))
+                # The median still moves.
+                views[kind.name] = self._first(kind, axis, 4 * _SHOWN)
+
+    def draw(self, folder: Path, stem: str, of: str, notes: Sequence[str]) -> tuple[Path, ...]:
+        """Write a picture for each kind, ``<stem><kind>.png``, a row an axis; none where there is no slice.
+
+        Parameters
+        ----------
+        folder : Path
+            Where; it is made.
+        stem : str
+            What the pictures' names begin with.
+        of : str
+            Whose slices, for the title.
+        notes : sequence of str
+            What has to be said beside them.
+        """
+        files = []
+        for kind in self._kinds:
+            shown = [view for axis in self._views for view in self._first(kind, axis, _SHOWN)]
+            if shown:
+                make_folder(folder)
+                files.append(folder / f"{stem}{kind.name}.png")
+                draw_overlays(files[-1], shown, f"{kind.name} slices of {of}", notes)
+        return tuple(files)
+
+    def _order(self, kind: Kind, axis: int) -> Callable[[Overlap], Any]:
+        middle = self._middle[axis]
+        return lambda voxels: kind.order(voxels, middle)
+
+    def _first(self, kind: Kind, axis: int, count: int) -> list[SliceView]:
+        order = self._order(kind, axis)
+        return heapq.nsmallest(count, self._views[axis][kind.name], lambda view: order(view.voxels))
+
+
+def save_overlays(
+    loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
+) -> tuple[Path, ...]:
+    """Predict validation patients' volumes, and write pictures of their best and their worst slices along each axis.
+
+    Parameters
+    ----------
+    loaded : LoadedRun
+        The run; `overlays/best.png` and `worst.png` are written into its folder.
+    cohort : Cohort
+        The store that it was trained on.
+    progress : callable, optional
+        Called with (patients done, patients, case id).
+
+    Returns
+    -------
+    tuple of Path
+        The pictures.
+
+    Raises
+    ------
+    RunError
+        If the store holds other data than the run was trained on.
+    CspineDataError
+        If the store cannot be used.
+    """
+    record = loaded.record
+    cases = record.validation[:MOST_PATIENTS]
+    gallery = Gallery(record.settings.axes, (BEST, WORST))
+    for segmented in segment_all(loaded, cohort, cases, progress):
+        gallery.add(segmented)
+    of = f"{len(record.validation)} validation patient{'s' if len(record.validation) > 1 else ''}"
+    if len(cases) < len(record.validation):
+        of = f"the first {len(cases)} of {of}"
+    return gallery.draw(loaded.path / OVERLAYS_FOLDER, "", of, record.caveats())
+
+
+def extreme_slices(segmented: Segmented, axis: int, order: Callable[[Overlap], Any]) -> Iterator[SliceView]:
+    """Iterate over a patient's first slices in some order, the first first; neighbours of one are left out.
+
+    Parameters
+    ----------
+    segmented : Segmented
+        The patient.
+    axis : int
+        Slices along which axis.
+    order : callable
+        What to sort by, of a slice's `Overlap`.
+    """
+    first, second = (number for number in range(3) if number != axis)
+    along_mm = segmented.spacing_mm[axis]
+    spacing_mm = segmented.spacing_mm[second], segmented.spacing_mm[first]
+    counts = segmented.slices[axis]
+    chosen: list[int] = []
+    for index in sorted(counts, key=lambda index: order(counts[index])):
+        if any(abs(index - other) * along_mm < _APART_MM for other in chosen):
+            continue
+        chosen.append(index)
+        image, found, truth = (
+            as_seen(np.take(volume, index, axis), axis)
+            for volume in (segmented.image_xyz, segmented.scored(segmented.found_xyz), segmented.truth_xyz)
+        )
+        count = segmented.image_xyz.shape[axis]
+        yield SliceView(
+            segmented.case,
+            axis,
+            index,
+            count,
+            image,
+            found != 0,
+            truth != 0,
+            spacing_mm,
+            segmented.window,
+            counts[index],
+        )
+        if len(chosen) == _SHOWN:
+            return

@@ -1,0 +1,142 @@
+"""A predicted volume at a glance: slices through it along each axis, as a picture and as an animation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from cspine_data import Orientation, Volume, atomic_write
+from cspine_train.reports.figures import BORDERS, as_seen, window_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+# Okabe and Ito (2008), as in the other pictures: what was found, and what is true.
+_FOUND, _TRUTH = (230, 159, 0), (86, 180, 233)
+_FILL = 0.4
+_LONGEST_SIDE = 320
+_ROWS, _COLUMNS = 3, 4
+_MOST_FRAMES = 100
+_FRAME_MS = 80
+# Around what is marked, so that it is seen where it lies.
+_MARGIN_MM = 15.0
+
+
+def draw_overview(stem: Path, volume: Volume, label: Volume, truth: Volume | None = None) -> tuple[Path, ...]:
+    """Write ``<stem>-axis<a>.png``, slices through what was found, and ``.gif``, all slices, for each axis.
+
+    What was found is filled; the truth, where there is one, is a line. Slices are turned as radiologists see them.
+
+    Parameters
+    ----------
+    stem : Path
+        What the names begin with.
+    volume, label : Volume
+        The image, and the label map that was found, on the same grid.
+    truth : Volume, optional
+        The label map that is true, on the same grid.
+
+    Returns
+    -------
+    tuple of Path
+        The pictures.
+    """
+    orientation = Orientation.of(volume.geometry)
+    spacing_mm = orientation.geometry_xyz(volume.geometry).spacing_mm
+    image, found = (orientation.to_anatomical(one.array) for one in (volume, label))
+    true = None if truth is None else orientation.to_anatomical(truth.array) > 0
+    shown = _Shown(image, found != 0, true, spacing_mm, window_of(image[::2, ::2, ::2]))
+    files = []
+    for axis in range(3):
+        indices = shown.indices(axis)
+        picture, animation = (stem.with_name(f"{stem.name}-axis{axis}{ending}") for ending in (".png", ".gif"))
+        chosen = indices[np.linspace(0, len(indices) - 1, min(len(indices), _ROWS * _COLUMNS)).round().astype(int)]
+        _save_picture(picture, [shown.frame(axis, index) for index in chosen])
+        step = -(-len(indices) // _MOST_FRAMES)
+        _save_animation(animation, (shown.frame(axis, index) for index in indices[::step]))
+        files += [picture, animation]
+    return tuple(files)
+
+
+class _Shown:
+    """A volume with what is marked in it, (x, y, z), and its slices as pictures."""
+
+    def __init__(
+        self,
+        image: NDArray[Any],
+        found: NDArray[np.bool_],
+        truth: NDArray[np.bool_] | None,
+        spacing_mm: tuple[float, float, float],
+        window: tuple[float, float],
+    ) -> None:
+        self._image, self._found, self._truth = image, found, truth
+        self._spacing_mm, self._window = spacing_mm, window
+
+    def indices(self, axis: int) -> NDArray[np.int64]:
+        """Return the slices through what is marked, and a margin; all of them where nothing is."""
+        others = tuple(a for a in range(3) if a != axis)
+        marked: NDArray[np.bool_] = np.any(self._found, axis=others)
+        if self._truth is not None:
+            marked |= np.any(self._truth, axis=others)
+        at = np.flatnonzero(marked)
+        if not at.size:
+            return np.arange(len(marked))
+        margin = round(_MARGIN_MM / self._spacing_mm[axis])
+        return np.arange(max(0, at[0] - margin), min(len(marked), at[-1] + margin + 1))
+
+    def frame(self, axis: int, index: int) -> Picture:
+        """Return a slice as a picture, its sides in the ratio that they have in the patient."""
+        from PIL import Image, ImageDraw
+
+        low, high = self._window
+        image = as_seen(np.take(self._image, index, axis), axis)
+        grey = (np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        colours = np.repeat(grey[..., None], 3, axis=2)
+        found = as_seen(np.take(self._found, index, axis), axis)
+        colours[found] = ((1 - _FILL) * colours[found] + _FILL * np.array(_FOUND)).astype(np.uint8)
+        right_mm, down_mm = (mm for a, mm in enumerate(self._spacing_mm) if a != axis)
+        height, width = colours.shape[0] * down_mm, colours.shape[1] * right_mm
+        scale = _LONGEST_SIDE / max(height, width)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        picture = Image.fromarray(colours).resize(size, Image.Resampling.BILINEAR)
+        if self._truth is not None:
+            truth = Image.fromarray(as_seen(np.take(self._truth, index, axis), axis).astype(np.uint8) * 255)
+            mask = np.asarray(truth.resize(size, Image.Resampling.NEAREST)) > 0
+            pixels = np.array(picture)
+            pixels[mask & ~ndimage.binary_erosion(mask)] = _TRUTH
+            picture = Image.fromarray(pixels)
+        draw = ImageDraw.Draw(picture)
+        left, right, top, bottom = list(BORDERS[axis])
+        for letter, place, anchor in (
+            (left, (2, size[1] / 2), "lm"),
+            (right, (size[0] - 2, size[1] / 2), "rm"),
+            (top, (size[0] / 2, 2), "mt"),
+            (bottom, (size[0] / 2, size[1] - 2), "mb"),
+            (str(index), (2, 2), "lt"),
+        ):
+            draw.text(place, letter, fill="white", anchor=anchor, stroke_width=1, stroke_fill="black")
+        return picture
+
+
+def _save_picture(path: Path, frames: list[Picture]) -> None:
+    from PIL import Image
+
+    width, height = frames[0].size
+    columns = min(_COLUMNS, len(frames))
+    rows = -(-len(frames) // columns)
+    sheet = Image.new("RGB", (columns * width + columns - 1, rows * height + rows - 1))
+    for number, frame in enumerate(frames):
+        sheet.paste(frame, ((number % columns) * (width + 1), (number // columns) * (height + 1)))
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _save_animation(path: Path, frames: Iterator[Picture]) -> None:
+    first = next(frames)
+    with atomic_write(path) as temporary:
+        first.save(temporary, format="GIF", save_all=True, append_images=frames, duration=_FRAME_MS, loop=0)

@@ -1,0 +1,113 @@
+"""A stored patient's volume, what a run finds in it and what is true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data import Cohort
+from cspine_train.errors import RunError
+from cspine_train.metrics.overlap import Overlap, slice_overlaps
+from cspine_train.prediction.predictor import LoadedRun, label_map
+from cspine_train.reports.figures import window_of
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """A labelled volume, what was found in it and what is true, all (x, y, z) on the grid of its source.
+
+    Attributes
+    ----------
+    case : str
+        Whose volume.
+    image_xyz : ndarray
+        Intensities, corrected as for the run.
+    spacing_mm : tuple of float
+        Voxel spacing along x, y and z.
+    found_xyz, truth_xyz : ndarray
+        Label values that were found, and those that are true; 0 is none.
+    axes : tuple of int
+        The axes along whose slices the run looks.
+    ignored_xyz : ndarray of bool or None
+        The voxels that do not count; None where all do. `truth_xyz` is 0 there.
+    """
+
+    case: str
+    image_xyz: NDArray[Any]
+    spacing_mm: tuple[float, float, float]
+    found_xyz: NDArray[Any]
+    truth_xyz: NDArray[Any]
+    axes: tuple[int, ...] = (0, 1, 2)
+    ignored_xyz: NDArray[np.bool_] | None = None
+
+    def scored(self, found_xyz: NDArray[Any]) -> NDArray[Any]:
+        """Return a segmentation, of the volume's shape, with 0 where voxels do not count."""
+        return found_xyz if self.ignored_xyz is None else np.where(self.ignored_xyz, 0, found_xyz)
+
+    @cached_property
+    def slices(self) -> Mapping[int, Mapping[int, Overlap]]:
+        """How both overlap in each slice in which either marks anything, by the run's axes and index."""
+        found, truth = self.scored(self.found_xyz) != 0, self.truth_xyz != 0
+        return {axis: slice_overlaps(found, truth, axis) for axis in self.axes}
+
+    @cached_property
+    def window(self) -> tuple[float, float]:
+        """The intensities to show black and white, see `window_of`."""
+        return window_of(self.image_xyz)
+
+
+def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
+    """Predict a case of a run's store, on the grid of the file that it came from.
+
+    Raises
+    ------
+    RunError
+        If the store holds other data of it than the run was trained on.
+    CspineDataError
+        If the store cannot be used.
+    """
+    check_trained_on(loaded, cohort, case)
+    variant = loaded.record.settings.variant
+    prepared = cohort.prepared(case, variant)
+    found = label_map([loaded], loaded.on_source_grid(prepared))
+    corrected = prepared.corrected
+    truth, axes = cohort.label_xyz(case, variant), loaded.record.settings.axes
+    ignored, values = None, cohort.record(case, variant).ignored_values
+    if values:
+        ignored = np.isin(truth, values)
+        truth = np.where(ignored, 0, truth)
+    return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, truth, axes, ignored)
+
+
+def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:
+    """Refuse other data of a case than a run was trained with.
+
+    Raises
+    ------
+    RunError
+        If the store holds such.
+    """
+    stored = cohort.record(case, loaded.record.settings.variant)
+    if stored.digest != loaded.record.digests.get(case):
+        now, then = stored.preprocessing, loaded.record.preprocessing
+        if now != then:
+            raise RunError(
+                f"{cohort.path}: holds {case} prepared with {now.description}, and {loaded.path} was trained on "
+                f"{then.description}; prepare it so again, or train anew"
+            )
+        raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
+
+
+def segment_all(
+    loaded: LoadedRun, cohort: Cohort, cases: Sequence[str], progress: Callable[[int, int, str], None] | None = None
+) -> Iterator[Segmented]:
+    """Iterate over `segment` of cases; `progress` is called when what is done with one is done."""
+    for number, case in enumerate(cases, start=1):
+        yield segment(loaded, cohort, case)
+        if progress:
+            progress(number, len(cases), case)

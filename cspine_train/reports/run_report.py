@@ -1,0 +1,161 @@
+"""All that is known of a run on one page, which needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cspine_train.metrics.overlap import MEASURES, Measure
+from cspine_train.metrics.statistics import mean_interval, too_few
+from cspine_train.run.evaluations import recorded_evaluations
+from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
+from cspine_train.run.planes import PLANES
+from cspine_train.run.settings import RunRecord
+
+#: Plots of slices on the page: those of the lowest Dice, of however many patients.
+MOST_PLOTS = 48
+_SHOWN: tuple[Measure, ...] = (*MEASURES, Measure("batch_averaged_dice", "batch-averaged Dice"))
+
+
+def write_report(run: Path, record: RunRecord) -> Path:
+    """Write a run's `report.html` from what lies in its folder: scores, slices, overlays, curves.
+
+    Only evaluations count that are of what the run keeps. Names and notes are shown as text, whatever is in them.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    record : RunRecord
+        Its record.
+    """
+    settings = record.settings
+    planes = ", ".join(PLANES[axis] for axis in settings.axes)
+    text = page(
+        "report.html.jinja",
+        title=f"{settings.model}, {settings.encoder}, {planes} slices, {settings.variant}",
+        caveats=record.caveats(),
+        parts=[_part(run, name, evaluation) for name, evaluation in recorded_evaluations(run, record)],
+        training=[
+            *embedded_pictures([(run / CURVES_NAME, "loss, validation Dice and learning rate by epoch")]),
+            *embedded_pictures(
+                (run / OVERLAYS_FOLDER / f"{kind}.png", f"validation slices that came out {kind}")
+                for kind in ("best", "worst")
+            ),
+        ],
+    )
+    write_text(run / REPORT_NAME, text)
+    return run / REPORT_NAME
+
+
+def page(template: str, **known: Any) -> str:
+    """Return a page of one of the package's templates; whatever it is given is shown as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(loader=PackageLoader("cspine_train", ""), autoescape=True, undefined=StrictUndefined)
+    return pages.get_template(template).render(**known)
+
+
+def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    folder = run / EVALUATION_FOLDER
+    patients = [
+        {"case": row["case"], "figures": [_told(measure, row.get(measure.name)) for measure in _SHOWN]}
+        for row in evaluation["patients"]
+    ]
+    plots = sorted(slice_plots(folder / f"{name}-slices.csv"), key=lambda plot: plot["lowest"])
+    return {
+        "title": f"{name.replace('-', ' and ')} patients".capitalize(),
+        "headings": [measure.heading for measure in _SHOWN],
+        "patients": patients,
+        "splits": list(_splits(evaluation["patients"])),
+        "confusion": _confusion(folder / f"{name}-confusion.csv"),
+        "pictures": embedded_pictures(
+            (folder / f"{name}-{kind}.png", f"slices of {kind} Dice") for kind in ("best", "median", "worst")
+        ),
+        "plots": plots[:MOST_PLOTS],
+        "left_out": max(0, len(plots) - MOST_PLOTS),
+    }
+
+
+def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Iterate over the means of each split: validation patients chose epoch and threshold, and are kept apart."""
+    for split in dict.fromkeys(row["split"] for row in rows):
+        patients = [row for row in rows if row["split"] == split]
+        figures = [[row[measure.name] for row in patients if measure.name in row] for measure in _SHOWN]
+        # Evaluations of an older cspine lack some measures.
+        known = [
+            mean_interval(of, m.within) if len(of) == len(patients) else None
+            for m, of in zip(_SHOWN, figures, strict=True)
+        ]
+        yield {
+            "title": f"mean of {len(patients)} {split} patient{'s' if len(patients) > 1 else ''}",
+            "few": too_few(len(patients), split),
+            "means": [_told(measure, one.mean if one else None) for measure, one in zip(_SHOWN, known, strict=True)],
+            "intervals": [one.between(m.digits) if one else "" for m, one in zip(_SHOWN, known, strict=True)],
+        }
+
+
+def _told(measure: Measure, figure: float | None) -> str:
+    return "" if figure is None else measure.figure(figure)
+
+
+def embedded_pictures(named: Iterable[tuple[Path, str]]) -> list[dict[str, str]]:
+    """Return pictures as a page holds them, with what is told of each; those alone that are there."""
+    return [
+        {"data": base64.b64encode(path.read_bytes()).decode(), "told": told} for path, told in named if path.exists()
+    ]
+
+
+def slice_plots(table: Path) -> Iterator[dict[str, Any]]:
+    """Iterate over a curve of Dice by slice for each patient and axis, on a field of 285 x 95 from (30, 5)."""
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in read_rows(table, {"case": str, "axis": _plane, "slice": int, "dice": float}):
+        curves.setdefault((row["case"], row["axis"]), []).append((row["slice"], row["dice"]))
+    for (case, plane), points in curves.items():
+        first, last = points[0][0], points[-1][0]
+        step = 285 / max(1, last - first)
+        path, before = "", None
+        for index, dice in points:
+            # A gap where nothing is marked.
+            command = "L" if before == index - 1 else "M"
+            path += f"{command}{30 + (index - first) * step:.1f} {100 - 95 * dice:.1f}"
+            before = index
+        mean = sum(dice for _, dice in points) / len(points)
+        told = f"{case}, {plane}: mean {mean:.3f} over {len(points)} slices"
+        yield {"told": told, "path": path, "first": first, "last": last, "lowest": mean}
+
+
+def _plane(axis: str) -> str:
+    return PLANES[int(axis)]
+
+
+def _confusion(table: Path) -> dict[str, Any] | None:
+    rows = read_rows(table, dict.fromkeys(("true_label", "found_label", "voxels"), int))
+    if not rows:
+        return None
+    voxels: dict[int, dict[int, int]] = {}
+    for row in rows:
+        of_true = voxels.setdefault(row["true_label"], {})
+        of_true[row["found_label"]] = of_true.get(row["found_label"], 0) + row["voxels"]
+    found = sorted({value for of_true in voxels.values() for value in of_true})
+    # Of what is nothing only what was taken for something is counted: no row, as there is no whole to be a share of.
+    labels = [value for value in sorted(voxels) if value]
+    return {
+        "found": ["none" if value == 0 else value for value in found],
+        "rows": [
+            {
+                "value": value,
+                "voxels": sum(voxels[value].values()),
+                "shares": [
+                    {
+                        "told": f"{100 * voxels[value].get(other, 0) / sum(voxels[value].values()):.1f}",
+                        "own": value == other,
+                    }
+                    for other in found
+                ],
+            }
+            for value in labels
+        ],
+    }

@@ -1,0 +1,56 @@
+"""Whose volumes a run is fed: the split that it asks for, and what its record says of the patients."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from cspine_data import Cohort, Split
+from cspine_train.errors import RunError
+from cspine_train.run.cohort_range import CohortLooks
+from cspine_train.run.settings import RunSettings
+
+
+def split_of(cohort: Cohort, settings: RunSettings) -> Split:
+    """Return the patients that train, validate and test; those whose label map labels nothing are left out and named.
+
+    Raises
+    ------
+    RunError
+        If there are too few.
+    """
+    split = cohort.split(folds=settings.folds, fold=settings.fold, variant=settings.variant)
+    empty = cohort.empty_label_maps(settings.variant)
+    told = f"the label map of {', '.join(empty)} labels nothing" if empty else ""
+    if not split.train or not split.validation:
+        raise RunError(
+            f"{cohort.path}: has too few labelled cases to train and validate on "
+            f"({len(split.train)} and {len(split.validation)}{f'; {told}' if told else ''}); prepare at least three"
+        )
+    if told:
+        warnings.warn(f"{cohort.path}: {told}: left out of training, validation and test", stacklevel=2)
+    return split
+
+
+def what_is_fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
+    """Return what a run's record says of its patients.
+
+    Raises
+    ------
+    RunError
+        If they were prepared in different ways.
+    """
+    cases = (*split.train, *split.validation, *split.test)
+    first = cohort.record(cases[0], variant)
+    digests, looks = {}, CohortLooks.of(cohort.record(case, variant) for case in split.train)
+    for case in cases:
+        record = cohort.record(case, variant)
+        digests[case] = record.digest
+        if record.preprocessing != first.preprocessing:
+            raise RunError(
+                f"{cohort.path}: holds {first.case} and {case} as {variant}, prepared in different ways; "
+                "run cspine-data prepare with the same options over all of them"
+            )
+    parts = {"train": split.train, "validation": split.validation, "test": split.test}
+    what = {"preprocessing": first.preprocessing, "notes": cohort.notes, "digests": digests, "cohort_looks": looks}
+    return {"store": cohort.location, **what, **parts}

@@ -1,0 +1,276 @@
+"""What a study is made of: cells, each a run to train and to evaluate, known by all that decides its outcome."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cspine_data import Cohort
+from cspine_train.errors import RunError
+from cspine_train.run.folder import write_text
+from cspine_train.run.patient_split import split_of, what_is_fed
+from cspine_train.run.planes import AXES
+from cspine_train.run.settings import RunSettings
+
+#: What was asked of a study: JSON, see `Plan`.
+PLAN_NAME = "study.json"
+PLAN_VERSION = 1
+#: The reference study's rows "random init." name no encoder; here they are this one's, without pretrained weights.
+RANDOM, RANDOM_ENCODER = "random", "resnet50"
+IMAGENET = "imagenet"
+RANDOM_TOLD = "random is resnet50 without pretrained weights; the reference study's random names no encoder"
+REFERENCE_ENCODERS = (RANDOM, "resnet50", "inceptionv4")
+_QUEUE_COLUMNS = ("done", "model", "encoder", "axis", "epochs", "batch")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is varied in a study: every one of these with every other.
+
+    Attributes
+    ----------
+    models : sequence of str
+        Architectures.
+    encoders : sequence of str
+        Encoders; ``NAME:random`` starts from random weights, and ``random`` is ``resnet50:random``.
+    weights : dict
+        What the other encoders start from: by their name, or by ``""`` for all that are not named, ``imagenet``,
+        ``none`` or a file.
+    variants : sequence of str
+        ``n4`` and ``raw``.
+    axes : sequence of tuple of int
+        Each the axes of one model.
+    folds : int or None
+        Each is a run; None is the reference split.
+    seeds : int
+        As many runs of each, from seed 0 on.
+    """
+
+    models: Sequence[str] = ("unet", "fpn", "linknet", "pspnet")
+    encoders: Sequence[str] = REFERENCE_ENCODERS
+    weights: Mapping[str, str] = field(default_factory=dict)
+    variants: Sequence[str] = ("n4", "raw")
+    axes: Sequence[tuple[int, ...]] = ((0,), (1,), (2,))
+    folds: int | None = None
+    seeds: int = 1
+
+    def settings(self, recipe: RunSettings) -> list[RunSettings]:
+        """Return the settings of every run: those of the recipe, but for what is varied."""
+        started = [started_from(encoder, self.weights) for encoder in self.encoders]
+        folds = range(self.folds) if self.folds else (0,)
+        varied = product(self.models, started, self.variants, self.axes, folds, range(self.seeds))
+        return [
+            _checked(
+                recipe,
+                {"model": model, "encoder": encoder, "weights": weights, "variant": variant, "axes": axes}
+                | {"folds": self.folds, "fold": fold, "seed": seed},
+            )
+            for model, (encoder, weights), variant, axes, fold, seed in varied
+        ]
+
+
+def started_from(encoder: str, weights: Mapping[str, str]) -> tuple[str, str]:
+    """Return which encoder is meant, and which weights it starts from; see `Grid`."""
+    name, _, start = (f"{RANDOM_ENCODER}:{RANDOM}" if encoder == RANDOM else encoder).partition(":")
+    if start and start != RANDOM:
+        raise RunError(f"encoder {encoder!r}: is no NAME and no NAME:{RANDOM}; give files by --weights {name}=FILE")
+    given = "none" if start else weights.get(name, weights.get("", IMAGENET))
+    return name, given if given in ("none", IMAGENET) else str(Path(given).resolve())
+
+
+def queued(path: Path, grid: Grid, recipe: RunSettings) -> tuple[list[RunSettings], int]:
+    """Return the runs that a queue file of the reference study asks for, and how many it says are done.
+
+    Its columns are ``done,model,encoder,axis,epochs,batch``; what it does not name, variants, folds and seeds, is the
+    grid's.
+
+    Raises
+    ------
+    RunError
+        If it is no such file, or a line of it cannot be used.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RunError(f"{path}: cannot be read ({error}); give a CSV file") from None
+    missing = [name for name in _QUEUE_COLUMNS if rows and name not in rows[0]]
+    if missing or not rows:
+        raise RunError(f"{path}: is no queue; its first line has to be {','.join(_QUEUE_COLUMNS)}, then a line a run")
+    settings: list[RunSettings] = []
+    done = 0
+    for number, row in enumerate(rows, start=2):
+        cells = {name: (row[name] or "").strip() for name in _QUEUE_COLUMNS}
+        if cells["done"].lower() not in ("no", "yes"):
+            raise RunError(f"{path}: line {number}: done is {cells['done']!r}; write yes or no")
+        if cells["axis"] not in AXES:
+            raise RunError(f"{path}: line {number}: axis is {cells['axis']!r}; write one of {', '.join(AXES)}")
+        if cells["done"].lower() == "yes":
+            done += 1
+            continue
+        of_row = Grid(
+            [cells["model"]], [cells["encoder"] or RANDOM], grid.weights, grid.variants, [AXES[cells["axis"]]],
+            grid.folds, grid.seeds,
+        )  # fmt: skip
+        try:
+            asked = _checked(recipe, {"epochs": cells["epochs"], "batch_size": cells["batch"]})
+            settings += of_row.settings(asked)
+        except RunError as error:
+            raise RunError(f"{path}: line {number}: {error}") from None
+    return settings, done
+
+
+def _checked(recipe: RunSettings, update: Mapping[str, Any]) -> RunSettings:
+    try:
+        return RunSettings(**recipe.model_dump() | dict(update))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = " ".join(map(str, first["loc"])) or "settings"
+        raise RunError(f"{where}: {first['msg'].removeprefix('Value error, ')}; correct it") from None
+
+
+class Cell(BaseModel):
+    """A run of a study.
+
+    Attributes
+    ----------
+    name : str
+        Of its folder: what it is, for people, and a digest of its settings, its patients' data and a weights file.
+    settings : RunSettings
+        What is trained.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    settings: RunSettings
+
+
+class Plan(BaseModel):
+    """All cells of a study, and the store that they are fed from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan_version: int = PLAN_VERSION
+    store: str
+    cells: tuple[Cell, ...]
+
+
+def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
+    """Give every run its name; the same run twice is one cell.
+
+    Raises
+    ------
+    RunError
+        If there is nothing to run, there are too few patients, they were prepared in different ways, the variants hold
+        others, or a weights file cannot be read.
+    CspineDataError
+        If the store lacks a variant, an axis or a fold that is asked for.
+    """
+    fed: dict[tuple[str, int | None, int], Any] = {}
+    files: dict[str, str] = {}
+    cells: dict[str, Cell] = {}
+    for one in settings:
+        key = one.variant, one.folds, one.fold
+        if key not in fed:
+            split = split_of(cohort, one)
+            fed[key] = split, what_is_fed(cohort, split, one.variant)["digests"]
+        if one.weights not in files:
+            files[one.weights] = _digest_of_file(Path(one.weights)) if _starts_from_file(one) else ""
+        split, digests = fed[key]
+        cohort.slices(one.axes, cases=split.train, variant=one.variant)
+        # Who trains and who tests depends on when cases came into the store.
+        parts = [[[case, digests[case]] for case in part] for part in (split.train, split.validation, split.test)]
+        what = [but_for_path(one).model_dump(mode="json", exclude_defaults=True), files[one.weights], parts]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        name = f"{_told(one)}-{digest[:12]}"
+        cells[name] = Cell(name=name, settings=one)
+    if not cells:
+        raise RunError("nothing to run: give at least one of each of --models, --encoders, --variants and --axes")
+    _check_same_patients(cohort, {key: split for key, (split, _) in fed.items()})
+    return Plan(store=cohort.location, cells=tuple(cells.values()))
+
+
+def _check_same_patients(cohort: Cohort, splits: Mapping[tuple[str, int | None, int], Any]) -> None:
+    """Refuse variants that would be compared on other patients than each other's."""
+    of_fold: dict[tuple[int | None, int], tuple[str, Any]] = {}
+    for (variant, *fold), split in splits.items():
+        first, other = of_fold.setdefault((fold[0], fold[1] or 0), (variant, split))
+        if other != split:
+            raise RunError(
+                f"{cohort.path}: holds other labelled cases as {variant} than as {first}; run cspine-data prepare over "
+                "the same folder for both, or study one of the --variants"
+            )
+
+
+def _digest_of_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); check the path of the weights") from None
+
+
+def _starts_from_file(settings: RunSettings) -> bool:
+    return settings.weights not in ("none", IMAGENET)
+
+
+def but_for_path(settings: RunSettings) -> RunSettings:
+    """Return settings with a weights file by its name alone: wherever it lies, a cell's digest knows what it holds."""
+    name = Path(settings.weights).name
+    return settings.model_copy(update={"weights": name}) if _starts_from_file(settings) else settings
+
+
+def start_told(settings: RunSettings) -> str:
+    """Return what an encoder starts from, in a word: ``random``, ``imagenet``, or the name of a file."""
+    if not _starts_from_file(settings):
+        return RANDOM if settings.weights == "none" else IMAGENET
+    name = Path(settings.weights).name
+    return f"file {name}" if name in (RANDOM, IMAGENET) else name
+
+
+def _told(one: RunSettings) -> str:
+    named = one.run_name(start_told(one))
+    return _as_folder(named)
+
+
+def _as_folder(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".")
+
+
+def save_plan(study: Path, plan: Plan) -> None:
+    """Write a study's plan in one step."""
+    write_text(study / PLAN_NAME, plan.model_dump_json(indent=1))
+
+
+def load_plan(study: Path) -> Plan:
+    """Read a study's plan.
+
+    Raises
+    ------
+    RunError
+        If the folder is no study, its plan is damaged, or a newer cspine wrote it.
+    """
+    try:
+        content = (study / PLAN_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise RunError(f"{study}: is no study; make one with cspine-train study -o {study}") from None
+    try:
+        if int(json.loads(content)["plan_version"]) > PLAN_VERSION:
+            raise RunError(f"{study}: was written by a newer cspine; install that")
+        plan = Plan.model_validate_json(content)
+        # A name is a folder's: none leads elsewhere.
+        damaged = next((cell.name for cell in plan.cells if not cell.name or _as_folder(cell.name) != cell.name), None)
+    except (ValidationError, ValueError, KeyError, TypeError):
+        damaged = "what it holds"
+    if damaged is not None:
+        raise RunError(f"{study / PLAN_NAME}: is damaged ({damaged}); give the study command again")
+    return plan

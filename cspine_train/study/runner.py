@@ -1,0 +1,333 @@
+"""Many runs, side by side, each done once: trained, evaluated, and recorded if it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cspine_data import Workers, make_folder, open_cohort, side_by_side, usable_cores
+from cspine_train.errors import CspineTrainError, RunError, error_told
+from cspine_train.run.evaluations import recorded_evaluations
+from cspine_train.run.folder import METRICS_NAME, is_in_use, only_writer, read_rows, write_rows
+from cspine_train.run.settings import RunRecord, RunSettings, load_record, save_record
+from cspine_train.study.plan import PLAN_NAME, Cell, Plan, but_for_path, plan_study, save_plan
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+#: The run folders of a study's cells, and what their processes said.
+RUNS_FOLDER, LOGS_FOLDER = "runs", "logs"
+#: Which cells failed when the study was last run, and why.
+FAILURES_NAME = "failures.csv"
+_GPU = "GPU"
+# PyTorch takes the second's word where it has both.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: how long it took, and why it failed, if it did."""
+
+    cell: Cell
+    seconds: float
+    failure: str | None = None
+
+
+def check_output(study: Path) -> None:
+    """Refuse a folder that holds something, and no study.
+
+    Raises
+    ------
+    RunError
+        If it does, or is a file.
+    """
+    if study.is_file() or (is_in_use(study) and not (study / PLAN_NAME).exists()):
+        raise RunError(f"{study}: is there and is no study; choose another folder with -o")
+
+
+def check_not_run(study: Path) -> None:
+    """Refuse a study that another process is running now.
+
+    Raises
+    ------
+    RunError
+        If one is.
+    """
+    if study.is_dir():
+        with _alone(study):
+            pass
+
+
+def _alone(study: Path) -> AbstractContextManager[None]:
+    return only_writer(study, "is being run")
+
+
+def cells_of_others(study: Path, plan: Plan) -> int:
+    """Return how many run folders of a study a plan does not ask for."""
+    folder = study / RUNS_FOLDER
+    there = {path.name for path in folder.glob("[!.]*") if is_in_use(path)}
+    return len(there - {cell.name for cell in plan.cells})
+
+
+def is_done(study: Path, cell: Cell) -> bool:
+    """Return whether a cell is trained and its test patients are scored."""
+    return what_came_out(study, cell) is not None
+
+
+def what_came_out(study: Path, cell: Cell) -> tuple[RunRecord, dict[str, Any]] | None:
+    """Return the record of a cell's run and the evaluation of all its test patients; None of one that is not done."""
+    folder = study / RUNS_FOLDER / cell.name
+    # A study may come from anywhere, too.
+    if not folder.resolve().is_relative_to(study.resolve()):
+        raise RunError(f"{folder}: leads out of the study's folder; copy the study whole, without links")
+    try:
+        record = load_record(folder)
+    except RunError:
+        return None
+    # A default may have been another one when it was trained.
+    if not record.finished or but_for_path(record.settings) != but_for_path(cell.settings):
+        return None
+    evaluation = _test_scores(folder, record)
+    return None if evaluation is None else (record, evaluation)
+
+
+def _test_scores(run: Path, record: RunRecord) -> dict[str, Any] | None:
+    found = (one for name, one in recorded_evaluations(run, record) if name == "test" and not one.get("failed"))
+    return next(found, None)
+
+
+def epochs_trained(study: Path, cells: Sequence[Cell]) -> int:
+    """Return how many epochs of these cells are trained by now."""
+    return sum(len(read_rows(study / RUNS_FOLDER / cell.name / METRICS_NAME, {})) for cell in cells)
+
+
+def run_study(
+    plan: Plan,
+    study: str | Path,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    ended: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Train and evaluate the cells of a plan that are not done, and return what became of them.
+
+    A cell that fails is recorded in `failures.csv`, and the others go on; given again, so does what was stopped.
+
+    Parameters
+    ----------
+    plan : Plan
+        The cells, and the store as every worker sees it.
+    study : str or Path
+        The study's folder.
+    workers : int, optional
+        Runs at a time, each in a process of its own: by default one a GPU; without any, see `processes_here`.
+    scheduler : str, optional
+        Address of a running Dask scheduler whose workers do it instead; they must see the same paths. Where any has
+        the resource ``GPU``, a cell takes one.
+    ended : callable, optional
+        Called with each outcome.
+
+    Raises
+    ------
+    RunError
+        If another process runs this study, or `workers` and `scheduler` are both given.
+    CspineDataError
+        If the workers cannot be had.
+    """
+    if workers is not None and scheduler is not None:
+        raise RunError("workers and scheduler: exclude each other; a scheduler has its own workers: give one")
+    check_output(Path(study))
+    folder = Path(study).resolve()
+    make_folder(folder)
+    with _alone(folder):
+        save_plan(folder, plan)
+        _record_failures(folder, [])
+        to_do = [cell for cell in plan.cells if not is_done(folder, cell)]
+        number, threads, gpus = processes_here(workers, len(to_do))
+        how = CellWork(str(folder), plan.store, () if scheduler else gpus, shares_cores=scheduler is not None)
+        outcomes: list[Outcome] = []
+        for batch in side_by_side(how, to_do, _lost, Workers(number, scheduler, threads, resource=_GPU)):
+            for _, outcome in batch:
+                outcomes.append(outcome)
+                if outcome.failure:
+                    _record_failures(folder, outcomes)
+                if ended:
+                    ended(outcome)
+        return outcomes
+
+
+def processes_here(workers: int | None, cells: int) -> tuple[int, int, tuple[str, ...]]:
+    """Return how many runs go side by side on this machine, the threads of each, and the GPUs that they share out.
+
+    One a GPU; without any one for each four cores, as more threads than that wait for each other.
+    """
+    gpus = _gpus()
+    cores = usable_cores()
+    number = max(1, min(workers or len(gpus) or -(-cores // 4), cells))
+    return number, max(1, cores // number), gpus
+
+
+def _gpus() -> tuple[str, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
+
+
+@dataclass(frozen=True)
+class CellWork:
+    """Does a cell in a worker, in a process of its own: its memory is given back, and it alone dies of a lack of it.
+
+    Attributes
+    ----------
+    study, store : str
+        The study's folder, and what the cell is fed from.
+    gpus : tuple of str
+        Of this machine, a local worker each.
+    shares_cores : bool
+        Whether a scheduler's worker does it, see `threads_of_cell`.
+    """
+
+    study: str
+    store: str
+    gpus: tuple[str, ...]
+    shares_cores: bool
+
+    def __call__(self, cell: Cell) -> Outcome:
+        """Train and evaluate a cell."""
+        started = time.monotonic()
+        log = Path(self.study, LOGS_FOLDER, f"{cell.name}.txt")
+        make_folder(log.parent)
+        run = Path(self.study, RUNS_FOLDER, cell.name)
+        request = {"store": self.store, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
+        with log.open("ab") as told:
+            command = [sys.executable, "-m", "cspine_train", "cell"]
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, env=self.environment()
+            )
+            with process:
+                assert process.stdin and process.stdout  # noqa: S101, PT018
+                # A pipe that ends when the worker does, however that comes about.
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+                answer = process.stdout.read()
+        return Outcome(cell, time.monotonic() - started, _failure(answer, process.returncode, log))
+
+    def environment(self) -> dict[str, str]:
+        """Return that of a cell of the worker that calls this: its GPU, or its cores."""
+        if self.shares_cores:
+            return os.environ | dict.fromkeys(_THREADS, str(threads_of_cell()))
+        if not self.gpus:
+            return dict(os.environ)
+        from distributed import get_worker
+
+        worker: Worker = get_worker()
+        return os.environ | {"CUDA_VISIBLE_DEVICES": self.gpus[int(worker.name) % len(self.gpus)]}
+
+
+def threads_of_cell() -> int:
+    """Return a cell's share of the cores of the machine of the Dask worker that calls this.
+
+    Where OMP_NUM_THREADS is above 1 there, it is that; Dask sets it to 1 where nobody has.
+    """
+    from distributed import get_client, get_worker
+
+    asked = os.environ.get("OMP_NUM_THREADS", "1")
+    if asked.isdecimal() and int(asked) > 1:
+        return int(asked)
+    known = get_client().scheduler_info(n_workers=-1)["workers"]
+    here = [one for one in known.values() if one["host"] == known[get_worker().address]["host"]]
+    gpus = sum(int(one["resources"].get(_GPU, 0)) for one in here)
+    at_once = gpus or sum(int(one["nthreads"]) for one in here)
+    return max(1, usable_cores() // max(1, at_once))
+
+
+def _failure(answer: bytes, status: int, log: Path) -> str | None:
+    # Native code may print beside it, or die after it.
+    for line in reversed(answer.splitlines()):
+        with suppress(ValueError, LookupError, TypeError):
+            return json.loads(line)["failure"]  # type: ignore[no-any-return]
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name} (out of memory?); use fewer --workers"
+    return f"its process ended with status {status}; {log} may say why"
+
+
+def do_cell(request: dict[str, Any]) -> str | None:
+    """Train and evaluate a cell in the process that was started for it; return why it failed, if it did."""
+    from cspine_data import CspineDataError
+
+    run = Path(request["run"])
+    make_folder(run)
+    try:
+        # A scheduler's worker goes on with what a command began that was killed; the next command's waits for it.
+        with _turn_of(run):
+            return _done(run, request)
+    except (CspineTrainError, CspineDataError) as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - one cell fails, the others go on
+        import traceback
+
+        traceback.print_exc()
+        return error_told(run.name, error)
+
+
+@contextmanager
+def _turn_of(run: Path) -> Iterator[None]:
+    with ExitStack() as turn:
+        try:
+            turn.enter_context(only_writer(run))
+        except RunError:
+            print(f"{run.name}: waits for another process that trains it", file=sys.stderr, flush=True)
+            turn.enter_context(only_writer(run, patience_s=math.inf))
+        yield
+
+
+def _done(run: Path, request: dict[str, Any]) -> str | None:
+    from cspine_train.evaluation.scoring import evaluate
+    from cspine_train.training.pipeline import train
+
+    settings = RunSettings(**request["settings"])
+    (cell,) = plan_study(open_cohort(request["store"]), [settings]).cells
+    if cell.name != run.name:
+        return "its patients' data or the file of its weights are others than were planned; give the command again"
+    if reason := _tell_where_weights_are(run, settings):
+        return reason
+    record = train(request["store"], run, settings)
+    if _test_scores(run, record) is None:
+        failed = evaluate(run, ("test",), request["store"]).failed
+        return failed[0].message if failed else None
+    return None
+
+
+def _tell_where_weights_are(run: Path, settings: RunSettings) -> str | None:
+    """Tell a run that was begun where its weights file lies now; return why it cannot go on, if more has changed."""
+    try:
+        begun = load_record(run)
+    except RunError:
+        return None
+    if begun.settings == settings:
+        return None
+    if but_for_path(begun.settings) != but_for_path(settings):
+        return f"{run}: was trained by a cspine of other defaults; delete that folder to train it anew"
+    save_record(run, begun.model_copy(update={"settings": settings}))
+    return None
+
+
+def _lost(cell: Cell, reason: str | Exception) -> Outcome:
+    return Outcome(cell, 0.0, reason if isinstance(reason, str) else error_told(cell.name, reason))
+
+
+def _record_failures(study: Path, outcomes: Sequence[Outcome]) -> None:
+    failed = [{"cell": one.cell.name, "reason": one.failure} for one in outcomes if one.failure]
+    write_rows(study / FAILURES_NAME, ("cell", "reason"), failed)

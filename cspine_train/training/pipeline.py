@@ -1,0 +1,332 @@
+"""From a store to a run folder: train, keep the model, go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from cspine_data import Cohort, Split, make_folder, open_cohort
+from cspine_data.terminal import progress_bar
+from cspine_train.data.datamodule import CohortSlices
+from cspine_train.data.process_shares import Share, see_whole_batches
+from cspine_train.errors import RunError
+from cspine_train.models.build import build_model, sides_of
+from cspine_train.prediction.overlays import save_overlays
+from cspine_train.prediction.postprocessing import chosen_postprocessing
+from cspine_train.prediction.predictor import load_run
+from cspine_train.reports.figures import draw_curves, never_fatal
+from cspine_train.reports.model_card import write_card
+from cspine_train.run.folder import (
+    CARD_NAME,
+    CHECKPOINT_FOLDER,
+    CURVES_NAME,
+    OVERLAYS_FOLDER,
+    RECORD_NAME,
+    is_in_use,
+    only_writer,
+)
+from cspine_train.run.label_classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
+from cspine_train.run.patient_split import split_of, what_is_fed
+from cspine_train.run.precision import precision_of
+from cspine_train.run.process_state import quieten, restored_process_state
+from cspine_train.run.settings import RunRecord, RunSettings, load_record, save_record
+from cspine_train.training.callbacks import Curves, Keep, Plateau, Stop
+from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
+from cspine_train.training.loggers import Logged, check_loggers
+from cspine_train.training.processes import ONE_DEVICE, Machines, together
+from cspine_train.training.progress import TerminalProgress
+from cspine_train.training.segmentation_module import SliceSegmenter
+from cspine_train.training.step_check import check_steps
+
+_log = logging.getLogger("cspine_train")
+
+
+@restored_process_state()
+def train(
+    store: str | Path,
+    run: str | Path,
+    settings: RunSettings,
+    workers: int = 0,
+    checkpoint_minutes: float = 15.0,
+    machines: Machines = ONE_DEVICE,
+    loggers: Sequence[str] = (),
+    end_process: bool = False,
+) -> RunRecord:
+    """Train a model on a store's slices; called again, go on where it stopped, or do nothing when it is finished.
+
+    The run folder holds `run.json` (what was asked, what was fed), `model/` (the weights the run keeps, safetensors),
+    `metrics.csv` (a row an epoch) and `curves.png`, `checkpoints/` (to go on from), and in the end `overlays/`
+    (validation slices) and `MODEL_CARD.md`; a picture or card that cannot be made is warned of, and left out.
+
+    What it sets for the whole process, such as warning filters, random generators and signal handlers, is restored
+    when it returns or raises. One setting cannot be restored, and only commands make it: on a CPU under Linux, training
+    is up to twice as fast after `cspine_train.training.allocator.keep_large_blocks()`.
+
+    Parameters
+    ----------
+    store : str or Path
+        A store that `cspine-data prepare` made, or its URL.
+    run : str or Path
+        The run folder to make or to go on with.
+    settings : RunSettings
+        What to train.
+    workers : int
+        Processes that read slices; 0 reads in the training process.
+    checkpoint_minutes : float
+        How often, within an epoch, to write what a killed run goes on from; the outcome does not depend on it.
+    machines : Machines
+        What to compute on. Where that is several devices, other processes are started, and end with this one.
+    loggers : sequence of str
+        ``tensorboard``, ``mlflow``: where metrics are logged besides.
+    end_process : bool
+        Whether this process may be ended where another of the run has died and PyTorch does not stop waiting for it.
+        A command's may; a notebook's kernel would be lost.
+
+    Returns
+    -------
+    RunRecord
+        Also saved in the run folder.
+
+    Raises
+    ------
+    RunError
+        If another process trains or evaluates the run, the folder holds a run of other settings or data, the cohort is
+        too small to split, the network cannot take the run's steps, or not in the memory that is free, the processes
+        that are asked for cannot share them or have died, or a logger cannot be had.
+    ModelError
+        If the model cannot be built or its weights cannot be had.
+    CspineDataError
+        If the store cannot be used.
+    KeyboardInterrupt
+        At Ctrl-C; the same call goes on where it stopped.
+    """
+    check_loggers(loggers)
+    with ExitStack() as lock:
+        return _train(store, Path(run), settings, workers, checkpoint_minutes, machines, loggers, end_process, lock)
+
+
+def _train(
+    store: str | Path,
+    run: Path,
+    settings: RunSettings,
+    workers: int,
+    checkpoint_minutes: float,
+    machines: Machines,
+    loggers: Sequence[str],
+    end_process: bool,
+    lock: ExitStack,
+) -> RunRecord:
+    """Do what `train` does; of several processes the first holds the run's lock until `lock` is closed."""
+    cohort = open_cohort(store)
+    split = split_of(cohort, settings)
+    fed = what_is_fed(cohort, split, settings.variant)
+    _quieten()
+    trainer = _trainer(run, settings, checkpoint_minutes, machines)
+    if not trainer.is_global_zero:
+        # Of several processes one tells.
+        quieten(_log.name)
+        warnings.simplefilter("ignore")
+    earlier = _earlier(run, settings, fed["digests"], trainer.is_global_zero)
+    if trainer.is_global_zero and earlier is not None and not earlier.finished:
+        lock.enter_context(only_writer(run))
+        # Another process may have finished it before this one held the lock.
+        earlier = _earlier(run, settings, fed["digests"], first=True)
+    if earlier is not None and earlier.finished:
+        _log.info("nothing to do: %s is finished", run)
+        return earlier
+    lightning.seed_everything(settings.seed, workers=True, verbose=False)
+    place, checkpoint = (newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None) or (Place(), None)
+    # Whoever goes on from a checkpoint has its weights already.
+    first_weights = "none" if checkpoint else settings.weights
+    module, data, made = _built(trainer, cohort, split, settings, first_weights, workers)
+    record = RunRecord(settings=settings, **fed, **made, deterministic=machines.deterministic)
+    if earlier and checkpoint:
+        kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
+        record = record.model_copy(update=kept)
+    if trainer.is_global_zero:
+        _begin(run, record, earlier, lock)
+    data.first_epoch, data.batches_done = place.epochs, place.batches
+    if checkpoint:
+        _log.info("going on after %s of %d", place, settings.epochs)
+    keeper = _listened_to(trainer, run, record, loggers, place.epochs)
+    request: dict[str, Any] = {"store": str(store), "run": str(run), "workers": workers}
+    request |= {"settings": settings.model_dump(mode="json"), "machines": machines.model_dump()}
+    request |= {"checkpoint_minutes": checkpoint_minutes}
+    try:
+        with together(trainer, run, f"{place} {record.weights_used} {record.digests}", request, end_process):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except SystemExit as end:
+        # Lightning makes an end of the process of Ctrl-C, and of SIGTERM.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise RunError(f"{run}: interrupted; run the same command again to go on") from None
+    record = record.model_copy(update={"finished": True, **keeper.kept})
+    if trainer.is_global_zero:
+        record = record.model_copy(update=_postprocessing(run, settings, cohort))
+        # Before the record says so: whoever finds a run finished finds all of it.
+        _tell(run, record, cohort)
+        save_record(run, record)
+    return record
+
+
+def _begin(run: Path, record: RunRecord, earlier: RunRecord | None, lock: ExitStack) -> None:
+    """Lock a run, whose folder may be new, and save its record."""
+    make_folder(run)
+    lock.enter_context(only_writer(run))
+    if earlier is None and (run / RECORD_NAME).exists():
+        raise RunError(f"{run}: another process has begun it meanwhile; run the same command again")
+    save_record(run, record)
+
+
+def join(request: dict[str, Any]) -> None:
+    """Be one of the processes of a run that `train` has started in another."""
+    settings, machines = RunSettings(**request.pop("settings")), Machines(**request.pop("machines"))
+    train(settings=settings, machines=machines, **request)
+
+
+def _built(
+    trainer: lightning.Trainer, cohort: Cohort, split: Split, settings: RunSettings, weights: str, workers: int
+) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
+    """Return what learns, what it learns from, and what the record says of both; refuse what cannot be trained."""
+    values = label_values(cohort, split, settings)
+    outputs = network_classes(values)
+    network, weights_used = build_model(settings.model, settings.encoder, weights, settings.channels, outputs)
+    share = Share(trainer.global_rank, trainer.world_size)
+    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, share)
+    _check_labelled(cohort.path, data, settings)
+    data.check_share()
+    unknown = unknown_labels(cohort, split, settings, values)
+    if unknown:
+        warnings.warn(unknown_told(unknown), stacklevel=3)
+    if trainer.is_global_zero:
+        check_steps(network, _of_one(trainer, settings), data.steps("bf16" in trainer.precision))
+    if trainer.world_size > 1:
+        see_whole_batches(network)
+    missed = [len(unknown.get(case, ())) for case in split.validation]
+    module = SliceSegmenter(
+        network, settings, split.validation, data.crop_hw, max(1, len(values)), missed, data.ignores
+    )
+    labels = {"label_values": values, "label_meaning": label_meaning(values)}
+    made = {"weights_used": weights_used, "size_hw": data.size_hw, **labels, "versions": _versions()}
+    return module, data, made | {"processes": trainer.world_size}
+
+
+def _listened_to(trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], epochs: int) -> Keep:
+    """Let callbacks hear of an epoch before those that a trainer was made with; one of several processes tells."""
+    keeper = Keep(run, record.settings.schedule)
+    callbacks: list[Callback] = [keeper]
+    if trainer.is_global_zero:
+        if loggers:
+            callbacks.append(Logged(loggers, run, record, keeper.rows, epochs))
+        callbacks.append(Curves(run))
+        if sys.stderr.isatty():
+            callbacks.append(TerminalProgress(keeper.rows, may_stop=record.settings.schedule == "plateau"))
+    trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
+    return keeper
+
+
+def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
+    """Return the settings with as many slices a step as share one memory: a GPU's, or that of a node's processes."""
+    sharing = 1 if torch.cuda.is_available() else trainer.num_devices
+    return settings.model_copy(update={"batch_size": settings.batch_size * sharing // trainer.world_size})
+
+
+def _postprocessing(run: Path, settings: RunSettings, cohort: Cohort) -> dict[str, Any]:
+    """Return what the record says is done with predictions afterwards: nothing where that cannot be found out."""
+    if settings.largest_components or settings.fill_holes:
+        asked = "--largest-components" if settings.largest_components else "--fill-holes"
+        with never_fatal(f"{run}: {asked}"), progress_bar("predicting validation volumes") as progress:
+            return chosen_postprocessing(load_run(run), cohort, progress)
+    return {}
+
+
+def _tell(run: Path, record: RunRecord, cohort: Cohort) -> None:
+    """Write what people look at first: curves, overlays and the model card."""
+    with never_fatal(f"{run / CURVES_NAME}"):
+        draw_curves(run)
+    with never_fatal(f"{run / OVERLAYS_FOLDER}"), progress_bar("drawing overlays") as progress:
+        save_overlays(replace(load_run(run), record=record), cohort, progress)
+    with never_fatal(f"{run / CARD_NAME}"):
+        write_card(run, record)
+
+
+def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> None:
+    if not data.labelled_slices:
+        axes = ", ".join(map(str, settings.axes))
+        other = "another --case-weight" if settings.case_weights else "another --axis"
+        raise RunError(f"{store}: no slice to train on is labelled along axis {axes}; choose {other}")
+
+
+def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, machines: Machines) -> lightning.Trainer:
+    plateau = [Plateau(), Stop()] if settings.schedule == "plateau" else []
+    callbacks = [*plateau, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
+    trainer = lightning.Trainer(
+        max_epochs=settings.epochs,
+        gradient_clip_val=settings.clip_norm,
+        accelerator="auto",
+        **machines.options(),
+        precision=precision_of(settings.precision),
+        callbacks=callbacks,
+        plugins=[DurableCheckpoints()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    # On a single device Lightning leaves the rank that the run before had in this process.
+    rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
+    return trainer
+
+
+def _earlier(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:
+    """Return the record of a run to go on with, if the folder holds one of these settings and data."""
+    if not (run / RECORD_NAME).exists():
+        # What the others find may be what the first process is about to write.
+        if first and is_in_use(run):
+            raise RunError(f"{run}: is there and is no run folder; choose another with -o")
+        return None
+    record = load_record(run)
+    if record.settings != settings:
+        asked = settings.model_dump()
+        other = [
+            f"{name} {value}, not {asked[name]}"
+            for name, value in record.settings.model_dump().items()
+            if value != asked[name]
+        ]
+        raise RunError(f"{run}: holds a run of other settings ({'; '.join(other)}); choose another folder with -o")
+    if record.digests != digests:
+        raise RunError(f"{run}: was trained on other data than the store holds now; choose another folder with -o")
+    return record
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("cspine", "torch", "lightning", "segmentation-models-pytorch", "timm", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def _quieten() -> None:
+    quieten("lightning.pytorch", "lightning.fabric")
+    # The loader's advice on workers, and a deprecation inside Lightning: neither is the user's to act on.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    # An epoch goes on after what its checkpoint has seen: the data module sees to it, not the loader.
+    warnings.filterwarnings("ignore", message=".*ended before the epoch ended and your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+    # Counts are added up over the processes, so that what is logged is the same in all.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning(\.|$)")
+    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")

@@ -1,0 +1,197 @@
+"""One training step, one validation step, and how the learning rate moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import nn
+
+from cspine_train.data.augmentation import Augmentation, sample_seeds
+from cspine_train.data.batches import Batch
+from cspine_train.data.process_shares import processes, sum_over_processes, this_share, whole_batch
+from cspine_train.data.transforms import USUAL_SIDES, coarser, inside
+from cspine_train.models.build import sides_of
+from cspine_train.run.folder import MONITOR
+from cspine_train.run.settings import RunSettings
+from cspine_train.training.confusion import confusion, mean_label_dice
+from cspine_train.training.losses import SegmentationLoss
+from cspine_train.training.optimisers import averaged, optimisation
+
+THRESHOLD = "threshold"
+#: Probabilities that validation tries as the border between vertebra and the rest.
+THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
+
+
+class Seen(NamedTuple):
+    """A batch as the network sees it.
+
+    Attributes
+    ----------
+    images, masks : Tensor
+        float32 (N, C, H, W) and (N, K, H, W), see `shares_of`.
+    numbers : Tensor
+        int64 (N,): which case each slice is of.
+    shapes_hw : Tensor
+        int64 (N, 2): height and width of each slice before it was padded, or changed.
+    """
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    numbers: torch.Tensor
+    shapes_hw: torch.Tensor
+
+
+def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
+    """Return the highest mean Dice over patients and the threshold that gives it, of equals the nearest to 0.5.
+
+    A patient in whom no pixel is labelled has no Dice and decides nothing; where there is no other, Dice is 0.
+
+    Parameters
+    ----------
+    counts : Tensor
+        int64 (patients, 2, thresholds + 1): voxels not labelled and labelled, by how many of `THRESHOLDS` their
+        probability is above.
+    """
+    counts = counts[counts[:, 1].sum(1) > 0]
+    if not len(counts):
+        return 0.0, 0.5
+    marked = counts.flip(2).cumsum(2).flip(2)[..., 1:].double()
+    both, total = marked[:, 1], marked.sum(1) + counts[:, 1].sum(1, keepdim=True)
+    dice = (2 * both / total).mean(0)
+    best = (dice > dice.max() - 1e-9).nonzero().flatten().tolist()
+    nearest = min(best, key=lambda number: abs(THRESHOLDS[number] - 0.5))
+    return float(dice[nearest]), THRESHOLDS[nearest]
+
+
+class SliceSegmenter(lightning.LightningModule):
+    """Learns to tell vertebra from everything else in slices.
+
+    Validation counts voxels per patient over all its slices, at the network's pixel size, and averages Dice over
+    patients, not over batches, at the threshold where that is highest: soft Dice gives pixels of which it is unsure
+    more than their due, so that 0.5 marks too many. Where several labels are told apart, a pixel has the likeliest, and
+    a patient's Dice is the mean over the labels that it has.
+
+    Parameters
+    ----------
+    network : Module
+        What learns.
+    settings : RunSettings
+        How.
+    validation_cases : sequence of str
+        In the order of their numbers in a batch.
+    crop_hw : tuple of int, optional
+        The size of the part of a slice that training sees.
+    labels : int
+        How many labels are told apart.
+    unknown : sequence of int, optional
+        How many labels each validation case has that no training case has, see `mean_label_dice`.
+    ignores : bool
+        Whether pixels may be ignored, see `shares_of`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: RunSettings,
+        validation_cases: Sequence[str],
+        crop_hw: tuple[int, int] | None = None,
+        labels: int = 1,
+        unknown: Sequence[int] | None = None,
+        ignores: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+        self._settings = settings
+        self._sides = sides_of(network) if settings.coarse_share else USUAL_SIDES
+        self._loss = SegmentationLoss(settings.loss, labels)
+        self._augment = Augmentation(settings.augment, crop_hw, labels)
+        self._average = averaged(self.network, settings.average) if settings.average else None
+        # For each size anew: what is made for all depends on the first, and a run that goes on begins with another.
+        compiled = torch.compile(self.network, dynamic=False) if settings.compile else None
+        self._forward = self.network.__call__ if compiled is None else compiled
+        self._cases = tuple(validation_cases)
+        self._labels = labels
+        self._ignores = ignores
+        self._unknown = tuple(unknown or [0] * len(self._cases))
+        self._counts = self._no_counts()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Seen:
+        """Change a training batch at random, on its device; all randomness depends on seed and step only."""
+        images, masks = batch.intensities(), batch.shares(self._labels, self._ignores)
+        if self.trainer.training:
+            # Dropout draws from this generator, so that a run that goes on draws what it would have.
+            torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
+            share = this_share()
+            seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * share.world)
+            images, masks = self._augment(images, masks, batch.axes, share.of(seeds))
+            if self._is_coarse():
+                images, masks = coarser(images, masks, self._sides)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return Seen(images, masks, batch.numbers, batch.shapes_hw)
+
+    def _is_coarse(self) -> bool:
+        share = self._settings.coarse_share
+        return bool(share) and self.global_step < share * int(self.trainer.estimated_stepping_batches)
+
+    def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
+        """Return the loss of a batch."""
+        images, masks = batch.images, batch.masks
+        logits, masks = whole_batch(self._forward(images)), whole_batch(masks)
+        loss: torch.Tensor = self._loss(logits, masks)
+        # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(masks))
+        return loss * processes()
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's counts."""
+        self._counts = self._no_counts()
+
+    def validation_step(self, batch: Seen, batch_idx: int) -> None:
+        """Count each patient's voxels by whether they are labelled and by how many thresholds they are above.
+
+        Of several labels, by which they have and which is the likeliest.
+        """
+        images, masks, numbers, shapes_hw = batch
+        shown = inside(shapes_hw, (images.shape[2], images.shape[3]))
+        if self._ignores:
+            masks, ignored = masks[:, : self._labels], masks[:, self._labels :]
+            shown &= ignored == 0
+        if self._labels > 1:
+            self._counts += confusion(self.kept(images), masks, numbers, shown, len(self._cases)).cpu()
+            return
+        probabilities = torch.sigmoid(self.kept(images).float())
+        above = torch.bucketize(probabilities, torch.tensor(THRESHOLDS, device=probabilities.device))
+        bins = (2 * numbers.view(-1, 1, 1, 1) + (masks > 0.5)) * (len(THRESHOLDS) + 1) + above
+        counts = torch.bincount(bins[shown], minlength=self._counts.numel())
+        self._counts += counts.view_as(self._counts).cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean Dice over the validation patients, and the threshold that gave it."""
+        counts = sum_over_processes(self._counts.to(self.device)).cpu()
+        several = self._labels > 1
+        dice, threshold = (mean_label_dice(counts, self._unknown), 0.5) if several else best_threshold(counts)
+        self.log(MONITOR, dice)
+        self.log(THRESHOLD, threshold)
+
+    def _no_counts(self) -> torch.Tensor:
+        if self._labels > 1:
+            return torch.zeros(len(self._cases), 1 + self._labels, 1 + self._labels, dtype=torch.int64)
+        return torch.zeros(len(self._cases), 2, len(THRESHOLDS) + 1, dtype=torch.int64)
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        """Take a step, and its weights into the average, before a checkpoint is written of both."""
+        super().optimizer_step(*arguments, **named)
+        if self._average is not None:
+            self._average.update_parameters(self.network)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and saved: the average of its weights, where that is asked for."""
+        return self.network if self._average is None else self._average.module
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser, and the schedule where it is one of steps; a plateau is looked for by a callback."""
+        return optimisation(self.network, self._settings, int(self.trainer.estimated_stepping_batches))
