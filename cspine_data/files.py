@@ -57,16 +57,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes left of `atomic_write` in a folder and in the folders directly below it.
+    """Remove the temporary files of `atomic_write` that killed processes left in a folder; links are not followed.
 
-    The caller holds the lock of the folder, so that no other process is writing there.
+    The caller holds a lock that every writer of the folder takes.
     """
-    for depth in ("", "*/"):
-        for left in folder.glob(f"{depth}{_WRITING}*"):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+    if folder.is_symlink():
+        return
+    for left in folder.glob(f"{_WRITING}*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_file(file: Path, parts: Iterable[bytes], mode: int = 0o666) -> str:

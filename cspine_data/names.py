@@ -24,7 +24,11 @@ def as_known(name: str, known: Collection[str]) -> str:
 
 def on_disk(path: Path) -> Path:
     """Return a path as the file system writes it, where only the encoding of its letters differs; else as given."""
-    if path.exists() or path.parent == path:
+    try:
+        if path.exists() or path.parent == path:
+            return path
+    except OSError:
+        # The name is too long for any file.
         return path
     folder = on_disk(path.parent)
     if folder.is_dir():

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from cspine_train.evaluation.scoring import Evaluation, PatientScore, evaluate
     from cspine_train.prediction.files import Options, Predicted, find_volumes, predict_files
     from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
-    from cspine_train.run.settings import RunRecord, RunSettings
+    from cspine_train.run.record import RunRecord
+    from cspine_train.run.settings import RunSettings
     from cspine_train.training.pipeline import train
     from cspine_train.training.processes import Machines
 
@@ -27,7 +28,8 @@ _HOME = {
     "training.processes": ("Machines",),
     "prediction.predictor": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
     "prediction.files": ("Options", "Predicted", "find_volumes", "predict_files"),
-    "run.settings": ("RunRecord", "RunSettings"),
+    "run.record": ("RunRecord",),
+    "run.settings": ("RunSettings",),
     "training.pipeline": ("train",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

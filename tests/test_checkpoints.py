@@ -21,7 +21,7 @@ from cspine_data import open_cohort
 from cspine_train import RunSettings, train
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.data.sampling import EpochSampler
-from cspine_train.run.settings import load_record
+from cspine_train.run.record import load_record
 from cspine_train.training.checkpoints import DurableCheckpoints, Place, checkpoints, newest_checkpoint
 from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped

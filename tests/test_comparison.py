@@ -19,7 +19,8 @@ from cspine_data import Preprocessing
 from cspine_train import RunError, compare
 from cspine_train.cli.commands import default_run_name
 from cspine_train.evaluation.comparison import holm, signed_rank_p
-from cspine_train.run.settings import RunRecord, RunSettings, save_record
+from cspine_train.run.record import RunRecord, save_record
+from cspine_train.run.settings import RunSettings
 
 
 def evaluated(folder: Path, dice: Mapping[str, float], split: str = "test", data: str = "", **settings: object) -> Path:

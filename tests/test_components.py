@@ -21,7 +21,7 @@ from cspine_train.metrics.overlap import overlap
 from cspine_train.prediction.postprocessing import chosen_postprocessing
 from cspine_train.prediction.stored_volumes import Segmented, segment
 from cspine_train.reports.model_card import write_card
-from cspine_train.run.settings import load_record
+from cspine_train.run.record import load_record
 from tests.test_training import SMALL
 
 pytestmark = pytest.mark.usefixtures("without_pictures")

@@ -29,7 +29,7 @@ from cspine_train import Machines, RunError, RunSettings, train
 from cspine_train.cli.commands import main as train_main
 from cspine_train.data.process_shares import Share, SharedBatches
 from cspine_train.run.folder import METRICS_NAME
-from cspine_train.run.settings import load_record
+from cspine_train.run.record import load_record
 from cspine_train.training import segmentation_module as module_of_steps
 from cspine_train.training.checkpoints import checkpoints
 from cspine_train.training.processes import _SameStart, _watch

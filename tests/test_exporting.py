@@ -18,7 +18,7 @@ from cspine_train import RunError, RunSettings
 from cspine_train.models.build import build_model, save_model
 from cspine_train.prediction.onnx import METADATA_KEY, export_onnx, run_onnx
 from cspine_train.prediction.predictor import LoadedRun, load_run
-from cspine_train.run.settings import RunRecord, save_record
+from cspine_train.run.record import RunRecord, save_record
 
 
 def run_of(folder: Path, model: str, encoder: str, labels: tuple[int, ...] = ()) -> LoadedRun:

@@ -15,7 +15,7 @@ import pytest
 from cspine_data import Preprocessing
 from cspine_data.extras import _MODULES, install_hint
 from cspine_train import RunSettings
-from cspine_train.run.settings import RunRecord, save_record
+from cspine_train.run.record import RunRecord, save_record
 
 #: Calls each command in a process where some packages cannot be found.
 BARE = """

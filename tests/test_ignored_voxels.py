@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cspine_data import IGNORE_INDEX, Volume, open_cohort, prepare, repair, verify, write_volume
+from cspine_data import (
+    IGNORE_INDEX,
+    Preprocessing,
+    Volume,
+    open_cohort,
+    prepare,
+    read_volume,
+    repair,
+    verify,
+    write_volume,
+)
 from cspine_train import RunError, RunSettings, evaluate, train
 from cspine_train.data.augmentation import Amounts, Augmentation
 from cspine_train.data.batches import SliceBatches
@@ -23,7 +34,7 @@ from cspine_train.prediction.stored_volumes import Segmented
 from cspine_train.run.settings import LossName
 from cspine_train.training.losses import SegmentationLoss
 from cspine_train.training.segmentation_module import THRESHOLDS, SliceSegmenter, best_threshold
-from tests.conftest import ball, contents, write_case
+from tests.conftest import QUICK_N4, ball, contents, write_case
 from tests.test_labels import BALLS
 
 SIZE = (16, 32, 32)
@@ -105,6 +116,17 @@ def test_the_value_stays_with_a_case(tmp_path: Path, serially: None, run_data) -
     assert (zero.exit_code, "is the background" in zero.output) == (1, True)
     scanned = run_data("scan", tmp_path / "raw", "--ignore-label", "9")
     assert "1 3 9 (ignored)" in scanned.stdout
+
+
+def test_the_value_holds_for_the_other_variant_and_not_for_another_label_map(tmp_path: Path, serially: None) -> None:
+    store = cohort_of(tmp_path, 9, 9, "AB")
+    prepare(tmp_path / "raw", store, preprocessing=Preprocessing(bias=QUICK_N4))
+    assert open_cohort(store).record("A", variant="n4").ignored_values == (9,)
+    path = tmp_path / "raw" / "A-label.nrrd"
+    label = read_volume(path)
+    write_volume(path, replace(label, array=np.where(label.array == 0, 0, 9).astype(np.uint8)))
+    prepare(tmp_path / "raw", store, n4=False)
+    assert open_cohort(store).record("A", variant="raw").labels == (9,)
 
 
 @pytest.mark.parametrize("lost", [False, True])

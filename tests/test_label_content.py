@@ -10,10 +10,19 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from cspine_data import InputError, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
+from cspine_data import (
+    InputError,
+    Volume,
+    open_cohort,
+    prepare,
+    preprocess_volume,
+    read_volume,
+    usable_image,
+    write_volume,
+)
 from cspine_data.preprocessing.steps import Preprocessing
 from cspine_data.sources.cases import Case, LoadedCase, load_case
-from cspine_data.volumes.label_checks import looks_like_labels
+from cspine_data.volumes.label_checks import looks_like_labels, value_counts
 from tests.conftest import ball, geometry, write_case
 
 IMAGE, LABEL = ball()
@@ -55,6 +64,36 @@ def test_negative_values_are_refused_unless_they_are_ignored(tmp_path: Path) -> 
     assert "negative value -2" in refused(tmp_path, both, ignore_label=-1)
     # Also where the ignored value is a positive one.
     assert "negative value -1" in refused(tmp_path, with_corner(-1), ignore_label=3)
+
+
+def test_a_segmentation_that_is_cropped_to_its_labels_has_a_background(tmp_path: Path) -> None:
+    """As 3D Slicer writes it: a box of ones in a larger volume."""
+    grid = IMAGE.geometry
+    corner = grid.positions_mm(np.array([[4, 5, 6]]))[0]
+    box = np.ones((6, 6, 6), np.uint8)
+    write_volume(tmp_path / "P1.nrrd", IMAGE)
+    write_volume(
+        tmp_path / "P1.seg.nrrd",
+        Volume(box, grid.model_copy(update={"size": box.shape, "origin_mm": tuple(corner.tolist())})),
+    )
+    found = load_case(Case("P1", tmp_path / "P1.nrrd", tmp_path / "P1.seg.nrrd"))
+    assert found.label is not None
+    assert np.argwhere(found.label.array).min(0).tolist() == [4, 5, 6]
+    assert found.label.array.sum() == box.size
+
+
+def test_an_image_that_was_enlarged_without_interpolation_is_no_label_map(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    small = np.clip(IMAGE.array + rng.normal(0, 0.03 * IMAGE.array.std(), IMAGE.array.shape), 0, None)
+    large = (small / small.max() * 250).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    assert looks_like_labels(large)
+    volume = usable_image(Volume(large, geometry(large.shape)))
+    assert "flat regions" in volume.notes[0]
+
+
+def test_large_unsigned_values_are_counted() -> None:
+    values, counts = value_counts(np.array([2**63 + 1, 2**63 + 2, 2**63 + 2], np.uint64))
+    assert (values.tolist(), counts.tolist()) == ([2**63 + 1, 2**63 + 2], [1, 2])
 
 
 def test_an_image_is_no_label_map(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from cspine_train.metrics.overlap import MEASURES, Overlap, agreement, label_agr
 from cspine_train.prediction.files import predict_files
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.run.label_classes import class_numbers, label_values, stored_values, unknown_labels, unknown_told
-from cspine_train.run.settings import RunRecord, load_record
+from cspine_train.run.record import RunRecord, load_record
 from cspine_train.training.confusion import confusion, mean_label_dice
 from tests.conftest import ball
 from tests.test_training import SMALL

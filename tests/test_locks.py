@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 from click.testing import Result
 
-from cspine_data import exclusive_lock
+from cspine_data import Preprocessing, atomic_write, exclusive_lock
 from cspine_train import RunError
-from cspine_train.run.folder import only_writer
-from cspine_train.run.settings import load_record
+from cspine_train.run.folder import only_writer, write_text
+from cspine_train.run.record import RunRecord, load_record, save_record
+from cspine_train.run.settings import RunSettings
 from cspine_train.training.pipeline import _begin
 
 HOLD = """
@@ -112,6 +113,47 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     with only_writer(tmp_path):
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert left == {".lock", "model", "model/config.json", "evaluation.csv"}
+
+
+def test_what_others_write_in_a_run_folder_stays(tmp_path: Path) -> None:
+    """`predict -o RUN/masks` holds another lock, and a link leads to another folder."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (run / "masks").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / ".writing-1").touch()
+    (run / "evaluation").symlink_to(elsewhere)
+    with atomic_write(run / "masks" / "A.nrrd") as temporary, only_writer(run):
+        assert temporary.exists()
+    assert (elsewhere / ".writing-1").exists()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises((RunError, OSError)), only_writer(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_record_is_read_while_another_process_writes(tmp_path: Path) -> None:
+    record = RunRecord(
+        store="s", settings=RunSettings(), weights_used="none", size_hw=(32, 32), versions={}, train=("A",),
+        validation=("B",), test=("C",), digests={}, preprocessing=Preprocessing(bias=None),
+    )  # fmt: skip
+    save_record(tmp_path, record)
+    done = Event()
+
+    def write() -> None:
+        while not done.is_set():
+            write_text(tmp_path / "metrics.csv", "x")
+
+    writer = Thread(target=write)
+    writer.start()
+    try:
+        assert all(load_record(tmp_path) == record for _ in range(2000))
+    finally:
+        done.set()
+        writer.join()
 
 
 def test_processes_that_save_the_same_file_at_once_do_not_meet(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from cspine_data import StoreError, Volume, collect_garbage, prepare, remove_cas
 from cspine_data.store.publishing import Refused, publish
 from cspine_data.store.records import read_root
 from cspine_train import RunSettings, evaluate, load_run, predict_files, train
-from cspine_train.run.settings import load_record
+from cspine_train.run.record import load_record
 from tests.conftest import ball, contents, write_case
 
 Entry = bytes | dict[str, int]

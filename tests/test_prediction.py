@@ -31,7 +31,7 @@ from cspine_train.prediction.files import find_volumes
 from cspine_train.prediction.predictor import LoadedRun, expected_dice
 from cspine_train.prediction.preview import draw_overview
 from cspine_train.run.cohort_range import CohortLooks, differences, looks_of, looks_of_record
-from cspine_train.run.settings import save_record
+from cspine_train.run.record import save_record
 from tests.conftest import ball, write_case
 from tests.test_dicom import write_series
 from tests.test_labels import a_run
@@ -215,6 +215,13 @@ def test_slices_that_would_not_go_into_memory_are_refused() -> None:
     run = replace(run, record=run.record.model_copy(update={"settings": settings}))
     with pytest.raises(RunError, match="would be 40000 x 40000 pixels; check the volume's spacing"):
         predict([run], Volume(image.array, huge))
+
+
+def test_a_record_does_not_ask_for_more_memory_than_a_volume_does() -> None:
+    run = gives(0.9)
+    run = replace(run, record=run.record.model_copy(update={"size_hw": (1 << 14, 1 << 14)}))
+    with pytest.raises(RunError, match="16384 x 16384 pixels"):
+        predict([run], ball()[0])
 
 
 def test_of_a_run_that_does_not_know_its_cohort_nothing_is_told() -> None:

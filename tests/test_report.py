@@ -25,7 +25,7 @@ from cspine_train.metrics.overlap import MEASURES
 from cspine_train.metrics.statistics import mean_interval
 from cspine_train.reports.model_card import write_card
 from cspine_train.reports.run_report import MOST_PLOTS, write_report
-from cspine_train.run.settings import load_record, save_record
+from cspine_train.run.record import load_record, save_record
 from tests.test_comparison import evaluated
 from tests.test_training import SMALL
 

@@ -183,9 +183,9 @@ def test_a_weight_of_no_case_is_refused(phantom_store: Path, tmp_path: Path) -> 
         ("CS_01=-1", "--case-weight CS_01: Input should be greater than or equal to 0"),
         ("CS_01=nan", "--case-weight CS_01: Input should be"),
         ("CS_01=inf", "--case-weight CS_01: Input should be a finite number"),
-        ("CS_01=much", "'CS_01=much' is not of the form CASE=WEIGHT, such as CS_01=2"),
-        ("CS_01", "'CS_01' is not of the form CASE=WEIGHT"),
-        ("=2", "'=2' is not of the form CASE=WEIGHT"),
+        ("CS_01=much", "'CS_01=much' is not CASE=WEIGHT"),
+        ("CS_01", "'CS_01' is not CASE=WEIGHT"),
+        ("=2", "'=2' is not CASE=WEIGHT"),
     ],
 )
 def test_what_is_no_weight_is_told(weight: str, message: str, run_train: Callable[..., Result]) -> None:

@@ -29,7 +29,7 @@ from cspine_data import Cohort, Preprocessing, Workers, open_cohort, prepare, si
 from cspine_train import RunError, RunSettings, evaluate, train
 from cspine_train.metrics.overlap import MEASURES
 from cspine_train.run.patient_split import what_is_fed
-from cspine_train.run.settings import RunRecord, load_record, save_record
+from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.study.cost import costs
 from cspine_train.study.plan import Cell, Grid, Plan, load_plan, plan_study, queued
 from cspine_train.study.results import write_results

@@ -25,7 +25,8 @@ from scipy.stats import wilcoxon
 from cspine_data import Preprocessing
 from cspine_train.metrics.overlap import MEASURES
 from cspine_train.run.folder import write_rows
-from cspine_train.run.settings import RunRecord, RunSettings, save_record
+from cspine_train.run.record import RunRecord, save_record
+from cspine_train.run.settings import RunSettings
 from cspine_train.study.plan import Cell, Plan, load_plan, save_plan
 from cspine_train.study.published import published_percent
 from cspine_train.study.ranking import contrasts, counted, levels, n4_answer, ranked

@@ -40,7 +40,7 @@ from cspine_train.data.transforms import Sides
 from cspine_train.metrics.overlap import overlap
 from cspine_train.metrics.statistics import MeanInterval
 from cspine_train.models.build import build_model, sides_of
-from cspine_train.run.settings import load_record
+from cspine_train.run.record import load_record
 from cspine_train.training.segmentation_module import THRESHOLDS, SliceSegmenter, best_threshold
 from tests.conftest import ball, write_case
 

@@ -574,6 +574,12 @@ def test_an_sform_with_shear_beside_a_qform_is_kept_and_told(tmp_path: Path) -> 
     assert forms_of(tmp_path / "again.nii") == forms_of(path)
 
 
+def test_a_form_whose_axes_lie_in_a_plane_is_no_place(tmp_path: Path) -> None:
+    srow = np.array([[2.0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 2, 0]])
+    volume = read_volume(two_places(tmp_path / "x.nii", (1, 2), srow=srow))
+    assert len(volume.geometry.places()) == 2
+
+
 def test_an_unused_form_of_numbers_that_are_none_is_told(tmp_path: Path) -> None:
     volume = read_volume(two_places(tmp_path / "x.nii", (1, 2), srow=np.full((3, 4), np.nan)))
     assert "sform (code 2) holds numbers that cannot be meant" in volume.notes[0]

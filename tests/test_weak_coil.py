@@ -127,3 +127,16 @@ def test_an_implausible_estimate_is_a_note(tmp_path: Path, run_data, serially) -
     assert record.noise_share == pytest.approx(corrected.noise_share)
     assert record.noise_ratio > 0
     assert record.tissue == corrected.tissue
+
+
+@pytest.mark.parametrize("mean", [9.5, 10.0])
+def test_the_noise_of_eight_bit_images_is_that_of_the_air(mean: float) -> None:
+    """Air of few grey values, whose mean may lie between two of them."""
+    rng = np.random.default_rng(0)
+    image = np.round(rng.normal(mean, 1.2, (60, 60, 60))).astype(np.uint8)
+    image[:, :20] = 120
+    averaged = average_down(image, (4, 4, 4))
+    found = noise_floor(image, averaged, (4, 4, 4), 60.0)
+    assert found.level == pytest.approx(mean, abs=0.1)
+    assert found.deviation == pytest.approx(1.2, rel=0.1)
+    found.clear(averaged, (2.0, 2.0, 2.0))

@@ -121,11 +121,19 @@ def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -
         # Its record is damaged or of an older cspine; its folders tell.
         kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
     job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held)
-    if record is None:
-        return job
-    # What a case ignores would become a vertebra where the option is forgotten once.
-    ignored = record.ignore_label if job.label_sha256 and job.ignore_label is None else job.ignore_label
-    return replace(job, notes=record.warnings, ignore_label=ignored)
+    if job.label_sha256 and job.ignore_label is None:
+        job = replace(job, ignore_label=_ignored_before(job, store, published))
+    return replace(job, notes=record.warnings) if record else job
+
+
+def _ignored_before(job: Job, store: Path, published: dict[str, dict[str, str]]) -> int | None:
+    """Return the value that the store ignores in the same label map, in any variant of the case.
+
+    The ignored voxels would become a vertebra if the option were forgotten once.
+    """
+    records = (stored_record(store, job.case.id, digest) for digest in published.get(job.case.id, {}).values())
+    found = (record.ignore_label for record in records if record and record.label_sha256 == job.label_sha256)
+    return next((value for value in found if value is not None), None)
 
 
 def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:

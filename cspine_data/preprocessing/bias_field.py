@@ -151,7 +151,8 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     averaged_mm = _times(spacing_mm, factors)
     first_threshold = threshold = tissue_threshold(averaged, averaged_mm)
     noise = noise_floor(image_xyz, averaged, factors, threshold)
-    air = noise.level
+    # Air of 8-bit images is one or two grey values. What lies at the level is not corrected, and compresses well.
+    air = float(round(noise.level)) if image_xyz.dtype.kind in "iu" else noise.level
     # What is tissue before any correction stays tissue.
     clear = noise.clear(averaged, averaged_mm) | (averaged > first_threshold)
     signal = averaged - np.float32(air)
@@ -182,6 +183,7 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
         plane -= np.float32(air)
         np.multiply(plane, np.exp(level), out=plane, where=plane > 0)
         plane += np.float32(air)
+    threshold = air + (threshold - air) * (float(np.exp(level)) if threshold > air else 1.0)
     return BiasEstimate(
         log_bias_xyz=log_bias,
         corrected_xyz=corrected,

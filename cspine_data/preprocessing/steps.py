@@ -38,7 +38,7 @@ _MOST_VOXELS = 2**28
 _MOST_ALONG_AXIS = 2**13
 _SHOWN_PERCENTILES = (2, 10, 25, 50, 75, 90, 98)
 #: Of what `Preprocessing` does with equal parameters. 2: noise is no tissue, bounds the gain and does not diverge.
-REVISION = 2
+REVISION = 3
 # What no plausible estimate has been seen beyond: real scans have log fields of deviation 0.2 to 1.0, a simulated coil
 # that reaches 25 mm 1.2; docs/bias-field.md.
 _LARGEST_LOG_DEVIATION = 1.5

@@ -130,8 +130,7 @@ class NoiseFloor:
     Attributes
     ----------
     level : float
-        Mean intensity, a whole number where intensities are. Noise in a magnitude image is not centred on zero
-        (Gudbjartsson and Patz 1995).
+        Mean intensity. Noise in a magnitude image is not centred on zero (Gudbjartsson and Patz 1995).
     deviation : float
         Standard deviation of one voxel. 0 where the image shows no noise: no air in view, or air set to one value.
     averaged_deviation : float
@@ -192,9 +191,6 @@ def noise_floor(
     for _ in range(_NOISE_ROUNDS):
         near = np.abs(values - level) <= _NOISE_DEVIATIONS * deviation
         level, deviation = float(values[near].mean(dtype=np.float64)), float(values[near].std(dtype=np.float64))
-    if image_xyz.dtype.kind in "iu":
-        # Air of 8-bit images is one or two grey values. What lies at the level is not corrected, and compresses well.
-        level = float(round(level))
     noise = dark & (np.abs(averaged_xyz - level) <= _NOISE_DEVIATIONS * deviation)
     for axis, factor in enumerate(factors):
         noise = np.repeat(noise, factor, axis)

@@ -123,8 +123,12 @@ def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool
     counts = value_counts(label.array)
     if not labelled_values(counts, ignore_label)[0].size:
         return LoadedCase(case, image, None, notes=(*image.notes, EMPTY_LABEL_MAP))
+    placed = on_volume_grid(label, image, trust_voxels=trust_voxels)
+    if placed.array is not label.array:
+        # 3D Slicer crops a segmentation to what is labelled: its background is added here.
+        counts = value_counts(placed.array)
+    label = placed
     check_labels(label.name, label.array, counts, ignore_label)
-    label = on_volume_grid(label, image, trust_voxels=trust_voxels)
     check_not_the_image(label.name, label.array, image.array)
     spacing_mm = image.geometry.spacing_mm
     # A few of the voxels are enough to say how bright air is.

@@ -19,6 +19,8 @@ from cspine_data.volumes.nifti_forms import NiftiForms
 Triple = tuple[float, float, float]
 
 _LETTERS = ("LR", "PA", "SI")
+# Of unit vectors: below this volume they lie in a plane.
+_FLATTEST = 1e-3
 _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 #: How far, as a cosine, two axes of a grid may be from a right angle: 0.06 degrees, for headers with three decimals.
 #: Distances assume right angles; a corner of a spine's volume then lies at most 0.3 mm from where it should.
@@ -98,7 +100,7 @@ class Geometry(BaseModel):
         )
         return (
             self,
-            *(by_affine(self.size, matrix) for code, matrix in forms if code > 0 and matrix[:, :3].any(0).all()),
+            *(by_affine(self.size, matrix) for code, matrix in forms if code > 0 and _spans_space(matrix)),
         )
 
     def _corners_mm(self) -> NDArray[np.float64]:
@@ -180,6 +182,12 @@ def by_affine(size: tuple[int, int, int], matrix_ras: NDArray[np.float64]) -> Ge
         directions=as_rows(matrix[:, :3] / lengths),
         origin_mm=tuple(matrix[:, 3].tolist()),
     )
+
+
+def _spans_space(matrix: NDArray[np.float64]) -> bool:
+    """Tell whether the columns of an affine are three independent directions."""
+    lengths = np.linalg.norm(matrix[:, :3], axis=0)
+    return bool(lengths.all() and abs(np.linalg.det(matrix[:, :3] / lengths)) > _FLATTEST)
 
 
 def skew(axes: NDArray[Any]) -> float:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
 from cspine_data.volumes.io import Volume, label_name, read_volume, volume_stem, volume_suffix
-from cspine_data.volumes.label_checks import looks_like_labels
+from cspine_data.volumes.label_checks import has_few_values, looks_like_labels
 
 # Statistics are single precision: within these, neither they nor their reciprocals overflow.
 _LARGEST, _LEAST_SPAN = 1e30, 1e-30
@@ -68,16 +68,21 @@ def usable_image(image: Volume) -> Volume:
             image.name, f"holds intensities from {lowest:.3g} to {highest:.3g}, a range that no scanner has",
             "was it read in the wrong byte order? export it anew",
         )  # fmt: skip
-    _refuse_labels(image)
+    image = _checked_for_labels(image)
     if extent_mm.max() < _SHORTEST_MM:
         note = f"it is only {size} mm large (is its unit of length right?)"
         image = replace(image, notes=tuple(dict.fromkeys((*image.notes, note))))
     return replace(image, usable=True)
 
 
-def _refuse_labels(image: Volume) -> None:
+def _checked_for_labels(image: Volume) -> Volume:
+    """Refuse a label map of few values; return an image of flat regions with a note."""
     if not looks_like_labels(image.array):
-        return
+        return image
+    if not has_few_values(image.array):
+        # An 8-bit image that was enlarged without interpolation has flat regions too.
+        note = "it has flat regions, as a label map has; is it an image?"
+        return replace(image, notes=tuple(dict.fromkeys((*image.notes, note))))
     of = _volume_of(image)
     told = f" of {of.name}: same grid," if of else ":"
     name = label_name(of) if of else "X-label, as that of a volume X,"

@@ -40,7 +40,8 @@ def value_counts(array: NDArray[Any]) -> CountedValues:
     array : ndarray
         Any real dtype and shape.
     """
-    if array.dtype.kind not in "iu" or not array.size:
+    # Differences of unsigned 64-bit values overflow.
+    if array.dtype.kind not in "iu" or array.dtype == np.uint64 or not array.size:
         return np.unique(array, return_counts=True)
     lowest, highest = int(array.min()), int(array.max())
     if highest - lowest > _COUNTED_VALUES:
@@ -85,6 +86,11 @@ def looks_like_labels(array: NDArray[Any]) -> bool:
     if counted_values[0].size <= _FEW_VALUES:
         counted_values = value_counts(array)
     return _are_labels(array, counted_values)
+
+
+def has_few_values(array: NDArray[Any]) -> bool:
+    """Tell whether an array holds no more values than a label map of vertebrae."""
+    return value_counts(array)[0].size <= _FEW_VALUES
 
 
 def check_labels(

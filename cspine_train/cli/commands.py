@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+import cloup
 
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
 from cspine_train.cli.option_values import devices_of, weights_of
-from cspine_train.cli.recipe_options import recipe_options, settings_of
+from cspine_train.cli.setting_options import setting_options, settings_of
 from cspine_train.cli.study_commands import cell, study, table
 from cspine_train.cli.waiting import stay_awake
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_told
-from cspine_train.run.planes import AXES
 from cspine_train.training.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
@@ -49,42 +49,44 @@ def main() -> None:
     stay_awake()
 
 
-@main.command()
-@click.option("--store", default="data/cspine.zarr", help="What to train on: a folder or a URL.")
-@click.option("--model", default="unet", help="Architecture; cspine-train models lists them.")
-@click.option("--encoder", default="resnet18", help="Encoder; tu-NAME is any of timm's.")
-@click.option(
-    "--weights", default="auto", help="Encoder's first weights: auto, imagenet, none, or a file. "
-    "auto takes ImageNet's where they can be had and random ones where not, and says which.",
+@main.command(cls=cloup.Command)
+@setting_options()
+@cloup.option_group(
+    "Input and output",
+    cloup.option("--store", default="data/cspine.zarr", help="Store to train on: a folder or a URL."),
+    cloup.option(
+        "-o", "--output", type=click.Path(path_type=Path), help="Run folder; default: runs/ and the run's name."
+    ),
+    cloup.option(
+        "--logger", "loggers", type=click.Choice(["tensorboard", "mlflow"]), multiple=True,
+        help="Also log metrics there, in the run folder; mlflow to MLFLOW_TRACKING_URI if set. May be given twice.",
+    ),
+    cloup.option(
+        "--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=15.0,
+        help="Time between checkpoints within an epoch; a killed run resumes from the last one.",
+    ),
 )  # fmt: skip
-@click.option("--axis", type=click.Choice(list(AXES)), default="0", help="0 sagittal, 1 coronal, 2 axial slices.")
-@click.option("--variant", type=click.Choice(["n4", "raw"]), default="n4", help="Bias field corrected, or not.")
-@recipe_options
-@click.option("--folds", type=click.IntRange(3), help="Cross-validate instead of the reference split.")
-@click.option("--fold", type=click.IntRange(0), default=0, help="The fold that tests.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Where all randomness comes from.")
-@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read slices; 0: a thread does.")
-@click.option(
-    "--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=15.0,
-    help="How often, within an epoch, to write what a killed run goes on from.",
+@cloup.option_group(
+    "Machine",
+    cloup.option(
+        "--workers", type=click.IntRange(0), default=0, help="Processes that read slices; 0: a thread of this process."
+    ),
+    cloup.option(
+        "--devices", default="1", callback=devices_of,
+        help="Number of GPUs, or of processes where there are none; auto: all GPUs.",
+    ),
+    cloup.option("--nodes", type=click.IntRange(1), default=1, help="Number of machines; see docs/distributed.md."),
+    cloup.option("--strategy", type=click.Choice(["auto", "ddp"]), default="auto", help="Lightning's strategy."),
+    cloup.option(
+        "--deterministic", is_flag=True, help="Use only algorithms that give the same bits each time, on a GPU too."
+    ),
 )  # fmt: skip
-@click.option(
-    "--devices", default="1", callback=devices_of, help="GPUs, or processes where there are none; auto: all GPUs."
-)
-@click.option("--nodes", type=click.IntRange(1), default=1, help="Machines; see docs/distributed.md.")
-@click.option("--strategy", type=click.Choice(["auto", "ddp"]), default="auto", help="How devices work together.")
-@click.option("--deterministic", is_flag=True, help="The same bits each time on a GPU too, or refuse.")
-@click.option(
-    "--logger", "loggers", type=click.Choice(["tensorboard", "mlflow"]), multiple=True,
-    help="Log metrics there too, in the run folder; mlflow to MLFLOW_TRACKING_URI where it is set. May be given twice.",
-)  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; runs/<what is trained> by default.")
 def run(
-    store: str, axis: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
+    store: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
     devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Train one model; the same command again goes on where it stopped."""
-    settings = settings_of(axes=AXES[axis], **options)
+    """Train one model; the same command again resumes a run that was stopped."""
+    settings = settings_of(**options)
     # Not before: PyTorch takes seconds to be imported.
     from cspine_train.training.pipeline import train
     from cspine_train.training.processes import Machines, is_first
@@ -238,7 +240,7 @@ def predict(
             raise RunError(f"{path}: is not there; check the path")
     if len({path.resolve() for path in runs}) < len(runs):
         raise click.UsageError("a --run is given twice; --weights says what each counts")
-    from cspine_train.run.settings import load_record
+    from cspine_train.run.record import load_record
 
     for caveat in dict.fromkeys(caveat for path in runs for caveat in load_record(path).caveats()):
         say(f"note: trained: {caveat}", err=True)

@@ -9,20 +9,6 @@ from typing import Literal
 import click
 
 
-def case_weights_of(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, float]:
-    """Read CASE=WEIGHT."""
-    weights = {}
-    for one in given:
-        case, _, weight = one.rpartition("=")
-        try:
-            weights[case] = float(weight)
-        except ValueError:
-            case = ""
-        if not case:
-            raise click.BadParameter(f"{one!r} is not of the form CASE=WEIGHT, such as CS_01=2")
-    return weights
-
-
 def weights_of(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[float, ...] | None:
     """Read W,W,..., a number for each run."""
     try:
@@ -38,16 +24,6 @@ def devices_of(_context: click.Context, _option: click.Parameter, given: str) ->
     if not re.fullmatch("[1-9][0-9]{0,3}", given):
         raise click.BadParameter(f"{given!r} is neither auto nor a number from 1")
     return int(given)
-
-
-def size_of(_context: click.Context, _option: click.Parameter, given: str | None) -> tuple[int, int] | None:
-    """Read H,W, or one number for both."""
-    if given is None:
-        return None
-    sides = given.split(",")
-    if len(sides) > 2 or not all(re.fullmatch("[1-9][0-9]{0,5}", side) for side in sides):
-        raise click.BadParameter(f"{given!r} is not of the form H,W, such as 256,192, or one number for both")
-    return int(sides[0]), int(sides[-1])
 
 
 def list_of(_context: click.Context, option: click.Parameter, given: str) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
 from cspine_data.terminal import can_go_on, print_table, progress_bar, say
 from cspine_train.cli.option_values import folds_of, list_of, weights_by_encoder
-from cspine_train.cli.recipe_options import recipe_options, settings_of
+from cspine_train.cli.setting_options import setting_options, settings_of
 from cspine_train.errors import ModelError
 from cspine_train.run.planes import AXES
 
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from cspine_train.study.plan import Cell, Grid, Plan
     from cspine_train.study.runner import Outcome
 
+# Fields that the grid varies.
+_GRID_FIELDS = ("model", "encoder", "weights", "axes", "variant", "folds", "fold", "seed")
 # Between looks at how far cells have come, and between writings of what came out, in times that one took.
 _LOOK_S, _WRITING_PAUSES = 2.0, 50
 
 
-@click.command()
+@click.command(cls=cloup.Command)
 @click.option("--store", default="data/cspine.zarr", help="What to train on: a folder or a URL.")
 @click.option("--models", callback=list_of, default="unet,fpn,linknet,pspnet", help="Architectures.")
 @click.option(
@@ -48,7 +51,7 @@ _LOOK_S, _WRITING_PAUSES = 2.0, 50
     "--from", "queue", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A queue of the reference study (done,model,encoder,axis,epochs,batch) instead of models, encoders, axes.",
 )  # fmt: skip
-@recipe_options
+@setting_options(omit=_GRID_FIELDS)
 @click.option("--workers", type=click.IntRange(1), help="Runs at a time; by default one a GPU, or one for four cores.")
 @click.option("--scheduler", help="Address of a running Dask scheduler whose workers do it instead.")
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be done and what it costs, and end.")

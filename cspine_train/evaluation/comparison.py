@@ -14,7 +14,7 @@ from cspine_train.errors import RunError
 from cspine_train.metrics.overlap import MEASURES, Measure
 from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
 from cspine_train.run.evaluations import recorded_evaluations
-from cspine_train.run.settings import RunRecord, load_record
+from cspine_train.run.record import RunRecord, load_record
 
 # As in scipy.
 _MOST_EXACT = 50

@@ -31,7 +31,7 @@ from cspine_train.reports.figures import never_fatal
 from cspine_train.reports.model_card import write_card
 from cspine_train.reports.run_report import write_report
 from cspine_train.run.folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, only_writer, write_rows, write_text
-from cspine_train.run.settings import load_record
+from cspine_train.run.record import load_record
 
 _SHARES = ("batch_averaged_dice", "label_dice", "label_iou")
 

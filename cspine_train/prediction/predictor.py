@@ -23,7 +23,7 @@ from cspine_train.models.build import check_names, load_model, sides_of
 from cspine_train.run.cohort_range import differences, looks_of
 from cspine_train.run.folder import MODEL_FOLDER, RECORD_NAME, is_in_use
 from cspine_train.run.label_classes import network_classes, stored_values
-from cspine_train.run.settings import RunRecord, load_record
+from cspine_train.run.record import RunRecord, load_record
 
 _BATCH = 8
 # Of a slice, 4096 x 4096: a header with wrong units, or a tiny --pixel-mm, asks for more than memory holds.
@@ -133,9 +133,9 @@ class LoadedRun:
         own = fixed_size([shape], sides_of(self.network))
         # Whole slices, of whatever size training saw; no smaller than there, as pooling over a slice sees the margin.
         height, width = (max(pair) for pair in zip(own, self.record.size_hw, strict=True))
-        if math.prod(own) > max(_MOST_PIXELS, math.prod(self.record.size_hw)):
+        if height * width > _MOST_PIXELS:
             raise RunError(
-                f"{self.path}: slices along axis {axis} would be {own[0]} x {own[1]} pixels; check the volume's "
+                f"{self.path}: slices along axis {axis} would be {height} x {width} pixels; check the volume's "
                 "spacing, or crop it"
             )
         context = self.record.settings.context

@@ -17,7 +17,7 @@ from cspine_data import atomic_write
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MONITOR
 from cspine_train.run.planes import PLANES
-from cspine_train.run.settings import load_record
+from cspine_train.run.record import load_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

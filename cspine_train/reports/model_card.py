@@ -12,7 +12,7 @@ from cspine_train.metrics.statistics import mean_interval, too_few
 from cspine_train.run.evaluations import recorded_evaluations
 from cspine_train.run.folder import CARD_NAME, METRICS_NAME, RECORD_NAME, write_text
 from cspine_train.run.planes import PLANES
-from cspine_train.run.settings import RunRecord
+from cspine_train.run.record import RunRecord
 
 _MARKS = re.compile(r"([\\`*_\[\]<>|~$&])")
 # The library's name on the hub has hyphens.

@@ -12,7 +12,7 @@ from cspine_train.metrics.statistics import mean_interval, too_few
 from cspine_train.run.evaluations import recorded_evaluations
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
-from cspine_train.run.settings import RunRecord
+from cspine_train.run.record import RunRecord
 
 #: Plots of slices on the page: those of the lowest Dice, of however many patients.
 MOST_PLOTS = 48
@@ -54,7 +54,9 @@ def page(template: str, **known: Any) -> str:
     """Return a page of one of the package's templates; whatever it is given is shown as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    pages = Environment(loader=PackageLoader("cspine_train", ""), autoescape=True, undefined=StrictUndefined)
+    pages = Environment(
+        loader=PackageLoader("cspine_train.reports", "templates"), autoescape=True, undefined=StrictUndefined
+    )
     return pages.get_template(template).render(**known)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cspine_train.metrics.overlap import MEASURES
 from cspine_train.run.folder import EVALUATION_FOLDER
-from cspine_train.run.settings import RunRecord
+from cspine_train.run.record import RunRecord
 
 #: What is told of a patient.
 FIGURES = (*(measure.name for measure in MEASURES), "batch_averaged_dice")

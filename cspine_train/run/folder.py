@@ -34,6 +34,8 @@ REPORT_NAME = "report.html"
 CHECKPOINT_FOLDER = "checkpoints"
 #: Scores per patient, a file for what was scored.
 EVALUATION_FOLDER = "evaluation"
+# Folders that only the holder of the run's lock writes to.
+_WRITTEN_FOLDERS = (MODEL_FOLDER, CHECKPOINT_FOLDER, EVALUATION_FOLDER, OVERLAYS_FOLDER)
 #: What TensorBoard reads, where it was asked for.
 TENSORBOARD_FOLDER = "tensorboard"
 #: MLflow's database where no server is named, and which of its runs this is.
@@ -87,7 +89,8 @@ def only_writer(folder: Path, others: str = "is being trained or evaluated", pat
         If another process holds the lock.
     """
     with only_one(folder / LOCK_NAME, f"{folder}: {others} by another process", patience_s):
-        remove_unfinished(folder)
+        for written in (folder, *(folder / name for name in _WRITTEN_FOLDERS)):
+            remove_unfinished(written)
         yield
 
 

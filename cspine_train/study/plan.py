@@ -18,7 +18,7 @@ from cspine_train.errors import RunError
 from cspine_train.run.folder import write_text
 from cspine_train.run.patient_split import split_of, what_is_fed
 from cspine_train.run.planes import AXES
-from cspine_train.run.settings import RunSettings
+from cspine_train.run.settings import RunSettings, problem_of
 
 #: What was asked of a study: JSON, see `Plan`.
 PLAN_NAME = "study.json"
@@ -132,9 +132,7 @@ def _checked(recipe: RunSettings, update: Mapping[str, Any]) -> RunSettings:
     try:
         return RunSettings(**recipe.model_dump() | dict(update))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = " ".join(map(str, first["loc"])) or "settings"
-        raise RunError(f"{where}: {first['msg'].removeprefix('Value error, ')}; correct it") from None
+        raise RunError(f"{problem_of(error)}; correct it") from None
 
 
 class Cell(BaseModel):

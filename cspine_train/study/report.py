@@ -62,7 +62,7 @@ def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
 def _page(study: Path, plan: Plan, found: Findings, rows: Sequence[Mapping[str, Any]]) -> str:
     from markupsafe import Markup
 
-    script = files("cspine_train").joinpath("study.js").read_text(encoding="utf-8")
+    script = files("cspine_train.reports").joinpath("templates/study.js").read_text(encoding="utf-8")
     cells = {row["cell"]: _told(row) for row in rows}
     return page(
         "study.html.jinja",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cspine_data import atomic_write
 from cspine_train.run.evaluations import FIGURES
 from cspine_train.run.folder import METRICS_NAME, read_rows, write_rows
-from cspine_train.run.settings import RunRecord
+from cspine_train.run.record import RunRecord
 from cspine_train.study.plan import Cell, Plan, start_told
 from cspine_train.study.runner import RUNS_FOLDER, what_came_out
 

@@ -19,7 +19,8 @@ from cspine_data import Workers, make_folder, open_cohort, side_by_side, usable_
 from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.run.evaluations import recorded_evaluations
 from cspine_train.run.folder import METRICS_NAME, is_in_use, only_writer, read_rows, write_rows
-from cspine_train.run.settings import RunRecord, RunSettings, load_record, save_record
+from cspine_train.run.record import RunRecord, load_record, save_record
+from cspine_train.run.settings import RunSettings
 from cspine_train.study.plan import PLAN_NAME, Cell, Plan, but_for_path, plan_study, save_plan
 
 if TYPE_CHECKING:

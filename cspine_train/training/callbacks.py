@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from cspine_train.models.build import save_model
 from cspine_train.reports.figures import draw_curves, never_fatal
 from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MODEL_FOLDER, MONITOR, write_rows
-from cspine_train.run.settings import load_record, save_record
+from cspine_train.run.record import load_record, save_record
 from cspine_train.training.segmentation_module import THRESHOLD
 
 # Epochs in a row without improvement. Validation Dice improves when it is above every earlier one, by however little:

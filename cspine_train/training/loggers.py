@@ -17,7 +17,7 @@ from cspine_data import make_folder
 from cspine_train.errors import RunError, meant
 from cspine_train.run.folder import MLFLOW_FOLDER, MONITOR, TENSORBOARD_FOLDER, write_text
 from cspine_train.run.process_state import quieten
-from cspine_train.run.settings import RunRecord
+from cspine_train.run.record import RunRecord
 
 LOGGERS = ("tensorboard", "mlflow")
 _SERVER = "MLFLOW_TRACKING_URI"

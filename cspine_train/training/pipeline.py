@@ -42,7 +42,8 @@ from cspine_train.run.label_classes import label_meaning, label_values, network_
 from cspine_train.run.patient_split import split_of, what_is_fed
 from cspine_train.run.precision import precision_of
 from cspine_train.run.process_state import quieten, restored_process_state
-from cspine_train.run.settings import RunRecord, RunSettings, load_record, save_record
+from cspine_train.run.record import RunRecord, load_record, save_record
+from cspine_train.run.settings import RunSettings
 from cspine_train.training.callbacks import Curves, Keep, Plateau, Stop
 from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.training.loggers import Logged, check_loggers

@@ -1,0 +1,153 @@
+"""What a run did: its settings, data, weights and outcome, saved as `run.json` beside the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cspine_data import RecordedPreprocessing, Split
+from cspine_train.errors import RunError
+from cspine_train.run.cohort_range import CohortLooks
+from cspine_train.run.folder import RECORD_NAME, write_text
+from cspine_train.run.settings import RunSettings
+
+RECORD_VERSION = 1
+_MOST_LABELS = 255
+_Side = Annotated[int, Field(gt=0, le=1 << 14)]
+
+
+class RunRecord(BaseModel):
+    """What a run is and what was fed to it: everything that prediction and an honest table need.
+
+    Attributes
+    ----------
+    store : str
+        Where the store was, to evaluate from.
+    settings : RunSettings
+        What was asked.
+    weights_used : str
+        What the encoder started from: ``imagenet``, by name or from an installed package; ``none``; or the SHA-256 of
+        a file.
+    size_hw : tuple of int
+        The fixed size of a training slice, after resampling, padding and cropping.
+    preprocessing : Preprocessing
+        What was done to every volume, and is done to a volume to predict.
+    notes : tuple of str
+        What the cohort is, where it is not what it stands for: said beside every figure.
+    train, validation, test : tuple of str
+        The case ids of each part.
+    label_values : tuple of int
+        The label values that the network tells apart, in the order of its channels after the background's; one alone
+        is a sigmoid's, as are binary labels, for which there are none.
+    label_meaning : dict
+        What the values of a label map that the run predicts mean.
+    cohort_looks : CohortLooks or None
+        What training volumes look like, so that a volume that is unlike them can be told; an older cspine kept none.
+    digests : dict
+        The store's digest of every case of the run.
+    versions : dict
+        Of the libraries that decide the outcome.
+    processes, deterministic
+        In how many processes it trained at last, and whether with deterministic algorithms only.
+    finished : bool
+        False until training ended by itself.
+    kept_epoch, kept_dice
+        The epoch whose weights the run keeps, from 0 (the best on validation, or the last of one cycle), and its mean
+        Dice over the validation patients at the network's pixel size.
+    threshold : float
+        The probability above which a voxel is vertebra: the one that gave that Dice. Of several labels the likeliest is
+        taken.
+    kept_components : int or None
+        How many connected components of a prediction are kept at most, the largest; None where all are.
+    filled_holes : bool
+        Whether the holes of a prediction are filled then.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    record_version: int = RECORD_VERSION
+    store: str
+    settings: RunSettings
+    weights_used: str
+    size_hw: tuple[_Side, _Side]
+    preprocessing: RecordedPreprocessing
+    notes: tuple[str, ...] = ()
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+    label_values: tuple[int, ...] = Field(default=(), max_length=_MOST_LABELS)
+    label_meaning: dict[int, str] = Field(default_factory=lambda: {0: "background", 1: "vertebra"})
+    cohort_looks: CohortLooks | None = None
+    digests: dict[str, str]
+    versions: dict[str, str]
+    processes: int = 1
+    deterministic: bool = False
+    finished: bool = False
+    kept_epoch: int | None = None
+    kept_dice: float | None = None
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    kept_components: int | None = Field(default=None, ge=1)
+    filled_holes: bool = False
+
+    @property
+    def split(self) -> Split:
+        """The cases by part."""
+        return Split(self.train, self.validation, self.test)
+
+    def caveats(self) -> tuple[str, ...]:
+        """Return what has to be said beside every figure of this run."""
+        asked, used = self.settings.weights, self.weights_used
+        start = {"none": "random weights", "imagenet": "ImageNet weights"}.get(
+            used, f"weights from a file ({used[:12]})"
+        )
+        if asked == "auto" and used == "none":
+            start += " (ImageNet weights could not be had)"
+        return (f"encoder {self.settings.encoder} started from {start}", *(f"data: {note}" for note in self.notes))
+
+
+def save_record(run: Path, record: RunRecord) -> None:
+    """Write a run's record in one step."""
+    write_text(run / RECORD_NAME, record.model_dump_json(indent=1))
+
+
+def load_record(run: Path) -> RunRecord:
+    """Read a run's record.
+
+    Raises
+    ------
+    RunError
+        If the folder is no run, a link in it leads elsewhere, its record is damaged, or a newer cspine wrote it.
+    """
+    # A run may come from anywhere: nothing outside it is read, sent on in a report, or written over.
+    for folder, folders, files in os.walk(run):
+        for inside in (Path(folder, name) for name in (*folders, *files)):
+            try:
+                mode = inside.lstat().st_mode
+            except FileNotFoundError:
+                # Another process finished writing it, or removed it.
+                continue
+            if stat.S_ISLNK(mode) and not inside.resolve().is_relative_to(run.resolve()):
+                raise RunError(f"{inside}: leads out of the run folder; copy the run whole, without links")
+            if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise RunError(f"{inside}: is neither a file nor a folder; remove it")
+    try:
+        content = (run / RECORD_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise RunError(f"{run}: is no run folder; make one with cspine-train run") from None
+    try:
+        version = json.loads(content)["record_version"]
+    except (ValueError, KeyError, TypeError):
+        version = None
+    if isinstance(version, int) and version > RECORD_VERSION:
+        raise RunError(f"{run}: was written by a newer cspine; install that")
+    try:
+        return RunRecord.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise RunError(f"{run / RECORD_NAME}: is damaged ({where}: {first['msg']}); train it anew") from None
