@@ -188,7 +188,9 @@ def draw_curves(run: Path) -> None:
     panels[-1].set_xlabel("epoch")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     settings = record.settings
-    _entitle(figure, f"{settings.model}, {settings.encoder}, seed {settings.seed}", record.caveats())
+    # Curves are drawn after each epoch: that training is not finished is no news there.
+    caveats = record.model_copy(update={"finished": True}).caveats()
+    _entitle(figure, f"{settings.model}, {settings.encoder}, seed {settings.seed}", caveats)
     _save(figure, run / CURVES_NAME)
 
 

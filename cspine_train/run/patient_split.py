@@ -42,15 +42,19 @@ def what_is_fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     """
     cases = (*split.train, *split.validation, *split.test)
     first = cohort.record(cases[0], variant)
-    digests, looks = {}, CohortLooks.of(cohort.record(case, variant) for case in split.train)
+    digests, ignored, looks = {}, set(), CohortLooks.of(cohort.record(case, variant) for case in split.train)
     for case in cases:
         record = cohort.record(case, variant)
         digests[case] = record.digest
+        ignored.update(record.ignored_values)
         if record.preprocessing != first.preprocessing:
             raise RunError(
                 f"{cohort.path}: holds {first.case} and {case} as {variant}, prepared in different ways; "
                 "run cspine-data prepare with the same options over all of them"
             )
+    notes = cohort.notes
+    if ignored:
+        notes = (*notes, f"voxels labelled {', '.join(map(str, sorted(ignored)))} do not count")
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
-    what = {"preprocessing": first.preprocessing, "notes": cohort.notes, "digests": digests, "cohort_looks": looks}
+    what = {"preprocessing": first.preprocessing, "notes": notes, "digests": digests, "cohort_looks": looks}
     return {"store": cohort.location, **what, **parts}

@@ -107,7 +107,11 @@ class RunRecord(BaseModel):
         )
         if asked == "auto" and used == "none":
             start += " (ImageNet weights could not be had)"
-        return (f"encoder {self.settings.encoder} started from {start}", *(f"data: {note}" for note in self.notes))
+        caveats = (f"encoder {self.settings.encoder} started from {start}", *(f"data: {note}" for note in self.notes))
+        if self.finished or self.kept_epoch is None:
+            return caveats
+        unfinished = f"training is not finished: weights of epoch {self.kept_epoch + 1} of {self.settings.epochs}"
+        return (*caveats, f"{unfinished}; the same cspine-train run command resumes it")
 
 
 def save_record(run: Path, record: RunRecord) -> None:
