@@ -21,7 +21,9 @@ def main(folder: Path) -> None:
     for axis, name in ((0, "sagittal"), (2, "axial")):
         slices = cohort.slices(axis=axis, split="train", only_labelled=True)
         image, mask = slices[len(slices) // 2]
-        print(f"{len(slices)} labelled {name} slices to train on; shape {image.shape}, {mask.mean():.1%} vertebra in the middle one")
+        print(
+            f"{len(slices)} labelled {name} slices to train on; shape {image.shape}, {mask.mean():.1%} vertebra in the middle one"
+        )
 
 
 if __name__ == "__main__":
