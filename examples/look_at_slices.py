@@ -21,9 +21,8 @@ def main(folder: Path) -> None:
     for axis, name in ((0, "sagittal"), (2, "axial")):
         slices = cohort.slices(axis=axis, split="train", only_labelled=True)
         image, mask = slices[len(slices) // 2]
-        print(
-            f"{len(slices)} labelled {name} slices to train on; shape {image.shape}, {mask.mean():.1%} vertebra in the middle one"
-        )
+        content = f"shape {image.shape}, {mask.mean():.1%} vertebra"
+        print(f"{len(slices)} labelled {name} slices to train on; the middle one: {content}")
 
 
 if __name__ == "__main__":

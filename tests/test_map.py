@@ -1,4 +1,4 @@
-"""The map of folders in CONTRIBUTING.md agrees with the packages, folders and modules stay small, and links lead somewhere."""
+"""Check the map of folders in CONTRIBUTING.md, the size of folders and modules, and the links between pages."""
 
 from __future__ import annotations
 
