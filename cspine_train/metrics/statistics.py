@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 #: No interval, test or ranking over fewer patients. With five, the signed-rank test cannot reach 5 %, and an interval
-#: of the mean is wider than the patients' own scatter; see docs/decisions/0033-fewest-patients.md.
+#: of the mean is wider than the patients' own scatter; see docs/decisions/0033-minimum-number-of-patients.md.
 FEWEST_PATIENTS = 6
 
 
