@@ -18,7 +18,7 @@ from scipy.stats import false_discovery_control, rankdata, wilcoxon
 from cspine_data import Preprocessing
 from cspine_train import RunError, compare
 from cspine_train.cli.commands import default_run_name
-from cspine_train.evaluation.comparison import holm, signed_rank_p
+from cspine_train.metrics.statistics import holm, signed_rank_p
 from cspine_train.run.settings import RunRecord, RunSettings, save_record
 
 

@@ -20,7 +20,7 @@ class PublishedCell(NamedTuple):
 @cache
 def published_percent() -> dict[PublishedCell, float]:
     """Return the published Dice of each cell, in percent; to be compared with `batch_averaged_dice` alone."""
-    lines = files("cspine_train").joinpath("reference_results.csv").read_text(encoding="utf-8").splitlines()
+    lines = files("cspine_train.study").joinpath("reference_results.csv").read_text(encoding="utf-8").splitlines()
     return {
         PublishedCell(row["axis"], row["model"], row["encoder"], row["variant"]): float(row["dsc_percent"])
         for row in csv.DictReader(lines)
