@@ -268,7 +268,12 @@ def test_a_fold_that_one_condition_lacks_takes_no_patient_from_the_others() -> N
 
 def test_conditions_are_ranked_beside_the_best() -> None:
     found = list(ranked(scored(grid({"n4": 0.03, "fpn": 0.02}))).itertuples())
-    assert [(one.model, one.variant) for one in found] == [("fpn", "n4"), ("unet", "n4"), ("fpn", "raw"), ("unet", "raw")]
+    assert [(one.model, one.variant) for one in found] == [
+        ("fpn", "n4"),
+        ("unet", "n4"),
+        ("fpn", "raw"),
+        ("unet", "raw"),
+    ]
     assert found[0].difference is None
     assert np.isnan(found[0].p)
     assert all(one.difference.mean < 0 for one in found[1:])
@@ -296,7 +301,7 @@ def test_the_published_figures_are_72_and_stand_beside_the_same_cell() -> None:
     # What to do where ImageNet's weights cannot be had.
     (table,) = found_in([row(encoder="inceptionv4", weights="in.pth", dice=0.8)]).cells
     assert published_beside(table) == [("79", "+1.0")]
-    assert "whether the file holds those is not known" in table.notes[-1]
+    assert "whether the file holds those is not known." in table.notes[-1]
     assert "random is resnet50 without pretrained weights" in rendered(found_in(rows), "markdown")
 
 

@@ -27,8 +27,8 @@ _PUBLISHED_NOTE = (
 )
 _NOT_PUBLISHED_NOTE = "The reference study published no figure of these encoders with these first weights."
 _FILE_NOTE = (
-    "Encoders that start from a file are compared with the published figure of ImageNet weights: whether the file holds "
-    "those is not known here."
+    "Encoders that start from a file stand beside the published figure of ImageNet weights: whether the file holds "
+    "those is not known."
 )
 
 
@@ -194,7 +194,9 @@ def _measures(figures: pd.DataFrame, shown: Sequence[str]) -> Table:
     for measure in MEASURES:
         if measure.brief:
             told[measure.heading] = [_told(one, measure.digits) for one in figures[measure.name]]
-    return Table("All measures", told, ("Means over patients of whole volumes, in brackets 95 % confidence intervals.",))
+    return Table(
+        "All measures", told, ("Means over patients of whole volumes, in brackets 95 % confidence intervals.",)
+    )
 
 
 def _levels(found: pd.DataFrame) -> Table:
