@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 #: No interval, test or ranking over fewer patients. With five, the signed-rank test cannot reach 5 %, and the interval
-#: of the mean is wider than the scatter of the patients; see docs/decisions/0033-fewest-patients.md.
+#: of the mean is wider than the scatter of the patients; see docs/decisions/0033-minimum-number-of-patients.md.
 FEWEST_PATIENTS = 6
 # SciPy's limit for its exact test too: above it, the normal approximation is as good.
 _MOST_EXACT = 50
