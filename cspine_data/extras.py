@@ -4,8 +4,8 @@ from __future__ import annotations
 
 _MODULES = {
     "train": (
-        "PIL", "huggingface_hub", "jinja2", "lightning", "markupsafe", "matplotlib", "psutil", "pyarrow", "safetensors",
-        "segmentation_models_pytorch", "tabulate", "timm", "torch", "torchvision",
+        "PIL", "huggingface_hub", "jinja2", "lightning", "markupsafe", "matplotlib", "pandas", "psutil", "pyarrow",
+        "safetensors", "segmentation_models_pytorch", "tabulate", "timm", "torch", "torchvision",
     ),
     "dicom": ("gdcm",),
     "loggers": ("alembic", "mlflow", "sqlalchemy", "tensorboard"),

@@ -18,7 +18,7 @@ from scipy.stats import false_discovery_control, rankdata, wilcoxon
 from cspine_data import Preprocessing
 from cspine_train import RunError, compare
 from cspine_train.cli.commands import default_run_name
-from cspine_train.evaluation.comparison import holm, signed_rank_p
+from cspine_train.metrics.statistics import holm, signed_rank_p
 from cspine_train.run.record import RunRecord, save_record
 from cspine_train.run.settings import RunSettings
 
@@ -176,6 +176,9 @@ def test_p_is_exact_of_as_many_patients_as_real_cohorts_have_with_ties_and_witho
     assert signed_rank_p([*[0.01 * n for n in range(1, 11)], *[0.0] * 4]) == pytest.approx(2 / 2**10)
     tied = [0.01 * (n // 2) * (1 if n % 4 else -1) for n in range(2, 16)]
     assert signed_rank_p(tied) == pytest.approx(exact_p(tied))
+    # Why the test is our own, see docs/decisions/0043-exact-signed-ranks.md.
+    for method in ("exact", "auto"):
+        assert float(wilcoxon(tied, method=method).pvalue) != pytest.approx(exact_p(tied), rel=0.03)
 
 
 def test_differences_that_are_equal_but_for_rounding_are_ties(tmp_path: Path) -> None:

@@ -80,6 +80,10 @@ def test_evaluation_writes_all_that_the_page_shows(
         assert means[measure.name]["mean"] == pytest.approx(float(row[measure.name]), abs=1e-6)
         assert means[measure.name]["low"] is None
     assert "1 test patient: too few" in done.output
+    card = (run / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for measure in MEASURES:
+        assert (measure.heading in done.output) == measure.brief
+        assert (measure.heading in card) == measure.brief
     # Slices and the volume hold the same voxels, along each axis.
     slices = rows_of(folder / "test-slices.csv")
     for axis in "01":

@@ -32,9 +32,8 @@ from cspine_train.run.patient_split import what_is_fed
 from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.study.cost import costs
 from cspine_train.study.plan import Cell, Grid, Plan, load_plan, plan_study, queued
-from cspine_train.study.results import write_results
+from cspine_train.study.results import tidy, write_results
 from cspine_train.study.runner import CellWork, check_output, is_done, processes_here, run_study, threads_of_cell
-from cspine_train.study.step_timing import Step, StepTimer
 from tests.conftest import QUICK_N4
 from tests.test_report import Page
 
@@ -236,66 +235,50 @@ def test_weights_that_cannot_be_had_are_told_before_anything_starts(
     refused = run_train(*asked, "--encoders", "random,tu-test_vit:random,tu-resnet10t", "--plan")
     assert refused.exit_code == 1
     assert "tu-resnet10t from imagenet: encoder 'tu-resnet10t': its ImageNet weights" in refused.output
-    assert "weights of tu-resnet10t: cannot be had or do not fit, and a study never mixes them; give" in refused.output
+    assert "weights of tu-resnet10t: are unavailable or do not fit" in refused.output
     assert "--weights tu-resnet10t=FILE for each" in refused.output
     assert not list(tmp_path.iterdir())
     allowed = run_train(*asked, "--encoders", "tu-tf_efficientnet_lite0", "--axes", "2", "--plan")
     assert allowed.exit_code == 0, allowed.output
 
 
-def test_costs_are_those_of_a_timed_step_times_the_pixels(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_the_time_of_a_step_times_steps_and_epochs(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
     encoders = ("tu-mobilenetv3_small_100:random",)
+    grid = Grid(("unet",), encoders, variants=("n4", "raw"), axes=((2,),))
     cells = [
-        *plan_study(cohort, Grid(("unet",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
-        *plan_study(cohort, Grid(("unet",), encoders, variants=("raw",), axes=((2,),)).settings(
-            RECIPE.model_copy(update={"epochs": 9}))).cells,
-        *plan_study(cohort, Grid(("nosuch",), encoders, variants=("raw",), axes=((2,),)).settings(RECIPE)).cells,
-    ]  # fmt: skip
-    monkeypatch.setattr("cspine_train.study.cost.StepTimer.seconds", lambda *_: 1000.0)
-    once, nine, none = costs(cohort, cells, threads=1).values()
-    # Whole batches; validation and what is beside the network cost less than training again.
-    steps = once.slices / RECIPE.batch_size
-    assert steps == int(steps)
-    assert 1000 * steps < (nine.seconds - once.seconds) / 8 < 2 * 1000 * steps
-    # Starting and testing are done once.
-    assert nine.seconds < 9 * once.seconds
-    assert once.slices == nine.slices > 0
-    assert none.failure is not None
-    assert none.failure.startswith("model 'nosuch': is not known; cspine-train models lists them")
+        *plan_study(cohort, grid.settings(RECIPE)).cells,
+        *plan_study(cohort, grid.settings(RECIPE.model_copy(update={"epochs": 9}))).cells,
+        *plan_study(cohort, Grid(("nosuch",), encoders, axes=((2,),)).settings(RECIPE)).cells,
+    ]
+    timed: list[tuple[int, ...]] = []
+    monkeypatch.setattr("cspine_train.study.cost._step_seconds", lambda _, shape, *more: timed.append(shape) or 10.0)
+    once, _, nine, _, none, _ = costs(cohort, cells, threads=1).values()
+    # The same network on images of one size.
+    assert len(timed) == 1
+    assert once.slices % RECIPE.batch_size == 0
+    assert once.seconds == 10 * once.slices / RECIPE.batch_size > 0
+    assert (nine.slices, nine.seconds) == (once.slices, 9 * once.seconds)
     assert once.failure is nine.failure is None
+    assert "'nosuch': is not known" in str(none.failure)
 
 
-def test_steps_are_timed_in_a_process_of_their_own_and_another_follows_one_that_dies() -> None:
-    step = Step("linknet", "tu-mobilenetv3_small_100", 1, 1, "32", 2, (64, 64))
+def test_costs_of_steps_that_fail_or_do_not_fit_into_memory(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid(("unet",), (SMALLEST,), variants=("raw",), axes=((2,),))
+    threads, drawn = torch.get_num_threads(), torch.get_rng_state()
+    (timed,) = costs(cohort, plan_study(cohort, grid.settings(RECIPE)).cells, threads=1).values()
+    assert timed.seconds > 0
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert torch.get_num_threads() == threads
+    huge = RECIPE.model_copy(update={"size_hw": (2**17, 2**17)})
+    (too_large,) = costs(cohort, plan_study(cohort, grid.settings(huge)).cells, threads=1).values()
+    assert "GiB" in str(too_large.failure)
 
-    def spawned() -> set[psutil.Process]:
-        found = set()
-        for child in psutil.Process().children():
-            with suppress(psutil.Error):
-                found |= {child} if "spawn_main" in " ".join(child.cmdline()) else set()
-        return found
+    def fail(*_: object) -> float:
+        raise RuntimeError("out of\nmemory")
 
-    before = spawned()
-    with StepTimer(threads=1) as timer:
-        assert timer.seconds(step)
-        (process,) = spawned() - before
-        # More memory than can be named, and sides that a network cannot halve.
-        assert timer.seconds(step._replace(batch_size=2**25, size_hw=(2**20, 2**20))) is None
-        assert timer.seconds(step._replace(size_hw=(63, 63))) is None
-        process.kill()
-        assert timer.seconds(step) is None
-        assert timer.seconds(step)
-    assert spawned() <= before
-
-
-def test_steps_cannot_be_timed_in_a_script_that_runs_itself_again() -> None:
-    script = "from cspine_train.study.step_timing import StepTimer\nwith StepTimer(1): pass\n"
-    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    told = (
-        "no process can be started to time steps in; free some memory, and begin a script of your own with if __name__"
-    )
-    assert told in done.stderr
+    monkeypatch.setattr("cspine_train.study.cost._step_seconds", fail)
+    (failed,) = costs(cohort, plan_study(cohort, grid.settings(RECIPE)).cells, threads=1).values()
+    assert "out of memory" in str(failed.failure)
 
 
 # Done
@@ -593,13 +576,12 @@ def with_threads_allowed(number: int) -> int:
 def test_an_interrupted_study_says_that_it_can_go_on(
     phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cspine_train.study.cost.StepTimer.seconds", lambda *_: 1.0)
-    monkeypatch.setattr("cspine_train.study.cost.StepTimer.disturbed", True)
+    monkeypatch.setattr("cspine_train.study.cost._step_seconds", lambda *_: 1.0)
     monkeypatch.setattr("cspine_train.study.runner.run_study", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     study = tmp_path / "study"
     told = run_train("study", "--store", phantom_store, "-o", study, *ASKED)
     assert told.exit_code == 1
-    assert "warning: other work keeps this machine busy: the times that follow are far too long\n" in told.output
+    assert "1 min of training steps" in told.output
     assert told.output.endswith(f"Error: {study}: interrupted; run the same command again to go on\n")
 
 
@@ -625,6 +607,6 @@ def test_a_plan_that_was_tampered_with_is_refused(cohort: Cohort, tmp_path: Path
 
 
 def test_an_empty_table_has_its_columns(tmp_path: Path) -> None:
-    written = write_results(tmp_path, [])
+    written = write_results(tmp_path, tidy([]))
     assert "dice" in written[0].read_text().split(",")
     assert "dice" in parquet.read_table(written[1]).column_names

@@ -149,8 +149,7 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
 
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
-    shown = ("dice", "iou", "hausdorff95_mm", "average_surface_distance_mm", "surface_dice_1mm")
-    measures = [measure for measure in MEASURES if measure.name in shown]
+    measures = [measure for measure in MEASURES if measure.brief]
     of_labels = [Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels")]
     several = evaluation.scores[0].labels is not None
     columns = ["patient", "split", *(measure.heading for measure in (*measures, *(of_labels if several else ())))]

@@ -67,8 +67,8 @@ def study(
     reference study's: 72 cells.
     """
     from cspine_data import open_cohort
+    from cspine_train.metrics.statistics import counted
     from cspine_train.study.plan import Grid, plan_study
-    from cspine_train.study.ranking import counted
     from cspine_train.study.report import write_outcome
     from cspine_train.study.runner import LOGS_FOLDER, cells_of_others, check_not_run, check_output, is_done, run_study
 
@@ -95,9 +95,9 @@ def study(
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
     if to_do:
         # PyTorch takes seconds to import, for nothing where all is done.
-        from cspine_train.study.cost import check_names_of
+        from cspine_train.study.networks import check_network_names
 
-        check_names_of(to_do)
+        check_network_names(to_do)
     _tell_plan(plan, len(to_do), len(asked))
     if others := cells_of_others(output, plan):
         click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids, which stay and are in no table")
@@ -196,8 +196,8 @@ def _check_said_once() -> None:
 def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSettings]:
     if queue is None:
         return grid.settings(recipe)
+    from cspine_train.metrics.statistics import counted
     from cspine_train.study.plan import queued
-    from cspine_train.study.ranking import counted
 
     settings, done = queued(queue, grid, recipe)
     if done:
@@ -208,8 +208,8 @@ def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSetti
 
 
 def _tell_plan(plan: Plan, to_do: int, asked: int) -> None:
+    from cspine_train.metrics.statistics import counted
     from cspine_train.study.plan import RANDOM_ENCODER, RANDOM_TOLD
-    from cspine_train.study.ranking import counted
 
     cells = [cell.settings for cell in plan.cells]
     click.echo(f"{counted(len(cells), 'cell')}, {len(cells) - to_do} of them done")
@@ -232,7 +232,7 @@ def _tell_plan(plan: Plan, to_do: int, asked: int) -> None:
 
 
 def _check_weights(to_do: Sequence[Cell]) -> None:
-    from cspine_train.study.cost import check_weights
+    from cspine_train.study.networks import check_weights
 
     try:
         check_weights(to_do)
@@ -243,20 +243,24 @@ def _check_weights(to_do: Sequence[Cell]) -> None:
 
 
 def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> None:
+    from cspine_train.metrics.statistics import counted
     from cspine_train.study.cost import costs, hours_told
-    from cspine_train.study.ranking import counted
     from cspine_train.study.runner import processes_here
+    from cspine_train.training.allocator import keep_large_blocks, release_free_blocks
 
     side_by_side, threads, gpus = processes_here(workers, len(to_do))
     # Cells that share a GPU take turns.
     at_once = min(side_by_side, len(gpus) or side_by_side)
+    # As in the cells, whose steps are slower without.
+    keep_large_blocks()
     with progress_bar("timing steps of each network") as progress:
         found = costs(cohort, to_do, threads, progress)
+    release_free_blocks()
     rows: dict[tuple[str, ...], list[Any]] = {}
     for cell in to_do:
         one = cell.settings
         rows.setdefault((one.model, one.encoder, one.axes_name), []).append(found[cell.name])
-    columns = ("model", "encoder", "axis", "cells", "slices an epoch", "time, at most")
+    columns = ("model", "encoder", "axis", "cells", "slices an epoch", "training")
     table = []
     for named, group in rows.items():
         cannot = any(cost.failure for cost in group)
@@ -267,8 +271,10 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> No
         say(f"warning: {failure}", err=True)
     total = hours_told(sum(cost.seconds for cost in found.values()) / at_once)
     how = f", {side_by_side} at a time" if side_by_side > 1 else ""
-    told = f"to do: {counted(len(to_do), 'cell')}, about {total} on this machine{how}, less where training stops early"
-    click.echo(told)
+    click.echo(
+        f"to do: {counted(len(to_do), 'cell')}, about {total} of training steps on this machine{how}; validation and "
+        "tests come on top, and early stopping saves some"
+    )
 
 
 @click.command()

@@ -6,18 +6,23 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_train.errors import RunError
 from cspine_train.metrics.overlap import MEASURES, Measure
-from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
+from cspine_train.metrics.statistics import (
+    FEWEST_PATIENTS,
+    MeanInterval,
+    holm,
+    mean_interval,
+    paired_differences,
+    signed_rank_p,
+    too_few,
+)
 from cspine_train.run.evaluations import recorded_evaluations
 from cspine_train.run.record import RunRecord, load_record
-
-# As in scipy.
-_MOST_EXACT = 50
 
 
 @dataclass(frozen=True)
@@ -171,55 +176,3 @@ def _corrected(compared: Sequence[Compared]) -> list[Compared]:
     """Correct the tests for their number, and leave the first, which is compared with itself, without one."""
     tested = [replace(compared[0], difference=None, p=None), *compared[1:]]
     return [replace(one, p=p) for one, p in zip(tested, holm([one.p for one in tested]), strict=True)]
-
-
-def paired_differences(figures: Iterable[float], others: Iterable[float]) -> list[float]:
-    """Return by how much figures are higher than others, pair by pair, to the six digits that figures are recorded to.
-
-    Equal differences of recorded figures are equal then, where the test would take one of them for larger.
-    """
-    return [round(figure - other, 6) for figure, other in zip(figures, others, strict=True)]
-
-
-def signed_rank_p(differences: Sequence[float]) -> float | None:
-    """Return the two-sided p of Wilcoxon's signed-rank test (1945); None of fewer than `FEWEST_PATIENTS`.
-
-    Differences of nothing are left out; where there is nothing else p is 1.
-    """
-    if len(differences) < FEWEST_PATIENTS:
-        return None
-    told = [difference for difference in differences if difference]
-    if not told:
-        return 1.0
-    if len(told) > _MOST_EXACT:
-        from scipy.stats import wilcoxon
-
-        return float(wilcoxon(told, method="approx").pvalue)
-    return _exact_signed_rank_p(told)
-
-
-def _exact_signed_rank_p(differences: Sequence[float]) -> float:
-    """Return how many of all signs give a sum of ranks as far out; ties too, where scipy's exact way does not hold."""
-    import numpy as np
-    from scipy.stats import rankdata
-
-    # Twice the ranks are whole numbers.
-    ranks = np.rint(2 * rankdata(np.abs(differences))).astype(int)
-    share = np.zeros(ranks.sum() + 1)
-    share[0] = 1.0
-    for rank in ranks:
-        share /= 2
-        share[rank:] += share[:-rank].copy()
-    own = int(ranks[np.asarray(differences) > 0].sum())
-    return min(1.0, 2 * float(min(share[: own + 1].sum(), share[own:].sum())))
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct p values for their number, in the order given (Holm 1979); None, where nothing was tested, stays."""
-    corrected: list[float | None] = [None] * len(p_values)
-    tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
-    highest = 0.0
-    for rank, (p, index) in enumerate(tested):
-        highest = max(highest, min(1.0, (len(tested) - rank) * p))
-        corrected[index] = highest
-    return corrected

@@ -1,22 +1,23 @@
-"""How good a segmentation is, per patient on whole volumes."""
+"""Measures of a segmentation, per patient on whole volumes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_train.metrics.surfaces import surface_distances
+from cspine_train.metrics.surfaces import SurfaceDistances, surface_distances
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How a predicted mask and the truth overlap in one volume, counted in voxels."""
+    """Overlap of a predicted mask with the true one, in voxels."""
 
     true_positive: int
     false_positive: int
@@ -36,98 +37,166 @@ class Overlap:
 
     @property
     def precision(self) -> float:
-        """TP / (TP + FP); where nothing was found 1 if nothing is true, else 0."""
+        """TP / (TP + FP); where nothing was found 1 if the true mask is empty, else 0."""
         found = self.true_positive + self.false_positive
         return self.true_positive / found if found else float(not self.false_negative)
 
     @property
     def recall(self) -> float:
-        """TP / (TP + FN); where nothing is true 1 if nothing was found, else 0."""
+        """TP / (TP + FN); where the true mask is empty 1 if nothing was found, else 0."""
         truth = self.true_positive + self.false_negative
         return self.true_positive / truth if truth else float(not self.false_positive)
 
 
-class Measure(NamedTuple):
-    """What one measure is called in files and by people."""
+@dataclass(frozen=True, eq=False)
+class MaskPair:
+    """A predicted mask beside the true one, with what several measures need, each computed once.
+
+    Attributes
+    ----------
+    found, truth : ndarray
+        bool, three axes, of one shape.
+    spacing_mm : tuple of float
+        Distance of voxels along each axis.
+    """
+
+    found: NDArray[np.bool_]
+    truth: NDArray[np.bool_]
+    spacing_mm: tuple[float, float, float]
+
+    @cached_property
+    def voxels(self) -> Overlap:
+        """Counts of voxels."""
+        return overlap(self.found, self.truth)
+
+    @cached_property
+    def surfaces(self) -> SurfaceDistances | None:
+        """Distances between the surfaces; None where either mask is empty."""
+        return surface_distances(self.found, self.truth, self.spacing_mm)
+
+    def distance_mm(self, of: Callable[[SurfaceDistances], float]) -> float:
+        """Return a distance of the surfaces.
+
+        It is 0 where both masks are empty. Where one is, it is the volume's diagonal, which no distance exceeds, so
+        that the mean over patients shows that a patient was missed.
+        """
+        if self.surfaces is not None:
+            return of(self.surfaces)
+        return 0.0 if self._both_empty else float(np.linalg.norm(np.multiply(self.found.shape, self.spacing_mm)))
+
+    def surface_dice(self, tolerance_mm: float) -> float:
+        """Return `SurfaceDistances.dice_within`; 1 where both masks are empty, 0 where one is."""
+        return float(self._both_empty) if self.surfaces is None else self.surfaces.dice_within(tolerance_mm)
+
+    @property
+    def volume_difference_ml(self) -> float:
+        """Predicted minus true volume."""
+        return (self.voxels.false_positive - self.voxels.false_negative) * float(np.prod(self.spacing_mm)) / 1e3
+
+    @property
+    def _both_empty(self) -> bool:
+        return not self.found.any() and not self.truth.any()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is named and formatted.
+
+    Attributes
+    ----------
+    name : str
+        Column in files.
+    title : str
+        Column in tables for people, without the unit.
+    unit : str
+        Unit, if it has one.
+    digits : int
+        Decimals in tables.
+    within : tuple of float
+        Smallest and largest possible value. Confidence intervals end there.
+    """
 
     name: str
-    told: str
+    title: str
     unit: str = ""
     digits: int = 4
-    #: The smallest and the largest value that it can have.
     within: tuple[float, float] = (0.0, 1.0)
 
     @property
     def heading(self) -> str:
-        """The name for people, with the unit."""
-        return f"{self.told}, {self.unit}" if self.unit else self.told
+        """Title and unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def figure(self, value: float) -> str:
-        """Return a value for people."""
+        """Return a formatted value."""
         return f"{value:.{self.digits}f}"
 
 
-#: What an `Agreement` is told by, in the order of tables.
+@dataclass(frozen=True)
+class MaskMeasure(Measure):
+    """A measure of two masks.
+
+    Attributes
+    ----------
+    compute : callable
+        Its value for a `MaskPair`.
+    brief : bool
+        Whether short tables show it: those of `evaluate`, of studies and of the model card. Files and the run's
+        report have all measures.
+    """
+
+    compute: Callable[[MaskPair], float] = field(kw_only=True)
+    brief: bool = field(default=True, kw_only=True)
+
+
+#: All measures of an `Agreement`, in the order of tables. A line here adds one to files, tables, reports and `compare`.
 MEASURES = (
-    Measure("dice", "Dice"),
-    Measure("iou", "IoU"),
-    Measure("precision", "precision"),
-    Measure("recall", "recall"),
-    Measure("volume_difference_ml", "volume difference", "ml", 2, (-math.inf, math.inf)),
-    Measure("hausdorff95_mm", "Hausdorff 95 %", "mm", 2, (0.0, math.inf)),
-    Measure("average_surface_distance_mm", "average surface distance", "mm", 2, (0.0, math.inf)),
-    Measure("surface_dice_1mm", "surface Dice at 1 mm"),
-    Measure("surface_dice_2mm", "surface Dice at 2 mm"),
-)
+    MaskMeasure("dice", "Dice", compute=lambda pair: pair.voxels.dice),
+    MaskMeasure("iou", "IoU", compute=lambda pair: pair.voxels.iou),
+    MaskMeasure("precision", "precision", compute=lambda pair: pair.voxels.precision, brief=False),
+    MaskMeasure("recall", "recall", compute=lambda pair: pair.voxels.recall, brief=False),
+    MaskMeasure(
+        "volume_difference_ml", "volume difference", "ml", 2, (-math.inf, math.inf),
+        compute=lambda pair: pair.volume_difference_ml, brief=False,
+    ),
+    MaskMeasure(
+        "hausdorff95_mm", "Hausdorff 95 %", "mm", 2, (0.0, math.inf),
+        compute=lambda pair: pair.distance_mm(lambda surfaces: surfaces.hausdorff95_mm),
+    ),
+    MaskMeasure(
+        "average_surface_distance_mm", "average surface distance", "mm", 2, (0.0, math.inf),
+        compute=lambda pair: pair.distance_mm(lambda surfaces: surfaces.average_mm),
+    ),
+    MaskMeasure("surface_dice_1mm", "surface Dice at 1 mm", compute=lambda pair: pair.surface_dice(1)),
+    MaskMeasure("surface_dice_2mm", "surface Dice at 2 mm", compute=lambda pair: pair.surface_dice(2), brief=False),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a segmentation agrees with the truth, in voxels and in millimetres; see docs/evaluation.md.
+    """How a predicted mask agrees with the true one; see docs/evaluation.md.
 
     Attributes
     ----------
     voxels : Overlap
-        What Dice, intersection over union, precision and recall are made of.
-    volume_difference_ml : float
-        What was found less what is true.
-    hausdorff95_mm, average_surface_distance_mm : float
-        See `SurfaceDistances`. Where both masks are empty 0; where one is, the volume's diagonal, which no distance
-        exceeds, so that a mean over patients tells of those in whom nothing was found.
-    surface_dice_1mm, surface_dice_2mm : float
-        See `SurfaceDistances.dice_within`; 1 where both masks are empty, 0 where one is.
+        Counts of voxels.
+    figures : dict
+        Each of `MEASURES` by name. They are attributes too: ``agreement.dice``.
     """
 
     voxels: Overlap
-    volume_difference_ml: float
-    hausdorff95_mm: float
-    average_surface_distance_mm: float
-    surface_dice_1mm: float
-    surface_dice_2mm: float
+    figures: Mapping[str, float]
 
-    @property
-    def dice(self) -> float:
-        """See `Overlap`."""
-        return self.voxels.dice
-
-    @property
-    def iou(self) -> float:
-        """See `Overlap`."""
-        return self.voxels.iou
-
-    @property
-    def precision(self) -> float:
-        """See `Overlap`."""
-        return self.voxels.precision
-
-    @property
-    def recall(self) -> float:
-        """See `Overlap`."""
-        return self.voxels.recall
+    def __getattr__(self, name: str) -> float:
+        """Return a measure by its name."""
+        try:
+            return float(self.__dict__["figures"][name])
+        except KeyError:
+            raise AttributeError(f"no measure is named {name}") from None
 
 
 def agreement(found: NDArray[np.bool_], truth: NDArray[np.bool_], spacing_mm: tuple[float, float, float]) -> Agreement:
-    """Compare a mask with the true one.
+    """Compare a predicted mask with the true one.
 
     Parameters
     ----------
@@ -141,15 +210,8 @@ def agreement(found: NDArray[np.bool_], truth: NDArray[np.bool_], spacing_mm: tu
     ValueError
         If the shapes differ.
     """
-    voxels = overlap(found, truth)
-    difference_ml = (voxels.false_positive - voxels.false_negative) * float(np.prod(spacing_mm)) / 1e3
-    surfaces = surface_distances(found, truth, spacing_mm)
-    if surfaces is not None:
-        distances_mm = surfaces.hausdorff95_mm, surfaces.average_mm
-        return Agreement(voxels, difference_ml, *distances_mm, surfaces.dice_within(1), surfaces.dice_within(2))
-    equal = found.any() == truth.any()
-    farthest_mm = 0.0 if equal else float(np.linalg.norm(np.multiply(found.shape, spacing_mm)))
-    return Agreement(voxels, difference_ml, farthest_mm, farthest_mm, float(equal), float(equal))
+    pair = MaskPair(found, truth, spacing_mm)
+    return Agreement(pair.voxels, {measure.name: measure.compute(pair) for measure in MEASURES})
 
 
 def overlap(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Overlap:
@@ -193,8 +255,8 @@ def label_agreements(
 def mean_over_labels(labels: Mapping[int, Agreement], measure: str) -> float:
     """Return the mean ``dice`` or ``iou`` over the labels that a patient has.
 
-    What is found of others lowers the figures of those that it takes the place of. A patient without any label counts
-    as 1 where none was found, else as 0.
+    Labels that are only in the prediction do not count themselves. A patient without any label counts as 1 where
+    none was predicted, else as 0.
     """
     own = [
         getattr(label, measure) for label in labels.values() if label.voxels.true_positive + label.voxels.false_negative
@@ -203,22 +265,21 @@ def mean_over_labels(labels: Mapping[int, Agreement], measure: str) -> float:
 
 
 def batch_averaged_dice(slices: Sequence[Overlap], batch: int) -> float:
-    """Return the mean over batches of slices of the Dice of all pixels of a batch: what the reference study published.
+    """Return the Dice of all pixels of a batch of slices, averaged over batches, as the reference study published it.
 
-    It weighs slices by what else is in their batch and changes with the batch's size: it is for comparison with that
-    study's figures, not to judge a model by.
+    It depends on the batch size and on which slices share a batch. Use it only for comparison with that study.
 
     Parameters
     ----------
     slices : sequence of Overlap
-        Of the slices in which anything is labelled, in order.
+        Overlaps of the labelled slices, in order.
     batch : int
         Slices in a batch; the last may be smaller.
 
     Returns
     -------
     float
-        1 where no slice is labelled, as that study's Dice of nothing is.
+        1 where no slice is labelled, as in that study.
     """
     dice = []
     for start in range(0, len(slices), batch):

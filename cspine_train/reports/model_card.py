@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cspine_data import Preprocessing
+from cspine_train.metrics.overlap import MEASURES
 from cspine_train.metrics.statistics import mean_interval, too_few
-from cspine_train.run.evaluations import recorded_evaluations
+from cspine_train.run.evaluations import mean_over_patients, recorded_evaluations
 from cspine_train.run.folder import CARD_NAME, METRICS_NAME, RECORD_NAME, write_text
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
@@ -207,6 +208,7 @@ def _results(run: Path, record: RunRecord) -> str:
             told.append(
                 _table({part: [row["label_dice"] for row in rows] for part, rows in scores.items()}, "by label")
             )
+        told.append(_measures(scores))
     told += [f"{few}." for part, rows in scores.items() if (few := too_few(len(rows), part))]
     if "test" not in scores:
         told.append("Test patients: **not evaluated yet** (`cspine-train evaluate RUN` does, and writes it here).")
@@ -220,6 +222,17 @@ def _table(scores: Mapping[str, Sequence[float]], what: str) -> str:
         for part, dice in scores.items()
     ]
     return "\n".join([f"| part | patients | mean Dice, {what} | lowest | highest |", "|---|---|---|---|---|", *rows])
+
+
+def _measures(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return a table of the means of all short measures, but for Dice."""
+    measures = [measure for measure in MEASURES if measure.brief and measure.name != "dice"]
+    head = " | ".join(["part", *(escaped(measure.heading) for measure in measures)])
+    rows = []
+    for part, patients in scores.items():
+        means = [(measure, mean_over_patients(patients, measure)) for measure in measures]
+        rows.append(" | ".join([part, *("" if mean is None else mean.told(one.digits) for one, mean in means)]))
+    return "\n".join(f"| {line} |" for line in (head, " | ".join(["---"] * (len(measures) + 1)), *rows))
 
 
 def _scores(run: Path, record: RunRecord) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -7,16 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cspine_train.metrics.overlap import MEASURES, Measure
-from cspine_train.metrics.statistics import mean_interval, too_few
-from cspine_train.run.evaluations import recorded_evaluations
+from cspine_train.metrics.overlap import Measure
+from cspine_train.metrics.statistics import too_few
+from cspine_train.run.evaluations import SHOWN, mean_over_patients, recorded_evaluations
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
 
 #: Plots of slices on the page: those of the lowest Dice, of however many patients.
 MOST_PLOTS = 48
-_SHOWN: tuple[Measure, ...] = (*MEASURES, Measure("batch_averaged_dice", "batch-averaged Dice"))
 
 
 def write_report(run: Path, record: RunRecord) -> Path:
@@ -63,13 +62,13 @@ def page(template: str, **known: Any) -> str:
 def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     folder = run / EVALUATION_FOLDER
     patients = [
-        {"case": row["case"], "figures": [_told(measure, row.get(measure.name)) for measure in _SHOWN]}
+        {"case": row["case"], "figures": [_told(measure, row.get(measure.name)) for measure in SHOWN]}
         for row in evaluation["patients"]
     ]
     plots = sorted(slice_plots(folder / f"{name}-slices.csv"), key=lambda plot: plot["lowest"])
     return {
         "title": f"{name.replace('-', ' and ')} patients".capitalize(),
-        "headings": [measure.heading for measure in _SHOWN],
+        "headings": [measure.heading for measure in SHOWN],
         "patients": patients,
         "splits": list(_splits(evaluation["patients"])),
         "confusion": _confusion(folder / f"{name}-confusion.csv"),
@@ -85,17 +84,12 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Iterate over the means of each split: validation patients chose epoch and threshold, and are kept apart."""
     for split in dict.fromkeys(row["split"] for row in rows):
         patients = [row for row in rows if row["split"] == split]
-        figures = [[row[measure.name] for row in patients if measure.name in row] for measure in _SHOWN]
-        # Evaluations of an older cspine lack some measures.
-        known = [
-            mean_interval(of, m.within) if len(of) == len(patients) else None
-            for m, of in zip(_SHOWN, figures, strict=True)
-        ]
+        known = [mean_over_patients(patients, measure) for measure in SHOWN]
         yield {
             "title": f"mean of {len(patients)} {split} patient{'s' if len(patients) > 1 else ''}",
             "few": too_few(len(patients), split),
-            "means": [_told(measure, one.mean if one else None) for measure, one in zip(_SHOWN, known, strict=True)],
-            "intervals": [one.between(m.digits) if one else "" for m, one in zip(_SHOWN, known, strict=True)],
+            "means": [_told(measure, one.mean if one else None) for measure, one in zip(SHOWN, known, strict=True)],
+            "intervals": [one.between(m.digits) if one else "" for m, one in zip(SHOWN, known, strict=True)],
         }
 
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cspine_train.metrics.overlap import MEASURES
+from cspine_train.metrics.overlap import MEASURES, Measure
+from cspine_train.metrics.statistics import MeanInterval, mean_interval
 from cspine_train.run.folder import EVALUATION_FOLDER
 from cspine_train.run.record import RunRecord
 
-#: What is told of a patient.
-FIGURES = (*(measure.name for measure in MEASURES), "batch_averaged_dice")
+#: Measures of a patient.
+SHOWN: tuple[Measure, ...] = (*MEASURES, Measure("batch_averaged_dice", "batch-averaged Dice"))
+FIGURES = tuple(measure.name for measure in SHOWN)
+
+
+def mean_over_patients(rows: Sequence[Mapping[str, Any]], measure: Measure) -> MeanInterval | None:
+    """Return the mean of a measure over the rows of an evaluation; None unless all have it, as older ones may not."""
+    if not all(measure.name in row for row in rows):
+        return None
+    return mean_interval([row[measure.name] for row in rows], measure.within)
 
 
 def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, dict[str, Any]]]:

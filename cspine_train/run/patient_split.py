@@ -42,7 +42,8 @@ def what_is_fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     """
     cases = (*split.train, *split.validation, *split.test)
     first = cohort.record(cases[0], variant)
-    digests, ignored, looks = {}, set(), CohortLooks.of(cohort.record(case, variant) for case in split.train)
+    ignored: set[int] = set()
+    digests, looks = {}, CohortLooks.of(cohort.record(case, variant) for case in split.train)
     for case in cases:
         record = cohort.record(case, variant)
         digests[case] = record.digest

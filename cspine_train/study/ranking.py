@@ -1,276 +1,168 @@
-"""Which model, encoder, variant and axis are better, by patients that all were tried on, and whether that is sure."""
+"""Statistics of a study: levels of a factor, their paired differences, and a ranking of all conditions.
+
+The functions take what `scores` returns, a measure by patient (rows) and condition (columns). Their frames hold means
+as `MeanInterval`, and as ``sure`` whether p is below `SURE` and the tested ranks are on the side of the mean: one
+patient can turn the mean against the ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations
-from statistics import mean
-from typing import TypeVar
+from statistics import fmean
+from typing import Any
 
-from cspine_train.evaluation.comparison import holm, paired_differences, signed_rank_p
-from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
-from cspine_train.study.results import Condition
+import numpy as np
+import pandas as pd
 
-#: What a study varies, and compares the levels of.
+from cspine_train.metrics.statistics import (
+    FEWEST_PATIENTS,
+    counted,
+    holm,
+    mean_interval,
+    paired_differences,
+    signed_rank_p,
+    too_few,
+)
+from cspine_train.study.results import CONDITION
+
+#: Factors whose levels a study compares.
 FACTORS = ("model", "encoder", "variant", "axes")
 SURE = 0.05
 _DICE = (0.0, 1.0)
-Scores = Mapping[Condition, Mapping[str, float]]
+_LEVEL_COLUMNS = ["factor", "level", "mean", "conditions"]
+_CONTRAST_COLUMNS = [
+    "factor", "better", "worse", "difference", "pairs", "pairs_higher", "pairs_lower", "patients", "patients_higher",
+    "patients_lower", "p", "ranks_agree",
+]  # fmt: skip
+_RANKING_COLUMNS = ["place", *CONDITION, "patients", "mean", "difference", "p", "ranks_agree"]
 
 
-@dataclass(frozen=True)
-class Level:
-    """One of the values that a factor has in a study, and the mean figure under it.
+def levels(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean of each level of each factor, the best of a factor first.
 
-    Attributes
-    ----------
-    factor, name : str
-        Such as ``model`` and ``unet``.
-    mean : MeanInterval
-        Over patients, of each the mean over the conditions that are there with every level of the factor.
-    conditions : int
-        How many these are.
+    The mean is over the patients, and over the conditions that exist with every level of the factor (``conditions`` of
+    each level). Too few patients give no row.
     """
-
-    factor: str
-    name: str
-    mean: MeanInterval
-    conditions: int
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two levels of a factor, patient by patient, over the pairs of conditions that differ in nothing else.
-
-    Attributes
-    ----------
-    factor, better, worse : str
-        Which two, the one of the higher mean first.
-    difference : MeanInterval
-        Over patients, of each the mean over the pairs in which both conditions have it.
-    pairs : int
-        How many pairs there are.
-    pairs_higher, pairs_lower : int
-        In how many of them the mean over patients is higher, and lower.
-    patients, patients_higher, patients_lower : int
-        How many patients, and how many have a higher and a lower mean.
-    p : float or None
-        Of Wilcoxon's signed-rank test over patients, two-sided, after Holm's correction for all contrasts of the
-        study; None of fewer than `FEWEST_PATIENTS`.
-    ranks_agree : bool
-        Whether the ranks that are tested are for the level of the higher mean.
-    """
-
-    factor: str
-    better: str
-    worse: str
-    difference: MeanInterval
-    pairs: int
-    pairs_higher: int
-    pairs_lower: int
-    patients: int
-    patients_higher: int
-    patients_lower: int
-    p: float | None
-    ranks_agree: bool
-
-    @property
-    def sure(self) -> bool:
-        """Whether the evidence decides: the test is of ranks, and one patient may turn the mean against them."""
-        return _is_sure(self)
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A condition, its mean over patients, and how far it is from the best, patient by patient; None of the best.
-
-    Equal ones share a place.
-    """
-
-    place: int
-    condition: Condition
-    mean: MeanInterval
-    patients: int
-    difference: MeanInterval | None = None
-    p: float | None = None
-    ranks_agree: bool = False
-
-    @property
-    def sure(self) -> bool:
-        """Whether it is worse than the best; see `Contrast.sure`."""
-        return _is_sure(self)
-
-
-Tested = TypeVar("Tested", Contrast, Ranked)
-
-
-def _is_sure(tested: Contrast | Ranked) -> bool:
-    return tested.p is not None and tested.p < SURE and tested.ranks_agree
-
-
-def levels(scores: Scores) -> list[Level]:
-    """Return the levels of each factor that has several, the best of each first; none of too few patients."""
-    found = []
+    rows = []
     for factor in FACTORS:
-        blocks, patients = _complete(scores, factor)
-        of_factor = [
-            Level(
-                factor,
-                name,
-                mean_interval(_over_blocks(scores, [block[name] for block in blocks], patients), _DICE),
-                len(blocks),
-            )
-            for name in (blocks[0] if blocks and len(patients) >= FEWEST_PATIENTS else ())
-        ]
-        found += sorted(of_factor, key=lambda level: -level.mean.mean)
-    return found
-
-
-def contrasts(scores: Scores) -> list[Contrast]:
-    """Compare every two levels of each factor, over the conditions and patients that are there with both."""
-    found = []
-    for factor in FACTORS:
-        names = dict.fromkeys(getattr(condition, factor) for condition in scores)
         blocks = _blocks(scores, factor)
-        for pair in combinations(names, 2):
-            pairs = [(scores[block[pair[0]]], scores[block[pair[1]]]) for block in blocks if set(pair) <= block.keys()]
-            if pairs := [both for both in pairs if _common(both)]:
-                found.append(_contrast(factor, pair, pairs))
-    return _corrected(found)
+        if blocks.shape[1] < 2:
+            continue
+        complete = blocks[blocks.notna().groupby(level=_others(factor)).transform("any").all(axis=1)]
+        number = complete.groupby(level=_others(factor)).ngroups
+        measured = complete.dropna().groupby(level="patient", sort=False)
+        means = measured.agg(fmean)[measured.size() == number]
+        if len(means) >= FEWEST_PATIENTS:
+            of_factor = [(factor, level, mean_interval(list(means[level]), _DICE), number) for level in means]
+            rows += sorted(of_factor, key=lambda row: -row[2].mean)
+    return pd.DataFrame(rows, columns=_LEVEL_COLUMNS)
 
 
-def ranked(scores: Scores) -> list[Ranked]:
+def contrasts(scores: pd.DataFrame) -> pd.DataFrame:
+    """Compare every two levels of each factor over the pairs of conditions that differ in nothing else.
+
+    Each patient has the mean difference over the pairs in which both conditions have the patient. ``better`` is the
+    level with the higher mean. p is that of the signed-rank test over patients after Holm's correction for all rows.
+    """
+    rows = []
+    for factor in FACTORS:
+        blocks = _blocks(scores, factor)
+        for better, worse in combinations(blocks.columns, 2):
+            pairs = blocks[[better, worse]].dropna()
+            if pairs.empty:
+                continue
+            by_pair_and_patient = pd.Series(paired_differences(pairs[better], pairs[worse]), pairs.index)
+            by_patient = by_pair_and_patient.groupby(level="patient", sort=False).agg(fmean).round(6)
+            by_pair = by_pair_and_patient.groupby(level=_others(factor), sort=False).agg(fmean).round(6)
+            if fmean(by_patient) < 0:
+                better, worse, by_patient, by_pair = worse, better, -by_patient, -by_pair
+            difference = list(by_patient)
+            rows.append(
+                (
+                    factor, better, worse, mean_interval(difference), *_counts(by_pair), *_counts(by_patient),
+                    signed_rank_p(difference), _rank_sum(difference) > 0,
+                )
+            )  # fmt: skip
+    return _corrected(pd.DataFrame(rows, columns=_CONTRAST_COLUMNS))
+
+
+def ranked(scores: pd.DataFrame) -> pd.DataFrame:
     """Rank conditions by their mean over the patients that all have, and compare each with the best.
 
-    Too few patients rank nothing.
+    Equal means share a place. Too few patients give no row.
     """
-    patients = _common(scores.values())
-    if len(patients) < FEWEST_PATIENTS:
-        return []
-    figures = {condition: [of[patient] for patient in patients] for condition, of in scores.items()}
-    means = {condition: mean(several) for condition, several in figures.items()}
-    order = sorted(means, key=lambda condition: -means[condition])
-    found = []
-    for condition in order:
-        differences = paired_differences(figures[condition], figures[order[0]])
-        of_best = condition == order[0]
-        found.append(
-            Ranked(
-                1 + sum(other > means[condition] for other in means.values()),
-                condition,
-                mean_interval(figures[condition], _DICE),
-                len(patients),
-                None if of_best else mean_interval(differences),
-                None if of_best else signed_rank_p(differences),
-                _ranks(differences) < 0,
-            )
-        )
-    return _corrected(found)
+    common = scores.dropna()
+    rows: list[tuple[Any, ...]] = []
+    if len(common) >= FEWEST_PATIENTS:
+        means = common.agg(fmean).sort_values(ascending=False, kind="stable")
+        places = means.rank(ascending=False, method="min").astype(int)
+        best = common[means.index[0]]
+        for condition in means.index:
+            figures = list(common[condition])
+            row = (places[condition], *condition, len(common), mean_interval(figures, _DICE))
+            difference = paired_differences(figures, best)
+            compared = (mean_interval(difference), signed_rank_p(difference), _rank_sum(difference) < 0)
+            rows.append((*row, *(compared if rows else (None, None, False))))
+    return _corrected(pd.DataFrame(rows, columns=_RANKING_COLUMNS))
 
 
-def _contrast(
-    factor: str, pair: tuple[str, str], pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]
-) -> Contrast:
-    of_patients: dict[str, list[float]] = {}
-    by_pair = []
-    for first, second in pairs:
-        both = _common((first, second))
-        differences = paired_differences([first[p] for p in both], [second[p] for p in both])
-        by_pair.append(round(mean(differences), 6))
-        for patient, difference in zip(both, differences, strict=True):
-            of_patients.setdefault(patient, []).append(difference)
-    differences = [round(mean(several), 6) for several in of_patients.values()]
-    if mean(differences) < 0:
-        pair = pair[1], pair[0]
-        differences, by_pair = [-one for one in differences], [-one for one in by_pair]
-    return Contrast(
-        factor, *pair, mean_interval(differences), len(by_pair), *_signs(by_pair), len(differences),
-        *_signs(differences), signed_rank_p(differences), _ranks(differences) > 0,
-    )  # fmt: skip
+def _others(factor: str) -> list[str]:
+    return [name for name in CONDITION if name != factor]
 
 
-def _ranks(differences: Sequence[float]) -> float:
-    """Return by how much the ranks of what is higher outweigh those of what is lower."""
+def _blocks(scores: pd.DataFrame, factor: str) -> pd.DataFrame:
+    """Return the scores with a column a level of the factor, and a row a patient of otherwise equal conditions."""
+    names = scores.columns.get_level_values(factor).unique()
+    # Sorted by condition, so that the order of the study's rows does not matter.
+    return scores.unstack().dropna().unstack(factor).reindex(columns=names)
+
+
+def _counts(differences: pd.Series) -> tuple[int, int, int]:
+    return len(differences), int((differences > 0).sum()), int((differences < 0).sum())
+
+
+def _rank_sum(differences: list[float]) -> float:
+    """Return the sum of the signed ranks of differences that are not zero."""
     from scipy.stats import rankdata
 
-    told = [one for one in differences if one]
-    ranks = rankdata([abs(one) for one in told]).tolist()
-    return float(sum(rank if one > 0 else -rank for one, rank in zip(told, ranks, strict=True)))
+    nonzero = np.array([difference for difference in differences if difference])
+    return float((np.sign(nonzero) * rankdata(np.abs(nonzero))).sum())
 
 
-def _signs(differences: Sequence[float]) -> tuple[int, int]:
-    return sum(one > 0 for one in differences), sum(one < 0 for one in differences)
+def _corrected(found: pd.DataFrame) -> pd.DataFrame:
+    """Correct the p values for their number, and add the column ``sure``."""
+    p = pd.Series(holm([None if pd.isna(one) else float(one) for one in found.p]), found.index, dtype="float64")
+    return found.assign(p=p, sure=(p < SURE) & found.ranks_agree.astype(bool))
 
 
-def _blocks(scores: Scores, factor: str) -> list[dict[str, Condition]]:
-    """Return the conditions that differ in a factor alone, by its level."""
-    grouped: dict[tuple[object, ...], dict[str, Condition]] = {}
-    for condition in scores:
-        others = tuple(value for name, value in condition._asdict().items() if name != factor)
-        grouped.setdefault(others, {})[getattr(condition, factor)] = condition
-    return list(grouped.values())
-
-
-def _complete(scores: Scores, factor: str) -> tuple[list[dict[str, Condition]], list[str]]:
-    """Return the conditions that are there with every level of a factor, by level, and the patients they all have."""
-    names = list(dict.fromkeys(getattr(condition, factor) for condition in scores))
-    if len(names) < 2:
-        return [], []
-    blocks = [{name: block[name] for name in names} for block in _blocks(scores, factor) if len(block) == len(names)]
-    return blocks, _common(scores[condition] for block in blocks for condition in block.values())
-
-
-def _common(of_patients: Iterable[Mapping[str, float]]) -> list[str]:
-    every = list(of_patients)
-    return [patient for patient in every[0] if all(patient in one for one in every)] if every else []
-
-
-def _over_blocks(scores: Scores, conditions: Sequence[Condition], patients: Sequence[str]) -> list[float]:
-    return [mean(scores[condition][patient] for condition in conditions) for patient in patients]
-
-
-def _corrected(found: Sequence[Tested]) -> list[Tested]:
-    """Correct the tests for their number."""
-    return [replace(one, p=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
-
-
-def n4_answer(found: Sequence[Contrast]) -> str:
-    """Answer whether N4 helps, in a sentence with its evidence; or say that the evidence does not decide."""
-    contrast = next((one for one in found if {one.better, one.worse} == {"n4", "raw"}), None)
-    if contrast is None:
+def n4_answer(found: pd.DataFrame) -> str:
+    """Answer in a sentence whether N4 helps, with the evidence from `contrasts`, or say that it does not decide."""
+    of_n4 = found[found.better.isin(["n4", "raw"]) & found.worse.isin(["n4", "raw"])]
+    if of_n4.empty:
         return "Does N4 help? Nothing can be said: no condition was run both with it and without."
-    sign = 1 if contrast.better == "n4" else -1
-    interval = contrast.difference
-    points = 100 * sign * interval.mean
+    contrast = next(of_n4.itertuples())
+    helps = contrast.better == "n4"
+    sign = 1 if helps else -1
     patients, pairs = (
-        (contrast.patients_higher, contrast.pairs_higher)
-        if sign > 0
-        else (contrast.patients_lower, contrast.pairs_lower)
+        (contrast.patients_higher, contrast.pairs_higher) if helps else (contrast.patients_lower, contrast.pairs_lower)
     )
     evidence = (
-        f"Dice with N4 minus Dice without is {points:+.2f} points over {counted(contrast.patients, 'patient')} and "
-        f"{counted(contrast.pairs, 'pair')} of conditions (higher with N4 in {patients} of {contrast.patients} "
-        f"patients, {pairs} of {contrast.pairs} pairs)"
+        f"Dice with N4 minus Dice without is {100 * sign * contrast.difference.mean:+.2f} points over "
+        f"{counted(contrast.patients, 'patient')} and {counted(contrast.pairs, 'pair')} of conditions (higher with N4 "
+        f"in {patients} of {contrast.patients} patients, {pairs} of {contrast.pairs} pairs)"
     )
-    if interval.low is not None and interval.high is not None:
-        ends = sorted((100 * sign * interval.low, 100 * sign * interval.high))
-        evidence += f", 95 % interval {ends[0]:+.2f} to {ends[1]:+.2f}"
-    if contrast.p is None:
-        return f"Does N4 help? The evidence does not decide: {too_few(contrast.patients)}. {evidence}."
-    evidence += f", p = {contrast.p:.2g} after correction"
+    if (few := too_few(contrast.patients)) is not None:
+        return f"Does N4 help? The evidence does not decide: {few}. {evidence}."
+    low, high = sorted((100 * sign * contrast.difference.low, 100 * sign * contrast.difference.high))
+    evidence += f", 95 % interval {low:+.2f} to {high:+.2f}, p = {contrast.p:.2g} after correction"
     if contrast.sure:
-        return f"Does N4 help? {'Yes' if sign > 0 else 'No, it harms'}: {evidence}."
+        return f"Does N4 help? {'Yes' if helps else 'No, it harms'}: {evidence}."
     if contrast.p < SURE:
         return f"Does N4 help? The evidence does not decide, mean and ranks point to different sides: {evidence}."
-    tests = sum(one.p is not None for one in found)
+    tests = int(found.p.notna().sum())
     fewest = next(n for n in range(1, 99) if tests * 2 / 2**n < SURE)
-    few = f" (after {counted(tests, 'comparison')} fewer than {fewest} patients never can)"
-    # Those whom nothing is different for count for nothing in the test.
-    few = few if contrast.patients_higher + contrast.patients_lower < fewest else ""
-    return f"Does N4 help? The evidence does not decide{few}: {evidence}."
-
-
-def counted(number: int, what: str) -> str:
-    """Return a number of things as people say it: ``1 cell``, ``2 cells``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    note = ""
+    # The test leaves out patients without a difference.
+    if contrast.patients_higher + contrast.patients_lower < fewest:
+        note = f" (after {counted(tests, 'comparison')} fewer than {fewest} patients never can)"
+    return f"Does N4 help? The evidence does not decide{note}: {evidence}."

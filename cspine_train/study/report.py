@@ -1,28 +1,30 @@
-"""All that came out of a study, written into its folder: the tidy table, tables to read, and one page."""
+"""Everything that a study writes into its folder: the tidy table, tables to read, and one page."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from cspine_train.metrics.statistics import counted
 from cspine_train.reports.run_report import embedded_pictures, page, slice_plots
 from cspine_train.run.folder import EVALUATION_FOLDER, METRICS_NAME, REPORT_NAME, read_rows, write_text
 from cspine_train.study.plan import Plan, load_plan
-from cspine_train.study.ranking import counted
-from cspine_train.study.results import condition_of, scores, study_rows, write_results
+from cspine_train.study.results import condition_told, conditions, scores, study_table, write_results
 from cspine_train.study.runner import FAILURES_NAME, RUNS_FOLDER
 from cspine_train.study.tables import MARKDOWN, Findings, Table, findings, rendered
 
-#: The tables, for people.
+#: The tables to read.
 TABLES_NAME = "tables.md"
 
 
-def study_findings(study: str | Path) -> tuple[Findings, list[dict[str, Any]], Plan]:
-    """Return what is known of a study so far: findings, the tidy table's rows, and what was planned.
+def study_findings(study: str | Path) -> tuple[Findings, pd.DataFrame, Plan]:
+    """Return the results of a study so far: findings, the tidy table, and the plan.
 
     Raises
     ------
@@ -31,9 +33,9 @@ def study_findings(study: str | Path) -> tuple[Findings, list[dict[str, Any]], P
     """
     folder = Path(study)
     plan = load_plan(folder)
-    rows = study_rows(folder, plan)
-    done = {row["cell"] for row in rows}
-    return findings(rows, [cell.name for cell in plan.cells if cell.name not in done]), rows, plan
+    table = study_table(folder, plan)
+    done = set(table.cell)
+    return findings(table, [cell.name for cell in plan.cells if cell.name not in done]), table, plan
 
 
 def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
@@ -42,9 +44,9 @@ def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
     Returns
     -------
     found : Findings
-        What they say.
+        Their content.
     files : tuple of Path
-        Which they are.
+        The files.
 
     Raises
     ------
@@ -52,65 +54,66 @@ def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
         If the folder is no study.
     """
     folder = Path(study)
-    found, rows, plan = study_findings(folder)
-    written = write_results(folder, rows)
+    found, table, plan = study_findings(folder)
+    written = write_results(folder, table)
     write_text(folder / TABLES_NAME, rendered(found, MARKDOWN))
-    write_text(folder / REPORT_NAME, _page(folder, plan, found, rows))
+    write_text(folder / REPORT_NAME, _page(folder, plan, found, table))
     return found, (*written, folder / TABLES_NAME, folder / REPORT_NAME)
 
 
-def _page(study: Path, plan: Plan, found: Findings, rows: Sequence[Mapping[str, Any]]) -> str:
+def _page(study: Path, plan: Plan, found: Findings, table: pd.DataFrame) -> str:
     from markupsafe import Markup
 
     script = files("cspine_train.reports").joinpath("templates/study.js").read_text(encoding="utf-8")
-    cells = {row["cell"]: _told(row) for row in rows}
+    one_each = table.drop_duplicates("cell")
+    cells = dict(zip(one_each.cell, _cell_titles(one_each), strict=True))
     return page(
         "study.html.jinja",
         title=f"Study of {counted(len(plan.cells), 'cell')}, {len(cells)} of them done",
         answer=found.answer,
         caveats=found.caveats,
-        tables=[*found.tables, *_failures(study), _costs(rows)],
-        patients=list(_patients(rows)),
+        tables=[*found.tables, *_failures(study), _costs(one_each)],
+        patients=list(_patients(table)),
         curves=list(_curves(study, cells)),
-        shown=list(_shown(study, rows, cells)),
-        # Ours, and known to the browser by its digest: no other is run.
+        shown=list(_shown(study, table, cells)),
+        # The browser runs this script alone, known by its digest.
         script=Markup(script),  # noqa: S704
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
+def _cell_titles(cells: pd.DataFrame) -> Iterator[str]:
+    named = conditions(cells).itertuples(index=False, name=None)
+    for condition, row in zip(named, cells.itertuples(), strict=True):
+        fold = "" if pd.isna(row.folds) else f", fold {row.fold} of {row.folds}"
+        yield f"{condition_told(condition)}{fold}, seed {row.seed}"
+
+
 def _failures(study: Path) -> Iterator[Table]:
     failed = read_rows(study / FAILURES_NAME, {"cell": str, "reason": str})
     if failed:
-        yield Table("Cells that failed", ("cell", "reason"), tuple((row["cell"], row["reason"]) for row in failed))
+        yield Table("Cells that failed", pd.DataFrame(failed))
 
 
-def _costs(rows: Sequence[Mapping[str, Any]]) -> Table:
-    of_cell = {row["cell"]: row for row in rows}
-    minutes = {cell: (row["train_seconds"] + (row["test_seconds"] or 0.0)) / 60 for cell, row in of_cell.items()}
-    told = tuple(
-        (cell, str((row["kept_epoch"] or 0) + 1), _dice(row["validation_dice"]), f"{minutes[cell]:.1f}")
-        for cell, row in of_cell.items()
+def _costs(cells: pd.DataFrame) -> Table:
+    minutes = (cells.train_seconds + cells.test_seconds.fillna(0)) / 60
+    told = pd.DataFrame(
+        {
+            "cell": cells.cell,
+            "kept epoch": (cells.kept_epoch.fillna(0) + 1).astype(str),
+            "validation Dice": cells.validation_dice.map(lambda dice: "" if pd.isna(dice) else f"{dice:.4f}"),
+            "minutes": minutes.map("{:.1f}".format),
+        },
+        dtype="object",
     )
-    note = f"Epochs and test together: {sum(minutes.values()):.1f} minutes. Epochs are counted from 1."
-    return Table("What each cell took", ("cell", "kept epoch", "validation Dice", "minutes"), told, (note,))
+    note = f"Epochs and test together: {minutes.sum():.1f} minutes. Epochs are counted from 1."
+    return Table("What each cell took", told, (note,))
 
 
-def _dice(figure: float | None) -> str:
-    return "" if figure is None else f"{figure:.4f}"
-
-
-def _patients(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    for condition, of_patients in scores(rows).items():
-        dots = [
-            {"x": f"{10 + 300 * dice:.1f}", "told": f"{patient}: {dice:.4f}"} for patient, dice in of_patients.items()
-        ]
-        yield {"told": condition.told(), "dots": dots}
-
-
-def _told(row: Mapping[str, Any]) -> str:
-    fold = f", fold {row['fold']} of {row['folds']}" if row["folds"] else ""
-    return f"{condition_of(row).told()}{fold}, seed {row['seed']}"
+def _patients(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    for condition, dice in scores(table).items():
+        dots = [{"x": f"{10 + 300 * one:.1f}", "told": f"{name}: {one:.4f}"} for name, one in dice.dropna().items()]
+        yield {"told": condition_told(condition), "dots": dots}
 
 
 def _curves(study: Path, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -119,28 +122,24 @@ def _curves(study: Path, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         dice = [row["valid_dice"] for row in rows]
         step = 285 / max(1, len(dice) - 1)
         path = " ".join(f"{'L' if n else 'M'}{30 + n * step:.1f} {100 - 95 * d:.1f}" for n, d in enumerate(dice))
-        # Of one epoch a point would not be seen.
+        # A single point would be invisible.
         path += " h3" if len(dice) == 1 else ""
         yield {"told": f"{told}: {max(dice, default=0.0):.3f}", "last": len(dice), "path": path}
 
 
-def _shown(study: Path, rows: Sequence[Mapping[str, Any]], cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Iterate over the cells of the highest, the median and the lowest mean Dice: their pictures and slices."""
-    dice: dict[str, list[float]] = {}
-    for row in rows:
-        dice.setdefault(row["cell"], []).append(row["dice"])
-    means = {cell: sum(figures) / len(figures) for cell, figures in dice.items()}
-    order = sorted(means, key=lambda cell: -means[cell])
-    places = {"Highest": 0, "Median": len(order) // 2, "Lowest": len(order) - 1} if order else {}
+def _shown(study: Path, table: pd.DataFrame, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Iterate over the cells of the highest, the median and the lowest mean Dice, with their pictures and slices."""
+    dice = table.groupby("cell", sort=False).dice.agg(["mean", "size"])
+    dice = dice.sort_values("mean", ascending=False, kind="stable")
+    places = {"Highest": 0, "Median": len(dice) // 2, "Lowest": len(dice) - 1} if len(dice) else {}
     for kind, place in places.items():
-        cell = order[place]
+        cell, (mean, patients) = dice.index[place], dice.iloc[place]
         folder = study / RUNS_FOLDER / cell / EVALUATION_FOLDER
         yield {
-            # Often of one or two patients each: pictures to look at, not a ranking.
+            # Often of one or two patients each: examples, not a ranking.
             "title": f"{kind} Dice of a cell",
             "told": (
-                f"{cells[cell]}: mean Dice {means[cell]:.4f} of {counted(len(dice[cell]), 'patient')} "
-                f"({RUNS_FOLDER}/{cell})"
+                f"{cells[cell]}: mean Dice {mean:.4f} of {counted(int(patients), 'patient')} ({RUNS_FOLDER}/{cell})"
             ),
             "pictures": embedded_pictures(
                 (folder / f"test-{which}.png", f"slices of {which} Dice") for which in ("best", "median", "worst")

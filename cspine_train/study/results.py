@@ -1,48 +1,43 @@
-"""What came out of a study: one tidy table, a row for each patient of each cell."""
+"""Results of a study: one tidy table, a row for each patient of each cell."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import pandas as pd
 
 from cspine_data import atomic_write
 from cspine_train.run.evaluations import FIGURES
-from cspine_train.run.folder import METRICS_NAME, read_rows, write_rows
+from cspine_train.run.folder import METRICS_NAME, read_rows, write_text
 from cspine_train.run.record import RunRecord
 from cspine_train.study.plan import Cell, Plan, start_told
 from cspine_train.study.runner import RUNS_FOLDER, what_came_out
 
-#: The table, for people and programs of all kinds, and with its types.
+#: The tidy table as text, and with its types.
 RESULTS_NAME, PARQUET_NAME = "results.csv", "results.parquet"
+#: A condition is what a study compares. Its folds and seeds are one condition.
+CONDITION = ["model", "encoder", "variant", "axes", "epochs", "batch_size"]
+_WORDS, _INTEGERS = "string", "Int64"
+_COLUMNS = {
+    "model": _WORDS, "encoder": _WORDS, "weights": _WORDS, "variant": _WORDS, "axes": _WORDS, "folds": _INTEGERS,
+    "fold": _INTEGERS, "seed": _INTEGERS, "epochs": _INTEGERS, "batch_size": _INTEGERS, "kept_epoch": _INTEGERS,
+    "validation_dice": "float64", "train_seconds": "float64", "test_seconds": "float64", "patient": _WORDS,
+    **dict.fromkeys(FIGURES, "float64"), "cell": _WORDS, "note": _WORDS,
+}  # fmt: skip
 
 
-class Condition(NamedTuple):
-    """What is compared in a study; its folds and seeds are one condition."""
-
-    model: str
-    encoder: str
-    variant: str
-    axes: str
-    epochs: int
-    batch_size: int
-
-    def told(self) -> str:
-        """Return what it is, for people."""
-        trained = f"epochs {self.epochs}, batch {self.batch_size}"
-        return f"{self.model}, {self.encoder}, {self.variant}, axis {self.axes}, {trained}"
-
-
-def condition_of(row: Mapping[str, Any]) -> Condition:
-    """Return the condition that a row of the table belongs to."""
-    encoder = f"{row['encoder']} ({row['weights']})"
-    return Condition(row["model"], encoder, row["variant"], row["axes"], row["epochs"], row["batch_size"])
-
-
-def study_rows(study: Path, plan: Plan) -> list[dict[str, Any]]:
-    """Return the table's rows: every figure of every test patient of the cells that are done, in the plan's order."""
+def study_table(study: Path, plan: Plan) -> pd.DataFrame:
+    """Return the tidy table: every measure of every test patient of the finished cells, in the plan's order."""
     found = ((cell, what_came_out(study, cell)) for cell in plan.cells)
-    return [row for cell, known in found if known for row in _rows(study / RUNS_FOLDER / cell.name, cell, *known)]
+    rows = [row for cell, known in found if known for row in _rows(study / RUNS_FOLDER / cell.name, cell, *known)]
+    return tidy(rows)
+
+
+def tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return rows as a table with all columns and their types; missing values stay empty."""
+    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
 
 
 def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -60,54 +55,49 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
         "batch_size": settings.batch_size,
         "kept_epoch": record.kept_epoch,
         "validation_dice": record.kept_dice,
-        # Over all its interruptions.
+        # Also of a run that was interrupted.
         "train_seconds": sum(row["seconds"] for row in read_rows(run / METRICS_NAME, {"seconds": float})),
         "test_seconds": evaluation.get("seconds"),
+        "cell": cell.name,
+        "note": "; ".join(record.caveats()),
     }
-    beside = {"cell": cell.name, "note": "; ".join(record.caveats())}
     for row in evaluation["patients"]:
+        # Evaluations by an older cspine lack some measures.
         figures = {figure: float(row[figure]) for figure in FIGURES if figure in row}
-        yield known | {"patient": str(row["case"])} | figures | beside
+        yield known | figures | {"patient": str(row["case"])}
 
 
-def scores(rows: Sequence[Mapping[str, Any]], figure: str = "dice") -> dict[Condition, dict[str, float]]:
-    """Return a figure of each patient under each condition, averaged over the seeds that all have it under.
+def conditions(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the condition of each row of the tidy table; its encoder is named with its first weights."""
+    return table[CONDITION].assign(encoder=table.encoder + " (" + table.weights + ")")
 
-    The luck of a seed is not to be taken for what a condition does: where one lacks it, the others are without it.
+
+def condition_told(condition: tuple[Any, ...]) -> str:
+    """Return a condition as text."""
+    model, encoder, variant, axes, epochs, batch_size = condition
+    return f"{model}, {encoder}, {variant}, axis {axes}, epochs {epochs}, batch {batch_size}"
+
+
+def scores(table: pd.DataFrame, figure: str = "dice") -> pd.DataFrame:
+    """Return a measure by patient (rows) and condition (columns), averaged over the seeds that all conditions have.
+
+    A seed that one condition lacks is left out of all: its luck must not be taken for an effect. Values that are
+    missing are NaN.
     """
-    found: dict[Condition, dict[str, dict[int, float]]] = {}
-    common: dict[str, set[int]] = {}
-    for row in rows:
-        if figure in row:
-            found.setdefault(condition_of(row), {}).setdefault(row["patient"], {})[row["seed"]] = row[figure]
-    for patients in found.values():
-        for patient, seeds in patients.items():
-            common[patient] = common.get(patient, set(seeds)) & set(seeds)
-    averaged = {
-        condition: {
-            patient: sum(seeds[seed] for seed in sorted(common[patient])) / len(common[patient])
-            for patient, seeds in patients.items()
-            if common[patient]
-        }
-        for condition, patients in found.items()
-    }
-    return {condition: patients for condition, patients in averaged.items() if patients}
+    known = table.drop(columns=CONDITION).join(conditions(table)).dropna(subset=figure)
+    order = known[CONDITION].drop_duplicates()
+    by_seed = known.groupby(["patient", "seed", *CONDITION], sort=False)[figure].last().unstack(CONDITION)
+    by_seed = by_seed.reindex(columns=pd.MultiIndex.from_frame(order))
+    there = by_seed.notna()
+    has_patient = there.groupby(level="patient").transform("any")
+    common = by_seed[(there | ~has_patient).all(axis=1)]
+    averaged = common.groupby(level="patient", sort=False).mean()
+    return averaged.reindex(known.patient.unique()).dropna(how="all").dropna(axis=1, how="all")
 
 
-def write_results(study: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Path, Path]:
-    """Write the table as CSV and as Parquet, each in one step."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    words, numbers = pa.string(), pa.int64()
-    types = {
-        "model": words, "encoder": words, "weights": words, "variant": words, "axes": words, "folds": numbers,
-        "fold": numbers, "seed": numbers, "epochs": numbers, "batch_size": numbers, "kept_epoch": numbers,
-        "validation_dice": pa.float64(), "train_seconds": pa.float64(), "test_seconds": pa.float64(), "patient": words,
-        **dict.fromkeys(FIGURES, pa.float64()), "cell": words, "note": words,
-    }  # fmt: skip
-    write_rows(study / RESULTS_NAME, types, rows)
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(types.items()))
+def write_results(study: Path, table: pd.DataFrame) -> tuple[Path, Path]:
+    """Write the tidy table as CSV and as Parquet, each atomically."""
+    write_text(study / RESULTS_NAME, table.to_csv(index=False))
     with atomic_write(study / PARQUET_NAME) as temporary:
-        parquet.write_table(table, temporary)
+        table.to_parquet(temporary, index=False)
     return study / RESULTS_NAME, study / PARQUET_NAME

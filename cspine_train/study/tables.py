@@ -1,92 +1,76 @@
-"""A study's figures as tables, and these as Markdown, CSV, LaTeX or HTML."""
+"""Tables of a study, as Markdown, CSV, LaTeX or HTML."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
+import pandas as pd
+
+from cspine_train.metrics.overlap import MEASURES
+from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, counted, mean_interval, too_few
 from cspine_train.run.planes import PLANES
 from cspine_train.study.plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_TOLD
 from cspine_train.study.published import PublishedCell, published_percent
-from cspine_train.study.ranking import Contrast, Level, Ranked, Scores, contrasts, counted, levels, n4_answer, ranked
-from cspine_train.study.results import Condition, condition_of, scores
+from cspine_train.study.ranking import contrasts, levels, n4_answer, ranked
+from cspine_train.study.results import CONDITION, conditions, scores
 
 MARKDOWN, CSV, LATEX, HTML = "markdown", "csv", "latex", "html"
-_OF_FILES = (
-    "What starts from a file stands beside the published figure of ImageNet's weights: whether the file holds those is "
-    "not known here."
+_DICE_NOTE = (
+    "Dice: over whole volumes, mean over patients, in brackets 95 % confidence intervals (Student's t) of at least "
+    f"{FEWEST_PATIENTS} patients."
+)
+_PUBLISHED_NOTE = (
+    "Published: the reference study's figure of one other patient, averaged over batches, as the column before it; its "
+    "random initialisation names no encoder."
+)
+_NOT_PUBLISHED_NOTE = "The reference study published no figure of these encoders with these first weights."
+_FILE_NOTE = (
+    "Encoders that start from a file stand beside the published figure of ImageNet weights: whether the file holds "
+    "those is not known."
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """A title, what stands above the columns, rows of text, and what has to be said beneath."""
+    """A titled table of text, with notes for below it."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    frame: pd.DataFrame
     notes: tuple[str, ...] = ()
 
     @property
-    def of_words(self) -> tuple[bool, ...]:
-        """Which columns hold words, and not figures."""
-        places = range(len(self.columns))
-        return tuple(any(row[at] and row[at][0] not in "+-0123456789" for row in self.rows) for at in places)
+    def text_columns(self) -> list[bool]:
+        """Whether each column holds words instead of figures; for its alignment."""
+        return [bool(self.frame[name].str.match(r"[^-+\d]").any()) for name in self.frame]
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What came out of a condition, beside what the reference study published of it.
-
-    Attributes
-    ----------
-    condition : Condition
-        Which.
-    patients : int
-        How many were tested.
-    dice : MeanInterval
-        Over whole volumes.
-    batch_averaged : MeanInterval
-        In percent, as the reference study has it.
-    published : float or None
-        In percent; None of what it has not.
-    difference : MeanInterval or None
-        Batch-averaged minus published.
-    """
-
-    condition: Condition
-    patients: int
-    dice: MeanInterval
-    batch_averaged: MeanInterval
-    published: float | None
-    difference: MeanInterval | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Findings:
-    """All that a study's figures say.
+    """Results of a study.
 
     Attributes
     ----------
     answer : str
         Whether N4 helps, in a sentence.
-    conditions : tuple of Figures
-        One of each, in the order of the plan.
+    conditions : DataFrame
+        A row a condition, in the plan's order: `MeanInterval` of each of `MEASURES` and of ``batch_averaged_percent``,
+        ``published_percent`` (NaN where nothing was published) and ``difference_percent``.
     cells : tuple of Table
-        The reference study's tables: for the slices of each axis its conditions, beside what it published.
+        For each axis its conditions beside the figures that the reference study published.
+    measures : Table
+        All conditions by the other measures.
     factors, pairs, ranking : Table
-        Levels of each factor; their differences; all conditions beside the best.
+        Levels of each factor, their differences, and all conditions compared with the best.
     caveats : tuple of str
-        What has to be said beside every figure.
+        Notes that belong to every figure.
     """
 
     answer: str
-    conditions: tuple[Figures, ...]
+    conditions: pd.DataFrame
     cells: tuple[Table, ...]
+    measures: Table
     factors: Table
     pairs: Table
     ranking: Table
@@ -94,215 +78,211 @@ class Findings:
 
     @property
     def tables(self) -> tuple[Table, ...]:
-        """Every table, in order."""
-        return tuple(table for table in (*self.cells, self.factors, self.pairs, self.ranking) if table.rows)
+        """All tables with rows, in order."""
+        every = (*self.cells, self.measures, self.factors, self.pairs, self.ranking)
+        return tuple(table for table in every if len(table.frame))
 
 
-def findings(rows: Sequence[Mapping[str, Any]], unfinished: Sequence[str] = ()) -> Findings:
-    """Tell what came out of a study.
+def findings(table: pd.DataFrame, unfinished: Sequence[str] = ()) -> Findings:
+    """Compute a study's statistics and tables.
 
     Parameters
     ----------
-    rows : sequence of mapping
-        What `study_rows` returns.
+    table : DataFrame
+        The tidy table, see `study_table`.
     unfinished : sequence of str
-        Cells that are not done.
+        Cells without results.
     """
-    dice, batch_averaged = scores(rows), scores(rows, "batch_averaged_dice")
+    dice = scores(table)
     compared = contrasts(dice)
-    caveats = list(dict.fromkeys(part for row in rows for part in row["note"].split("; ")))
-    if any(row["encoder"] == RANDOM_ENCODER and row["weights"] == RANDOM for row in rows):
-        caveats.append(RANDOM_TOLD)
-    caveats += _few(dice)
-    if any(row["folds"] for row in rows):
-        caveats.append("folds share training patients, which tests and intervals take for independent")
-    if unfinished:
-        are = "is" if len(unfinished) == 1 else "are"
-        caveats.append(f"{counted(len(unfinished), 'cell')} {are} not done, and in no figure")
-    conditions = tuple(_figures(condition, dice[condition], batch_averaged[condition]) for condition in dice)
-    axes = dict.fromkeys(condition.axes for condition in dice)
-    recipes = len({(condition.epochs, condition.batch_size) for condition in dice}) > 1
-    caveats += _uneven(rows, dice)
+    figures = _figures(table, dice)
+    # Where all conditions were trained with the same epochs and batch size, tables leave them out.
+    same_recipe = len(figures[["epochs", "batch_size"]].drop_duplicates()) < 2
+    shown = CONDITION[:4] if same_recipe else CONDITION
     return Findings(
         n4_answer(compared),
-        conditions,
-        tuple(_cells(axis, conditions, recipes) for axis in axes),
+        figures,
+        tuple(_cells(axes, figures, shown) for axes in figures["axes"].unique()),
+        _measures(figures, shown),
         _levels(levels(dice)),
         _pairs(compared),
-        _ranking(ranked(dice), recipes),
-        tuple(caveats),
+        _ranking(ranked(dice), shown),
+        tuple(_caveats(table, dice, unfinished)),
     )
 
 
-def _few(dice: Scores) -> Iterator[str]:
-    """Iterate over why there is no interval, test or ranking."""
-    if not dice:
-        return
-    few = too_few(max(map(len, dice.values())))
-    if few := few or too_few(len(set.intersection(*map(set, dice.values()))), "common"):
+def _caveats(table: pd.DataFrame, dice: pd.DataFrame, unfinished: Sequence[str]) -> Iterator[str]:
+    yield from dict.fromkeys(part for note in table.note.unique() for part in note.split("; "))
+    if ((table.encoder == RANDOM_ENCODER) & (table.weights == RANDOM)).any():
+        yield RANDOM_TOLD
+    if not dice.empty and (few := too_few(dice.count().max()) or too_few(len(dice.dropna()), "common")):
         yield few
-
-
-def _uneven(rows: Sequence[Mapping[str, Any]], dice: Scores) -> Iterator[str]:
-    """Iterate over what has to be said of seeds and patients that not all conditions have."""
-    seeds: dict[Condition, set[int]] = {}
-    for row in rows:
-        seeds.setdefault(condition_of(row), set()).add(row["seed"])
-    if len(set().union(*seeds.values())) == 1:
-        yield "one seed: what two conditions differ by has the luck of their trainings in it"
-    elif len(set(map(frozenset, seeds.values()))) > 1:
+    if table.folds.notna().any():
+        yield "folds share training patients, although tests and intervals assume independence"
+    if unfinished:
+        verb = "is" if len(unfinished) == 1 else "are"
+        yield f"{counted(len(unfinished), 'cell')} {verb} not done, and in no figure"
+    seeds = table.groupby([series for _, series in conditions(table).items()]).seed.agg(frozenset)
+    if table.seed.nunique() == 1:
+        yield "one seed: differences between conditions include the randomness of single trainings"
+    elif seeds.nunique() > 1:
         yield "not all conditions have every seed: figures are of the seeds that all have"
-    if len({frozenset(patients) for patients in dice.values()}) > 1:
+    if dice.isna().any(axis=None):
         yield "not all conditions have every patient: levels and ranking are of the patients that all have"
 
 
-def _figures(condition: Condition, dice: Mapping[str, float], batch_averaged: Mapping[str, float]) -> Figures:
-    percent = mean_interval([100 * one for one in batch_averaged.values()], (0.0, 100.0))
-    published = published_percent().get(_published(condition))
-    difference = None if published is None else percent.less(published)
-    return Figures(condition, len(dice), mean_interval(list(dice.values()), (0.0, 1.0)), percent, published, difference)
-
-
-def _cells(axes: str, conditions: Sequence[Figures], recipes: bool) -> Table:
-    own = [one for one in conditions if one.condition.axes == axes]
-    published = any(one.published is not None for one in conditions)
-    columns = (
-        "model", "encoder", "variant", *(("epochs", "batch") if recipes else ()), "patients", "Dice",
-        "batch-averaged Dice, %", *(("published, %", "difference") if published else ()),
-    )  # fmt: skip
-    rows: list[tuple[str, ...]] = []
-    for one in own:
-        known = [*one.condition[:3], *(map(str, one.condition[4:]) if recipes else ())]
-        there, less = one.published, one.difference
-        beside = ("", "") if there is None or less is None else (f"{there:.0f}", less.told(1, sign=True))
-        told = (str(one.patients), one.dice.told(), one.batch_averaged.told(1))
-        rows.append((*known, *told, *(beside if published else ())))
-    planes = ", ".join(PLANES[int(axis)] for axis in axes)
-    return Table(
-        f"Axis {axes} ({planes} slices)",
-        columns,
-        tuple(rows),
-        (
-            "Dice: over whole volumes, mean over patients, in brackets 95 % confidence intervals (Student's t) of at "
-            f"least {FEWEST_PATIENTS} patients.",
-            "Published: the reference study's figure of one other patient, averaged over batches, as the column before "
-            "it; what it calls random names no encoder."
-            if published
-            else "The reference study published no figure of these encoders and what they start from.",
-            *((_OF_FILES,) if published and any(_starts_from_file(one.condition) for one in own) else ()),
-        ),
+def _figures(table: pd.DataFrame, dice: pd.DataFrame) -> pd.DataFrame:
+    """Return the means of each condition, see `Findings`."""
+    found = {"patients": dice.count()}
+    for measure in MEASURES:
+        found[measure.name] = _means(scores(table, measure.name), dice, measure.within)
+    found["batch_averaged_percent"] = _means(100 * scores(table, "batch_averaged_dice"), dice, (0.0, 100.0))
+    figures = dice.columns.to_frame(index=False)
+    figures = figures.assign(**{name: list(column) for name, column in found.items()})
+    published = [published_percent().get(_published(row)) for row in figures.itertuples()]
+    differences = [
+        None if percent is None or there is None else percent.less(there)
+        for percent, there in zip(figures.batch_averaged_percent, published, strict=True)
+    ]
+    return figures.assign(
+        published_percent=pd.Series(published, dtype="float64"),
+        difference_percent=pd.Series(differences, dtype="object"),
     )
 
 
-def _starts_from_file(condition: Condition) -> bool:
-    return not condition.encoder.endswith((f" ({RANDOM})", f" ({IMAGENET})"))
+def _means(measured: pd.DataFrame, dice: pd.DataFrame, within: tuple[float, float]) -> pd.Series:
+    """Return the mean of a measure for each condition; None unless every patient with a Dice has it."""
+    known = {condition: list(measured[condition].dropna()) for condition in measured}
+    return pd.Series(
+        [
+            mean_interval(known[condition], within) if len(known.get(condition, ())) == number else None
+            for condition, number in dice.count().items()
+        ],
+        dtype="object",
+    )
 
 
-def _published(condition: Condition) -> PublishedCell:
-    encoder, _, start = condition.encoder.partition(" ")
+def _published(condition: Any) -> PublishedCell:
+    encoder, _, weights = condition.encoder.partition(" ")
     of_random = RANDOM if encoder == RANDOM_ENCODER else ""
-    there = of_random if start == f"({RANDOM})" else encoder
-    return PublishedCell(condition.axes, condition.model, there, condition.variant)
+    return PublishedCell(
+        condition.axes, condition.model, of_random if weights == f"({RANDOM})" else encoder, condition.variant
+    )
 
 
-def _levels(found: Sequence[Level]) -> Table:
-    rows = tuple((one.factor, one.name, one.mean.told(), str(one.conditions)) for one in found)
-    note = "Over the conditions that are there with every level of the factor; the best of each first."
-    return Table("What is better", ("factor", "level", "mean Dice", "conditions of each"), rows, (note,))
+def _cells(axes: str, figures: pd.DataFrame, shown: Sequence[str]) -> Table:
+    own = figures[figures["axes"] == axes]
+    published = bool(figures.published_percent.notna().any())
+    told = _condition_columns(own, [name for name in shown if name != "axes"]).assign(
+        **{
+            "patients": own.patients.astype(str),
+            "Dice": own.dice.map(_told),
+            "batch-averaged Dice, %": own.batch_averaged_percent.map(lambda one: _told(one, 1)),
+        }
+    )
+    if published:
+        told["published, %"] = own.published_percent.map(lambda one: "" if pd.isna(one) else f"{one:.0f}")
+        told["difference"] = own.difference_percent.map(lambda one: _told(one, 1, sign=True))
+    from_file = ~own.encoder.str.endswith((f" ({RANDOM})", f" ({IMAGENET})"))
+    notes = [_DICE_NOTE, _PUBLISHED_NOTE if published else _NOT_PUBLISHED_NOTE]
+    notes += [_FILE_NOTE] if published and from_file.any() else []
+    return Table(f"Axis {axes} ({', '.join(PLANES[int(axis)] for axis in axes)} slices)", told, tuple(notes))
 
 
-def _pairs(found: Sequence[Contrast]) -> Table:
-    rows = tuple(
-        (
-            one.factor, one.better, one.worse, one.difference.told(sign=True),
-            f"{one.patients_higher} of {one.patients}", f"{one.pairs_higher} of {one.pairs}",
-            *(("", "too few patients") if one.p is None else (f"{one.p:.2g}", "yes" if one.sure else "not decided")),
-        )
-        for one in found
-    )  # fmt: skip
-    columns = ("factor", "higher", "lower", "difference of Dice", "patients", "pairs", "p", "sure")
+def _measures(figures: pd.DataFrame, shown: Sequence[str]) -> Table:
+    told = _condition_columns(figures, shown)
+    for measure in MEASURES:
+        if measure.brief:
+            told[measure.heading] = [_told(one, measure.digits) for one in figures[measure.name]]
+    return Table(
+        "All measures", told, ("Means over patients of whole volumes, in brackets 95 % confidence intervals.",)
+    )
+
+
+def _levels(found: pd.DataFrame) -> Table:
+    told = found[["factor", "level"]].assign(
+        **{"mean Dice": found["mean"].map(_told), "conditions of each": found.conditions.astype(str)}
+    )
+    note = "Over the conditions that exist with every level of the factor; the best of each factor first."
+    return Table("What is better", told, (note,))
+
+
+def _pairs(found: pd.DataFrame) -> Table:
+    told = found[["factor", "better", "worse"]].set_axis(["factor", "higher", "lower"], axis=1)
+    told["difference of Dice"] = found.difference.map(lambda one: _told(one, sign=True))
+    for name in ("patients", "pairs"):
+        told[name] = found[f"{name}_higher"].astype(str) + " of " + found[name].astype(str)
+    told["p"] = found.p.map(_p)
+    told["sure"] = _decided(found).where(found.p.notna(), "too few patients")
     note = (
         "Patient by patient, over pairs of conditions that differ in nothing else. p: Wilcoxon's signed-rank test over "
         "patients, two-sided, after Holm's correction for all rows of this table; intervals are not corrected."
     )
-    return Table("By how much, and how sure", columns, rows, (note,))
+    return Table("By how much, and how sure", told, (note,))
 
 
-def _ranking(found: Sequence[Ranked], recipes: bool) -> Table:
-    rows = tuple(
-        (
-            str(one.place), *one.condition[:4], *(map(str, one.condition[4:]) if recipes else ()), str(one.patients),
-            one.mean.told(), _difference(one.difference), "" if one.p is None else f"{one.p:.2g}",
-            "" if one.difference is None else "yes" if one.sure else "not decided",
-        )
-        for one in found
-    )  # fmt: skip
-    columns = (
-        "place", "model", "encoder", "variant", "axis", *(("epochs", "batch") if recipes else ()), "patients", "Dice",
-        "beside the best", "p", "worse",
-    )  # fmt: skip
+def _ranking(found: pd.DataFrame, shown: Sequence[str]) -> Table:
+    told = found[["place"]].astype(str).join(_condition_columns(found, shown))
+    told["patients"] = found.patients.astype(str)
+    told["Dice"] = found["mean"].map(_told)
+    told["beside the best"] = found.difference.map(lambda one: _told(one, sign=True))
+    told["p"] = found.p.map(_p)
+    told["worse"] = _decided(found).where(found.p.notna(), "")
     note = (
-        "Chosen and judged on the same patients, the best looks better than it is. p: as above, corrected for the rows "
+        "Chosen and tested on the same patients, the best looks better than it is. p: as above, corrected for the rows "
         "of this table; intervals are not corrected."
     )
-    return Table("All conditions", columns, rows, (note,))
+    return Table("All conditions", told, (note,))
 
 
-def _difference(interval: MeanInterval | None) -> str:
-    return "" if interval is None else interval.told(sign=True)
+def _condition_columns(figures: pd.DataFrame, shown: Sequence[str]) -> pd.DataFrame:
+    return figures[list(shown)].astype(str).rename(columns={"axes": "axis", "batch_size": "batch"})
+
+
+def _told(interval: MeanInterval | None, digits: int = 4, sign: bool = False) -> str:
+    return interval.told(digits, sign) if isinstance(interval, MeanInterval) else ""
+
+
+def _p(p: float) -> str:
+    return "" if pd.isna(p) else f"{p:.2g}"
+
+
+def _decided(found: pd.DataFrame) -> pd.Series:
+    return found.sure.map({True: "yes", False: "not decided"}).astype(object)
 
 
 def rendered(found: Findings, form: str) -> str:
     """Return findings as text: ``markdown``, ``csv`` (a row a condition, in numbers), ``latex`` or ``html``."""
-    if form == CSV:
-        return _csv(found)
-    return {MARKDOWN: _markdown, LATEX: _latex, HTML: _html}[form](found)
+    return {MARKDOWN: _markdown, CSV: _csv, LATEX: _latex, HTML: _html}[form](found)
 
 
 def _csv(found: Findings) -> str:
-    rows = [
-        {
-            **one.condition._asdict(), "patients": one.patients, **_ends("dice", one.dice),
-            **_ends("batch_averaged_percent", one.batch_averaged), "published_percent": one.published,
-            **_ends("difference_percent", one.difference), "note": "; ".join(found.caveats),
-        }
-        for one in found.conditions
-    ]  # fmt: skip
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0] if rows else (), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _ends(name: str, interval: MeanInterval | None) -> dict[str, float | None]:
-    mean, low, high = (None, None, None) if interval is None else (interval.mean, interval.low, interval.high)
-    rounded = {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return {name: None if figure is None else round(figure, 6) for name, figure in rounded.items()}
+    columns: dict[str, Any] = {}
+    for name, column in found.conditions.items():
+        if column.dtype != object or name in CONDITION:
+            columns[name] = column
+            continue
+        for end, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
+            columns[f"{name}{suffix}"] = column.map(lambda one, end=end: getattr(one, end, None)).astype("float64")
+    return str(pd.DataFrame(columns).round(6).assign(note="; ".join(found.caveats)).to_csv(index=False))
 
 
 def _markdown(found: Findings) -> str:
-    from tabulate import tabulate
-
     def safe(text: str) -> str:
         return text.replace("|", "\\|").replace("<", "&lt;")
 
     parts = [found.answer, *(f"- {safe(caveat)}" for caveat in found.caveats), ""]
     for table in found.tables:
-        rows = [[safe(cell) for cell in row] for row in table.rows]
-        grid = tabulate(rows, table.columns, tablefmt="github", disable_numparse=True)
+        grid = table.frame.map(safe).to_markdown(index=False, tablefmt="github", disable_numparse=True)
         parts += [f"## {table.title}", "", grid, "", *table.notes, ""]
     return "\n".join(parts)
 
 
 def _latex(found: Findings) -> str:
-    from tabulate import tabulate
-
     parts = [f"{_as_latex(line)}\n" for line in (found.answer, *found.caveats)]
     for table in found.tables:
-        grid = tabulate(table.rows, table.columns, tablefmt="latex_booktabs", disable_numparse=True)
-        title, notes = _as_latex(table.title), (_as_latex(note) for note in table.notes)
-        parts += [f"\\paragraph{{{title}}}\n", str(grid), "", *(f"{note}\n" for note in notes)]
+        grid = table.frame.to_latex(index=False, escape=True)
+        parts += [f"\\paragraph{{{_as_latex(table.title)}}}\n", grid, *(f"{_as_latex(note)}\n" for note in table.notes)]
     return "\n".join(parts)
 
 
@@ -315,10 +295,10 @@ def _as_latex(text: str) -> str:
 def _html(found: Findings) -> str:
     from html import escape
 
-    from tabulate import tabulate
-
     parts = [f"<p>{escape(line)}</p>" for line in (found.answer, *found.caveats)]
-    for table in found.tables:
-        grid = tabulate(table.rows, table.columns, tablefmt="html", disable_numparse=True)
-        parts += [f"<h2>{escape(table.title)}</h2>", str(grid), *(f"<p>{escape(note)}</p>" for note in table.notes)]
+    # By default pandas cuts long texts off.
+    with pd.option_context("display.max_colwidth", None):
+        for table in found.tables:
+            grid = table.frame.to_html(index=False, border=0)
+            parts += [f"<h2>{escape(table.title)}</h2>", grid, *(f"<p>{escape(note)}</p>" for note in table.notes)]
     return "\n".join(parts) + "\n"

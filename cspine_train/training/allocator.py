@@ -26,3 +26,10 @@ def keep_large_blocks() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def release_free_blocks() -> None:
+    """Give free memory back to the system after `keep_large_blocks`, where glibc is the C library."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,64 @@
+"""Checks of a study's networks and first weights, before any cell is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cspine_train.errors import ModelError
+from cspine_train.models.build import build_model, check_names, encoders
+from cspine_train.models.pretrained import weights_at_hand
+from cspine_train.study.plan import Cell
+
+
+def check_network_names(cells: Sequence[Cell]) -> None:
+    """Refuse unknown models and encoders.
+
+    Raises
+    ------
+    ModelError
+        If one is unknown.
+    """
+    for model, encoder in dict.fromkeys((cell.settings.model, cell.settings.encoder) for cell in cells):
+        check_names(model, encoder)
+
+
+@torch.random.fork_rng(devices=[])
+def check_weights(cells: Sequence[Cell]) -> None:
+    """Refuse a study whose pretrained weights are unavailable or do not fit an encoder.
+
+    Raises
+    ------
+    ModelError
+        With a line of details for each such encoder.
+    """
+    reasons: dict[tuple[str, str], str] = {}
+    fit: set[tuple[str, str]] = set()
+    settings = (cell.settings for cell in cells)
+    for model, encoder, weights, channels in dict.fromkeys(
+        (s.model, s.encoder, s.weights, s.channels) for s in settings
+    ):
+        key = encoder, weights
+        if weights == "none" or key in fit or key in reasons:
+            continue
+        try:
+            build_model(model, encoder, "none", channels)
+        except ModelError:
+            # The weights are not at fault; the cell will fail with this message.
+            continue
+        try:
+            build_model(model, encoder, weights, channels)
+            fit.add(key)
+        except ModelError as error:
+            reasons[key] = str(error)
+    if not reasons:
+        return
+    names = ", ".join(encoder for encoder, _ in reasons)
+    available = ", ".join(weights_at_hand(encoders()))
+    raise ModelError(
+        f"weights of {names}: are unavailable or do not fit, and a study never mixes them; give --weights none, which "
+        f"starts all encoders from random weights, --weights {next(iter(reasons))[0]}=FILE for each"
+        + (f", or only --encoders whose weights are available ({available})" if available else ""),
+        [f"{encoder} from {weights}: {reason}" for (encoder, weights), reason in reasons.items()],
+    )
