@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ from cspine_train.data.sampling import ProcessBatches
 from cspine_train.models.build import build_model
 from cspine_train.run.folder import METRICS_NAME
 from cspine_train.run.settings import load_record
-from cspine_train.training.checkpoints import checkpoints
+from cspine_train.training.checkpoints import Place, checkpoints
 from cspine_train.training.processes import ProcessCheck, synchronised, training_errors
 from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.test_checkpoints import same, weights
@@ -137,11 +138,13 @@ def test_loss_gradients_and_counts_are_those_of_the_whole_batch(
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     started = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", ONE_STEP, world, str(tmp_path)], stderr=subprocess.PIPE, text=True,
-            env=os.environ | rank,
+            [sys.executable, "-W", "ignore", "-c", ONE_STEP, "2", str(tmp_path)], stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"LOCAL_RANK": rank},
         )
-        for world, rank in (("1", {}), ("2", {"LOCAL_RANK": "0"}), ("2", {"LOCAL_RANK": "1"}))
+        for rank in "01"
     ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["", "1", str(tmp_path)])
+    exec(ONE_STEP, {})  # noqa: S102
     for process in started:
         _, told = process.communicate(timeout=SECONDS)
         assert process.returncode == 0, told
@@ -213,10 +216,16 @@ def rows(run: Path) -> list[list[float]]:
     return [[float(cell) for cell in row.split(",")] for row in (run / METRICS_NAME).read_text().splitlines()[1:]]
 
 
-def test_two_processes_learn_nearly_what_one_does(two: Path, phantom_store: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def one(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    train(phantom_store, run, SETTINGS)
+    return run
+
+
+def test_two_processes_learn_nearly_what_one_does(one: Path, two: Path) -> None:
     """Batch normalisation over half of each batch, and other dropout, are all that differs."""
-    one = tmp_path / "one"
-    train(phantom_store, one, SETTINGS)
     assert len(rows(one)) == len(rows(two)) == 2
     for first, second in zip(rows(one), rows(two), strict=True):
         assert second[1:3] == pytest.approx(first[1:3], abs=2e-2)
@@ -227,50 +236,41 @@ def test_two_processes_learn_nearly_what_one_does(two: Path, phantom_store: Path
     assert made <= {"overlays", "curves.png"}
 
 
-def test_a_run_whose_processes_are_killed_ends_and_resumes(two: Path, phantom_store: Path, tmp_path: Path) -> None:
-    """The second is killed, then the first: no process stays, and the run ends with the undisturbed one's weights."""
+def test_a_run_that_is_stopped_leaves_no_process_and_resumes(
+    two: Path, phantom_store: Path, tmp_path: Path, long_run: bool
+) -> None:
+    """However it is stopped, it ends with the weights of the run that nothing disturbed."""
+
+    def kill_others(process: Any) -> None:
+        for child in children(process):
+            os.kill(child, signal.SIGKILL)
+
+    def ctrl_c(process: Any) -> None:
+        os.killpg(process.pid, signal.SIGINT)
+
     run = tmp_path / "run"
-    folder = run / "checkpoints"
-    process = start(phantom_store, run, checkpoint_minutes=ALWAYS)
-    wait_for(lambda: checkpoints(folder))
-    for child in children(process):
-        os.kill(child, signal.SIGKILL)
-    told, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode
-    assert "another process of the run has ended" in told or "terminated with code -9" in told
-    assert not processes(process.pid)
-    stopped = next(iter(checkpoints(folder)))
-
-    process = start(phantom_store, run, checkpoint_minutes=ALWAYS)
-    wait_for(lambda: next(iter(checkpoints(folder)), stopped) > stopped)
-    assert len(children(process)) == 1
-    process.kill()
-    process.communicate(timeout=SECONDS)
-    wait_for(lambda: not processes(process.pid))
-    assert not load_record(run).finished
-
+    ways = [
+        (kill_others, "another process of the run has ended|terminated with code -9"),
+        (ctrl_c, "^Error: .*: interrupted; "),
+        (subprocess.Popen.kill, "\\A"),
+        (subprocess.Popen.terminate, "^Error: .*: interrupted; "),
+    ]
+    for stop, message in ways if long_run else ways[:3]:
+        before = next(iter(checkpoints(run / "checkpoints")), Place())
+        process = start(phantom_store, run, checkpoint_minutes=ALWAYS)
+        wait_for(lambda before=before: next(iter(checkpoints(run / "checkpoints")), before) > before)
+        assert len(children(process)) == 1
+        stop(process)
+        told, _ = process.communicate(timeout=SECONDS)
+        assert process.returncode
+        assert len(re.findall(message, told, re.MULTILINE)) == 1
+        wait_for(lambda process=process: not processes(process.pid))
+        assert not load_record(run).finished
     process = start(phantom_store, run)
     told, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, told
     assert same(weights(run), weights(two))
     assert rows(run)[-1][2:5] == rows(two)[-1][2:5]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_interrupted_ends_its_processes(
-    number: signal.Signals, phantom_store: Path, tmp_path: Path
-) -> None:
-    """Ctrl-C reaches all processes of a terminal; SIGTERM one."""
-    process = start(phantom_store, tmp_path / "run", checkpoint_minutes=ALWAYS)
-    wait_for(lambda: checkpoints(tmp_path / "run" / "checkpoints"))
-    if number is signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    told, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 1
-    assert told.count("Error") == told.count("interrupted") == 1
-    assert not processes(process.pid)
 
 
 def test_a_process_that_cannot_start_ends_the_run(phantom_store: Path, tmp_path: Path) -> None:
@@ -299,23 +299,21 @@ def test_a_lost_connection_is_one_error(tmp_path: Path) -> None:
 
 
 def test_algorithms_are_deterministic_where_that_is_asked_for(
-    phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one: Path, phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SETTINGS.model_copy(update={"epochs": 1})
     step, machines, found = SliceSegmenter.training_step, Machines(deterministic=True), []
 
     def watched(module: SliceSegmenter, batch: Any, batch_idx: int) -> torch.Tensor:
         found.append(torch.are_deterministic_algorithms_enabled())
         return step(module, batch, batch_idx)
 
-    train(phantom_store, tmp_path / "usual", settings)
     monkeypatch.setattr(SliceSegmenter, "training_step", watched)
-    record = train(phantom_store, tmp_path / "run", settings, machines=machines)
+    record = train(phantom_store, tmp_path / "run", SETTINGS, machines=machines)
     assert found
     assert all(found)
     assert record.deterministic
     assert not torch.are_deterministic_algorithms_enabled()
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "usual"))
+    assert same(weights(tmp_path / "run"), weights(one))
 
     def refused(*_: Any) -> torch.Tensor:
         raise RuntimeError(
@@ -324,7 +322,7 @@ def test_algorithms_are_deterministic_where_that_is_asked_for(
 
     monkeypatch.setattr(SliceSegmenter, "training_step", refused)
     with pytest.raises(RunError, match="--deterministic.*adaptive_avg_pool2d_backward_cuda"):
-        train(phantom_store, tmp_path / "other", settings, machines=machines)
+        train(phantom_store, tmp_path / "other", SETTINGS, machines=machines)
 
 
 def test_several_processes_are_not_started_from_python(phantom_store: Path, tmp_path: Path) -> None:
@@ -369,6 +367,14 @@ def test_nodes_have_to_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RunError, match="--nodes 2.*MASTER_ADDR.*srun or torchrun"):
         Machines(nodes=2).options(from_command=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface has another name")
+def test_processes_of_one_machine_connect_by_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    TWO.options(from_command=True)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_processes_that_see_other_data_are_refused() -> None:
