@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cspine_train import Machines, RunError, RunSettings, train
+from cspine_train import RunError, RunSettings, train
 from cspine_train.run.folder import MONITOR
 from cspine_train.training.callbacks import Plateau, Stop
 from cspine_train.training.optimisers import averaged, cosine_share, optimisation
-from cspine_train.training.processes import together
+from cspine_train.training.processes import training_errors
 from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
 from tests.test_checkpoints import ALWAYS, SMALL, history, same, weights
@@ -191,7 +191,7 @@ def test_steps_are_made_for_each_size_anew(monkeypatch: pytest.MonkeyPatch) -> N
 def test_steps_that_cannot_be_compiled_are_told_in_one_line(tmp_path: Path) -> None:
     from torch._dynamo.exc import TorchDynamoException
 
-    trainer, request = SimpleNamespace(world_size=1), {"machines": Machines().model_dump()}
+    trainer = SimpleNamespace(world_size=1)
     told = r"cannot be trained with --compile here \(.*No working C\+\+ compiler found.*\); leave the option out$"
-    with pytest.raises(RunError, match=told), together(trainer, tmp_path, "", request):
+    with pytest.raises(RunError, match=told), training_errors(trainer, tmp_path):
         raise TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO")

@@ -381,7 +381,7 @@ def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phanto
         assert size == full or least <= size < least + 32
     assert data.crop_hw[0] < data.size_hw[0]
     module = SliceSegmenter(torch.nn.Identity(), settings, split.validation, data.crop_hw)
-    module.trainer = SimpleNamespace(training=True, global_step=3)
+    module.trainer = SimpleNamespace(training=True, global_step=3, global_rank=0, world_size=1)
     images, masks, *_ = module.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert tuple(images.shape) == (8, 3, *data.crop_hw)
     assert tuple(masks.shape) == (8, 1, *data.crop_hw)

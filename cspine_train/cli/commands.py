@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,7 +95,7 @@ def run(
     machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     try:
         with can_go_on(folder):
-            record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers, end_process=True)
+            record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers, from_command=True)
     except ModelError as error:
         # Before the line that sums it up, which a terminal then still shows.
         for line in error.details:
@@ -116,22 +115,6 @@ def run(
             )
         )
     click.echo(f"run: {folder}")
-
-
-@main.command(hidden=True)
-def join() -> None:
-    """Train as one of several processes; the one that starts them says what, on standard input."""
-    from cspine_train.training.pipeline import join as join_run
-    from cspine_train.training.processes import end_with_the_first
-
-    keep_large_blocks()
-    request = sys.stdin.buffer.readline()
-    end_with_the_first()
-    try:
-        join_run(json.loads(request))
-    except RunError:
-        # The first process says the same, or what became of it.
-        raise SystemExit(1) from None
 
 
 @main.command()

@@ -11,10 +11,10 @@ import numpy as np
 
 from cspine_data import CaseRecord, Cohort, Split
 from cspine_train.data.batches import BatchLoader, SliceBatches
-from cspine_train.data.process_shares import WHOLE, Share, SharedBatches
-from cspine_train.data.sampling import EpochSampler, weights_of
+from cspine_train.data.sampling import EpochSampler, ProcessBatches, weights_of
 from cspine_train.data.sizes import Steps, check_pixels, check_size, size_that_holds, size_that_holds_labels
 from cspine_train.data.transforms import USUAL_SIDES, Sides, coarser_shape, fixed_size
+from cspine_train.errors import RunError
 from cspine_train.run.settings import RunSettings
 
 
@@ -47,8 +47,8 @@ class CohortSlices(lightning.LightningDataModule):
         What sizes the network takes, see `sides_of`.
     values : sequence of int
         The label values that are told apart, see `label_values`; not for binary labels.
-    share : Share
-        The part of every batch, and of what is validated on, that this process computes.
+    rank, world : int
+        This process, and how many train together. Each reads its part of every batch and of the validation slices.
     """
 
     def __init__(
@@ -59,13 +59,14 @@ class CohortSlices(lightning.LightningDataModule):
         workers: int = 0,
         sides: Sides = USUAL_SIDES,
         values: Sequence[int] = (),
-        share: Share = WHOLE,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         super().__init__()
         self._settings = settings
         self._workers = workers
         self._sides = sides
-        self._share = share
+        self._rank, self._world = rank, world
         #: The epoch that training begins with, and how many of its batches are done; not 0 where a run goes on.
         self.first_epoch, self.batches_done = 0, 0
         self.validation_cases = split.validation
@@ -107,9 +108,25 @@ class CohortSlices(lightning.LightningDataModule):
             trained.append(fixed_size([coarser_shape(trained[0])], self._sides))
         return Steps(self.size_hw, tuple(trained), self._validation_hw, fewest, half)
 
-    def check_share(self) -> None:
-        """Refuse more processes, or others, than can share the slices; see `Share.check`."""
-        self._share.check(min(self._settings.batch_size, len(self._sampler())), len(self._validation))
+    def check_processes(self) -> None:
+        """Refuse a number of processes that cannot divide the slices.
+
+        Raises
+        ------
+        RunError
+            If the slices of a step cannot be divided evenly, or there are fewer validation slices than processes.
+        """
+        step = min(self._settings.batch_size, len(self._sampler()))
+        if step % self._world:
+            raise RunError(
+                f"a step's {step} slices cannot be divided evenly among {self._world} processes; choose a --batch-size "
+                "that can"
+            )
+        if len(self._validation) < self._world:
+            raise RunError(
+                f"{len(self._validation)} validation slices are too few for {self._world} processes; choose fewer "
+                "--devices"
+            )
 
     def _sampler(self) -> EpochSampler:
         settings, slices = self._settings, self._train.slices
@@ -130,11 +147,11 @@ class CohortSlices(lightning.LightningDataModule):
         sampler.begin(self.first_epoch, self.batches_done * settings.batch_size)
         # A last batch of one slice would leave batch normalisation nothing to average over.
         drop_last = len(sampler) > settings.batch_size
-        batches = SharedBatches(sampler, settings.batch_size, drop_last, self._share)
+        batches = ProcessBatches(sampler, settings.batch_size, drop_last, self._rank, self._world)
         return BatchLoader(self._train, batch_sampler=batches, num_workers=self._workers)
 
     def val_dataloader(self) -> BatchLoader:
-        """Return every slice of the validation patients, in order, or this process' share of them."""
-        size = 2 * self._settings.batch_size // self._share.world
-        slices = self._share.of(range(len(self._validation)))
+        """Return every slice of the validation patients, in order, or this process' part of them."""
+        size = 2 * self._settings.batch_size // self._world
+        slices = range(self._rank, len(self._validation), self._world)
         return BatchLoader(self._validation, size, sampler=slices, num_workers=self._workers)

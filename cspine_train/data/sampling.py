@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from cspine_train.errors import RunError, meant
 
@@ -119,6 +119,29 @@ class EpochSampler(Sampler[int]):
         order = self.order()
         # Numbers of Python take nine times the memory of the array: only a few exist at a time.
         return (item for start in range(0, order.size, _BLOCK) for item in order[start : start + _BLOCK].tolist())
+
+
+class ProcessBatches(BatchSampler):
+    """The slices of each batch that one process reads: every ``world``-th, from its rank on.
+
+    Parameters
+    ----------
+    sampler : Sampler
+        Slices of an epoch, in the same order in every process.
+    batch_size : int
+        Size of a whole batch.
+    drop_last : bool
+        Whether to leave out an incomplete last batch.
+    rank, world : int
+        The process, and how many there are.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, rank: int = 0, world: int = 1) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self._rank, self._world = rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch[self._rank :: self._world] for batch in super().__iter__())
 
 
 def _ends(cases: NDArray[Any], weights: NDArray[np.float64], balance: Balance) -> NDArray[np.float64] | None:

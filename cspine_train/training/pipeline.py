@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import platform
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from cspine_data import Cohort, Split, make_folder, open_cohort
 from cspine_data.terminal import progress_bar
 from cspine_train.data.datamodule import CohortSlices
-from cspine_train.data.process_shares import Share, see_whole_batches
 from cspine_train.errors import RunError
 from cspine_train.models.build import build_model, sides_of
 from cspine_train.prediction.overlays import save_overlays
@@ -47,7 +48,7 @@ from cspine_train.run.settings import RunSettings
 from cspine_train.training.callbacks import Curves, Keep, Plateau, Stop
 from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.training.loggers import Logged, check_loggers
-from cspine_train.training.processes import ONE_DEVICE, Machines, together
+from cspine_train.training.processes import ONE_DEVICE, Machines, ProcessCheck, synchronised, training_errors
 from cspine_train.training.progress import TerminalProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
 from cspine_train.training.step_check import check_steps
@@ -64,7 +65,7 @@ def train(
     checkpoint_minutes: float = 15.0,
     machines: Machines = ONE_DEVICE,
     loggers: Sequence[str] = (),
-    end_process: bool = False,
+    from_command: bool = False,
 ) -> RunRecord:
     """Train a model on a store's slices; called again, go on where it stopped, or do nothing when it is finished.
 
@@ -89,12 +90,12 @@ def train(
     checkpoint_minutes : float
         How often, within an epoch, to write what a killed run goes on from; the outcome does not depend on it.
     machines : Machines
-        What to compute on. Where that is several devices, other processes are started, and end with this one.
+        Devices to train on. Several need the command, torchrun or srun; see ``docs/distributed.md``.
     loggers : sequence of str
         ``tensorboard``, ``mlflow``: where metrics are logged besides.
-    end_process : bool
-        Whether this process may be ended where another of the run has died and PyTorch does not stop waiting for it.
-        A command's may; a notebook's kernel would be lost.
+    from_command : bool
+        Whether this is a process of ``cspine-train run``. Only there may Lightning start the other processes, by
+        running the same command line again, and kill this one if another dies.
 
     Returns
     -------
@@ -116,7 +117,7 @@ def train(
     """
     check_loggers(loggers)
     with ExitStack() as lock:
-        return _train(store, Path(run), settings, workers, checkpoint_minutes, machines, loggers, end_process, lock)
+        return _train(store, Path(run), settings, workers, checkpoint_minutes, machines, loggers, from_command, lock)
 
 
 def _train(
@@ -127,7 +128,7 @@ def _train(
     checkpoint_minutes: float,
     machines: Machines,
     loggers: Sequence[str],
-    end_process: bool,
+    from_command: bool,
     lock: ExitStack,
 ) -> RunRecord:
     """Do what `train` does; of several processes the first holds the run's lock until `lock` is closed."""
@@ -135,11 +136,13 @@ def _train(
     split = split_of(cohort, settings)
     fed = what_is_fed(cohort, split, settings.variant)
     _quieten()
-    trainer = _trainer(run, settings, checkpoint_minutes, machines)
+    trainer = _trainer(run, settings, checkpoint_minutes, machines.options(from_command))
     if not trainer.is_global_zero:
-        # Of several processes one tells.
+        # Rank 0 prints messages, and ends the others at Ctrl-C.
         quieten(_log.name)
         warnings.simplefilter("ignore")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     earlier = _earlier(run, settings, fed["digests"], trainer.is_global_zero)
     if trainer.is_global_zero and earlier is not None and not earlier.finished:
         lock.enter_context(only_writer(run))
@@ -163,13 +166,13 @@ def _train(
     if checkpoint:
         _log.info("going on after %s of %d", place, settings.epochs)
     keeper = _listened_to(trainer, run, record, loggers, place.epochs)
-    request: dict[str, Any] = {"store": str(store), "run": str(run), "workers": workers}
-    request |= {"settings": settings.model_dump(mode="json"), "machines": machines.model_dump()}
-    request |= {"checkpoint_minutes": checkpoint_minutes}
+    trainer.callbacks.insert(0, ProcessCheck(f"{place} {record.weights_used} {record.digests}"))  # type: ignore[attr-defined]
     try:
-        with together(trainer, run, f"{place} {record.weights_used} {record.digests}", request, end_process):
+        with training_errors(trainer, run):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except SystemExit as end:
+        if not trainer.is_global_zero:
+            raise
         # Lightning makes an end of the process of Ctrl-C, and of SIGTERM.
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
@@ -192,12 +195,6 @@ def _begin(run: Path, record: RunRecord, earlier: RunRecord | None, lock: ExitSt
     save_record(run, record)
 
 
-def join(request: dict[str, Any]) -> None:
-    """Be one of the processes of a run that `train` has started in another."""
-    settings, machines = RunSettings(**request.pop("settings")), Machines(**request.pop("machines"))
-    train(settings=settings, machines=machines, **request)
-
-
 def _built(
     trainer: lightning.Trainer, cohort: Cohort, split: Split, settings: RunSettings, weights: str, workers: int
 ) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
@@ -205,24 +202,24 @@ def _built(
     values = label_values(cohort, split, settings)
     outputs = network_classes(values)
     network, weights_used = build_model(settings.model, settings.encoder, weights, settings.channels, outputs)
-    share = Share(trainer.global_rank, trainer.world_size)
-    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, share)
+    rank, world = trainer.global_rank, trainer.world_size
+    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, rank, world)
     _check_labelled(cohort.path, data, settings)
-    data.check_share()
+    data.check_processes()
     unknown = unknown_labels(cohort, split, settings, values)
     if unknown:
         warnings.warn(unknown_told(unknown), stacklevel=3)
     if trainer.is_global_zero:
         check_steps(network, _of_one(trainer, settings), data.steps("bf16" in trainer.precision))
-    if trainer.world_size > 1:
-        see_whole_batches(network)
+    if world > 1 and trainer.strategy.root_device.type == "cuda":
+        network = synchronised(network)
     missed = [len(unknown.get(case, ())) for case in split.validation]
     module = SliceSegmenter(
         network, settings, split.validation, data.crop_hw, max(1, len(values)), missed, data.ignores
     )
     labels = {"label_values": values, "label_meaning": label_meaning(values)}
     made = {"weights_used": weights_used, "size_hw": data.size_hw, **labels, "versions": _versions()}
-    return module, data, made | {"processes": trainer.world_size}
+    return module, data, made | {"processes": world}
 
 
 def _listened_to(trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], epochs: int) -> Keep:
@@ -271,14 +268,14 @@ def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> N
         raise RunError(f"{store}: no slice to train on is labelled along axis {axes}; choose {other}")
 
 
-def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, machines: Machines) -> lightning.Trainer:
+def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, devices: dict[str, Any]) -> lightning.Trainer:
     plateau = [Plateau(), Stop()] if settings.schedule == "plateau" else []
     callbacks = [*plateau, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
     trainer = lightning.Trainer(
         max_epochs=settings.epochs,
         gradient_clip_val=settings.clip_norm,
         accelerator="auto",
-        **machines.options(),
+        **devices,
         precision=precision_of(settings.precision),
         callbacks=callbacks,
         plugins=[DurableCheckpoints()],

@@ -1,55 +1,50 @@
-"""Where a run computes: on which devices, in how many processes, and that these start and end together."""
+"""Devices and processes of a run, through Lightning's DDP."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import select
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import BaseModel, ConfigDict, PositiveInt
-from torch import distributed
+from torch import distributed, nn
 
 from cspine_train.errors import RunError
 
-# What ends a process that is left alone fails at once where gloo connects them; NCCL may wait for half an hour.
-_GRACE_S = 10.0
-# What Lightning and PyTorch read.
+# The longest that a process waits for another. Rank 0 alone checks the network and writes files meanwhile.
+_TIMEOUT = timedelta(minutes=10)
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-# Where a process that is started here writes a byte when it is about to connect to the others.
-_READY = "CSPINE_TRAIN_READY"
+_CONNECTION_ERRORS = ("gloo", "Connection closed", "Connection reset", "NCCL")
 
 
 class Machines(BaseModel):
-    """On what a run computes; but for rounding, and for dropout, the outcome does not depend on it.
+    """Devices that a run trains on.
 
     Attributes
     ----------
     devices : int or str
-        GPUs of each node, or processes where there are none; ``auto``: all GPUs, or one process.
+        GPUs per node, or processes where there is no GPU. ``auto``: all GPUs, or one process.
     nodes : int
-        Machines. Something has to start a process on each: srun, torchrun, or a user.
+        Number of machines. Start the command on each by srun or torchrun, or by hand.
     strategy : str
-        How devices work together, by Lightning's name: ``ddp``, each has the whole network; ``auto`` is that where
-        there is more than one.
+        Lightning's name of the strategy. ``ddp``: a copy of the network on each device. ``auto``: DDP for several
+        devices.
     deterministic : bool
-        Have PyTorch take only algorithms that give the same bits each time. On a CPU all that training uses do.
+        Use deterministic algorithms only. On a CPU, all that training uses are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,213 +56,210 @@ class Machines(BaseModel):
 
     @property
     def devices_of_a_node(self) -> int:
-        """How many devices of this machine a run is to use.
+        """Return the number of devices to use on this machine.
 
         Raises
         ------
         RunError
-            If there are fewer GPUs.
+            If the machine has fewer GPUs.
         """
-        there = torch.cuda.device_count() if torch.cuda.is_available() else None
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
         if self.devices == "auto":
-            return there or 1
-        if there is not None and self.devices > there:
+            return gpus or 1
+        if gpus is not None and self.devices > gpus:
             raise RunError(
-                f"--devices {self.devices}: this machine has {there} GPU; ask for no more, or hide it by "
-                "CUDA_VISIBLE_DEVICES= to train on processors"
+                f"--devices {self.devices}: this machine has {gpus} GPU; ask for fewer devices, or set "
+                "CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         return self.devices
 
-    def options(self) -> dict[str, Any]:
-        """Return what Lightning's trainer has to be told.
+    def options(self, from_command: bool = False) -> dict[str, Any]:
+        """Return the arguments of Lightning's trainer.
+
+        Parameters
+        ----------
+        from_command : bool
+            As in `train`.
 
         Raises
         ------
         RunError
-            If these are not the processes that were started, or nobody says where the other nodes are.
+            If the processes cannot be started, or torchrun started another number of them.
         """
         devices = self.devices_of_a_node
-        world = devices * self.nodes
-        if TorchElasticEnvironment.detect() and world != int(os.environ["WORLD_SIZE"]):
-            raise RunError(
-                f"--devices {devices} --nodes {self.nodes}: are {world} processes, and torchrun started "
-                f"{os.environ['WORLD_SIZE']}; say the same to both"
-            )
         options: dict[str, Any] = {"devices": devices, "num_nodes": self.nodes, "use_distributed_sampler": False}
         if self.deterministic:
             options["deterministic"] = True
-        shared = world > 1 or self.strategy == "ddp"
-        return options | {"strategy": _Together() if shared else "auto"}
+        world = devices * self.nodes
+        if TorchElasticEnvironment.detect() and world != int(os.environ["WORLD_SIZE"]):
+            raise RunError(
+                f"--devices {devices} --nodes {self.nodes}: is {world} processes, but torchrun started "
+                f"{os.environ['WORLD_SIZE']}; give both the same numbers"
+            )
+        if world == 1 and self.strategy == "auto":
+            return options
+        if not _started_by_launcher():
+            self._check_launch(devices, from_command)
+        return options | {"strategy": _DDP()}
+
+    def _check_launch(self, devices: int, from_command: bool) -> None:
+        if not from_command:
+            # Lightning would run the caller's script, or notebook server, again in each process.
+            raise RunError(
+                f"{devices * self.nodes} processes: cannot be started from Python; use cspine-train run "
+                f"--devices {devices}, or start your script by torchrun --nproc-per-node {devices}"
+            )
+        missing = [name for name in _ADDRESS if name not in os.environ]
+        if self.nodes > 1 and missing:
+            raise RunError(
+                f"--nodes {self.nodes}: {', '.join(missing)} not set; start the command by srun or torchrun, or set "
+                "them on each node"
+            )
+        # Lightning kills this process when another has died; its message says why.
+        logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+        if self.nodes == 1 and sys.platform == "linux":
+            # Lightning's address of a single node is 127.0.0.1. Gloo would listen at the host name's address.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-#: The usual.
+#: The default: one device.
 ONE_DEVICE = Machines()
 
 
-class _Together(DDPStrategy):
-    """Lightning's DDP, between processes that are there already."""
+def _started_by_launcher() -> bool:
+    return TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ
+
+
+class _DDP(DDPStrategy):
+    """Lightning's DDP, in which rank 0 writes checkpoints without the others."""
 
     def __init__(self) -> None:
-        # What batch normalisation has seen is the same everywhere, and the processes validate on unequal numbers of
-        # batches: each would wait for the others at each. Encoders have parts that not every decoder uses.
-        super().__init__(broadcast_buffers=False, static_graph=True)
-
-    def _configure_launcher(self) -> None:
-        # Lightning's would run the user's whole script again in each process, is not for notebooks, and ends this
-        # process without a word when another has died.
-        self._launcher = None
+        # Processes validate on unequal numbers of batches, so that buffers cannot be broadcast at each forward pass:
+        # see `average_batch_statistics`. A static graph allows for parts of an encoder that the decoder does not use.
+        super().__init__(broadcast_buffers=False, static_graph=True, timeout=_TIMEOUT)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for the others, but not while one writes a checkpoint: it alone knows that it is time to."""
+        """Wait for the other processes, but not for a checkpoint: only rank 0 knows that it is due."""
         if name != "Trainer.save_checkpoint":
             super().barrier(name)
 
 
-class _SameStart(Callback):
-    """Refuses to train with processes that see other data or checkpoints, as on a disk not shared, or first weights."""
+class ProcessCheck(Callback):
+    """Refuses processes that see other data, checkpoints or weights than rank 0, as on a disk that is not shared.
+
+    Parameters
+    ----------
+    start : str
+        Describes what this process sees.
+    """
 
     def __init__(self, start: str) -> None:
         self._start = start
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Compare with the first process."""
-        if trainer.world_size > 1 and trainer.strategy.broadcast(self._start) != self._start:
+        """Compare this process with rank 0."""
+        if trainer.strategy.broadcast(self._start) != self._start:
             raise RunError(
                 f"process {trainer.global_rank + 1} of {trainer.world_size}: sees another store, run folder or first "
-                "weights than the first; put them on a disk that all machines share"
+                "weights than process 1; put them on a disk that all machines share"
             )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """End at SIGTERM as at Ctrl-C; Lightning's handler would first ask the others, who are busy with a step."""
+        """End at SIGTERM at once: Lightning's handler waits for the other processes, which may be in a step."""
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _end)
+            signal.signal(signal.SIGTERM, _exit)
 
 
-def is_first() -> bool:
-    """Return whether this process is the first, or the only one, of the run that it trained last."""
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)
-
-
-def _end(*_: Any) -> None:
+def _exit(*_: Any) -> None:
     raise SystemExit(1)
 
 
-@contextmanager
-def together(trainer: Any, run: Path, start: str, request: dict[str, Any], end_process: bool = False) -> Iterator[None]:
-    """Train with all processes there: those of this machine are started here, where nobody else has.
+def is_first() -> bool:
+    """Return whether this process has rank 0 in the run that it trained last."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
-    What it sets for this process is for `restored_process_state` to restore.
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """Return a network with `SyncBatchNorm`, which PyTorch has for GPUs only.
+
+    timm's conversion keeps the activations inside timm's layers; Lightning's ``sync_batchnorm`` drops them.
+    """
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    converted: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def average_batch_statistics(network: nn.Module) -> None:
+    """Average the running mean and variance of local batch normalisation over the processes.
+
+    Each process normalises by the statistics of its own share of a batch; validation, checkpoints and the saved model
+    need the same ones in all. `SyncBatchNorm` has them already.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    buffers = [
+        buffer
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if buffers:
+        flat = torch.cat(buffers)
+        distributed.all_reduce(flat)
+        flat /= distributed.get_world_size()
+        for buffer, mean in zip(buffers, torch.split(flat, [len(buffer) for buffer in buffers]), strict=True):
+            buffer.copy_(mean)
+
+
+@contextmanager
+def training_errors(trainer: Any, run: Path) -> Iterator[None]:
+    """Raise what stops training as one line, and end the processes that this one started.
 
     Parameters
     ----------
     trainer : Trainer
         Made with the options of `Machines`.
     run : Path
-        To be named in errors.
-    start : str
-        What must be the same in all.
-    request : dict
-        What the processes are told, through their standard input: for `cspine_train.training.pipeline.join`.
-    end_process : bool
-        As in `train`.
+        The run folder, for messages.
 
     Raises
     ------
     RunError
-        If another process has died, or PyTorch cannot do what an option asks for.
+        If another process has ended, or PyTorch does not support an option for this network.
     """
-    others: list[subprocess.Popen[bytes]] = []
-    over = threading.Event()
     try:
-        if trainer.world_size > 1:
-            trainer.callbacks.insert(0, _SameStart(start))
-            _start(trainer, request, others, run)
-            threading.Thread(target=_watch, args=(others, over, run, end_process), daemon=True).start()
-            if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(max(1, torch.get_num_threads() // trainer.num_devices))
         yield
-        over.set()
-        for process in others:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_S)
-    except RuntimeError as error:
-        if "deterministic implementation" in str(error):
-            what = str(error).split(" does not have", 1)[0].rsplit(maxsplit=1)[-1]
-            raise RunError(
-                f"{run}: cannot be trained with --deterministic here, as PyTorch has no such {what}; choose another "
-                "--model, or leave the option out"
-            ) from None
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            what = str(error).split("\n", 1)[0][:200]
-            raise RunError(f"{run}: cannot be trained with --compile here ({what}); leave the option out") from None
-        if trainer.world_size == 1 or not _is_of_a_connection(error):
-            raise
-        raise RunError(_told(others, run)) from None
+        if trainer.world_size > 1:
+            trainer.strategy.barrier()
+    except BaseException as error:
+        if trainer.world_size > 1 and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        if isinstance(error, RuntimeError):
+            _raise_as_run_error(error, trainer, run)
+        raise
     finally:
-        over.set()
-        for process in others:
-            process.kill()
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
 
 
-def _start(trainer: Any, request: dict[str, Any], others: list[subprocess.Popen[bytes]], run: Path) -> None:
-    """Start the other processes of this node, but where srun, torchrun or this function have, until all are ready."""
-    environment = trainer.strategy.cluster_environment
-    if environment.creates_processes_externally or not isinstance(environment, LightningEnvironment):
-        if waiting := os.environ.pop(_READY, None):
-            with os.fdopen(int(waiting), "wb") as first:
-                first.write(b".")
-        return
-    if trainer.num_nodes == 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-    elif missing := [name for name in _ADDRESS if name not in os.environ]:
+def _raise_as_run_error(error: RuntimeError, trainer: Any, run: Path) -> None:
+    if "deterministic implementation" in str(error):
+        what = str(error).split(" does not have", 1)[0].rsplit(maxsplit=1)[-1]
         raise RunError(
-            f"--nodes {trainer.num_nodes}: nobody says where the others are ({', '.join(missing)} not set); start it "
-            "by srun or torchrun, or set them on every node"
-        )
-    os.environ["LOCAL_RANK"] = "0"
-    told = json.dumps(request).encode() + b"\n"
-    reading, writing = os.pipe()
-    with os.fdopen(reading, "rb", buffering=0) as ready:
-        with os.fdopen(writing, "wb"), _ctrl_c_ignored():
-            for number in range(1, trainer.num_devices):
-                command = [sys.executable, "-m", "cspine_train", "join"]
-                variables = os.environ | {"LOCAL_RANK": str(number), _READY: str(writing)}
-                # A pipe that ends when this process does, however that comes about.
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables, pass_fds=(writing,))
-                others.append(process)
-                assert process.stdin  # noqa: S101
-                # One that is dead already is found below.
-                with suppress(BrokenPipeError):
-                    process.stdin.write(told)
-                    process.stdin.flush()
-        _wait_for(others, ready, run)
-
-
-def _wait_for(others: list[subprocess.Popen[bytes]], ready: Any, run: Path) -> None:
-    """Wait until all processes are about to connect: PyTorch would wait half an hour for one that died before."""
-    waited_for = len(others)
-    while waited_for:
-        if any(process.poll() is not None for process in others):
-            raise RunError(_told(others, run))
-        if select.select([ready], [], [], 0.1)[0]:
-            waited_for -= len(ready.read(waited_for))
-
-
-@contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """Let processes that are started here ignore Ctrl-C: whoever started them ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+            f"{run}: --deterministic is not supported for this network, as PyTorch has no deterministic {what}; "
+            "choose another --model, or leave the option out"
+        ) from None
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        what = str(error).split("\n", 1)[0][:200]
+        raise RunError(f"{run}: cannot be trained with --compile here ({what}); leave the option out") from None
+    lost = isinstance(error, distributed.DistError) or any(word in str(error) for word in _CONNECTION_ERRORS)
+    if trainer.world_size > 1 and lost:
+        if not trainer.is_global_zero:
+            # Rank 0 prints the message.
+            raise SystemExit(1) from None
+        raise RunError(f"{run}: another process of the run has ended; run the same command again to resume") from None
 
 
 def end_with_the_first() -> None:
@@ -280,34 +272,3 @@ def end_with_the_first() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _watch(others: list[subprocess.Popen[bytes]], over: threading.Event, run: Path, end_process: bool) -> None:
-    """Stop PyTorch from waiting for a process that has died, or end this one where it may be ended."""
-    while not over.wait(0.2):
-        if any(process.poll() for process in others) and not over.wait(_GRACE_S):
-            for process in others:
-                process.kill()
-            if end_process:
-                print(f"Error: {_told(others, run)}", file=sys.stderr, flush=True)
-                os._exit(1)
-            if distributed.is_initialized() and distributed.group.WORLD:
-                distributed.group.WORLD.abort()
-            return
-
-
-def _is_of_a_connection(error: RuntimeError) -> bool:
-    return isinstance(error, distributed.DistError) or any(
-        word in str(error) for word in ("gloo", "Connection closed", "Connection reset", "NCCL")
-    )
-
-
-def _told(others: list[subprocess.Popen[bytes]], run: Path) -> str:
-    deadline = time.monotonic() + 2
-    while others and time.monotonic() < deadline and not any(process.poll() for process in others):
-        time.sleep(0.05)
-    for rank, process in enumerate(others, 2):
-        if status := process.returncode:
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-            return f"{run}: process {rank} of this machine ended ({how}); run the same command again to go on"
-    return f"{run}: lost another of its processes; run the same command again to go on"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning
 import torch
@@ -11,7 +11,6 @@ from torch import nn
 
 from cspine_train.data.augmentation import Augmentation, sample_seeds
 from cspine_train.data.batches import Batch
-from cspine_train.data.process_shares import processes, sum_over_processes, this_share, whole_batch
 from cspine_train.data.transforms import USUAL_SIDES, coarser, inside
 from cspine_train.models.build import sides_of
 from cspine_train.run.folder import MONITOR
@@ -19,10 +18,13 @@ from cspine_train.run.settings import RunSettings
 from cspine_train.training.confusion import confusion, mean_label_dice
 from cspine_train.training.losses import SegmentationLoss
 from cspine_train.training.optimisers import averaged, optimisation
+from cspine_train.training.processes import average_batch_statistics
 
 THRESHOLD = "threshold"
 #: Probabilities that validation tries as the border between vertebra and the rest.
 THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
+# Sets apart the random numbers of two processes in the same step.
+_RANK_SEED = 500_009
 
 
 class Seen(NamedTuple):
@@ -122,11 +124,11 @@ class SliceSegmenter(lightning.LightningModule):
         """Change a training batch at random, on its device; all randomness depends on seed and step only."""
         images, masks = batch.intensities(), batch.shares(self._labels, self._ignores)
         if self.trainer.training:
-            # Dropout draws from this generator, so that a run that goes on draws what it would have.
-            torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step)
-            share = this_share()
-            seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * share.world)
-            images, masks = self._augment(images, masks, batch.axes, share.of(seeds))
+            # Dropout draws from this generator: the same in a run that is resumed, and other numbers in each process.
+            torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step + _RANK_SEED * self.global_rank)
+            world = self.trainer.world_size
+            seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * world)
+            images, masks = self._augment(images, masks, batch.axes, seeds[self.global_rank :: world])
             if self._is_coarse():
                 images, masks = coarser(images, masks, self._sides)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -137,13 +139,19 @@ class SliceSegmenter(lightning.LightningModule):
         return bool(share) and self.global_step < share * int(self.trainer.estimated_stepping_batches)
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
-        """Return the loss of a batch."""
-        images, masks = batch.images, batch.masks
-        logits, masks = whole_batch(self._forward(images)), whole_batch(masks)
+        """Return the loss of the whole batch, which several processes share."""
+        logits, masks = self._whole_batch(self._forward(batch.images)), self._whole_batch(batch.masks)
         loss: torch.Tensor = self._loss(logits, masks)
         # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(masks))
-        return loss * processes()
+        return loss
+
+    def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
+        """Gather the parts of a batch from all processes: Dice of a batch is not the mean over its parts."""
+        if self.trainer.world_size == 1:
+            return part
+        # Its backward pass sums gradients over the processes, and DDP averages them: the whole batch's gradient.
+        return cast("torch.Tensor", self.all_gather(part, sync_grads=part.requires_grad)).flatten(0, 1)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch's counts."""
@@ -170,7 +178,7 @@ class SliceSegmenter(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean Dice over the validation patients, and the threshold that gave it."""
-        counts = sum_over_processes(self._counts.to(self.device)).cpu()
+        counts = self.trainer.strategy.reduce(self._counts.to(self.device), reduce_op="sum").cpu()
         several = self._labels > 1
         dice, threshold = (mean_label_dice(counts, self._unknown), 0.5) if several else best_threshold(counts)
         self.log(MONITOR, dice)
@@ -182,8 +190,9 @@ class SliceSegmenter(lightning.LightningModule):
         return torch.zeros(len(self._cases), 2, len(THRESHOLDS) + 1, dtype=torch.int64)
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
-        """Take a step, and its weights into the average, before a checkpoint is written of both."""
+        """Take a step, and update the average of the weights, before a checkpoint is written of both."""
         super().optimizer_step(*arguments, **named)
+        average_batch_statistics(self.network)
         if self._average is not None:
             self._average.update_parameters(self.network)
 
