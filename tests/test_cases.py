@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cspine_data import InputError, Problem, Volume, describe_problem, find_cases, write_volume
+from cspine_data import InputError, Problem, Volume, find_cases, write_volume
 from cspine_data.sources.cases import Case, cohort_note, load_case, scan_case
+from cspine_data.tools import describe_problem
 from tests.conftest import ball, geometry, write_case
 
 

@@ -15,7 +15,7 @@ from threading import Thread
 import pytest
 from click.testing import Result
 
-from cspine_data import exclusive_lock
+from cspine_data.tools import exclusive_lock
 from cspine_train import RunError
 from cspine_train.run.folder import only_writer
 from cspine_train.run.settings import load_record

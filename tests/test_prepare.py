@@ -334,10 +334,10 @@ def test_an_exchange_waits_for_the_half_that_was_overtaken(
     def publish_late(path: Path, made: list[Replacement]) -> Refused:
         made = list(made)
         if next(rounds) == 1:
-            return Refused({"B"}, publish(path, [one for one in made if one.case == "A"]).twice)
+            return Refused({"B"}, publish(path, [one for one in made if one.case == "A"]).duplicates)
         return publish(path, made)
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.publish", publish_late)
+    monkeypatch.setattr("cspine_data.preparation.jobs.publish", publish_late)
     assert prepare(raw, store, n4=False).done == ("A", "B")
     assert verify(store) == []
 
@@ -351,7 +351,7 @@ def test_workers_that_write_elsewhere_are_told_of(store: Path, tmp_path: Path, m
         for job in jobs:
             yield [(job, work(job, str(elsewhere)))]
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.jobs.run_jobs", run_jobs)
     write_case(store.parent / "raw", "C")
     (problem,) = prepare(store.parent / "raw", store, n4=False).failed
     assert "what its worker wrote is not there, or others keep replacing it; do all workers see" in problem.message
@@ -465,7 +465,7 @@ def test_cases_are_published_together_and_not_one_by_one(
         published.append(len(made))
         return publish(path, made)
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.publish", watched)
+    monkeypatch.setattr("cspine_data.preparation.jobs.publish", watched)
     stopped_clock(monkeypatch)
     told: list[tuple[int, int, str]] = []
     summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, progress=lambda *one: told.append(one))
@@ -484,7 +484,7 @@ def test_what_has_ended_is_published_while_others_take_long(tmp_path: Path, monk
             yield [(job, work(job, str(store))) for job in ended]
             seen.append(len(read_root(store).cases))
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.jobs.run_jobs", run_jobs)
     for name in "ABC":
         write_case(tmp_path / "raw", name)
     prepare(tmp_path / "raw", store, n4=False)
@@ -504,7 +504,7 @@ def test_what_has_ended_is_published_however_a_run_ends(
             yield [(job, work(job, str(store)))]
         raise ending
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.jobs.run_jobs", run_jobs)
     for name in "ABCD":
         write_case(tmp_path / "raw", name)
     with pytest.raises(ending if isinstance(ending, type) else type(ending)):

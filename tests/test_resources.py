@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from cspine_data import InputError, Preprocessing, Volume, open_cohort, prepare, verify, write_volume
+from cspine_data.errors import Problem
+from cspine_data.preparation.jobs import run_jobs
 from cspine_data.preparation.plan import Job
-from cspine_data.preparation.workers import run_jobs
-from cspine_data.sources.cases import Case, Problem
+from cspine_data.sources.cases import Case
 from cspine_data.store.records import read_root
 from tests.conftest import ball, contents, write_case
 from tests.test_volumes import header
@@ -124,7 +125,7 @@ def wait(job: Job, store: str) -> int:
 def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import LocalCluster
 
-    monkeypatch.setattr("cspine_data.preparation.workers._PATIENCE_S", 1)
+    monkeypatch.setattr("cspine_data.parallel.workers._PATIENCE_S", 1)
     job = Job(Case("A", write_case(tmp_path / "raw", "A")), "0" * 64, None, Preprocessing(bias=None), (0,))
     with LocalCluster(n_workers=0, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
         address = cluster.scheduler_address

@@ -58,7 +58,8 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @TRUST_VOXELS
 def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxels: bool) -> None:
     """Show what would be prepared from SOURCE, and every problem; nothing is written."""
-    from cspine_data.sources.cases import Problem, scan_case
+    from cspine_data.errors import Problem
+    from cspine_data.sources.cases import scan_case
     from cspine_data.sources.pairing import find_cases
 
     listing = find_cases(source, pairs)

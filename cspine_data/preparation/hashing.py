@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cspine_data.errors import Problem, describe_problem
+from cspine_data.parallel.workers import Workers, side_by_side, usable_cores
 from cspine_data.preparation.plan import digest_file, files_of
 from cspine_data.preparation.source_digests import DigestCache, Digested
-from cspine_data.preparation.workers import Workers, side_by_side, usable_cores
-from cspine_data.sources.cases import Case, Problem, describe_problem
+from cspine_data.sources.cases import Case
 
 
 def digest_files(

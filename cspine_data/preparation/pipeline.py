@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cspine_data.errors import InputError
-from cspine_data.preparation.case_writer import prepare_case, stored_volume
+from cspine_data.errors import InputError, Problem
+from cspine_data.parallel.workers import check_workers
+from cspine_data.preparation.case_writer import stored_volume
 from cspine_data.preparation.hashing import digest_files
-from cspine_data.preparation.plan import Job, is_current, plan_jobs, planned_anew
+from cspine_data.preparation.jobs import do_jobs, run_in_worker, run_jobs
+from cspine_data.preparation.plan import Job, is_current, plan_jobs
 from cspine_data.preparation.pseudonyms import with_neutral_ids
 from cspine_data.preparation.source_digests import Digested
-from cspine_data.preparation.workers import Result, check_workers, run_jobs
 from cspine_data.preprocessing.normalisation import standard_landmarks
 from cspine_data.preprocessing.steps import Preprocessing, correct_volume
 from cspine_data.progress import Progress
-from cspine_data.sources.cases import (
-    Case,
-    Listing,
-    Problem,
-    cohort_note,
-    copy_problem,
-    describe_problem,
-)
+from cspine_data.sources.cases import Case, Listing, cohort_note
 from cspine_data.sources.pairing import find_cases
 from cspine_data.store.publishing import (
-    Refused,
     create_store,
     enrol,
     keep_standard,
-    publish,
 )
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import RootRecord, Standard, standard_key
@@ -39,10 +31,6 @@ from cspine_data.volumes.io import read_volume
 
 # Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
 _CASES_OF_A_STANDARD = 32
-# Each but the first needs another run that was quicker.
-_MOST_ROUNDS = 6
-# A publication takes time in proportion to the store's cases: at most so often, and for so small a share of the time.
-_PUBLISH_EVERY_S, _PUBLISH_SHARE = 2.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -266,86 +254,6 @@ def existing_key(store: Path, root: RootRecord) -> Path:
     return key
 
 
-def do_jobs(
-    jobs: Sequence[Job], store: Path, workers: int | None, scheduler: str | None, progress: Progress | None
-) -> dict[str, int | Problem]:
-    """Do jobs and publish what they make: the bytes written for each case, or its problem.
-
-    Where another run published the same case meanwhile, with other axes for example, the job is planned and done
-    again, so that neither undoes what the other did. What ends is published every few seconds, and when an error or
-    Ctrl-C ends this; what a killed run had not published yet is published by the next one, without being computed.
-    """
-    total = len(jobs)
-    outcomes: dict[str, int | Problem] = {}
-    waiting: dict[str, tuple[Job, int]] = {}
-    twice: dict[str, str] = {}
-    rounds = 0
-
-    def finish(case: str, outcome: int | Problem) -> None:
-        outcomes[case] = outcome
-        if progress:
-            progress(len(outcomes), total, case)
-
-    while jobs:
-        rounds += 1
-        overtaken: list[Job] = []
-        for ended in _every_few_seconds(run_jobs(_work, jobs, store, workers, scheduler, True)):
-            made = {job.case.id: (job, size) for job, size in ended if not isinstance(size, Problem)} | waiting
-            refused = publish(store, [job.replacement for job, _ in made.values()]) if made else Refused(set(), {})
-            # Two cases that have exchanged their volumes can only be published together.
-            waiting, twice = {case: made[case] for case in refused.twice}, refused.twice
-            for job, outcome in ended:
-                if isinstance(outcome, Problem):
-                    finish(job.case.id, outcome)
-            for case, (job, size) in made.items():
-                if case in waiting:
-                    continue
-                problem = _given_up(job, store, rounds) if case in refused.overtaken else None
-                if case in refused.overtaken and problem is None:
-                    overtaken.append(job)
-                else:
-                    finish(case, problem or size)
-        jobs = planned_anew(overtaken, store)
-    for case, (job, _) in waiting.items():
-        finish(case, copy_problem(job.case, twice[case]))
-    return outcomes
-
-
-def _every_few_seconds(
-    ends: Iterator[list[tuple[Job, int | Problem]]],
-) -> Iterator[list[tuple[Job, int | Problem]]]:
-    """Join the lists of what ended to one every few seconds, and to a last one however the work ends."""
-    held: list[tuple[Job, int | Problem]] = []
-    due = time.monotonic()
-    try:
-        for ended in ends:
-            held += ended
-            begun = time.monotonic()
-            if held and begun >= due:
-                together, held = held, []
-                yield together
-                now = time.monotonic()
-                due = now + max(_PUBLISH_EVERY_S, (now - begun) / _PUBLISH_SHARE)
-    except BaseException:
-        if held:
-            yield held
-        raise
-    if held:
-        yield held
-
-
-def _given_up(job: Job, store: Path, rounds: int) -> Problem | None:
-    """Tell why a job that was overtaken is not planned again; None where it is."""
-    case = job.case.id
-    if job.anew:
-        # What was to be mended is not what is wanted any more.
-        return Problem(case, f"{store}: {case} was prepared anew or removed meanwhile")
-    if rounds >= _MOST_ROUNDS:
-        told = "what its worker wrote is not there, or others keep replacing it; do all workers see this store?"
-        return Problem(case, f"{store}: {case}: {told}")
-    return None
-
-
 def _standard(
     cases: Sequence[Case],
     store: Path,
@@ -372,11 +280,6 @@ def _standard(
     return keep_standard(store, key, Standard(landmarks=landmarks, cases=cases_used))
 
 
-def _work(job: Job, store: str) -> int | Problem:
-    """Do one job in a worker."""
-    return _in_worker(job, lambda: prepare_case(job, Path(store)))
-
-
 def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
     """Find one volume's landmarks in a worker; a case that fails here fails again where it is prepared."""
 
@@ -384,15 +287,4 @@ def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
         corrected = stored_volume(job, Path(store))
         return (corrected or correct_volume(read_volume(job.case.volume), job.preprocessing.bias)).tissue.landmarks
 
-    return _in_worker(job, find)
-
-
-def _in_worker(job: Job, do: Callable[[], Result]) -> Result | Problem:
-    """Do something on one thread; whatever goes wrong is told in one line."""
-    from numcodecs import blosc
-
-    blosc.use_threads = False
-    try:
-        return do()
-    except Exception as error:  # noqa: BLE001 - one case fails, the others go on
-        return describe_problem(job.case.id, error)
+    return run_in_worker(job, find)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, Problem, describe_problem
 from cspine_data.names import by_normalised
 from cspine_data.preparation.source_digests import Digested, digest_source
 from cspine_data.preprocessing.steps import Preprocessing
-from cspine_data.sources.cases import Case, Problem, copy_problem, describe_problem
+from cspine_data.sources.cases import Case, copy_problem
 from cspine_data.store.publishing import Replacement
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import case_digest, case_path, volume_digest

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, Problem
 from cspine_data.files import exclusive_lock, make_folder, replace_file
 from cspine_data.names import normalised
 from cspine_data.preparation.plan import digest_file
 from cspine_data.preparation.source_digests import Digested
-from cspine_data.sources.cases import Case, Listing, Problem
+from cspine_data.sources.cases import Case, Listing
 from cspine_data.store.schema import NEUTRAL_ID
 
 COLUMNS = ("id", "case")

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cspine_data.errors import DamagedStoreError, InputError
+from cspine_data.errors import DamagedStoreError, InputError, Problem, describe_problem
 from cspine_data.names import by_normalised
+from cspine_data.parallel.workers import check_workers
 from cspine_data.preparation.hashing import digest_files
-from cspine_data.preparation.pipeline import do_jobs, existing_key
+from cspine_data.preparation.jobs import do_jobs
+from cspine_data.preparation.pipeline import existing_key
 from cspine_data.preparation.plan import Job, new_job
 from cspine_data.preparation.pseudonyms import read_key
 from cspine_data.preparation.source_digests import Digested
-from cspine_data.preparation.workers import check_workers
 from cspine_data.preprocessing.steps import Preprocessing
 from cspine_data.progress import Progress
-from cspine_data.sources.cases import Case, Problem, describe_problem
+from cspine_data.sources.cases import Case
 from cspine_data.sources.pairing import find_cases
 from cspine_data.store.publishing import mend_root
 from cspine_data.store.records import read_root, stored_record

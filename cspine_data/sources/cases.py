@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cspine_data.errors import CspineDataError, describe_os_error, printable
+from cspine_data.errors import CspineDataError, Problem, describe_problem, printable
 from cspine_data.preprocessing.tissue import tissue_threshold
 from cspine_data.volumes.image_checks import usable_image
 from cspine_data.volumes.io import Volume, content_digest, read_volume
@@ -46,17 +46,6 @@ class Case:
     id: str
     volume: Path
     label: Path | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file or case that cannot be used, and why, in one line."""
-
-    case: str
-    message: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "message", printable(self.message))
 
 
 @dataclass(frozen=True)
@@ -134,17 +123,6 @@ def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool
     notes = [note for note in (*label.notes, *found) if note not in image.notes]
     notes = [*image.notes, *(f"label map: {note}" for note in notes)]
     return LoadedCase(case, image, label, stored.array.dtype.name, tuple(notes))
-
-
-def describe_problem(case_id: str, error: BaseException) -> Problem:
-    """Turn an error met while working on a case into the one line a user reads."""
-    if isinstance(error, CspineDataError):
-        return Problem(case_id, str(error))
-    if isinstance(error, OSError):
-        return Problem(case_id, describe_os_error(error))
-    if isinstance(error, MemoryError):
-        return Problem(case_id, f"{case_id}: memory ran out; use fewer --workers")
-    return Problem(case_id, f"{case_id}: failed unexpectedly ({type(error).__name__}: {error}); please report this")
 
 
 def copy_problem(case: Case, other: str, *, only_in_store: bool = False) -> Problem:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, Problem
 from cspine_data.names import normalised, on_disk
-from cspine_data.sources.cases import Case, Listing, Problem, is_case_id
+from cspine_data.sources.cases import Case, Listing, is_case_id
 from cspine_data.volumes.io import SEGMENTATION_SUFFIX, volume_stem, volume_suffix
 
 # Only the first is never a volume's own: "T2_seg" may be a sequence, "AB_GT" a patient.

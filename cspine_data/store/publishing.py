@@ -46,12 +46,12 @@ class Refused(NamedTuple):
     overtaken : set of str
         Cases that must be planned anew: another run published another digest in place of the one that was planned
         with, or what was written was collected as garbage meanwhile.
-    twice : dict
+    duplicates : dict
         Cases whose volume is that of another case, and which.
     """
 
     overtaken: set[str]
-    twice: dict[str, str]
+    duplicates: dict[str, str]
 
 
 def create_store(path: Path, *, neutral_ids: bool = False) -> None:
@@ -125,7 +125,7 @@ def publish(path: Path, made: Iterable[Replacement]) -> Refused:
     """
     wanted = list(made)
     overtaken: set[str] = set()
-    twice: dict[str, str] = {}
+    duplicates: dict[str, str] = {}
 
     def name_digests(root: RootRecord) -> RootRecord:
         named = [one for one in wanted if _is_still_wanted(path, root, one)]
@@ -134,11 +134,11 @@ def publish(path: Path, made: Iterable[Replacement]) -> Refused:
         voxels = {**root.voxels, **{digest: record.voxels_sha256 for digest, record in records.items() if record}}
         while True:
             cases = _with_named(root.cases, named)
-            twice_now = _held_twice(cases, voxels, named)
-            if twice_now is None:
+            duplicate = _find_duplicate(cases, voxels, named)
+            if duplicate is None:
                 break
-            one, other = twice_now
-            twice[one.case] = other
+            one, other = duplicate
+            duplicates[one.case] = other
             named.remove(one)
         for one in named:
             if one.instead_of not in (one.digest, None):
@@ -146,7 +146,7 @@ def publish(path: Path, made: Iterable[Replacement]) -> Refused:
         return _with_cases(root, cases, voxels)
 
     _update_root(path, name_digests)
-    return Refused(overtaken, twice)
+    return Refused(overtaken, duplicates)
 
 
 def _with_cases(root: RootRecord, cases: dict[str, dict[str, str]], voxels: dict[str, str]) -> RootRecord:
@@ -170,7 +170,7 @@ def _with_named(cases: dict[str, dict[str, str]], named: Iterable[Replacement]) 
     return dict(sorted(after.items()))
 
 
-def _held_twice(
+def _find_duplicate(
     cases: dict[str, dict[str, str]], voxels: dict[str, str], named: Iterable[Replacement]
 ) -> tuple[Replacement, str] | None:
     """Find a replacement whose volume is another case's too, and that case."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cspine_data import atomic_write
+from cspine_data.tools import atomic_write
 from cspine_train.run.evaluations import FIGURES
 from cspine_train.run.folder import METRICS_NAME, read_rows, write_rows
 from cspine_train.run.settings import RunRecord

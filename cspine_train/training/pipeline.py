@@ -18,8 +18,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from cspine_data import Cohort, Split, make_folder, open_cohort
+from cspine_data import Cohort, Split, open_cohort
 from cspine_data.terminal import progress_bar
+from cspine_data.tools import make_folder
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.data.process_shares import Share, see_whole_batches
 from cspine_train.errors import RunError

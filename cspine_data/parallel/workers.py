@@ -11,12 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cspine_data.errors import InputError
-from cspine_data.preparation.plan import Job
-from cspine_data.sources.cases import Problem, describe_problem
 
 _THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS", "NUMEXPR_NUM_THREADS",
@@ -53,48 +50,6 @@ class Workers:
     scheduler: str | None = None
     threads: int = 1
     resource: str | None = None
-
-
-def run_jobs(
-    work: Callable[[Job, str], Result | Problem],
-    jobs: Sequence[Job],
-    store: Path,
-    workers: int | None,
-    scheduler: str | None,
-    ticks: bool = False,
-) -> Iterator[list[tuple[Job, Result | Problem]]]:
-    """Do the jobs side by side, the largest first, and yield those that ended: their results, or problems.
-
-    Parameters
-    ----------
-    work : callable
-        Does one job in a worker: given the job and the store, returns a small result or a problem, and never raises.
-    jobs : sequence of Job
-        What to do.
-    store : Path
-        Where to, as the workers see it.
-    workers, scheduler
-        See `Workers`.
-    ticks : bool
-        See `side_by_side`.
-
-    Raises
-    ------
-    InputError
-        If the scheduler cannot be reached, or has no workers; if local ones cannot be started.
-    """
-    ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
-
-    def do(job: Job) -> Result | Problem:
-        return work(job, str(store))
-
-    yield from side_by_side(do, ordered, _lost, Workers(workers, scheduler), ticks=ticks)
-
-
-def _lost(job: Job, reason: str | Exception) -> Problem:
-    if isinstance(reason, Exception):
-        return describe_problem(job.case.id, reason)
-    return Problem(job.case.id, f"{job.case.volume}: {reason}")
 
 
 def side_by_side(
@@ -296,7 +251,7 @@ def _client(scheduler: str) -> Any:
 
 
 def _local_cluster(workers: int) -> Any:
-    from cspine_data.preparation.local_cluster import local_cluster
+    from cspine_data.parallel.local_cluster import local_cluster
 
     reason: BaseException | None = None
     # Dask renews a worker that dies at work, but not one that dies before it got there.
