@@ -114,18 +114,8 @@ def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _bunzipped(file: BinaryIO) -> Iterator[bytes]:
-    member, begun = bz2.BZ2Decompressor(), False
-    while held := file.read(_PACKED_PIECE):
-        while held or not member.needs_input:
-            begun = True
-            if piece := member.decompress(held, _RAW_PIECE):
-                yield piece
-            held = b""
-            if member.eof:
-                held = member.unused_data
-                member, begun = bz2.BZ2Decompressor(), False
-    if begun:
-        raise EOFError
+    with bz2.BZ2File(file) as packed:
+        yield from iter(lambda: packed.read(_RAW_PIECE), b"")
 
 
 _PIECES: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {"raw": _raw, "gzip": _gunzipped, "bzip2": _bunzipped}
