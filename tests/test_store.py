@@ -168,27 +168,6 @@ def test_a_newer_schema_is_refused_by_name(store: Path) -> None:
             use(store)
 
 
-def test_a_store_of_an_older_cspine_is_renewed_by_preparing_again(store: Path, run_data) -> None:
-    def as_version_2_wrote_it(record: dict[str, Any]) -> None:
-        record["schema_version"] = 2
-        record.pop("levels", None)
-
-    for folder in (store, folder_of(store, "A"), folder_of(store, "B")):
-        rewrite(folder, as_version_2_wrote_it)
-    prepare(store.parent / "raw", store, preprocessing=QUICK_N4)
-    told = "was written by an older cspine; run cspine-data prepare again to renew"
-    assert len(open_cohort(store).slices(variant="n4")) == 32
-    with pytest.raises(StoreError, match=told):
-        open_cohort(store).slices(variant="raw")
-    assert [str(damage) for damage in verify(store)] == [
-        f"{case} (raw): record: was written by an older cspine; prepare it again" for case in "AB"
-    ]
-    assert "2 done" in run_data("prepare", store.parent / "raw", "--store", store, "--no-n4").output
-    assert len(open_cohort(store).slices(variant="raw")) == 32
-    assert read_root(store).schema_version == SCHEMA_VERSION
-    assert verify(store) == []
-
-
 @pytest.mark.parametrize("content", ["", "{", '{"attributes": 3}', '{"attributes": {"cspine": {"cases": 3}}}'])
 def test_a_damaged_root_is_told(store: Path, content: str) -> None:
     (store / "zarr.json").write_text(content)

@@ -256,7 +256,6 @@ def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | 
     """Hold every byte of a store against its checksums."""
     from cspine_data.errors import InputError
     from cspine_data.store.records import repair_hint
-    from cspine_data.store.verification import OLDER
     from cspine_data.store.verification import verify as verify_store
 
     if source is not None:
@@ -270,9 +269,7 @@ def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | 
     for damage in damages:
         click.echo(f"damaged: {damage}", err=True)
     if damages:
-        only_older = all(damage.problem == OLDER for damage in damages)
-        remedy = "prepare it again" if only_older else repair_hint(store)
-        click.echo(f"{store}: {len(damages)} damaged; {remedy}")
+        click.echo(f"{store}: {len(damages)} damaged; {repair_hint(store)}")
         raise SystemExit(1)
     click.echo(f"{store}: sound")
 

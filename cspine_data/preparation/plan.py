@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.errors import InputError, Problem, describe_problem
-from cspine_data.names import by_normalised
 from cspine_data.preparation.source_digests import Digested, digest_source
 from cspine_data.preprocessing.steps import Preprocessing
 from cspine_data.sources.cases import Case, copy_problem
@@ -85,9 +84,6 @@ def plan_jobs(
 ) -> tuple[list[Job], list[Problem]]:
     """Find out by which digest each case will be known; files whose own digests are not given are hashed here."""
     published = read_root(store).cases
-    stored = by_normalised(published)
-    # An earlier cspine kept ids as macOS writes them, decomposed.
-    cases = [replace(case, id=stored.get(case.id, case.id)) for case in cases]
     jobs, problems = [], []
     # A case that is listed now may have got another file since: only the store's other cases keep theirs.
     listed = {case.id for case in cases}
@@ -118,7 +114,7 @@ def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -
     record = stored_record(store, job.case.id, current) if current else None
     kept, held = (record.axes, record.preprocessing) if record else ((), None)
     if current and record is None:
-        # Its record is damaged or of an older cspine; its folders tell.
+        # The record is damaged, so the axes are taken from the folders.
         kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
     job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held)
     if record is None:

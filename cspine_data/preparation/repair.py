@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.errors import DamagedStoreError, InputError, Problem, describe_problem
-from cspine_data.names import by_normalised
 from cspine_data.parallel.workers import check_workers
 from cspine_data.preparation.hashing import digest_files
 from cspine_data.preparation.jobs import do_jobs
@@ -146,8 +145,7 @@ def _lost_root(store: Path) -> tuple[Damage, ...]:
 def _files(store: Path, root: RootRecord, cases: Iterable[Case]) -> dict[str, Case]:
     """Return a source's cases by the ids that the store knows them by."""
     if not root.neutral_ids:
-        stored = by_normalised(root.cases)
-        return {stored.get(case.id, case.id): replace(case, id=stored.get(case.id, case.id)) for case in cases}
+        return {case.id: case for case in cases}
     ids = read_key(existing_key(store, root))
     return {ids[case.id]: replace(case, id=ids[case.id]) for case in cases if case.id in ids}
 

@@ -96,7 +96,7 @@ def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseReco
     NotInStoreError
         If the root does not name it.
     StoreError
-        If an older cspine wrote it, or it was replaced since and collected.
+        If it has been replaced since the root was read, and collected as garbage.
     DamagedStoreError
         If its record is missing or damaged.
     """
@@ -108,8 +108,6 @@ def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseReco
         known = ", ".join(sorted(variants))
         raise NotInStoreError(f"{path}: holds case {case!r} as {known}, not as {variant}; prepare it so")
     record = stored_record(path, case, variants[variant])
-    if record is None and is_older(path, case, variants[variant]):
-        raise StoreError(f"{path}: was written by an older cspine; run cspine-data prepare again to renew its cases")
     if record is None and read_root(path).cases.get(case, {}).get(variant) != variants[variant]:
         raise StoreError(f"{path}: {case} ({variant}) {REPLACED}")
     if record is None or record.variant != variant:
@@ -125,16 +123,6 @@ def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
     except (ValidationError, DamagedStoreError):
         return None
     return record if record and (record.case, record.digest) == (case, digest) else None
-
-
-def is_older(path: Path, case: str, digest: str) -> bool:
-    """Tell whether a case was written by an older cspine, whose records are no longer read."""
-    try:
-        attributes = _attributes(path / schema.case_path(case, digest))
-    except DamagedStoreError:
-        return False
-    version = attributes.get("schema_version") if attributes else None
-    return isinstance(version, int) and version < schema.SCHEMA_VERSION
 
 
 def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 
 from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics
 from cspine_data.preprocessing.steps import Preprocessing, RecordedPreprocessing, doubts
-from cspine_data.sources.cases import EMPTY_LABEL_MAP, is_case_id
+from cspine_data.sources.cases import is_case_id
 from cspine_data.volumes.geometry import Geometry, Triple
 
 #: Part of every digest: raise it whenever other bytes are written for the same source and parameters.
@@ -180,7 +180,7 @@ class CaseRecord(BaseModel):
     air_level: float
     tissue_threshold: float
     tissue_fraction: float
-    tissue_percentiles: tuple[float, ...] = ()
+    tissue_percentiles: tuple[float, ...]
     log_bias_deviation: float
     noise_ratio: float = 0.0
     noise_share: float = 0.0
@@ -219,23 +219,17 @@ class CaseRecord(BaseModel):
     @property
     def labels(self) -> tuple[int, ...]:
         """The label values that count, sorted; empty where the label map labels nothing, or there is none."""
-        return tuple(sorted(value for value in self.label_voxels if value > 0))
+        return tuple(sorted(self.label_voxels))
 
     @property
     def ignored_values(self) -> tuple[int, ...]:
-        """The values of voxels of the label map that do not count: the one that was given, and what is negative.
-
-        Negative values are only in the stores of an earlier cspine.
-        """
-        given = {self.ignore_label} if self.ignore_label is not None and self.ignored_voxels else set()
-        return tuple(sorted(given | {value for value in self.label_voxels if value < 0}))
+        """The label value of ignored voxels; empty if there are none."""
+        return (self.ignore_label,) if self.ignore_label is not None and self.ignored_voxels else ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The notes, what the counts of an earlier version's record say that would be a note today, and `doubts`."""
-        found = [EMPTY_LABEL_MAP] if self.labelled and not self.labels else []
-        found += [f"label map: holds the negative value {v}, which is ignored" for v in self.label_voxels if v < 0]
-        return (*self.notes, *found, *doubts(self.log_bias_deviation, self.tissue_fraction, self.noise_share))
+        """The notes on the source files and the `doubts` about the bias field."""
+        return (*self.notes, *doubts(self.log_bias_deviation, self.tissue_fraction, self.noise_share))
 
     def labelled_extent_mm(self, axis: int) -> float:
         """Return how far the labelled voxels reach along an axis; 0 where there are none."""

@@ -13,12 +13,12 @@ from cspine_data.errors import StoreError
 from cspine_data.progress import Progress
 from cspine_data.store import schema
 from cspine_data.store.publishing import mend_root, refuse_links, write_empty_group
-from cspine_data.store.records import ROOT_COPY, is_older, metadata_is_intact, read_metadata, read_root, stored_record
+from cspine_data.store.records import ROOT_COPY, metadata_is_intact, read_metadata, read_root, stored_record
 from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.store.writer import METADATA
 
-#: What is said of a file that a case does not name, and of a case whose record is of another time.
-STRAY, OLDER = "does not belong there", "was written by an older cspine; prepare it again"
+#: The problem of a file that its case's record does not list.
+STRAY = "does not belong there"
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ def verify_case(path: Path, case: str, variant: str, digest: str) -> list[Damage
     try:
         record = stored_record(path, case, digest)
         if record is None:
-            problem = OLDER if is_older(path, case, digest) else "missing or damaged"
-            return [Damage(case, variant, "record", problem)]
+            return [Damage(case, variant, "record", "missing or damaged")]
         return [Damage(case, variant, where, problem) for where, problem in _problems(path, record)]
     except OSError as error:
         return [Damage(case, variant, "record", f"cannot be read ({error.strerror})")]
