@@ -32,7 +32,7 @@ from cspine_data import (
     verify,
     write_volume,
 )
-from cspine_data.preparation.pipeline import prepare_case
+from cspine_data.preparation.case_writer import prepare_case
 from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
 from cspine_data.store.publishing import Refused, Replacement, create_store, publish
@@ -449,7 +449,7 @@ def stopped_clock(patches: pytest.MonkeyPatch) -> list[float]:
     """Stop the clock by which cases are published; return its seconds, to be changed."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
-    patches.setattr("cspine_data.preparation.pipeline.time", clock)
+    patches.setattr("cspine_data.preparation.jobs.time", clock)
     return now
 
 

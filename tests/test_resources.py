@@ -105,7 +105,7 @@ def test_a_quota_and_a_broken_disk(error: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cspine_data", "prepare", str(tmp_path / "raw"), "--store", str(store), "--no-n4"]
     done = subprocess.run([*inject, *command], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
-    told = {"EDQUOT": "Disk quota exceeded; free some space", "EIO": "Input/output error; mend that"}[error]
+    told = {"EDQUOT": "Disk quota exceeded; free some space", "EIO": "Input/output error; fix this"}[error]
     lines = done.stderr.splitlines()
     assert len(lines) == 2
     assert all(line.startswith(f"failed: {store / 'cases'}/") for line in lines)
@@ -166,7 +166,7 @@ def test_a_worker_that_dies_is_named_and_the_others_go_on(tmp_path: Path, monkey
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
         "import os, signal\n"
-        "import cspine_data.preparation.pipeline as p\n"
+        "import cspine_data.preparation.jobs as p\n"
         "real = p.prepare_case\n"
         "def prepare_case(job, store):\n"
         "    if job.case.id == 'deadly':\n"

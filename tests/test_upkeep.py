@@ -26,7 +26,7 @@ from cspine_data import (
     verify,
 )
 from cspine_data.datasets import slice_reader as reader
-from cspine_data.preparation.pipeline import do_jobs
+from cspine_data.preparation.jobs import do_jobs
 from cspine_data.store import schema
 from cspine_data.store.publishing import Replacement, publish
 from cspine_data.store.records import read_root

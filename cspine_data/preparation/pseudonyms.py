@@ -65,7 +65,7 @@ def with_neutral_ids(listing: Listing, key: Path, sources: Mapping[Path, Digeste
         ids = _enter(key, cases, sources)
     except OSError as error:
         problem = f"cannot be used as a key ({error.strerror or error})"
-        raise InputError(key, problem, "choose another place, or mend that") from None
+        raise InputError(key, problem, "choose another place, or fix this") from None
     named = sorted((replace(case, id=ids[case.id]) for case in cases), key=lambda case: case.id)
     problems = [Problem(ids.get(problem.case, ""), problem.message) for problem in listing.problems]
     return Listing(tuple(named), (*problems, *map(_unfit, unfit)))

@@ -122,7 +122,7 @@ def read_volume(path: str | Path) -> Volume:
         array = nrrd.read_array(path, nrrd_header)
         return Volume(array, nrrd_header.geometry, path, nrrd_header.assumed_orientation, nrrd_header.notes)
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", "mend that and run it again") from None
+        raise InputError(path, f"cannot be read ({error.strerror})", "fix this and run it again") from None
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:

@@ -345,7 +345,7 @@ def _read_text(path: Path, header: NrrdHeader, file: BinaryIO, voxels: int) -> N
 def _numbers(text: bytes, dtype: np.dtype[Any]) -> NDArray[Any] | None:
     """Parse numbers that are separated by white space; None if the text contains anything else."""
     # A smaller integer type would wrap; with 64 bits NumPy returns the limit of the type for a larger number.
-    parsed = np.dtype(np.float64 if dtype.kind == "f" else np.int64)
+    parsed: Any = np.float64 if dtype.kind == "f" else np.int64
     with warnings.catch_warnings(), np.errstate(over="ignore"):
         warnings.simplefilter("error", DeprecationWarning)
         try:
@@ -353,7 +353,7 @@ def _numbers(text: bytes, dtype: np.dtype[Any]) -> NDArray[Any] | None:
         except (DeprecationWarning, ValueError):
             return None
         if dtype.kind != "f":
-            limits, widest = np.iinfo(dtype), np.iinfo(parsed)
+            limits, widest = np.iinfo(dtype), np.iinfo(np.int64)
             low, high = max(limits.min, widest.min + 1), min(limits.max, widest.max - 1)
             if values.min() < low or values.max() > high:
                 return None
