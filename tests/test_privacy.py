@@ -321,7 +321,7 @@ def test_an_anonymised_store_names_nobody(tmp_path: Path, run_data) -> None:
     told = ("prepare", raw, "--store", store, "--no-n4", "--axes", "0", "--anonymise")
     done = run_data(*told)
     assert done.exit_code == 0
-    assert f"which case is which stands in {key}; keep it safe, and to yourself" in done.output
+    assert f"the key to the case names is {key}" in done.output
     assert not NAME.findall(done.output.encode())
     assert leaks(store) == {}
     assert oct(key.stat().st_mode & 0o777) == "0o600"

@@ -309,7 +309,7 @@ def test_repair_takes_only_what_the_case_was_made_of(store: Path, run_data) -> N
     done = run_data("verify", store, "--repair", raw)
     assert done.exit_code == 1
     assert "A.nrrd: is not what the damaged case was made of, or was prepared in a way that is lost" in done.stderr
-    assert done.stdout == f"{store}: 0 mended, 1 still damaged\n"
+    assert done.stdout == f"{store}: 0 repaired, 1 still damaged\n"
     (raw / "A.nrrd").unlink()
     (raw / "AS-label.nrrd").unlink()
     told = "failed: case 'A': is damaged, and not in the source; give the folder that holds its files"
@@ -449,14 +449,14 @@ def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, 
         (store / file).write_text("mine")
     (store / "cases" / "E").symlink_to(store.parent / "raw")
     told = run_data("gc", store).output
-    assert told.endswith(f"{store}: nothing to delete that has been unused for 7 days\n")
-    assert "MB more may still be in use: not unused for 7 days yet" in told
+    assert told.endswith(f"{store}: nothing has been unused for 7 days\n")
+    assert "MB more may still be in use" in told
     # What may be being written is let alone for an hour, however short the time of grace.
     assert run_data("gc", store, "--grace-days", "0").output.count("unused for") == 3
     age(store, 0.1)
     listed = run_data("gc", store, "--grace-days", "0")
     assert "7 folders and files" in listed.output
-    assert "can be deleted; do it with --delete" in listed.output
+    assert "can be deleted with --delete" in listed.output
     assert run_data("gc", store, "--grace-days", "0").output.count("unused for") == 7
     assert "deleted" in run_data("gc", store, "--grace-days", "0", "--delete").output
     for file in kept:
@@ -487,7 +487,7 @@ def test_a_removed_case_is_gone_and_comes_back_to_its_place(store: Path, run_dat
     )
     assert open_cohort(store).cases == ("A", "B")
     assert (
-        "removed A (raw); cspine-data gc --delete deletes the bytes in a week"
+        "removed A (raw); cspine-data gc --delete deletes the files after a week"
         in run_data("remove", store, "A", "--variant", "raw").output
     )
     with pytest.raises(NotInStoreError, match="holds case 'A' as n4, not as raw"):
