@@ -346,7 +346,7 @@ def test_names_and_neutral_ids_do_not_mix(store: Path, tmp_path: Path, run_data)
     assert run_data("prepare", raw, "--store", store, "--no-n4", "--anonymise").output == told
     assert "2 done" in run_data("prepare", raw, "--store", neutral, "--no-n4", "--anonymise").output
     key = tmp_path / "neutral.zarr.key.csv"
-    told = f"Error: {key}: lies beside the store: its cases have neutral ids; give --anonymise\n"
+    told = f"Error: {key}: exists beside the store: its cases have neutral ids; give --anonymise\n"
     assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
     (neutral / "zarr.json").rename(tmp_path / "root")
     assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
@@ -355,5 +355,5 @@ def test_names_and_neutral_ids_do_not_mix(store: Path, tmp_path: Path, run_data)
     told = f"Error: {neutral}: its cases have neutral ids; give --anonymise\n"
     assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
     assert run_data("remove", neutral, "case0001", "case0002").exit_code == 0
-    told = f"Error: {key}: is missing, and only it says which case is which; bring it back to that place\n"
+    told = f"Error: {key}: is missing, and without it the cases cannot be identified; restore it there\n"
     assert run_data("prepare", raw, "--store", neutral, "--no-n4", "--anonymise").output == told

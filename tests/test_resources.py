@@ -138,7 +138,7 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
         threading.Timer(3, cluster.scale, (0,)).start()
         (((_, problem),),) = run_jobs(wait, [job], tmp_path, None, address)
         assert isinstance(problem, Problem)
-        assert "A.nrrd: no worker process is left to do it; see what ended them" in problem.message
+        assert "A.nrrd: no worker process is left to do it" in problem.message
 
 
 def open_files(soft: int, hard: int) -> Callable[[], None]:
@@ -152,7 +152,7 @@ def test_too_few_open_files(most: int, tmp_path: Path) -> None:
     done = run(*told, within=open_files(most, most))
     assert done.returncode == 1
     assert done.stderr == (
-        f"Error: workers 1: need more than the {most} open files that they may have; "
+        f"Error: workers 1: need more than the allowed {most} open files; "
         "raise their limit to 80 (ulimit -n), or use fewer --workers\n"
     )
     assert run(*told, within=open_files(most, 4096)).returncode == 0

@@ -550,7 +550,7 @@ def test_tasks_take_a_workers_gpu_in_turns_and_are_lost_when_no_worker_has_any(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cspine_data.parallel.workers._PATIENCE_S", 0.0)
-    monkeypatch.setattr("cspine_data.parallel.workers._LOOK_S", 0.5)
+    monkeypatch.setattr("cspine_data.parallel.workers._CHECK_S", 0.5)
     with ExitStack() as stack:
         cluster = stack.enter_context(LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None))
         gpu, _ = (
@@ -568,7 +568,7 @@ def test_tasks_take_a_workers_gpu_in_turns_and_are_lost_when_no_worker_has_any(
         next(doing)
         gpu.kill()
         (((_, told),),) = list(doing)
-        assert told == "no worker process is left to do it; see what ended them, then run it again"
+        assert told == "no worker process is left to do it, then run it again"
 
 
 @contextmanager

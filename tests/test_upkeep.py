@@ -157,7 +157,7 @@ def test_repair_brings_back_the_very_bytes_and_touches_nothing_else(damage: Any,
 def test_repair_deletes_no_file_that_somebody_put_there(store: Path, run_data) -> None:
     notes = one(store, "A/*/axis0") / "notes.txt"
     notes.write_text("mine")
-    told = "failed: A (raw): axis0/notes.txt: does not belong there; move it away, then mend the case"
+    told = "failed: A (raw): axis0/notes.txt: does not belong there; move it away"
     assert told in run_data("verify", store, "--repair", store.parent / "raw").stderr
     assert notes.read_text() == "mine"
 
@@ -204,7 +204,7 @@ def test_repair_undoes_nothing_that_another_run_does_meanwhile(
     summary = repair(store, store.parent / "raw")
     assert summary.mended == ()
     assert {problem.message for problem in summary.failed} == {
-        f"{store}: {case} was prepared anew or removed meanwhile" for case in "AB"
+        f"{store}: {case} was prepared again or removed" for case in "AB"
     }
     assert open_cohort(store).cases == ("A",)
     assert open_cohort(store).record("A").preprocessing == other
@@ -308,11 +308,11 @@ def test_repair_takes_only_what_the_case_was_made_of(store: Path, run_data) -> N
     write_case(raw, "A", seed=99)
     done = run_data("verify", store, "--repair", raw)
     assert done.exit_code == 1
-    assert "A.nrrd: is not what the damaged case was made of, or was prepared in a way that is lost" in done.stderr
+    assert "A.nrrd: differs from the source of the damaged case" in done.stderr
     assert done.stdout == f"{store}: 0 repaired, 1 still damaged\n"
     (raw / "A.nrrd").unlink()
     (raw / "AS-label.nrrd").unlink()
-    told = "failed: case 'A': is damaged, and not in the source; give the folder that holds its files"
+    told = "failed: case 'A': is damaged, and not in the source; give the folder with its files"
     assert told in run_data("verify", store, "--repair", raw).stderr
 
 
@@ -370,7 +370,7 @@ def test_a_case_removed_while_repair_verifies_is_not_brought_back(store: Path, m
 
     monkeypatch.setattr("cspine_data.preparation.repair.verify", verify_and_remove)
     (problem,) = repair(store, store.parent / "raw").failed
-    assert problem.message.endswith("A was prepared anew or removed meanwhile; verify again")
+    assert problem.message.endswith("A was prepared again or removed during the repair; verify again")
     assert open_cohort(store).cases == ("B",)
 
 

@@ -1,4 +1,4 @@
-"""From files to a store: what is new is corrected and sliced in parallel with Dask, what is there is reused."""
+"""Prepare a store from a folder of volumes: new cases are computed in parallel, stored ones are reused."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import RootRecord, Standard, standard_key
 from cspine_data.volumes.io import read_volume
 
-# Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
-_CASES_OF_A_STANDARD = 32
+# N4 runs once more for each of these cases. They are enough for a mean histogram.
+_STANDARD_CASES = 32
 
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a run of `prepare` did.
+    """The result of `prepare`.
 
     Attributes
     ----------
     done : tuple of str
         Cases that were computed.
     reused : tuple of str
-        Cases that the store held already.
+        Cases that were stored already.
     failed : tuple of Problem
-        Cases and files that could not be used, and why.
+        Cases and files that could not be used, with the reasons.
     replaced : tuple of str
-        Of those that are done, the cases that the store held prepared in another way.
+        Computed cases that replaced a case with other parameters.
     standard_cases : tuple of str
-        The cases whose histograms Nyul's method matched the others to.
+        The cases whose mean histogram Nyul's method matches all others to.
     seconds : float
-        How long it took.
+        Run time.
     written_bytes : int
-        Size on disk of what was computed.
+        Size of the computed cases on disk.
     notes : dict
-        For each case that is done or reused and has any: its notes, see `Volume`.
+        Notes on each case that was computed or reused, see `Volume`.
     """
 
     done: tuple[str, ...]
@@ -68,12 +68,12 @@ class PrepareSummary:
 
 
 def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
-    """Turn ``"012"`` or ``[0, 1, 2]`` into sorted axis numbers.
+    """Convert ``"012"`` or ``[0, 1, 2]`` to sorted axis numbers.
 
     Raises
     ------
     InputError
-        If there is none, or one that is not 0, 1 or 2.
+        If there is no axis, or one that is not 0, 1 or 2.
     """
     known = {"0": 0, "1": 1, "2": 2}
     digits = [str(axis) for axis in axes]
@@ -101,61 +101,60 @@ def prepare(
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
 
-    Cases that the store holds already, made from the same bytes with the same parameters, are reused. A case that
-    fails does not stop the others. Killed at any instant and started again, it ends with the same store.
+    Cases that the store has already, with the same source bytes and parameters, are reused. A case that fails does not
+    stop the others. If a run is killed at any time and started again, the resulting store is the same.
 
     Parameters
     ----------
     source : str or Path
-        Folder of volumes and label maps; see `find_cases` for the naming that is understood.
+        Folder of volumes and label maps; see `find_cases` for the supported names.
     store : str or Path
-        The store to make or to add to.
+        The store to create or to add to.
     n4 : bool
-        Correct the bias field (variant ``n4``) or leave it in (variant ``raw``). By default what `preprocessing` says,
-        and without that the field is corrected.
+        Correct the bias field (variant ``n4``), or do not (variant ``raw``). By default as in `preprocessing`, and
+        without that, corrected.
     axes : str or sequence of int
-        The axes to slice along; axes that a case has already are kept.
+        The axes to slice along; stored axes of a case are kept.
     pairs : str or Path, optional
-        CSV file that names the cases instead of the folder.
+        CSV file that lists the cases instead of the folder.
     workers : int, optional
-        Worker processes; by default one a core. Not together with `scheduler`.
+        Number of worker processes; by default one per core. Excludes `scheduler`.
     scheduler : str, optional
         Address of a running Dask scheduler to use instead of local processes. Its workers must see the same paths.
     preprocessing : Preprocessing, optional
         Parameters other than the default ones.
     note : str, optional
-        What the data are, where they stand in for something else ("synthetic", "lumbar stand-in"): kept in the store
-        and said beside every figure. By default the first line of `COHORT.txt` in the source, if there is one.
+        Description of stand-in data ("synthetic", "lumbar stand-in"): kept in the store and shown beside every figure.
+        By default the first line of `COHORT.txt` in the source, if there is one.
     anonymise : bool
-        Call the cases ``case0001`` and so on instead of by their files' names. Which is which stands in `key_file`,
-        beside the store.
+        Name the cases ``case0001`` and so on instead of by their files. The key is `key_file`, beside the store.
     trust_voxels : bool
-        Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.
+        Assume that a label map without a position in its header is on its volume's grid, voxel for voxel.
     ignore_label : int, optional
-        The value of voxels of label maps that do not count, in training, validation and evaluation. A case that is
-        in the store keeps the one that it was prepared with unless another is given.
+        The label value of voxels to ignore in training, validation and evaluation. By default a stored case keeps its
+        value.
     rehash : bool
-        Hash every source file. By default those are not whose size and times are as when they were hashed last.
+        Hash all source files again, also those with unchanged size and times.
     progress : callable, optional
-        Called with (cases finished, cases to compute, case id) each time a case is finished.
+        Called with (cases finished, cases to compute, case id) after each case.
 
     Returns
     -------
     PrepareSummary
-        Cases done, reused and failed.
+        Computed, reused and failed cases.
 
     Raises
     ------
     InputError
         If the source is missing or empty, or an option is out of range or contradicts another one.
     StoreError
-        If something else is at the store's place, or a newer cspine wrote it.
+        If the path exists and is not a store, or a newer cspine wrote it.
     """
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
     check_workers(workers, scheduler)
     if ignore_label == 0:
-        raise InputError("ignore_label 0", "is the background", "give the value of voxels that must not count")
+        raise InputError("ignore_label 0", "is the background", "give the label value of voxels to ignore")
     if preprocessing is None:
         preprocessing = Preprocessing(bias=None) if n4 is False else Preprocessing()
     elif n4 not in (None, preprocessing.bias is not None):
@@ -165,7 +164,7 @@ def prepare(
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
     if key_file(store).exists() and not anonymise:
-        raise InputError(key_file(store), "lies beside the store: its cases have neutral ids", "give --anonymise")
+        raise InputError(key_file(store), "exists beside the store: its cases have neutral ids", "give --anonymise")
     create_store(store, neutral_ids=anonymise)
     sources = digest_files(listing.cases, store, workers, scheduler, rehash=rehash)
     if anonymise:
@@ -192,7 +191,11 @@ def prepare(
         reused=tuple(reused),
         failed=tuple(sorted(failed, key=lambda problem: problem.case)),
         replaced=tuple(
-            sorted(job.case.id for job in to_do if job.case.id in written and job.held not in (None, preprocessing))
+            sorted(
+                job.case.id
+                for job in to_do
+                if job.case.id in written and job.stored_preprocessing not in (None, preprocessing)
+            )
         ),
         standard_cases=standard.cases if standard else (),
         seconds=time.perf_counter() - started,
@@ -202,7 +205,7 @@ def prepare(
 
 
 def _labelled(store: Path, jobs: Sequence[Job]) -> list[str]:
-    """Return the cases that are to be enrolled, or are: a label map that is empty does not make a labelled case."""
+    """Return the labelled cases; a case with an empty label map is not one of them."""
     enrolled = {case for batch in read_root(store).enrolled for case in batch}
     labelled = []
     for job in jobs:
@@ -215,11 +218,11 @@ def _labelled(store: Path, jobs: Sequence[Job]) -> list[str]:
 
 
 def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[str, tuple[str, ...]]:
-    """Return the notes on each case that was computed or is reused."""
+    """Return the notes on each case that was computed or reused."""
     notes: dict[str, tuple[str, ...]] = {}
     for job in jobs:
         if job.case.id in written:
-            # Another run may have replaced it since, with other axes for example: its record tells then.
+            # A concurrent run may have replaced the case; then there is no record of this digest.
             record = stored_record(store, job.case.id, job.digest)
             notes[job.case.id] = record.warnings if record else ()
         elif job.current == job.digest:
@@ -228,7 +231,7 @@ def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[st
 
 
 def key_file(store: str | Path) -> Path:
-    """Return the file beside a store that says which neutral id is which case: `prepare` with `anonymise` makes it."""
+    """Return the key of an anonymised store: the file beside it that maps neutral ids to case names."""
     store = Path(store).resolve()
     return store.with_name(f"{store.name}.key.csv")
 
@@ -236,21 +239,21 @@ def key_file(store: str | Path) -> Path:
 def listed_neutrally(
     listing: Listing, store: Path, sources: Mapping[Path, Digested | Problem] | None = None
 ) -> Listing:
-    """Give the cases of a listing the ids by which an anonymised store knows them.
+    """Replace the case ids of a listing by the neutral ids of an anonymised store.
 
     Raises
     ------
     InputError
-        If the store holds cases and their key is missing or damaged: others would be given their ids.
+        If the store has cases and their key is missing or damaged, so that other cases could get their ids.
     """
     return with_neutral_ids(listing, existing_key(store, read_root(store)), sources)
 
 
 def existing_key(store: Path, root: RootRecord) -> Path:
-    """Return the key of an anonymised store; where its ids were given to cases, it must be there."""
+    """Return the key of an anonymised store; it must exist if any ids have been given out."""
     key = key_file(store)
     if (root.cases or root.enrolled or root.standards) and not key.exists():
-        raise InputError(key, "is missing, and only it says which case is which", "bring it back to that place")
+        raise InputError(key, "is missing, and without it the cases cannot be identified", "restore it there")
     return key
 
 
@@ -262,15 +265,15 @@ def _standard(
     scheduler: str | None,
     sources: Mapping[Path, Digested | Problem],
 ) -> Standard | None:
-    """Return what Nyul's method matches the store's volumes to: what it holds, else what is learnt from the cohort.
+    """Return the standard histogram of Nyul's method: the one in the store, or one computed from the cohort.
 
-    It is learnt from a few cases, spread evenly; None where none of them can be used.
+    It is computed from a few cases, spread evenly; None if none of them can be used.
     """
     key = standard_key(preprocessing)
     known = read_root(store).standards.get(key)
     if known is not None:
         return known
-    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, (), sources=sources)
+    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _STANDARD_CASES)], store, preprocessing, (), sources=sources)
     outcomes = run_jobs(_landmarks, jobs, store, workers, scheduler)
     of_cases = {job.case.id: found for ended in outcomes for job, found in ended if isinstance(found, tuple) and found}
     if not of_cases:
@@ -281,7 +284,7 @@ def _standard(
 
 
 def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
-    """Find one volume's landmarks in a worker; a case that fails here fails again where it is prepared."""
+    """Return the landmarks of one volume, in a worker; a case that fails here is reported when it is prepared."""
 
     def find() -> tuple[float, ...]:
         corrected = stored_volume(job, Path(store))
