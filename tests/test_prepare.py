@@ -592,7 +592,7 @@ def test_the_commands_fit_together(store: Path, tmp_path: Path, run_data) -> Non
     damaged = run_data("verify", store)
     assert damaged.exit_code == 1
     assert "damaged: B (raw): axis1/label/c/0/0/0: is not what was written" in damaged.output
-    assert f"mend it with cspine-data verify {store} --repair SOURCE" in damaged.output
+    assert f"repair it with cspine-data verify {store} --repair SOURCE" in damaged.output
     mended = run_data("verify", store, "--repair", store.parent / "raw")
     assert mended.exit_code == 0
     assert mended.stdout == f"{store}: sound; 1 damaged files were repaired\n"

@@ -18,10 +18,10 @@ from cspine_data.preprocessing.steps import Preprocessing
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import Case
 from cspine_data.sources.pairing import find_cases
-from cspine_data.store.publishing import mend_root
+from cspine_data.store.publishing import repair_root
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import CaseRecord, RootRecord
-from cspine_data.store.verification import STRAY, Damage, mend_groups, verify, verify_case
+from cspine_data.store.verification import STRAY, Damage, repair_groups, verify, verify_case
 from cspine_data.store.writer import METADATA
 
 Parameters = tuple[Preprocessing, tuple[int, ...], int | None]
@@ -85,7 +85,7 @@ def repair(
         return RepairSummary((), (), (), ())
     root = read_root(store)
     files = _files(store, root, find_cases(source, pairs).cases)
-    mend_groups(store)
+    repair_groups(store)
     damaged = [files[case] for case in {damage.case for damage in damages if damage.variant} if case in files]
     sources = digest_files(damaged, store, workers, scheduler, rehash=True)
     candidates = {variant: _all_parameters(store, root, variant) for variant in {damage.variant for damage in damages}}
@@ -139,7 +139,7 @@ def _lost_root(store: Path) -> tuple[Damage, ...]:
         read_root(store)
     except DamagedStoreError:
         problem = "is not what was written" if (store / METADATA).exists() else "is missing"
-        mend_root(store)
+        repair_root(store)
         return (Damage("", "", METADATA, problem),)
     return ()
 
