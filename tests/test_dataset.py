@@ -200,7 +200,7 @@ def test_arrays_of_another_shape_or_dtype_are_refused(
 
 def test_cases_are_named_in_a_list_and_known(phantom_store: Path) -> None:
     cohort = open_cohort(phantom_store)
-    with pytest.raises(InputError, match=r"cases='CS_01': is one name; give a list of them: \['CS_01'\]"):
+    with pytest.raises(InputError, match=r"cases='CS_01': is a text; give a list: \['CS_01'\]"):
         cohort.slices(variant="n4", cases="CS_01")
     with pytest.raises(NotInStoreError, match="holds no case 'CS_9'"):
         cohort.slices(variant="n4", split="train", cases=["CS_01", "CS_9"])

@@ -175,10 +175,7 @@ def test_links_are_not_followed_out_of_a_store(store: Path, tmp_path: Path, run_
             assert done.exit_code == 1
             assert "is a link" in done.stderr
             write_case(store.parent / "raw", "A", seed=5)
-            assert (
-                "is a link"
-                in run_data("prepare", store.parent / "raw", "--store", store, "--no-n4").stderr
-            )
+            assert "is a link" in run_data("prepare", store.parent / "raw", "--store", store, "--no-n4").stderr
             write_case(store.parent / "raw", "A", seed=0)
         assert contents(other) == before
         (store / linked).unlink()
@@ -467,7 +464,9 @@ def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, 
     assert {file.name for file in store.rglob(".*")} == {".lock", ".zarr.json.copy"}
     assert contents(store) == before
     assert "Invalid value for '--grace-days'" in run_data("gc", store, "--grace-days", "-1").output
-    assert run_data("gc", store, "--grace-days", "nan").output.startswith("Error: grace nan s: is no valid time; give 0")
+    assert run_data("gc", store, "--grace-days", "nan").output.startswith(
+        "Error: grace nan s: is no valid time; give 0"
+    )
 
 
 def test_a_digest_that_a_run_is_about_to_publish_is_made_anew_where_gc_took_it(store: Path) -> None:
