@@ -143,7 +143,7 @@ def test_a_key_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
         (b"id,case\ncase00001,Doe\n", "has an id unlike case0001 in row 2"),
         (b"id,case\nDoe\n", "has not an id and a case in row 2"),
         (b"id,case\ncase0001,\n", "has not an id and a case in row 2"),
-        (b"id,case\ncase0001,D", "ends within a line; if it is whole, end that line"),
+        (b"id,case\ncase0001,D", "ends within a line; if it is complete, end the line"),
         (b'id,case\ncase0001,"Doe\n', "is no readable CSV file (unexpected end of data)"),
         (b"id,case\ncase0001,D\xf6e\n", "is not UTF-8; save it as CSV in UTF-8"),
     ],
