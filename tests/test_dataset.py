@@ -282,10 +282,14 @@ def test_no_pytorch_is_needed(phantom_store: Path) -> None:
 
 def test_public_names_are_what_they_say() -> None:
     import cspine_data
+    import cspine_data.tools
 
     for name in cspine_data.__all__:
         assert getattr(cspine_data, name) is not None
     assert callable(cspine_data.prepare)
     assert callable(cspine_data.verify)
+    for name in cspine_data.tools.__all__:
+        assert getattr(cspine_data.tools, name) is not None
+        assert name not in cspine_data.__all__
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = cspine_data.nothing

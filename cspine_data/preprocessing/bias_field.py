@@ -84,7 +84,7 @@ def bias_parameters(preset: str = "default", **changes: Any) -> BiasParameters:
     if changes.get("engine") == "itk":
         if "spline_mm" in changes:
             raise InputError(
-                "N4 parameter spline_mm", "is not supported by SimpleITK's filter, which doubles its elements each level",
+                "N4 parameter spline_mm", "is not supported by SimpleITK's filter, which doubles them each level",
                 "leave it out",
             )  # fmt: skip
         changes["spline_mm"] = 0.0

@@ -23,7 +23,7 @@ _DENSEST = 100
 # The maximum size of a file.
 _MOST = 1 << 34
 
-# Plausible spacings and origins. Others come from wrong units or a broken header, and would make grids that fill memory.
+# Plausible spacings and origins. Others come from wrong units or a broken header, and their grids would fill memory.
 _SPACING_MM = (0.02, 100.0)
 _FARTHEST_MM = 1e7
 
