@@ -63,7 +63,7 @@ def prepare_case(job: Job, store: Path) -> int:
     OSError
         If the store cannot be written.
     """
-    if not job.anew and stored_record(store, job.case.id, job.digest) is not None:
+    if not job.overwrite and stored_record(store, job.case.id, job.digest) is not None:
         mark_in_use(store, job.case.id, job.digest)
         # The run that wrote it may have been killed before it synchronised the folders to disk.
         sync_above(store, job.case.id)
@@ -74,12 +74,12 @@ def prepare_case(job: Job, store: Path) -> int:
             job.case.volume, "changed while it was read", "run it again when no other program writes to it"
         )
     # A repair does not reuse the stored volume: its record may have been damaged with its voxels.
-    stored = None if job.anew else stored_volume(job, store)
+    stored = None if job.overwrite else stored_volume(job, store)
     corrected = stored or correct_volume(loaded.image, job.preprocessing.bias)
     prepared = normalise_volume(corrected, job.preprocessing)
     label_xyz = _label_xyz(loaded)
     label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
-    write_case(store, _record(job, loaded, prepared, label), prepared, label, anew=job.anew)
+    write_case(store, _record(job, loaded, prepared, label), prepared, label, overwrite=job.overwrite)
     folder = store / schema.case_path(job.case.id, job.digest)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
@@ -96,7 +96,7 @@ def stored_volume(job: Job, store: Path) -> CorrectedVolume | None:
 
 
 def write_case(
-    path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None, *, anew: bool = False
+    path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None, *, overwrite: bool = False
 ) -> None:
     """Write one case to the folder of its digest, completely or not at all; it is not published yet.
 
@@ -110,7 +110,7 @@ def write_case(
         The image.
     label : LabelMap or None
         The label map.
-    anew : bool
+    overwrite : bool
         Replace an existing folder, because it is damaged, even if its record is not.
     """
     target = path / schema.case_path(record.case, record.digest)
@@ -127,7 +127,7 @@ def write_case(
         for group in (cases_folder, case_folder):
             write_empty_group(group)
         with locked(path):
-            if target.exists() and (anew or stored_record(path, record.case, record.digest) is None):
+            if target.exists() and (overwrite or stored_record(path, record.case, record.digest) is None):
                 target.rename(aside)
             # If a concurrent run has written the same digest, it has the same bytes.
             if not target.exists():

@@ -148,7 +148,7 @@ def _batches_by_time(
 def _final_problem(job: Job, store: Path, rounds: int) -> Problem | None:
     """Return why an overtaken job is not planned again; None if it is planned again."""
     case = job.case.id
-    if job.anew:
+    if job.overwrite:
         # A repair must not replace what a concurrent run has published.
         return Problem(case, f"{store}: {case} was prepared again or removed during the repair")
     if rounds >= _MOST_ROUNDS:

@@ -33,7 +33,7 @@ class Job:
         The case's digest in the store.
     stored_preprocessing : Preprocessing or None
         The parameters of the case in the store.
-    anew : bool
+    overwrite : bool
         Prepare the case although the store has it, because it is damaged.
     trust_voxels : bool
         See `load_case`. It does not change the result, only whether files are refused.
@@ -52,7 +52,7 @@ class Job:
     axes: tuple[int, ...]
     current: str | None = None
     stored_preprocessing: Preprocessing | None = None
-    anew: bool = False
+    overwrite: bool = False
     trust_voxels: bool = False
     notes: tuple[str, ...] = ()
     ignore_label: int | None = None

@@ -172,7 +172,12 @@ def _job(
             return job
         # The damaged case was prepared from the same files, so a label map without a position was accepted.
         job = replace(
-            job, current=digest, stored_preprocessing=preprocessing, anew=True, trust_voxels=True, ignore_label=ignored
+            job,
+            current=digest,
+            stored_preprocessing=preprocessing,
+            overwrite=True,
+            trust_voxels=True,
+            ignore_label=ignored,
         )
         if job.digest == digest:
             return job

@@ -18,13 +18,13 @@ NYUL_PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 _ENDS = (NYUL_PERCENTILES[0], NYUL_PERCENTILES[-1])
 #: The percentiles of the tissue that are kept of every volume.
 TISSUE_PERCENTILES = tuple(sorted({2, 10, 25, 50, 75, 90, 98, *NYUL_PERCENTILES}))
-# In standard deviations of the densest part. At most 0.3 % of the tissue of 19 real scans lies farther away (vessels,
-# fluid). Noise that a field amplified lies at 30 and more.
+# In standard deviations of the densest part. In 19 real scans at most 0.3 % of the tissue is farther away (vessels,
+# fluid). Noise amplified by a field is at 30 or more.
 _OUTLIER = 12.0
 # Percentiles of so many voxels are those of all to a thousandth of the spread.
 _ENOUGH_VOXELS, _MANY_VOXELS = 500_000, 4_000_000
 # Levels of 16 bits would grow coarse where one broken voxel is a thousand times as bright as tissue. All that networks
-# see lies within a few units; what lies beyond these is put to them.
+# see is within a few units; values beyond the limits are clipped.
 _FARTHEST = 32.0
 _HIGHEST_LEVEL = 32767
 

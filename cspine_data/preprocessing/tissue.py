@@ -18,7 +18,7 @@ _LOG_FLOOR = 0.03
 # the distance to the bright class where there is air (0.10 in one crop with little of it), and over 0.14 to 0.48 in
 # crops that hold none.
 _FLATTEST_TISSUE = 0.12
-# Fat beside a surface coil can be so bright that it alone is the bright class. The dark class is then parted again: air
+# Fat near a surface coil can be so bright that it alone is the bright class. The dark class is then split again: air
 # spread over at most 0.028 of the distance between its two classes on phantoms with fat made 5 to 15 times as bright,
 # what is darkest in crops that hold no air, seven of phantoms and fourteen of real scans, over 0.071 to 0.48.
 _FLATTEST_WITHIN_DARK = 0.045
@@ -29,7 +29,7 @@ _LEAST_TISSUE = 0.1
 _CORE, _CORE_WIDTH = 0.4, 1.049
 _ENOUGH_VALUES = 100_000
 _NEIGHBOURHOOD_MM = 9.0
-# Noise lies within this many deviations of its mean, but for one voxel in four hundred.
+# All but one in four hundred noise voxels are within this many standard deviations of the mean.
 _NOISE_DEVIATIONS = 3.0
 _NOISE_ROUNDS = 10
 # Air is -1000 Hounsfield units; no magnitude of MRI is negative, nor does scaling bring it that low.
@@ -75,7 +75,7 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
     to about 3 mm. Otsu's threshold of the intensity itself parts bright fat from everything else and leaves most
     tissue, vertebrae included, with the air; where fat is so bright that the logarithm does too, the darker class is
     parted once more. Where the darker class is not flat, as air is, the volume is a crop without air, and the
-    threshold lies below every voxel.
+    threshold is below every voxel.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def noise_floor(
         near = np.abs(values - level) <= _NOISE_DEVIATIONS * deviation
         level, deviation = float(values[near].mean(dtype=np.float64)), float(values[near].std(dtype=np.float64))
     if image_xyz.dtype.kind in "iu":
-        # Air of 8-bit images is one or two grey values. What lies at the level is not corrected, and compresses well.
+        # Air of 8-bit images is one or two grey values. Voxels at this level are not corrected, and compress well.
         level = float(round(level))
     noise = dark & (np.abs(averaged_xyz - level) <= _NOISE_DEVIATIONS * deviation)
     for axis, factor in enumerate(factors):

@@ -255,10 +255,10 @@ def write_record(folder: Path, record: RootRecord | CaseRecord, name: str = META
     _write_metadata(folder, _record_bytes(record), name)
 
 
-def write_empty_group(folder: Path, *, anew: bool = False) -> None:
-    """Write the metadata of a group without attributes, if it is missing or `anew`."""
+def write_empty_group(folder: Path, *, overwrite: bool = False) -> None:
+    """Write the metadata of a group without attributes, if it is missing or `overwrite`."""
     make_folder(folder)
-    if anew or not (folder / METADATA).exists():
+    if overwrite or not (folder / METADATA).exists():
         _write_metadata(folder, schema.group_bytes({}))
 
 

@@ -96,7 +96,7 @@ def repair_groups(path: Path) -> None:
             repair_root(path)
         else:
             refuse_links(path / schema.CASES, folder)
-            write_empty_group(folder, anew=True)
+            write_empty_group(folder, overwrite=True)
 
 
 def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:

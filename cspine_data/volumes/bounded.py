@@ -177,22 +177,22 @@ def grid(
         If the numbers are not finite or not plausible, the axes span no volume, or are not at right angles.
     """
     if steps_mm.shape != (3, 3) or origin_mm.shape != (3,) or not np.isfinite([*steps_mm, origin_mm]).all():
-        raise InputError(path, "has no usable space directions", "export the volume anew with its geometry")
+        raise InputError(path, "has no usable space directions", "export the volume again with its geometry")
     # The length of a row that overflows is infinite, which is not plausible either.
     with np.errstate(over="ignore"):
         lengths = np.linalg.norm(steps_mm, axis=0)
     spacing = lengths if spacing_mm is None else spacing_mm
     if lengths.min() <= 0:
-        raise InputError(path, "has space directions that span no volume", "export it anew with its geometry")
+        raise InputError(path, "has space directions that span no volume", "export it again with its geometry")
     low, high = _SPACING_MM
     if not ((spacing >= low) & (spacing <= high)).all():
         problem = f"has voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, a spacing that no scanner gives"
-        raise InputError(path, problem, f"correct its unit of length ({units_field}), or export it anew")
+        raise InputError(path, problem, f"correct its unit of length ({units_field}), or export it again")
     if np.abs(origin_mm).max() > _FARTHEST_MM:
-        raise InputError(path, "has an origin that no scanner gives", "export it anew with its geometry")
+        raise InputError(path, "has an origin that no scanner gives", "export it again with its geometry")
     directions = steps_mm / lengths
     if abs(np.linalg.det(directions)) < 1e-3:
-        raise InputError(path, "has space directions that span no volume", "export it anew with its geometry")
+        raise InputError(path, "has space directions that span no volume", "export it again with its geometry")
     off = skew(directions)
     if off > MOST_SKEW:
         problem = f"has axes that are not at right angles ({np.degrees(np.arcsin(off)):.2g} degrees off)"

@@ -74,7 +74,7 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
     """
     slices = [one for path in files(folder) if (one := _header(path))]
     if not slices:
-        remedy = "give the folder that they lie in; folders in it are not searched"
+        remedy = "give the folder with the files; its subfolders are not searched"
         raise InputError(folder, "holds no NRRD, NIfTI or DICOM file", remedy)
     series = Counter(one.series for one in slices)
     if len(series) > 1:
@@ -152,7 +152,7 @@ def _header(path: Path) -> _Slice | None:
         raise InputError(path, "does not say what image it holds", _CONVERT)
     claimed = columns * rows * bits // 8
     check_claim(path, claimed, length, compressed=compressed)
-    with _untrusted(path, "does not say where it lies in the patient", _CONVERT):
+    with _untrusted(path, "does not give its position in the patient", _CONVERT):
         position, directions, spacing = (
             _numbers(header, *named)
             for named in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2))
@@ -180,7 +180,7 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry
                 one.path, f"is of another grid than {first.path.name}", "take localisers out of the folder"
             )
     if len(slices) == 1:
-        raise InputError(folder, "holds a single DICOM slice", "give the folder that the whole series lies in")
+        raise InputError(folder, "holds a single DICOM slice", "give the folder with the whole series")
     normal = np.cross(*first.directions)
     slices = sorted(slices, key=lambda one: float(one.position_mm @ normal))
     positions = np.array([one.position_mm for one in slices])
@@ -193,7 +193,7 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry
         )
     if (np.abs(gaps - gap) > _UNEVEN * gap).any():
         raise InputError(
-            folder, f"misses slices (they lie {gaps.min():.3g} to {gaps.max():.3g} mm apart)", "fetch the whole series"
+            folder, f"misses slices (they are {gaps.min():.3g} to {gaps.max():.3g} mm apart)", "fetch the whole series"
         )
     shifts = positions - positions[0]
     along = shifts[-1] / np.linalg.norm(shifts[-1])

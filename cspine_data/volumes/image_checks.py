@@ -55,7 +55,7 @@ def usable_image(image: Volume) -> Volume:
     if extent_mm.max() > _LONGEST_MM:
         raise InputError(
             image.name, f"is {size} mm large, longer than any patient",
-            "correct its unit of length (NIfTI: xyzt_units, NRRD: space units), or export it anew",
+            "correct its unit of length (NIfTI: xyzt_units, NRRD: space units), or export it again",
         )  # fmt: skip
     image = _without_nan(image)
     lowest, highest = image.array.min(), image.array.max()
@@ -66,7 +66,7 @@ def usable_image(image: Volume) -> Volume:
     ):
         raise InputError(
             image.name, f"holds intensities from {lowest:.3g} to {highest:.3g}, a range that no scanner has",
-            "was it read in the wrong byte order? export it anew",
+            "was it read in the wrong byte order? export it again",
         )  # fmt: skip
     _refuse_labels(image)
     if extent_mm.max() < _SHORTEST_MM:
@@ -119,7 +119,7 @@ def _without_nan(image: Volume) -> Volume:
     if inside or not finite.any():
         raise InputError(
             image.name, f"holds {inside or finite.size} voxels that are NaN or infinite within the field of view",
-            "nothing can be said of them: export it anew, or leave it out",
+            "export it again, or leave it out",
         )  # fmt: skip
     array = image.array.copy(order="K")
     array[outside] = np.percentile(array[finite], _AIR_PERCENTILE, method="lower")

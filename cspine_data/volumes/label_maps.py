@@ -92,7 +92,7 @@ def _placed(label: Volume, image: Volume, trust_voxels: bool) -> str:
     if ours.size == theirs.size and _is_placeless(theirs, ours):
         raise InputError(
             image.name, "its header does not say where it lies, and its label map's does",
-            "export the volume anew, or, if the voxels correspond, copy the label map's header to it",
+            "export the volume again, or, if the voxels correspond, copy the label map's header to it",
         )  # fmt: skip
     raise InputError(label.name, _elsewhere(ours, theirs), _RESAMPLE)
 

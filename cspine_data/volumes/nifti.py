@@ -22,8 +22,8 @@ from cspine_data.volumes.bounded import RESAMPLE, Source, check_claim, grid, sto
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, skew
 from cspine_data.volumes.nifti_forms import NiftiForms, rotation
 
-_FETCH = "fetch it again or export it anew"
-_EXPORT = "the header is wrong: export the volume anew"
+_FETCH = "fetch it again or export it again"
+_EXPORT = "the header is wrong: export the volume again"
 
 # Only needed fields: free text (descrip, aux_file, db_name, intent_name) may contain names.
 _LAYOUT = {
@@ -230,7 +230,7 @@ def _fields(path: Path, content: bytes) -> Any:
         if fields["magic"] == b"ni1":
             raise InputError(path, "keeps its voxels in another file (.hdr and .img)", "save it as one .nii file")
         if fields["magic"] != b"n+1":
-            problem = "does not bear NIfTI's mark (Analyze does not say how it lies in the patient)"
+            problem = "does not have NIfTI's magic number (Analyze files have no orientation)"
             raise InputError(path, problem, "save it as NIfTI-1")
         return fields
     raise InputError(path, "is no readable NIfTI file (it does not start as one)", _FETCH)
@@ -260,7 +260,7 @@ def _dtype(path: Path, fields: Any) -> np.dtype[Any]:
 def _offset(path: Path, offset: float) -> int:
     if not _LEAST_OFFSET <= offset <= _MOST_OFFSET or not offset.is_integer():
         problem = f"says that its voxels start at byte {offset:g}"
-        raise InputError(path, problem, f"it must be {_LEAST_OFFSET} to {_MOST_OFFSET}: export the volume anew")
+        raise InputError(path, problem, f"it must be {_LEAST_OFFSET} to {_MOST_OFFSET}: export the volume again")
     return int(offset)
 
 
@@ -350,13 +350,13 @@ def _check_sform(path: Path, steps: NDArray[Any], spacing: NDArray[Any]) -> None
     lengths = np.linalg.norm(steps, axis=0)
     if (np.abs(lengths - spacing) > 0.01 * spacing).any():
         both = " and ".join(" x ".join(f"{mm:.4g}" for mm in values) for values in (lengths, spacing))
-        raise InputError(path, f"gives two spacings, {both} mm", "export it anew with its geometry")
+        raise InputError(path, f"gives two spacings, {both} mm", "export it again with its geometry")
 
 
 def _qform(path: Path, fields: Any, spacing: NDArray[Any], millimetres: float) -> NDArray[np.float64]:
     quaternion = fields["quatern"].astype(float)
     if not float(quaternion @ quaternion) <= 1.01:
-        raise InputError(path, "has a qform that is no rotation", "export it anew with its geometry")
+        raise InputError(path, "has a qform that is no rotation", "export it again with its geometry")
     steps = rotation(quaternion) * spacing * (1.0, 1.0, -1.0 if fields["pixdim"][0] < 0 else 1.0)
     return np.column_stack([steps, fields["qoffset"].astype(float) * millimetres])
 

@@ -28,8 +28,8 @@ _MAX_SKIPPED_BYTES = 1 << 16
 _TEXT_PIECE = 1 << 16
 _LONGEST_NUMBER = 1000
 
-_FETCH = "fetch it again or export it anew"
-_EXPORT_GEOMETRY = "export the volume anew with its geometry"
+_FETCH = "fetch it again or export it again"
+_EXPORT_GEOMETRY = "export the volume again with its geometry"
 _MAGIC = tuple(f"NRRD000{version}".encode() for version in range(1, 6))
 _FIELDS = (
     "type", "dimension", "sizes", "encoding", "endian", "data file", "line skip", "byte skip", "kinds",
@@ -183,7 +183,7 @@ def _read_fields(path: Path, file: BinaryIO) -> dict[str, Any]:
         if field not in _FIELDS:
             continue
         if field in fields:
-            raise InputError(path, f"gives the field {field!r} twice", "leave one of them or export it anew")
+            raise InputError(path, f"gives the field {field!r} twice", "leave one of them or export it again")
         parsed = _parse(field, value.strip())
         if parsed is None:
             # The value is not quoted: it may be a name.
@@ -212,10 +212,10 @@ def _geometry(path: Path, fields: dict[str, Any]) -> tuple[Geometry, bool, tuple
     """Return the grid, whether its orientation was assumed, and notes."""
     sizes = fields["sizes"]
     if len(sizes) != 3:
-        raise InputError(path, f"claims {len(sizes)} sizes", "the header is wrong: export the volume anew")
+        raise InputError(path, f"claims {len(sizes)} sizes", "the header is wrong: export the volume again")
     size = tuple(sizes.tolist())
     if min(size) < 1:
-        raise InputError(path, f"claims sizes {size}", "the header is wrong: export the volume anew")
+        raise InputError(path, f"claims sizes {size}", "the header is wrong: export the volume again")
     signs = _TO_LPS.get(fields.get("space", "").lower())
     if "space directions" not in fields:
         spacings = fields.get("spacings", np.ones(3))
@@ -268,7 +268,7 @@ def _encoding(path: Path, fields: dict[str, Any]) -> str:
 def _skip(path: Path, fields: dict[str, Any], field: str, lowest: int) -> int:
     skip: int = fields.get(field, 0)
     if not lowest <= skip <= _MAX_SKIPPED_BYTES:
-        remedy = f"only {lowest} to {_MAX_SKIPPED_BYTES} is supported: export it anew"
+        remedy = f"only {lowest} to {_MAX_SKIPPED_BYTES} is supported: export it again"
         raise InputError(path, f"has a {field} of {skip}", remedy)
     return skip
 
@@ -297,7 +297,7 @@ def _skip_lines(path: Path, file: BinaryIO, lines: int) -> None:
     for _ in range(lines):
         left -= len(file.readline(left + 1))
         if left < 0:
-            raise InputError(path, "has a line skip over more than a megabyte", "export it anew as raw or gzip")
+            raise InputError(path, "has a line skip over more than a megabyte", "export it again as raw or gzip")
 
 
 def _read_bytes(path: Path, header: NrrdHeader, file: BinaryIO, expected: int) -> memoryview:
@@ -312,7 +312,7 @@ def _read_bytes(path: Path, header: NrrdHeader, file: BinaryIO, expected: int) -
         problem = f"holds more than the {expected} bytes its header claims"
         if from_end:
             problem = f"holds more than {_MAX_SKIPPED_BYTES} bytes before its voxels"
-        raise InputError(path, problem, "its header is wrong: export it anew")
+        raise InputError(path, problem, "its header is wrong: export it again")
     if len(data) < expected:
         raise InputError(
             path, f"holds {len(data)} bytes of voxels where its header claims {expected}",
