@@ -1,7 +1,7 @@
 """Preprocessing cache and dataset library for spine MRI: bias field corrected once, slices streamed from Zarr.
 
-The names below are the public ones. None of them needs PyTorch. They are imported when first used, so that the
-command line starts at once.
+The names below are the public API. They do not need PyTorch. Each is imported when first used, so that the command
+line starts quickly. `cspine_data.tools` has helpers for programs that write their own folders.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ if TYPE_CHECKING:
         InputError,
         NewerSchemaError,
         NotInStoreError,
+        Problem,
         StoreError,
     )
-    from cspine_data.extras import install_hint
-    from cspine_data.files import atomic_write, exclusive_lock, make_folder, remove_unfinished
     from cspine_data.preparation.pipeline import PrepareSummary, parse_axes, prepare
     from cspine_data.preparation.repair import RepairSummary, repair
     from cspine_data.preparation.source_digests import Digested, digest_source
-    from cspine_data.preparation.workers import Workers, side_by_side, usable_cores
     from cspine_data.preprocessing.bias_field import BiasParameters, bias_parameters
     from cspine_data.preprocessing.steps import PreparedVolume, Preprocessing, RecordedPreprocessing, preprocess_volume
-    from cspine_data.sources.cases import Case, Listing, Problem, describe_problem
+    from cspine_data.sources.cases import Case, Listing
     from cspine_data.sources.pairing import find_cases, volumes_in
     from cspine_data.store.garbage import Garbage, collect_garbage
     from cspine_data.store.publishing import remove_cases
@@ -50,16 +48,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "preprocessing.bias_field": ("BiasParameters", "bias_parameters"),
-    "sources.cases": ("Case", "Listing", "Problem", "describe_problem"),
-    "preparation.workers": ("Workers", "side_by_side", "usable_cores"),
+    "sources.cases": ("Case", "Listing"),
     "datasets.cohort": ("Cohort", "open_cohort"),
     "datasets.slices": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
     "preparation.source_digests": ("Digested", "digest_source"),
-    "files": ("atomic_write", "exclusive_lock", "make_folder", "remove_unfinished"),
     "errors": (
-        "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "StoreError",
+        "CspineDataError", "DamagedStoreError", "InputError", "NewerSchemaError", "NotInStoreError", "Problem",
+        "StoreError",
     ),
-    "extras": ("install_hint",),
     "store.garbage": ("Garbage", "collect_garbage"),
     "volumes.geometry": ("Geometry", "Orientation"),
     "volumes.image_checks": ("usable_image",),
@@ -106,29 +102,20 @@ __all__ = [
     "StoreError",
     "Volume",
     "VolumeDataset",
-    "Workers",
     "__version__",
-    "atomic_write",
     "bias_parameters",
     "collect_garbage",
     "content_digest",
-    "describe_problem",
     "digest_source",
-    "exclusive_lock",
     "find_cases",
-    "install_hint",
     "label_name",
-    "make_folder",
     "open_cohort",
     "parse_axes",
     "prepare",
     "preprocess_volume",
     "read_volume",
     "remove_cases",
-    "remove_unfinished",
     "repair",
-    "side_by_side",
-    "usable_cores",
     "usable_image",
     "verify",
     "volume_stem",

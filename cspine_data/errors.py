@@ -1,12 +1,13 @@
-"""What can go wrong, as a user meets it: which file, what is wrong, what to do."""
+"""Exceptions and one-line messages: which file, what is wrong, what to do."""
 
 from __future__ import annotations
 
 import errno
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
-# Control, direction and half characters, unassigned ones, and those that end a line.
+# Unicode categories of control, format, surrogate, private and unassigned characters, and of line separators.
 _NOT_PRINTED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _REMEDIES = {
     errno.ENOSPC: "free some space and run it again",
@@ -20,32 +21,32 @@ _REMEDIES = {
 
 
 def describe_os_error(error: OSError) -> str:
-    """Say in one line what the operating system refused, of which file, and what to do about it."""
+    """Return a one-line message for an error of the operating system: the file, the cause and the remedy."""
     where = f"{error.filename}: " if error.filename else ""
     return printable(
-        f"{where}{error.strerror or error}; {_REMEDIES.get(error.errno or 0, 'mend that and run it again')}"
+        f"{where}{error.strerror or error}; {_REMEDIES.get(error.errno or 0, 'fix this and run it again')}"
     )
 
 
 def printable(text: str) -> str:
-    """Return a text that is one line and does nothing to a terminal: a file's name may hold any character."""
+    """Replace control characters and line breaks by ``?``, since a file name may contain any character."""
     return "".join("?" if unicodedata.category(letter) in _NOT_PRINTED else letter for letter in text)
 
 
 class CspineDataError(Exception):
-    """Base of every error that `cspine_data` raises on purpose.
+    """Base class of all errors that `cspine_data` raises.
 
-    The message is one line: what it is about, what is wrong, what to do.
+    The message is one line: the subject, the problem and the remedy.
     """
 
 
 class InputError(CspineDataError, ValueError):
-    """A file, a folder or a value that a user gave cannot be used.
+    """A file, folder or value given by the user cannot be used.
 
     Parameters
     ----------
     subject : Path or str
-        The file, folder or option that is at fault.
+        The file, folder or option with the problem.
     problem : str
         What is wrong with it.
     remedy : str
@@ -59,12 +60,12 @@ class InputError(CspineDataError, ValueError):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[type[InputError], tuple[Path | str, str, str]]:
-        """Rebuild from the three parts, so that the error crosses process borders."""
+        """Pickle the three parts, so that the error can be sent between processes."""
         return type(self), (self.subject, self.problem, self.remedy)
 
 
 class StoreError(CspineDataError):
-    """A store cannot be used as it is, or not in the way that was asked."""
+    """A store cannot be used, or not in the requested way."""
 
 
 class NewerSchemaError(StoreError):
@@ -72,12 +73,34 @@ class NewerSchemaError(StoreError):
 
 
 class DamagedStoreError(StoreError, OSError):
-    """Bytes of the store are not what was written: reading stops here."""
+    """Bytes of the store do not match their checksums."""
 
 
 class NotInStoreError(StoreError, KeyError):
-    """A case, variant, axis or split that the store does not hold."""
+    """The store does not contain the requested case, variant, axis or split."""
 
     def __str__(self) -> str:
-        """Return the message as it is: `KeyError` would quote it."""
+        """Return the message without the quotes that `KeyError` adds."""
         return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file or case that cannot be used, with a one-line message."""
+
+    case: str
+    message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", printable(self.message))
+
+
+def describe_problem(case_id: str, error: BaseException) -> Problem:
+    """Convert an exception raised while processing a case to a one-line problem."""
+    if isinstance(error, CspineDataError):
+        return Problem(case_id, str(error))
+    if isinstance(error, OSError):
+        return Problem(case_id, describe_os_error(error))
+    if isinstance(error, MemoryError):
+        return Problem(case_id, f"{case_id}: memory ran out; use fewer --workers")
+    return Problem(case_id, f"{case_id}: failed unexpectedly ({type(error).__name__}: {error}); please report this")

@@ -1,4 +1,4 @@
-"""Which extra of this package brings a module that is not installed."""
+"""Which optional dependencies (extras) provide a missing module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXTRA_OF = {module: extra for extra, modules in _MODULES.items() for module in 
 
 
 def install_hint(error: ImportError) -> str | None:
-    """Return in one line what to install after an import failed; None where no extra brings the module.
+    """Return what to install after an import failed, in one line; None if no extra provides the module.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Writing files that survive a kill and a power failure, by one process at a time."""
+"""Atomic and durable files, and locks between processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Prefix of the files that `atomic_write` has not finished.
+# Prefix of the temporary files of `atomic_write`.
 _WRITING = ".writing-"
 
 
@@ -20,8 +20,8 @@ _WRITING = ".writing-"
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces `path` when the block ends.
 
-    The file is at `path` whole or not at all, also after a kill or a power failure. When the block ends, it is on the
-    disk. Where the block raises, `path` stays as it was. Several processes may write the same file; the last one wins.
+    `path` has either its old or its new content, also after a kill or a power failure. When the block ends, the file is
+    on disk. If the block raises, `path` is unchanged. Several processes may write the same file; the last one wins.
 
     Parameters
     ----------
@@ -31,13 +31,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Yields
     ------
     Path
-        An empty file in the same folder, with a name of its own and the last suffixes of `path` in lower case. The
-        block writes to it, or moves another file there.
+        An empty file in the same folder, with a unique name and the last suffixes of `path` in lower case. The block
+        writes to it, or moves another file there.
 
     Raises
     ------
     OSError
-        If the file cannot be written; it names a file.
+        If the file cannot be written; the error has a file name.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     ...     figure.savefig(temporary, format="png")
     """
     temporary = path.with_name(f"{_WRITING}{uuid.uuid4().hex}{''.join(path.suffixes[-2:]).lower()}")
-    with _naming(path):
+    with _file_name_in_errors(path):
         try:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             yield temporary
@@ -57,7 +57,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of `atomic_write` that killed processes left in a folder; links are not followed.
+    """Remove the temporary files that killed processes have left in a folder; links are not followed.
 
     The caller holds a lock that every writer of the folder takes.
     """
@@ -71,9 +71,12 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_file(file: Path, parts: Iterable[bytes], mode: int = 0o666) -> str:
-    """Write a new file, durably; return the SHA-256, in hex, of what was to be written."""
+    """Write a new file durably; return the SHA-256, in hex, of its content."""
     digest = hashlib.sha256()
-    with _naming(file), os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as handle:
+    with (
+        _file_name_in_errors(file),
+        os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as handle,
+    ):
         for part in parts:
             digest.update(part)
             handle.write(part)
@@ -83,7 +86,7 @@ def write_file(file: Path, parts: Iterable[bytes], mode: int = 0o666) -> str:
 
 
 def replace_file(file: Path, content: bytes, temporary: Path, mode: int = 0o666) -> None:
-    """Write a file, or replace it, in one step and durably; a temporary one lies beside it meanwhile."""
+    """Write or replace a file atomically and durably, by way of a temporary file in the same folder."""
     try:
         write_file(temporary, [content], mode)
         temporary.replace(file)
@@ -93,7 +96,7 @@ def replace_file(file: Path, content: bytes, temporary: Path, mode: int = 0o666)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, so that they survive a power failure."""
+    """Create a folder and its missing parents durably."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -102,8 +105,8 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    with _naming(folder):
+    """Synchronise the entries of a folder to disk."""
+    with _file_name_in_errors(folder):
         _sync(folder)
 
 
@@ -116,8 +119,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let an error of the system say of which file it is: that of a full disk does not."""
+def _file_name_in_errors(path: Path) -> Iterator[None]:
+    """Add the file name to system errors without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -126,15 +129,15 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def exclusive_lock(file: Path, patience_s: float = 0) -> AbstractContextManager[Any]:
-    """Take a lock that no other process or thread holds; the context that is returned releases it.
+    """Acquire a lock between processes and threads; leaving the returned context releases it.
 
-    The kernel frees the lock when the process ends, however it ends. The empty file stays. A thread that holds the
-    lock may take it again.
+    The kernel releases the lock when the process ends for any reason. The empty file remains. A thread that holds the
+    lock may acquire it again.
 
     Parameters
     ----------
     file : Path
-        The lock's file, in a folder that exists.
+        The lock file, in an existing folder.
     patience_s : float
         Seconds to wait for another holder; 0 does not wait, and ``math.inf`` waits until the lock is free.
 
@@ -145,18 +148,18 @@ def exclusive_lock(file: Path, patience_s: float = 0) -> AbstractContextManager[
     OSError
         If the file cannot be opened.
     """
-    # The same lock under all its names: the kernel refuses a process that opens its own lock a second time.
+    # One lock object per file: a process cannot acquire the same file lock twice.
     lock = kept_lock(file.parent.resolve() / file.name)
-    with _naming(file):
+    with _file_name_in_errors(file):
         held: AbstractContextManager[Any] = lock.acquire(timeout=patience_s)
     return held
 
 
 @cache
 def kept_lock(file: Path) -> Any:
-    """Return the lock that a file stands for, always the same one.
+    """Return the lock object of a file, always the same one.
 
-    Kept, since dropping it runs its destructor, and Python loses a Ctrl-C that arrives within a destructor.
+    It is cached because its destructor could swallow a Ctrl-C.
     """
     from filelock import FileLock
 

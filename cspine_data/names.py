@@ -1,29 +1,26 @@
-"""When two names are the same: accented letters can be one character (NFC) or two (NFD, as macOS writes them)."""
+"""Comparing names in Unicode: accented letters are one character (NFC) or two (NFD, as macOS writes them)."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 
 def normalised(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC), in which names are compared."""
+    """Return a name in composed form (NFC), for comparison."""
     return unicodedata.normalize("NFC", name)
 
 
-def by_normalised(names: Iterable[str]) -> dict[str, str]:
-    """Return names as they are written, by their normalised form."""
-    return {normalised(name): name for name in names}
-
-
 def as_known(name: str, known: Collection[str]) -> str:
-    """Return a name as it is known, where only the encoding of its letters differs; else as given."""
-    return name if name in known else by_normalised(known).get(normalised(name), name)
+    """Return the known name that equals a name after normalisation; else the name itself."""
+    if name in known:
+        return name
+    return next((one for one in known if normalised(one) == normalised(name)), name)
 
 
 def on_disk(path: Path) -> Path:
-    """Return a path as the file system writes it, where only the encoding of its letters differs; else as given."""
+    """Return the existing path that equals a path after normalisation; else the path itself."""
     try:
         if path.exists() or path.parent == path:
             return path

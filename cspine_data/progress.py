@@ -1,8 +1,8 @@
-"""How long work tells how far it has come."""
+"""The type of progress callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-#: Called with how many are finished, how many there are, and what was finished last.
+#: Called with the number of finished items, the total, and the name of the last one.
 Progress = Callable[[int, int, str], None]

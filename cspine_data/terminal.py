@@ -1,4 +1,4 @@
-"""What the command lines share: errors in one line, tables, progress that is silent away from a terminal."""
+"""Shared parts of the command lines: one-line errors, tables, and progress bars on terminals."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cspine_data.progress import Progress
 
 
 class CommandGroup(click.Group):
-    """A group of commands whose expected errors end in one line and a non-zero status, never in a traceback."""
+    """A group of commands that prints expected errors in one line, without a traceback, and exits non-zero."""
 
-    #: Errors that a user can meet and mend.
+    #: Errors that a user can fix.
     expected: tuple[type[BaseException], ...] = (CspineDataError, OSError, MemoryError)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command and turn an expected error, or a missing optional dependency, into one line."""
+        """Run a command; convert expected errors and missing optional dependencies to one-line messages."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -47,7 +47,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def can_go_on(folder: Path) -> Iterator[None]:
-    """Say of what Ctrl-C ends that the same command goes on with it."""
+    """Convert Ctrl-C to a message that the same command continues the work."""
     try:
         yield
     except KeyboardInterrupt:
@@ -55,24 +55,24 @@ def can_go_on(folder: Path) -> Iterator[None]:
 
 
 def warn_in_one_line() -> None:
-    """Have warnings told as errors are, without where in the code they come from."""
+    """Print warnings in one line, without their location in the code."""
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", err=True)
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Print a line that may name files, which may be called anything."""
+    """Print a line; control characters in file names are replaced."""
     click.echo(printable(line), err=err)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table with aligned columns, whole lines wherever the output goes."""
+    """Print a table with aligned columns, without truncating lines."""
     widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(columns)]
     for row in (columns, *rows):
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_notes(notes: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Print the notes on each case that has any to stderr, a line a case."""
+    """Print the notes on each case to stderr, one line per case."""
     for case, of_case in notes:
         if of_case:
             say(f"note: {case}: {'; '.join(of_case)}", err=True)
@@ -80,7 +80,7 @@ def print_notes(notes: Iterable[tuple[str, Sequence[str]]]) -> None:
 
 @contextmanager
 def progress_bar(task: str) -> Iterator[Progress | None]:
-    """Show a bar on a terminal; yield None, and print nothing, where there is none."""
+    """Show a progress bar on a terminal; otherwise yield None and print nothing."""
     if not sys.stderr.isatty():
         yield None
         return

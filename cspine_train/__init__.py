@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cspine_data import install_hint
+from cspine_data.tools import install_hint
 
 if TYPE_CHECKING:
     from cspine_train.errors import CspineTrainError, ModelError, RunError

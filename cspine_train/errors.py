@@ -30,7 +30,7 @@ class ModelError(CspineTrainError, ValueError):
 
 def error_told(name: str, error: Exception) -> str:
     """Return one line on what went wrong with something of that name, whatever was raised."""
-    from cspine_data import describe_problem
+    from cspine_data.tools import describe_problem
 
     return str(error) if isinstance(error, CspineTrainError) else describe_problem(name, error).message
 

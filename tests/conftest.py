@@ -116,7 +116,8 @@ def do_serially(patches: pytest.MonkeyPatch) -> None:
         for job in jobs:
             yield [(job, work(job, str(store)))]
 
-    patches.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
+    for module in ("jobs", "pipeline"):
+        patches.setattr(f"cspine_data.preparation.{module}.run_jobs", run_jobs)
 
 
 @pytest.fixture

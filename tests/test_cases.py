@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cspine_data import InputError, Problem, Volume, describe_problem, find_cases, write_volume
+from cspine_data import InputError, Problem, Volume, find_cases, write_volume
 from cspine_data.sources.cases import Case, cohort_note, load_case, scan_case
+from cspine_data.tools import describe_problem
 from tests.conftest import ball, geometry, write_case
 
 
@@ -212,7 +213,7 @@ def test_a_name_that_would_write_on_the_terminal_is_told_and_not_done(tmp_path: 
 def test_volumes_of_somebody_else_are_not_written_over(tmp_path: Path, run_data) -> None:
     own = write_case(tmp_path, "CS_01")
     before = own.read_bytes()
-    told = f"Error: {tmp_path}: holds volumes that are no phantoms of cspine; choose an empty folder\n"
+    told = f"Error: {tmp_path}: holds volumes that are no cspine phantoms; choose an empty folder\n"
     assert run_data("phantom", tmp_path, "--cases", "1").output == told
     assert own.read_bytes() == before
 

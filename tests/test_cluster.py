@@ -19,7 +19,8 @@ import pytest
 from distributed import get_client
 from distributed.security import Security
 
-from cspine_data import InputError, Workers, open_cohort, side_by_side
+from cspine_data import InputError, open_cohort
+from cspine_data.tools import Workers, side_by_side
 from tests.conftest import write_case
 
 # Connects to every port in three ways: Dask's protocol in the clear, with TLS and a certificate of its own, and HTTP.

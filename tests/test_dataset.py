@@ -200,7 +200,7 @@ def test_arrays_of_another_shape_or_dtype_are_refused(
 
 def test_cases_are_named_in_a_list_and_known(phantom_store: Path) -> None:
     cohort = open_cohort(phantom_store)
-    with pytest.raises(InputError, match=r"cases='CS_01': is one name; give a list of them: \['CS_01'\]"):
+    with pytest.raises(InputError, match=r"cases='CS_01': is a text; give a list: \['CS_01'\]"):
         cohort.slices(variant="n4", cases="CS_01")
     with pytest.raises(NotInStoreError, match="holds no case 'CS_9'"):
         cohort.slices(variant="n4", split="train", cases=["CS_01", "CS_9"])
@@ -282,10 +282,14 @@ def test_no_pytorch_is_needed(phantom_store: Path) -> None:
 
 def test_public_names_are_what_they_say() -> None:
     import cspine_data
+    import cspine_data.tools
 
     for name in cspine_data.__all__:
         assert getattr(cspine_data, name) is not None
     assert callable(cspine_data.prepare)
     assert callable(cspine_data.verify)
+    for name in cspine_data.tools.__all__:
+        assert getattr(cspine_data.tools, name) is not None
+        assert name not in cspine_data.__all__
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = cspine_data.nothing

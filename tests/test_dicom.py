@@ -139,7 +139,7 @@ def of(index: int, **tags: Any) -> Changed:
         (of(2, SeriesInstanceUID="1.2.3"), r"series: holds 2 DICOM series \(6, 1 files\); put each into its own"),
         (of(2, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "is of another grid than .*; take localisers out"),
         (of(2, PixelSpacing=[9, 9]), "is of another grid than"),
-        (of(2, ImagePositionPatient=[0, 0]), "dcm: does not say where it lies in the patient; convert"),
+        (of(2, ImagePositionPatient=[0, 0]), "dcm: does not give its position in the patient; convert"),
         (of(2, ImagePositionPatient=["1e9", 0, 0]), "misses slices|shifted against each other|that no scanner gives"),
         (of(2, PhotometricInterpretation="MONOCHROME1"), "dcm: is stored inverted .MONOCHROME1.; convert"),
         (of(2, NumberOfFrames=3), "dcm: holds 3 frames; convert the series to NIfTI"),
@@ -162,7 +162,7 @@ def test_slices_missing_or_there_twice_are_refused(series: tuple[Path, Volume]) 
         read_volume(folder)
     copy.unlink()
     one.unlink()
-    with pytest.raises(InputError, match=r"misses slices \(they lie .* mm apart\); fetch the whole series"):
+    with pytest.raises(InputError, match=r"misses slices \(they are .* mm apart\); fetch the whole series"):
         read_volume(folder)
     for path in list(folder.iterdir())[1:]:
         path.unlink()

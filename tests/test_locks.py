@@ -15,7 +15,8 @@ from threading import Event, Thread
 import pytest
 from click.testing import Result
 
-from cspine_data import Preprocessing, atomic_write, exclusive_lock
+from cspine_data import Preprocessing
+from cspine_data.tools import atomic_write, exclusive_lock
 from cspine_train import RunError
 from cspine_train.run.folder import only_writer, write_text
 from cspine_train.run.record import RunRecord, load_record, save_record

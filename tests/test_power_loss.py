@@ -163,7 +163,7 @@ def life_of_a_store(tmp_path: Path, serially: None, monkeypatch: pytest.MonkeyPa
             return refused
 
         with recorded(recorder, monkeypatch), monkeypatch.context() as patch:
-            patch.setattr("cspine_data.preparation.pipeline.publish", publish_and_promise)
+            patch.setattr("cspine_data.preparation.jobs.publish", publish_and_promise)
             # A run killed before its folders were durable, and its digest found by the next.
             with monkeypatch.context() as killed, suppress(KeyboardInterrupt):
                 killed.setattr("cspine_data.preparation.case_writer.sync_above", interrupt)

@@ -32,7 +32,7 @@ from cspine_data import (
     verify,
     write_volume,
 )
-from cspine_data.preparation.pipeline import prepare_case
+from cspine_data.preparation.case_writer import prepare_case
 from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
 from cspine_data.store.publishing import Refused, Replacement, create_store, publish
@@ -45,7 +45,7 @@ def test_the_second_run_does_nothing_and_says_so(store: Path, run_data) -> None:
     done: Result = run_data("prepare", store.parent / "raw", "--store", store, "--no-n4")
     assert done.exit_code == 0
     assert "0 done, 2 reused, 0 failed" in done.output
-    assert "nothing to do: the store holds every case as asked" in done.output
+    assert "nothing to do" in done.output
     assert contents(store) == before
 
 
@@ -99,9 +99,9 @@ def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data) -> No
         ),
         (
             ("prepare", "raw", "--no-n4", "--n4-spacing", "40"),
-            "Error: --no-n4: leaves the field in; leave out the other --n4 options",
+            "Error: --no-n4: contradicts the other --n4 options; leave them out",
         ),
-        (("prepare", "raw", "--no-n4", "--n4-preset", "fast"), "Error: --no-n4: leaves the field in"),
+        (("prepare", "raw", "--no-n4", "--n4-preset", "fast"), "Error: --no-n4: contradicts"),
         (("prepare", "raw", "--spacing", "fine"), "Error: spacing 'fine': is not known; give native, one size in mm"),
         (("prepare", "raw", "--workers", "0"), "Error: workers 0: are too few; give 1 or more"),
         (
@@ -171,7 +171,7 @@ def test_spacing_and_normalisation_are_recorded_and_correct_nothing_again(store:
     pairs.write_text("case,volume,label\nA,A.nrrd,AS-label.nrrd\n")
     done = run_data(*told, "--pairs", pairs)
     assert "1 done, 0 reused" in done.output
-    assert "1 of them replace what was prepared otherwise; now: no N4, percentile, 0.75 x 1 x 2 mm" in done.output
+    assert "1 of them replace cases with other parameters; now: no N4, percentile, 0.75 x 1 x 2 mm" in done.output
     told_of = run_data("info", store).output
     assert "raw: 1 cases prepared with no N4, percentile, 0.75 x 1 x 2 mm" in told_of
     assert "raw: 1 cases prepared with no N4, zscore, native voxels" in told_of
@@ -213,7 +213,7 @@ def test_nyul_learns_from_the_cohort_once_and_keeps_to_it(tmp_path: Path, run_da
     told = ("prepare", raw, "--store", store, "--no-n4", "--axes", "0", "--normalisation", "nyul")
     done = run_data(*told).output
     assert "3 done" in done
-    assert "nyul: matched to the histograms of 3 cases, learnt once for this store" in done
+    assert "nyul: matched to the mean histogram of 3 cases" in done
     standards = {record.preprocessing.standard for record in open_cohort(store).records()}
     (standard,) = standards
     assert standard is not None
@@ -334,10 +334,10 @@ def test_an_exchange_waits_for_the_half_that_was_overtaken(
     def publish_late(path: Path, made: list[Replacement]) -> Refused:
         made = list(made)
         if next(rounds) == 1:
-            return Refused({"B"}, publish(path, [one for one in made if one.case == "A"]).twice)
+            return Refused({"B"}, publish(path, [one for one in made if one.case == "A"]).duplicates)
         return publish(path, made)
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.publish", publish_late)
+    monkeypatch.setattr("cspine_data.preparation.jobs.publish", publish_late)
     assert prepare(raw, store, n4=False).done == ("A", "B")
     assert verify(store) == []
 
@@ -351,7 +351,7 @@ def test_workers_that_write_elsewhere_are_told_of(store: Path, tmp_path: Path, m
         for job in jobs:
             yield [(job, work(job, str(elsewhere)))]
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.jobs.run_jobs", run_jobs)
     write_case(store.parent / "raw", "C")
     (problem,) = prepare(store.parent / "raw", store, n4=False).failed
     assert "what its worker wrote is not there, or others keep replacing it; do all workers see" in problem.message
@@ -449,7 +449,7 @@ def stopped_clock(patches: pytest.MonkeyPatch) -> list[float]:
     """Stop the clock by which cases are published; return its seconds, to be changed."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
-    patches.setattr("cspine_data.preparation.pipeline.time", clock)
+    patches.setattr("cspine_data.preparation.jobs.time", clock)
     return now
 
 
@@ -465,7 +465,7 @@ def test_cases_are_published_together_and_not_one_by_one(
         published.append(len(made))
         return publish(path, made)
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.publish", watched)
+    monkeypatch.setattr("cspine_data.preparation.jobs.publish", watched)
     stopped_clock(monkeypatch)
     told: list[tuple[int, int, str]] = []
     summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, progress=lambda *one: told.append(one))
@@ -484,7 +484,7 @@ def test_what_has_ended_is_published_while_others_take_long(tmp_path: Path, monk
             yield [(job, work(job, str(store))) for job in ended]
             seen.append(len(read_root(store).cases))
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.jobs.run_jobs", run_jobs)
     for name in "ABC":
         write_case(tmp_path / "raw", name)
     prepare(tmp_path / "raw", store, n4=False)
@@ -504,7 +504,7 @@ def test_what_has_ended_is_published_however_a_run_ends(
             yield [(job, work(job, str(store)))]
         raise ending
 
-    monkeypatch.setattr("cspine_data.preparation.pipeline.run_jobs", run_jobs)
+    monkeypatch.setattr("cspine_data.preparation.jobs.run_jobs", run_jobs)
     for name in "ABCD":
         write_case(tmp_path / "raw", name)
     with pytest.raises(ending if isinstance(ending, type) else type(ending)):
@@ -592,10 +592,10 @@ def test_the_commands_fit_together(store: Path, tmp_path: Path, run_data) -> Non
     damaged = run_data("verify", store)
     assert damaged.exit_code == 1
     assert "damaged: B (raw): axis1/label/c/0/0/0: is not what was written" in damaged.output
-    assert f"mend it with cspine-data verify {store} --repair SOURCE" in damaged.output
+    assert f"repair it with cspine-data verify {store} --repair SOURCE" in damaged.output
     mended = run_data("verify", store, "--repair", store.parent / "raw")
     assert mended.exit_code == 0
-    assert mended.stdout == f"{store}: sound; 1 damaged files were mended\n"
+    assert mended.stdout == f"{store}: sound; 1 damaged files were repaired\n"
     assert run_data("verify", store).output == f"{store}: sound\n"
 
 

@@ -321,7 +321,7 @@ def test_an_anonymised_store_names_nobody(tmp_path: Path, run_data) -> None:
     told = ("prepare", raw, "--store", store, "--no-n4", "--axes", "0", "--anonymise")
     done = run_data(*told)
     assert done.exit_code == 0
-    assert f"which case is which stands in {key}; keep it safe, and to yourself" in done.output
+    assert f"the key to the case names is {key}" in done.output
     assert not NAME.findall(done.output.encode())
     assert leaks(store) == {}
     assert oct(key.stat().st_mode & 0o777) == "0o600"
@@ -346,7 +346,7 @@ def test_names_and_neutral_ids_do_not_mix(store: Path, tmp_path: Path, run_data)
     assert run_data("prepare", raw, "--store", store, "--no-n4", "--anonymise").output == told
     assert "2 done" in run_data("prepare", raw, "--store", neutral, "--no-n4", "--anonymise").output
     key = tmp_path / "neutral.zarr.key.csv"
-    told = f"Error: {key}: lies beside the store: its cases have neutral ids; give --anonymise\n"
+    told = f"Error: {key}: exists beside the store: its cases have neutral ids; give --anonymise\n"
     assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
     (neutral / "zarr.json").rename(tmp_path / "root")
     assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
@@ -355,5 +355,5 @@ def test_names_and_neutral_ids_do_not_mix(store: Path, tmp_path: Path, run_data)
     told = f"Error: {neutral}: its cases have neutral ids; give --anonymise\n"
     assert run_data("prepare", raw, "--store", neutral, "--no-n4").output == told
     assert run_data("remove", neutral, "case0001", "case0002").exit_code == 0
-    told = f"Error: {key}: is missing, and only it says which case is which; bring it back to that place\n"
+    told = f"Error: {key}: is missing, and without it the cases cannot be identified; restore it there\n"
     assert run_data("prepare", raw, "--store", neutral, "--no-n4", "--anonymise").output == told

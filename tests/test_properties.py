@@ -35,7 +35,7 @@ from cspine_data import (
     read_volume,
     write_volume,
 )
-from cspine_data.preparation.pipeline import prepare_case
+from cspine_data.preparation.case_writer import prepare_case
 from cspine_data.preparation.plan import Job, plan_jobs
 from cspine_data.preprocessing.normalisation import NYUL_PERCENTILES
 from cspine_data.preprocessing.tissue import tissue_threshold

@@ -93,9 +93,7 @@ def test_a_name_that_is_not_utf8_is_a_problem_of_that_case_alone(tmp_path: Path)
     assert ids_of(found) == {"a": "case0001"}
     (problem,) = found.problems
     assert problem.case == ""
-    assert problem.message.endswith(
-        "M\ufffdller.nii: its name is not UTF-8, and the key could not hold it; rename the file"
-    )
+    assert problem.message.endswith("M\ufffdller.nii: its name is not UTF-8, as the key requires; rename the file")
 
 
 def test_only_its_owner_reads_the_key_whatever_the_umask(tmp_path: Path) -> None:
@@ -136,7 +134,7 @@ def test_a_key_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "does not start with the columns id,case; mend it by hand or bring back a copy"),
+        (b"", "does not start with the columns id,case; correct it"),
         (b"case,id\nDoe,case0001\n", "does not start with the columns id,case"),
         (b"id,case,date\n", "does not start with the columns id,case"),
         (b"id,case\ncase0001,Doe\ncase0001,Roe\n", "gives case0001 a second time, in row 3"),
@@ -145,7 +143,7 @@ def test_a_key_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
         (b"id,case\ncase00001,Doe\n", "has an id unlike case0001 in row 2"),
         (b"id,case\nDoe\n", "has not an id and a case in row 2"),
         (b"id,case\ncase0001,\n", "has not an id and a case in row 2"),
-        (b"id,case\ncase0001,D", "ends within a line; if it is whole, end that line"),
+        (b"id,case\ncase0001,D", "ends within a line; if it is complete, end the line"),
         (b'id,case\ncase0001,"Doe\n', "is no readable CSV file (unexpected end of data)"),
         (b"id,case\ncase0001,D\xf6e\n", "is not UTF-8; save it as CSV in UTF-8"),
     ],

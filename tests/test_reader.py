@@ -141,7 +141,7 @@ def test_a_truncated_shard_raises(length: int, tmp_path: Path) -> None:
     shard = written(tmp_path, np.ones((3, 9, 11), np.float32)) / "c/0/0/0"
     shard.write_bytes(shard.read_bytes()[:length])
     with pytest.raises(
-        DamagedStoreError, match=r"its index is not what was written; mend it with cspine-data verify .* --repair"
+        DamagedStoreError, match=r"its index is not what was written; repair it with cspine-data verify .* --repair"
     ):
         open_slices(tmp_path / "axis0/image")
 
@@ -350,7 +350,7 @@ def test_a_url_is_no_folder(run_data: Callable[..., Result], tmp_path: Path, mon
     for command in (("prepare", "raw", "--no-n4", "--store"), ("info",), ("verify",), ("gc",)):
         done = run_data(*command, "http://127.0.0.1:9/s.zarr")
         assert done.exit_code != 0
-        assert "is a URL, which only open_cohort and cspine-train read from; give a folder" in done.output
+        assert "is a URL, which only open_cohort and cspine-train can read; give a folder" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 

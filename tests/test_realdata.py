@@ -140,7 +140,8 @@ def test_odd_encodings_are_read_or_refused_by_name(realdata: Path, tmp_path: Pat
                         (folder / path.name).write_bytes(header)
         listing = find_cases(folder)
         assert len(listing.cases) == 1
-        from cspine_data.sources.cases import Problem, scan_case
+        from cspine_data.errors import Problem
+        from cspine_data.sources.cases import scan_case
 
         found = scan_case(listing.cases[0], {})
         # The ball is a mask: it is read, and then no volume to prepare.

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from cspine_data import InputError, Preprocessing, Volume, open_cohort, prepare, verify, write_volume
+from cspine_data.errors import Problem
+from cspine_data.preparation.jobs import run_jobs
 from cspine_data.preparation.plan import Job
-from cspine_data.preparation.workers import run_jobs
-from cspine_data.sources.cases import Case, Problem
+from cspine_data.sources.cases import Case
 from cspine_data.store.records import read_root
 from tests.conftest import ball, contents, write_case
 from tests.test_volumes import header
@@ -104,7 +105,7 @@ def test_a_quota_and_a_broken_disk(error: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cspine_data", "prepare", str(tmp_path / "raw"), "--store", str(store), "--no-n4"]
     done = subprocess.run([*inject, *command], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
-    told = {"EDQUOT": "Disk quota exceeded; free some space", "EIO": "Input/output error; mend that"}[error]
+    told = {"EDQUOT": "Disk quota exceeded; free some space", "EIO": "Input/output error; fix this"}[error]
     lines = done.stderr.splitlines()
     assert len(lines) == 2
     assert all(line.startswith(f"failed: {store / 'cases'}/") for line in lines)
@@ -124,7 +125,7 @@ def wait(job: Job, store: str) -> int:
 def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import LocalCluster
 
-    monkeypatch.setattr("cspine_data.preparation.workers._PATIENCE_S", 1)
+    monkeypatch.setattr("cspine_data.parallel.workers._PATIENCE_S", 1)
     job = Job(Case("A", write_case(tmp_path / "raw", "A")), "0" * 64, None, Preprocessing(bias=None), (0,))
     with LocalCluster(n_workers=0, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
         address = cluster.scheduler_address
@@ -137,7 +138,7 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
         threading.Timer(3, cluster.scale, (0,)).start()
         (((_, problem),),) = run_jobs(wait, [job], tmp_path, None, address)
         assert isinstance(problem, Problem)
-        assert "A.nrrd: no worker process is left to do it; see what ended them" in problem.message
+        assert "A.nrrd: no worker process is left to do it" in problem.message
 
 
 def open_files(soft: int, hard: int) -> Callable[[], None]:
@@ -151,7 +152,7 @@ def test_too_few_open_files(most: int, tmp_path: Path) -> None:
     done = run(*told, within=open_files(most, most))
     assert done.returncode == 1
     assert done.stderr == (
-        f"Error: workers 1: need more than the {most} open files that they may have; "
+        f"Error: workers 1: need more than the allowed {most} open files; "
         "raise their limit to 80 (ulimit -n), or use fewer --workers\n"
     )
     assert run(*told, within=open_files(most, 4096)).returncode == 0
@@ -165,7 +166,7 @@ def test_a_worker_that_dies_is_named_and_the_others_go_on(tmp_path: Path, monkey
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
         "import os, signal\n"
-        "import cspine_data.preparation.pipeline as p\n"
+        "import cspine_data.preparation.jobs as p\n"
         "real = p.prepare_case\n"
         "def prepare_case(job, store):\n"
         "    if job.case.id == 'deadly':\n"

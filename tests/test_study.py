@@ -25,7 +25,8 @@ from distributed import Client, LocalCluster, get_worker
 from filelock import FileLock
 from pyarrow import parquet
 
-from cspine_data import Cohort, Preprocessing, Workers, open_cohort, prepare, side_by_side, usable_cores
+from cspine_data import Cohort, Preprocessing, open_cohort, prepare
+from cspine_data.tools import Workers, side_by_side, usable_cores
 from cspine_train import RunError, RunSettings, evaluate, train
 from cspine_train.metrics.overlap import MEASURES
 from cspine_train.run.patient_split import what_is_fed
@@ -531,8 +532,8 @@ def test_cells_of_a_scheduler_share_the_cores_of_a_machine(monkeypatch: pytest.M
 def test_tasks_take_a_workers_gpu_in_turns_and_are_lost_when_no_worker_has_any(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cspine_data.preparation.workers._PATIENCE_S", 0.0)
-    monkeypatch.setattr("cspine_data.preparation.workers._LOOK_S", 0.5)
+    monkeypatch.setattr("cspine_data.parallel.workers._PATIENCE_S", 0.0)
+    monkeypatch.setattr("cspine_data.parallel.workers._CHECK_S", 0.5)
     with ExitStack() as stack:
         cluster = stack.enter_context(LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None))
         gpu, _ = (
@@ -550,7 +551,7 @@ def test_tasks_take_a_workers_gpu_in_turns_and_are_lost_when_no_worker_has_any(
         next(doing)
         gpu.kill()
         (((_, told),),) = list(doing)
-        assert told == "no worker process is left to do it; see what ended them, then run it again"
+        assert told == "no worker process is left to do it, then run it again"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from cspine_data import (
     verify,
 )
 from cspine_data.datasets import slice_reader as reader
-from cspine_data.preparation.pipeline import do_jobs
+from cspine_data.preparation.jobs import do_jobs
 from cspine_data.store import schema
 from cspine_data.store.publishing import Replacement, publish
 from cspine_data.store.records import read_root
@@ -157,7 +157,7 @@ def test_repair_brings_back_the_very_bytes_and_touches_nothing_else(damage: Any,
 def test_repair_deletes_no_file_that_somebody_put_there(store: Path, run_data) -> None:
     notes = one(store, "A/*/axis0") / "notes.txt"
     notes.write_text("mine")
-    told = "failed: A (raw): axis0/notes.txt: does not belong there; move it away, then mend the case"
+    told = "failed: A (raw): axis0/notes.txt: does not belong there; move it away"
     assert told in run_data("verify", store, "--repair", store.parent / "raw").stderr
     assert notes.read_text() == "mine"
 
@@ -169,16 +169,13 @@ def test_links_are_not_followed_out_of_a_store(store: Path, tmp_path: Path, run_
     for linked in ("cases", "cases/A", f"cases/A/{read_root(store).cases['A']['raw']}"):
         (store / linked).rename(tmp_path / "aside")
         (store / linked).symlink_to(other if linked == "cases" else other / linked)
-        assert any("lies behind a link to elsewhere" in told for told in told_by_verify(store))
+        assert any("is behind a link" in told for told in told_by_verify(store))
         if linked.count("/") < 2:
             done = run_data("verify", store, "--repair", store.parent / "raw")
             assert done.exit_code == 1
-            assert "is a link to elsewhere; put the folder itself there" in done.stderr
+            assert "is a link" in done.stderr
             write_case(store.parent / "raw", "A", seed=5)
-            assert (
-                "is a link to elsewhere"
-                in run_data("prepare", store.parent / "raw", "--store", store, "--no-n4").stderr
-            )
+            assert "is a link" in run_data("prepare", store.parent / "raw", "--store", store, "--no-n4").stderr
             write_case(store.parent / "raw", "A", seed=0)
         assert contents(other) == before
         (store / linked).unlink()
@@ -204,7 +201,7 @@ def test_repair_undoes_nothing_that_another_run_does_meanwhile(
     summary = repair(store, store.parent / "raw")
     assert summary.mended == ()
     assert {problem.message for problem in summary.failed} == {
-        f"{store}: {case} was prepared anew or removed meanwhile" for case in "AB"
+        f"{store}: {case} was prepared again or removed during the repair" for case in "AB"
     }
     assert open_cohort(store).cases == ("A",)
     assert open_cohort(store).record("A").preprocessing == other
@@ -257,7 +254,7 @@ def test_what_was_mended_can_be_read_by_who_had_it_open(store: Path) -> None:
     expected = slices[8]
     reader._open_arrays._arrays.clear()
     one(store, "A/*/axis0/image/c/0/0/0").write_bytes(b"\0" * 9000)
-    with pytest.raises(DamagedStoreError, match="mend it with cspine-data verify .* --repair SOURCE"):
+    with pytest.raises(DamagedStoreError, match="repair it with cspine-data verify .* --repair SOURCE"):
         slices[8]
     repair(store, store.parent / "raw")
     assert same(slices[8], expected)
@@ -308,11 +305,11 @@ def test_repair_takes_only_what_the_case_was_made_of(store: Path, run_data) -> N
     write_case(raw, "A", seed=99)
     done = run_data("verify", store, "--repair", raw)
     assert done.exit_code == 1
-    assert "A.nrrd: is not what the damaged case was made of, or was prepared in a way that is lost" in done.stderr
-    assert done.stdout == f"{store}: 0 mended, 1 still damaged\n"
+    assert "A.nrrd: differs from the source of the damaged case" in done.stderr
+    assert done.stdout == f"{store}: 0 repaired, 1 still damaged\n"
     (raw / "A.nrrd").unlink()
     (raw / "AS-label.nrrd").unlink()
-    told = "failed: case 'A': is damaged, and not in the source; give the folder that holds its files"
+    told = "failed: case 'A': is damaged, and not in the source; give the folder with its files"
     assert told in run_data("verify", store, "--repair", raw).stderr
 
 
@@ -322,7 +319,7 @@ def test_a_lost_root_is_brought_back_from_its_copy(content: bytes | None, store:
     (store / "zarr.json").unlink()
     if content is not None:
         (store / "zarr.json").write_bytes(content)
-    remedy = f"mend it with cspine-data verify {store} --repair SOURCE"
+    remedy = f"repair it with cspine-data verify {store} --repair SOURCE"
     for command in (
         ("info", store),
         ("verify", store),
@@ -370,7 +367,7 @@ def test_a_case_removed_while_repair_verifies_is_not_brought_back(store: Path, m
 
     monkeypatch.setattr("cspine_data.preparation.repair.verify", verify_and_remove)
     (problem,) = repair(store, store.parent / "raw").failed
-    assert problem.message.endswith("A was prepared anew or removed meanwhile; verify again")
+    assert problem.message.endswith("A was prepared again or removed during the repair; verify again")
     assert open_cohort(store).cases == ("B",)
 
 
@@ -378,7 +375,7 @@ def test_names_that_a_lost_root_leaves_are_not_taken_into_an_anonymised_store(st
     for name in ("zarr.json", ".zarr.json.copy"):
         (store / name).unlink()
     done = run_data("prepare", store.parent / "raw", "--store", store, "--no-n4", "--anonymise")
-    assert done.output == f"Error: {store}: is there and is no cspine store; choose another --store\n"
+    assert done.output == f"Error: {store}: exists and is no cspine store; choose another --store\n"
 
 
 def test_a_root_lost_with_its_copy_costs_no_case(store: Path) -> None:
@@ -400,7 +397,7 @@ def test_a_store_cannot_lead_out_of_its_folder(store: Path) -> None:
 
     for case, digest in (("../../etc", "0" * 32), ("A", "../../../etc"), (".hidden", "0" * 32)):
         rewrite(store, lambda record, case=case, digest=digest: record.update(cases={case: {"raw": digest}}))
-        with pytest.raises(DamagedStoreError, match="is no case id with digests"):
+        with pytest.raises(DamagedStoreError, match="is no valid case id"):
             open_cohort(store)
 
 
@@ -449,14 +446,14 @@ def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, 
         (store / file).write_text("mine")
     (store / "cases" / "E").symlink_to(store.parent / "raw")
     told = run_data("gc", store).output
-    assert told.endswith(f"{store}: nothing to delete that has been unused for 7 days\n")
-    assert "MB more may still be in use: not unused for 7 days yet" in told
+    assert told.endswith(f"{store}: nothing has been unused for 7 days\n")
+    assert "MB more may still be in use" in told
     # What may be being written is let alone for an hour, however short the time of grace.
     assert run_data("gc", store, "--grace-days", "0").output.count("unused for") == 3
     age(store, 0.1)
     listed = run_data("gc", store, "--grace-days", "0")
     assert "7 folders and files" in listed.output
-    assert "can be deleted; do it with --delete" in listed.output
+    assert "can be deleted with --delete" in listed.output
     assert run_data("gc", store, "--grace-days", "0").output.count("unused for") == 7
     assert "deleted" in run_data("gc", store, "--grace-days", "0", "--delete").output
     for file in kept:
@@ -467,7 +464,9 @@ def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, 
     assert {file.name for file in store.rglob(".*")} == {".lock", ".zarr.json.copy"}
     assert contents(store) == before
     assert "Invalid value for '--grace-days'" in run_data("gc", store, "--grace-days", "-1").output
-    assert run_data("gc", store, "--grace-days", "nan").output.startswith("Error: grace nan s: is no time; give 0")
+    assert run_data("gc", store, "--grace-days", "nan").output.startswith(
+        "Error: grace nan s: is no valid time; give 0"
+    )
 
 
 def test_a_digest_that_a_run_is_about_to_publish_is_made_anew_where_gc_took_it(store: Path) -> None:
@@ -487,7 +486,7 @@ def test_a_removed_case_is_gone_and_comes_back_to_its_place(store: Path, run_dat
     )
     assert open_cohort(store).cases == ("A", "B")
     assert (
-        "removed A (raw); cspine-data gc --delete deletes the bytes in a week"
+        "removed A (raw); cspine-data gc --delete deletes the files after a week"
         in run_data("remove", store, "A", "--variant", "raw").output
     )
     with pytest.raises(NotInStoreError, match="holds case 'A' as n4, not as raw"):

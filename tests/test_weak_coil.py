@@ -59,7 +59,7 @@ def test_air_of_one_value_shows_no_noise() -> None:
     image[10:20, 10:20, 10:20] = 100
     found = noise_floor(image, average_down(image, (3, 3, 3)), (3, 3, 3), 50.0)
     assert found.deviation == 0
-    assert found.clear(average_down(image, (3, 3, 3)), (3.0, 3.0, 3.0)).all()
+    assert found.above_noise(average_down(image, (3, 3, 3)), (3.0, 3.0, 3.0)).all()
 
 
 @pytest.mark.parametrize("outliers", [0.0, 0.3, 0.5])
@@ -139,4 +139,4 @@ def test_the_noise_of_eight_bit_images_is_that_of_the_air(mean: float) -> None:
     found = noise_floor(image, averaged, (4, 4, 4), 60.0)
     assert found.level == pytest.approx(mean, abs=0.1)
     assert found.deviation == pytest.approx(1.2, rel=0.1)
-    found.clear(averaged, (2.0, 2.0, 2.0))
+    found.above_noise(averaged, (2.0, 2.0, 2.0))

@@ -9,7 +9,7 @@ import click
 
 from cspine_data.terminal import CommandGroup, can_go_on, print_notes, print_table, progress_bar, warn_in_one_line
 
-# Whether a path can be used is told by what uses it, with a remedy.
+# Paths are checked where they are used, with a message that names the remedy.
 PATH = click.Path(readable=False, path_type=Path)
 SOURCE = click.argument("source", type=PATH, default="data/raw")
 STORE = click.argument("store", type=PATH, default="data/cspine.zarr")
@@ -21,25 +21,25 @@ PAIRS = click.option(
 TRUST_VOXELS = click.option(
     "--trust-voxels",
     is_flag=True,
-    help="Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.",
+    help="Assume that a label map without a position in its header is on its volume's grid, voxel for voxel.",
 )
 IGNORE_LABEL = click.option(
-    "--ignore-label", type=int, metavar="V", help="Value of voxels of label maps that must not count, such as -1."
+    "--ignore-label", type=int, metavar="V", help="Label value of voxels to ignore, such as -1."
 )
-VARIANT = click.option("--variant", help="n4 or raw; may be left out where the store holds one.")
+VARIANT = click.option("--variant", help="n4 or raw; optional if the store has only one.")
 
 
 @click.group(cls=CommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cspine")
 def main() -> None:
-    """Correct the bias field of spine MRI once, and keep volumes and slices ready for training."""
+    """Correct the bias field of spine MRI once, and store volumes and slices for training."""
     warn_in_one_line()
 
 
 @main.command()
 @click.argument("folder", type=PATH)
-@click.option("--cases", type=int, default=14, help="How many volumes to make.")
-@click.option("--seed", type=int, default=0, help="Another seed makes another cohort.")
+@click.option("--cases", type=int, default=14, help="Number of volumes.")
+@click.option("--seed", type=int, default=0, help="Random seed.")
 def phantom(folder: Path, cases: int, seed: int) -> None:
     """Write a synthetic labelled cervical cohort into FOLDER."""
     from cspine_data.phantom.cohort import TRUTH_FOLDER, make_phantom_cohort
@@ -57,8 +57,9 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @IGNORE_LABEL
 @TRUST_VOXELS
 def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxels: bool) -> None:
-    """Show what would be prepared from SOURCE, and every problem; nothing is written."""
-    from cspine_data.sources.cases import Problem, scan_case
+    """List the cases in SOURCE and all problems, without writing anything."""
+    from cspine_data.errors import Problem
+    from cspine_data.sources.cases import scan_case
     from cspine_data.sources.pairing import find_cases
 
     listing = find_cases(source, pairs)
@@ -91,39 +92,46 @@ def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxel
     "--store",
     type=PATH,
     default="data/cspine.zarr",
-    help="Store to make or add to.",
+    help="Store to create or to add to.",
 )
-@click.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4) or leave it (variant raw).")
+@click.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4), or do not (variant raw).")
 @click.option(
     "--n4-preset",
     type=click.Choice(["fast", "default", "thorough"]),
     show_default=False,
-    help="Accuracy against time; default where nothing is said.",
+    help="Trade-off between accuracy and time. [default: default]",
 )
 @click.option(
     "--n4-engine",
     type=click.Choice(["separable", "itk"]),
-    help="Ours, or SimpleITK's slow twin of it, which takes no --n4-spacing.",
+    help="N4 implementation: separable, or SimpleITK's filter, which is slow and has no --n4-spacing.",
 )
-@click.option("--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, that the field is estimated on.")
-@click.option("--n4-spacing", "n4_spacing_mm", type=float, help="Length, mm, of the spline's finest elements.")
-@click.option("--n4-iterations", help="Most iterations at each level, as in 200,200,200.")
+@click.option(
+    "--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, at which the field is estimated."
+)
+@click.option(
+    "--n4-spacing",
+    "n4_spacing_mm",
+    type=float,
+    help="Distance, mm, between the spline's control points at the finest level.",
+)
+@click.option("--n4-iterations", help="Maximum number of iterations at each level, such as 200,200,200.")
 @click.option(
     "--normalisation",
     type=click.Choice(["zscore", "percentile", "nyul"]),
     default="zscore",
-    help="Scale of intensities: the tissue's mean and deviation, its percentiles, or the cohort's histogram.",
+    help="Intensity normalisation: mean and standard deviation of tissue, its percentiles, or the cohort's histogram.",
 )
-@click.option("--spacing", default="native", help="Voxels, mm, that slices are resampled to: native, 1 or 0.5,0.5,1.")
-@click.option("--axes", default="012", help="Axes to slice along: 0 sagittal, 1 coronal, 2 axial.")
-@click.option("--workers", type=int, help="Worker processes; one a core by default.")
+@click.option("--spacing", default="native", help="Voxel size, mm, of the slices: native, 1 or 0.5,0.5,1.")
+@click.option("--axes", default="012", help="Slice directions: 0 sagittal, 1 coronal, 2 axial.")
+@click.option("--workers", type=int, help="Number of worker processes. [default: one per core]")
 @click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
 @PAIRS
-@click.option("--note", help="What the data are, where they stand in for others; said beside every figure.")
+@click.option("--note", help="Description of stand-in data, such as synthetic; shown beside every figure.")
 @IGNORE_LABEL
-@click.option("--anonymise", is_flag=True, help="Call cases case0001 and so on; which is which: STORE.key.csv.")
+@click.option("--anonymise", is_flag=True, help="Name cases case0001 and so on; the key is STORE.key.csv.")
 @TRUST_VOXELS
-@click.option("--rehash", is_flag=True, help="Hash every file, also those whose size and times have not changed.")
+@click.option("--rehash", is_flag=True, help="Hash all files again, also those with unchanged size and times.")
 def prepare(
     source: Path,
     store: Path,
@@ -145,7 +153,7 @@ def prepare(
     trust_voxels: bool,
     rehash: bool,
 ) -> None:
-    """Correct, normalise and slice the volumes in SOURCE into a store; what is there already is reused."""
+    """Correct, normalise and slice the volumes in SOURCE into a store; cases that are stored already are reused."""
     from cspine_data.errors import InputError
     from cspine_data.preparation.pipeline import key_file
     from cspine_data.preparation.pipeline import prepare as prepare_cohort
@@ -160,7 +168,7 @@ def prepare(
     }
     given = {name: value for name, value in changes.items() if value is not None}
     if (given or n4_preset) and not n4:
-        raise InputError("--no-n4", "leaves the field in", "leave out the other --n4 options")
+        raise InputError("--no-n4", "contradicts the other --n4 options", "leave them out")
     preprocessing = Preprocessing(
         bias=bias_parameters(n4_preset or "default", **given) if n4 else None,
         normalisation=normalisation,
@@ -191,16 +199,16 @@ def prepare(
     )
     if summary.replaced:
         click.echo(
-            f"{len(summary.replaced)} of them replace what was prepared otherwise; now: {preprocessing.description}"
+            f"{len(summary.replaced)} of them replace cases with other parameters; now: {preprocessing.description}"
         )
     if anonymise:
-        click.echo(f"which case is which stands in {key_file(store)}; keep it safe, and to yourself")
+        click.echo(f"the key to the case names is {key_file(store)}; keep it safe and confidential")
     if summary.standard_cases:
         click.echo(
-            f"nyul: matched to the histograms of {len(summary.standard_cases)} cases, learnt once for this store"
+            f"nyul: matched to the mean histogram of {len(summary.standard_cases)} cases, which this store keeps"
         )
     if not summary.done and not summary.failed:
-        click.echo("nothing to do: the store holds every case as asked")
+        click.echo("nothing to do: all cases are stored with these parameters")
     if summary.failed:
         raise SystemExit(1)
 
@@ -208,17 +216,17 @@ def prepare(
 @main.command()
 @STORE
 def info(store: Path) -> None:
-    """Show what a store holds."""
+    """List the cases of a store."""
     from cspine_data.datasets.cohort import open_cohort
     from cspine_data.errors import printable
 
     cohort = open_cohort(store)
-    rows, ways = [], []
+    rows, descriptions = [], []
     for variant in cohort.variants:
         split = cohort.split(variant=variant)
         part_of = {case: part for part in ("train", "validation", "test") for case in split.cases(part)}
         for record in cohort.records(variant):
-            ways.append((variant, record.preprocessing.description))
+            descriptions.append((variant, record.preprocessing.description))
             deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
             rows.append(
                 (
@@ -229,7 +237,7 @@ def info(store: Path) -> None:
                 )
             )  # fmt: skip
     print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
-    for (variant, description), number in Counter(ways).items():
+    for (variant, description), number in Counter(descriptions).items():
         click.echo(f"{variant}: {number} cases prepared with {description}")
     for note in cohort.notes:
         click.echo(printable(f"note: {note}"))
@@ -247,15 +255,14 @@ def info(store: Path) -> None:
     "--repair",
     "source",
     type=PATH,
-    help="Make what is damaged anew from the volumes in here.",
+    help="Prepare damaged cases again from the volumes in this folder.",
 )
 @PAIRS
-@click.option("--workers", type=int, help="Worker processes for --repair; one a core by default.")
+@click.option("--workers", type=int, help="Number of worker processes for --repair. [default: one per core]")
 def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | None) -> None:
-    """Hold every byte of a store against its checksums."""
+    """Check all files of a store against their checksums."""
     from cspine_data.errors import InputError
     from cspine_data.store.records import repair_hint
-    from cspine_data.store.verification import OLDER
     from cspine_data.store.verification import verify as verify_store
 
     if source is not None:
@@ -269,9 +276,7 @@ def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | 
     for damage in damages:
         click.echo(f"damaged: {damage}", err=True)
     if damages:
-        only_older = all(damage.problem == OLDER for damage in damages)
-        remedy = "prepare it again" if only_older else repair_hint(store)
-        click.echo(f"{store}: {len(damages)} damaged; {remedy}")
+        click.echo(f"{store}: {len(damages)} damaged; {repair_hint(store)}")
         raise SystemExit(1)
     click.echo(f"{store}: sound")
 
@@ -279,7 +284,7 @@ def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | 
 def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) -> None:
     from cspine_data.preparation.repair import repair
 
-    with can_go_on(store), progress_bar("mending") as progress:
+    with can_go_on(store), progress_bar("repairing") as progress:
         summary = repair(store, source, pairs=pairs, workers=workers, progress=progress)
     for damage in summary.damages:
         click.echo(f"damaged: {damage}", err=True)
@@ -287,59 +292,60 @@ def _repair(store: Path, source: Path, pairs: Path | None, workers: int | None) 
         click.echo(f"failed: {problem.message}", err=True)
     for case, variant in summary.differing:
         click.echo(
-            f"note: {case} ({variant}) is sound, in other bytes than before: another version made them", err=True
+            f"note: {case} ({variant}) is sound, but its bytes differ from before: a library has another version",
+            err=True,
         )
     if summary.failed:
-        click.echo(f"{store}: {len(summary.mended)} mended, {len(summary.failed)} still damaged")
+        click.echo(f"{store}: {len(summary.mended)} repaired, {len(summary.failed)} still damaged")
         raise SystemExit(1)
-    click.echo(f"{store}: sound" + (f"; {len(summary.damages)} damaged files were mended" if summary.damages else ""))
+    click.echo(f"{store}: sound" + (f"; {len(summary.damages)} damaged files were repaired" if summary.damages else ""))
 
 
 @main.command()
 @STORE
-@click.option("--delete", is_flag=True, help="Delete it; without this it is only listed.")
+@click.option("--delete", is_flag=True, help="Delete; without this option, only list.")
 @click.option(
     "--grace-days",
     type=click.FloatRange(min=0),
     default=7.0,
-    help="Keep what somebody used so many days ago; a training run reads on what it began with, so 0 may end one.",
+    help="Keep data that were in use within this many days; 0 may stop a training run that still reads them.",
 )
 def gc(store: Path, delete: bool, grace_days: float) -> None:
-    """List what no case of a store names: replaced and removed cases, what killed runs left."""
+    """List or delete unused data of a store: replaced and removed cases, files of killed runs."""
     from cspine_data.store.garbage import collect_garbage, find_garbage, unused_for
 
     grace_s = grace_days * 24 * 3600
-    everything = find_garbage(store)
-    found = collect_garbage(store, grace_s=grace_s, delete=True) if delete else unused_for(everything, grace_s)
+    garbage = find_garbage(store)
+    found = collect_garbage(store, grace_s=grace_s, delete=True) if delete else unused_for(garbage, grace_s)
     for one in found:
         days = one.unused_s / 24 / 3600
         click.echo(f"{one.path.relative_to(store)}: {one.size_bytes / 1e6:.1f} MB, unused for {days:.1f} days")
     size = f"{len(found)} folders and files, {sum(one.size_bytes for one in found) / 1e6:.1f} MB"
-    ripe = {one.path for one in found}
-    younger = [one for one in everything if one.path not in ripe]
-    if younger:
-        waiting = sum(one.size_bytes for one in younger) / 1e6
-        click.echo(f"{waiting:.1f} MB more may still be in use: not unused for {grace_days:g} days yet")
+    listed = {one.path for one in found}
+    recent = [one for one in garbage if one.path not in listed]
+    if recent:
+        recent_mb = sum(one.size_bytes for one in recent) / 1e6
+        click.echo(f"{recent_mb:.1f} MB more may still be in use: unused for less than {grace_days:g} days")
     if not found:
-        click.echo(f"{store}: nothing to delete that has been unused for {grace_days:g} days")
+        click.echo(f"{store}: nothing has been unused for {grace_days:g} days")
     elif delete:
         click.echo(f"{store}: {size} deleted")
     else:
-        click.echo(f"{store}: {size} can be deleted; do it with --delete")
+        click.echo(f"{store}: {size} can be deleted with --delete")
 
 
 @main.command()
 @click.argument("store", type=PATH)
 @click.argument("cases", nargs=-1, required=True)
-@click.option("--variant", help="Only this one, n4 or raw; by default all that there are.")
+@click.option("--variant", help="Only this variant, n4 or raw. [default: all]")
 def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
-    """Take CASES out of STORE; gc deletes their bytes when no reader can be using them any more."""
+    """Remove CASES from STORE; gc deletes their files later, when no reader uses them any more."""
     from cspine_data.store.publishing import remove_cases
 
     remove_cases(store, cases, variant)
     click.echo(
-        f"{store}: removed {', '.join(cases)}{f' ({variant})' if variant else ''}; cspine-data gc --delete deletes the "
-        "bytes in a week, with --grace-days 0 now; prepare brings back what its source still holds"
+        f"{store}: removed {', '.join(cases)}{f' ({variant})' if variant else ''}; cspine-data gc --delete deletes "
+        "the files after a week, with --grace-days 0 at once; prepare adds the cases again if the source has them"
     )
 
 
@@ -356,12 +362,12 @@ def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
     help=".nrrd, .nii or .nii.gz file.",
 )
 def export(store: Path, case: str, variant: str | None, label: bool, output: Path) -> None:
-    """Write CASE of STORE back on its source file's own grid."""
+    """Write CASE of STORE to a file, on the grid of its source file."""
     from cspine_data.datasets.cohort import open_cohort
     from cspine_data.errors import InputError
     from cspine_data.volumes.io import write_volume
 
     if output.exists():
-        raise InputError(output, "is there already", "remove it or choose another -o")
+        raise InputError(output, "exists already", "remove it or choose another -o")
     write_volume(output, open_cohort(store).export(case, variant, label=label))
     click.echo(f"{output}: {'label map' if label else 'volume'} of {case}")

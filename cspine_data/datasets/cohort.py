@@ -1,4 +1,4 @@
-"""What a notebook sees of a store: its cases, their records, splits, slices and volumes."""
+"""The cases of a store: records, splits, slices and volumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Cohort:
     Raises
     ------
     StoreError
-        If there is no store, it is damaged, or a newer cspine wrote it.
+        If there is no store, it is damaged, or a newer cspine has written it.
 
     Examples
     --------
@@ -48,12 +48,12 @@ class Cohort:
     def __init__(self, path: str | Path) -> None:
         self.path = location(path)
         self._root: RootRecord = read_root(self.path)
-        # By variant: the cases in which something is labelled, and those whose label map labels nothing.
+        # By variant: the labelled cases, and those with an empty label map.
         self._label_maps: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {}
 
     @property
     def location(self) -> str:
-        """Where the store lies: its absolute path, or its URL."""
+        """The store's absolute path or URL."""
         return str(self.path.resolve() if is_local(self.path) else self.path)
 
     @property
@@ -63,26 +63,26 @@ class Cohort:
 
     @cached_property
     def variants(self) -> tuple[str, ...]:
-        """The variants that at least one case has, in order: ``n4``, ``raw``."""
+        """The variants of the cases, in order: ``n4``, ``raw``."""
         return tuple(sorted({variant for variants in self._root.cases.values() for variant in variants}))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the cohort is, where it stands in for something else; to be said beside every figure."""
+        """Descriptions of stand-in data, to be shown beside every figure."""
         return self._root.notes
 
     def record(self, case: str, variant: str | None = None) -> CaseRecord:
-        """Return what is known of a case: geometry, parameters, statistics, labels.
+        """Return the record of a case: geometry, parameters, statistics, labels.
 
         Raises
         ------
         NotInStoreError
-            If the store does not hold it.
+            If the store does not contain it.
         """
         return record_of(self.path, self._root, case, self._variant(variant))
 
     def records(self, variant: str | None = None) -> tuple[CaseRecord, ...]:
-        """Return the records of every case of a variant, in order."""
+        """Return the records of all cases of a variant, in order."""
         return tuple(records(self.path, self._root, self._variant(variant)))
 
     def split(
@@ -93,28 +93,28 @@ class Cohort:
         Parameters
         ----------
         folds : int, optional
-            How many folds to cross-validate with. By default the reference split, 12 : 1 : 1 by sorted name.
+            Number of cross-validation folds. By default the reference split, 12 : 1 : 1 by sorted name.
         fold : int
-            Which fold tests.
+            The fold for testing.
         leave_out : str, optional
-            Leave this case out to test on, and train on all others but one.
+            Test on this case, and train on all others but one.
         variant : str, optional
-            The variant whose cases to divide; a case in which nothing is labelled is in no part.
+            The variant; cases without labels are in no part.
 
         Returns
         -------
         Split
-            Case ids to train, validate and test on. They stay when cases are added.
+            Case ids for training, validation and testing. They do not change when cases are added.
 
         Raises
         ------
         InputError
-            If there are too few cases, no such fold, or arguments that exclude each other.
+            If there are too few cases, no such fold, or contradictory arguments.
         """
         if leave_out is not None and folds is not None:
             raise InputError(f"leave_out={leave_out!r} and folds={folds}", "exclude each other", "give one of them")
         if fold and folds is None:
-            raise InputError(f"fold={fold}", "is a fold of no cross-validation", "give folds too")
+            raise InputError(f"fold={fold}", "needs a number of folds", "give folds too")
         variant = self._variant(variant)
         if leave_out is not None:
             split = leave_one_out(self._batches, as_known(leave_out, self._root.cases))
@@ -147,27 +147,27 @@ class Cohort:
         split : str, optional
             ``train``, ``validation`` or ``test`` of the reference split.
         variant : str, optional
-            ``n4`` or ``raw``; may be left out where the store holds only one.
+            ``n4`` or ``raw``; optional if the store has only one.
         cases : iterable of str, optional
             Only these cases.
         labels : {"binary", "stored"} or None
-            ``binary``: 1 where anything is labelled, 255 where voxels do not count; ``stored``: the label values; None:
-            images alone, which is the only way to cases without a label map.
+            ``binary``: 1 where labelled, 255 where ignored; ``stored``: the label values; None: only images, also of
+            cases without a label map.
         only_labelled : bool
-            Only slices that have labelled voxels.
+            Only slices with labelled voxels.
         context : int
-            Neighbours on each side of a slice that its image holds as channels, itself in the middle (2.5-D). Beyond
-            the volume's ends its outermost slice stands in.
+            Number of neighbours on each side that are added as channels, with the slice in the middle (2.5-D). Beyond
+            the ends of the volume the outermost slice is repeated.
         size_hw : tuple of int, optional
-            Give all items this H and W, each slice in the middle: then a plain PyTorch `DataLoader` batches them. The
-            margin of an image is its darkest value.
+            H and W of all items, with each slice in the middle, so that a plain PyTorch `DataLoader` can batch them.
+            The margin of an image has its darkest value.
 
         Raises
         ------
         NotInStoreError
-            If the store does not hold what is asked.
+            If the store does not contain the requested data.
         InputError
-            If a split, axis or kind of label is not known, or a slice is larger than `size_hw`.
+            If a split, axis or kind of label is unknown, or a slice is larger than `size_hw`.
         """
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
         if context < 0:
@@ -186,49 +186,49 @@ class Cohort:
         return VolumeDataset(self.path, tuple(self._chosen(split, variant, cases, labels)), labels)
 
     def prepared(self, case: str, variant: str | None = None) -> PreparedVolume:
-        """Return what a network sees of a whole case, exactly as its slices hold it, and the way back to its grid.
+        """Return a case as its slices contain it, with the mapping back to its grid.
 
         Raises
         ------
         NotInStoreError
-            If the store does not hold it.
+            If the store does not contain it.
         DamagedStoreError
-            If its bytes are not what was written.
+            If it is damaged.
         """
         record = self.record(case, variant)
         return normalise_volume(read_corrected(self.path, record), record.preprocessing, record.normalisation)
 
     def label_xyz(self, case: str, variant: str | None = None) -> NDArray[Any]:
-        """Return a case's label map on its own grid, (x, y, z), label values as in its source.
+        """Return the label map of a case on its own grid, (x, y, z), with the label values of its source.
 
         Raises
         ------
         NotInStoreError
-            If the store does not hold it, or it has none.
+            If the store does not contain it, or it has none.
         DamagedStoreError
-            If its bytes are not what was written.
+            If it is damaged.
         """
         return read_label_xyz(self.path, self.record(case, variant))
 
     def export(self, case: str, variant: str | None = None, *, label: bool = False) -> Volume:
-        """Return a case as a volume on the grid of the file it came from.
+        """Return a case as a volume on the grid of its source file.
 
         Parameters
         ----------
         case : str
-            Its id.
+            The case id.
         variant : str, optional
-            ``raw`` gives the source's own values back; ``n4`` the corrected ones, float32, in the source's units: what
-            lies above the level of air (`CaseRecord.air_level`) divided by the field, the rest as it was.
+            ``raw``: the values of the source; ``n4``: the corrected values, float32, in the source's units. Intensities
+            above air (`CaseRecord.air_level`) are divided by the field, the others are unchanged.
         label : bool
-            Its label map instead, values and dtype as in the source; all variants have the same.
+            Return the label map, with values and dtype of the source; it is the same in all variants.
 
         Raises
         ------
         NotInStoreError
-            If the store does not hold it, or it has no label map.
+            If the store does not contain it, or it has no label map.
         DamagedStoreError
-            If its bytes are not what was written.
+            If it is damaged.
         """
         if label and variant is None:
             variant = next(iter(self._root.cases.get(as_known(case, self._root.cases), {})), None)
@@ -241,7 +241,7 @@ class Cohort:
 
     @property
     def _batches(self) -> tuple[tuple[str, ...], ...]:
-        """The labelled cases by batch; those of a run that never ended come last."""
+        """The labelled cases by batch; those of an unfinished run come last."""
         enrolled = {case for batch in self._root.enrolled for case in batch}
         late = tuple(case for case in self.cases if case not in enrolled and self._is_labelled(case))
         return (*self._root.enrolled, late) if late else self._root.enrolled
@@ -250,7 +250,7 @@ class Cohort:
         return bool(record_of(self.path, self._root, case, next(iter(self._root.cases[case]))).labels)
 
     def empty_label_maps(self, variant: str | None = None) -> tuple[str, ...]:
-        """Return the cases that came with a label map that labels nothing; they are in no part of a split."""
+        """Return the cases with an empty label map; they are in no part of a split."""
         return self._read_label_maps(self._variant(variant))[1]
 
     def _read_label_maps(self, variant: str) -> tuple[frozenset[str], tuple[str, ...]]:
@@ -278,13 +278,13 @@ class Cohort:
     def _chosen(
         self, split: str | None, variant: str | None, cases: Iterable[str] | None, labels: Labels
     ) -> Iterator[CaseRecord]:
-        """Iterate over records, one at a time: those of a large cohort take more memory than all else of it."""
+        """Iterate over the selected records, one by one, since those of a large cohort take much memory."""
         if labels not in ("binary", "stored", None):
             raise InputError(f"labels={labels!r}", "is not known", "choose 'binary', 'stored' or None")
         variant = self._variant(variant)
         wanted: tuple[str, ...] | None = None
         if isinstance(cases, str):
-            raise InputError(f"cases={cases!r}", "is one name", f"give a list of them: [{cases!r}]")
+            raise InputError(f"cases={cases!r}", "is a text", f"give a list: [{cases!r}]")
         if cases is not None:
             wanted = tuple(as_known(case, self._root.cases) for case in cases)
             unknown = [case for case in wanted if case not in self._root.cases]
@@ -313,9 +313,9 @@ def open_cohort(path: str | Path) -> Cohort:
     Parameters
     ----------
     path : str or Path
-        The store, as `prepare` wrote it, or its URL, where ``cspine[remote]`` is installed: ``https://...``, or
-        what fsspec has a package for, such as ``s3://...`` with ``s3fs``. What is no folder is read through
-        zarr-python, a slice in milliseconds; a web server has to answer requests for parts of files (ranges).
+        The store, or its URL if ``cspine[remote]`` is installed: ``https://...``, or another scheme of fsspec, such as
+        ``s3://...`` with ``s3fs``. URLs are read by zarr-python, a slice in milliseconds; a web server must answer
+        range requests.
 
     Returns
     -------
@@ -325,6 +325,6 @@ def open_cohort(path: str | Path) -> Cohort:
     Raises
     ------
     StoreError
-        If there is no store, it is damaged, or a newer cspine wrote it.
+        If there is no store, it is damaged, or a newer cspine has written it.
     """
     return Cohort(path)

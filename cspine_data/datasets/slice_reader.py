@@ -1,8 +1,7 @@
-"""Reading one slice: one positioned read, one checksum, one decompression, into a buffer that the caller owns.
+"""Read one slice: one positioned read, one checksum, one decompression, into the caller's buffer.
 
-zarr-python reads the same bytes through its event loop in fifteen to forty times the time; this path knows the one
-layout that `schema` writes, keeps no thread and no loop, and is safe in forked workers. Other layouts, and stores that
-are no folders, go through zarr-python.
+zarr-python takes fifteen to forty times as long, because of its event loop. This reader supports only the layout of
+`schema`, has no threads, and is safe in forked workers. Other layouts, and stores at URLs, are read by zarr-python.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from cspine_data.store.records import MALFORMED, REPLACED, read_array_metadata, 
 from cspine_data.store.schema import DTYPES, is_own_layout, slice_chunks
 from cspine_data.store.shards import ShardError, open_file, place_of, read_chunk, read_index
 
-# Cohorts have thousands of arrays, and a process has some thousand descriptors.
+# Cohorts have thousands of arrays, but a process may open only about a thousand files.
 _MAX_OPEN = 128
 
 
 class SliceArray(Protocol):
-    """Slices along one axis, (n, H, W), read one at a time."""
+    """Slices along one axis, (n, H, W), read one by one."""
 
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
@@ -39,28 +38,28 @@ class SliceArray(Protocol):
         Raises
         ------
         DamagedStoreError
-            If the slice's bytes are not what was written; `out` is then undefined.
+            If the slice is damaged; `out` is then undefined.
         OSError
-            If the disk does not give them.
+            If it cannot be read.
         """
 
 
 class DirectSlices:
-    """Slices in the layout that `schema` writes: one shard an array, one slice an inner chunk.
+    """Slices in the layout of `schema`: an array is one shard, a slice one inner chunk.
 
     Parameters
     ----------
     path : Path
         The array's folder.
     metadata : dict
-        Its metadata, of that layout.
+        Its metadata.
 
     Raises
     ------
     ShardError
-        If its shard, or the shard's index, is not what was written.
+        If its shard or the shard's index is damaged.
     OSError
-        If it is not there, or cannot be opened.
+        If it is missing or cannot be opened.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -86,7 +85,7 @@ class DirectSlices:
 
 
 class ForeignSlices:
-    """Slices in any other layout, or in a place that is no folder; see `ForeignArray`."""
+    """Slices in another layout, or at a URL; see `ForeignArray`."""
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         from cspine_data.store.zarr_fallback import ForeignArray
@@ -112,14 +111,14 @@ def open_slices(path: Path, metadata_sha256: str | None = None) -> SliceArray:
     path : Path
         The array's folder, or its URL.
     metadata_sha256 : str, optional
-        What the case's record says of the array's metadata.
+        Checksum of the array's metadata in the case's record.
 
     Raises
     ------
     DamagedStoreError
-        If its metadata, its shard or the shard's index is missing, damaged, or of a layout that is not read.
+        If its metadata, shard or index is missing, damaged, or of an unsupported layout.
     OSError
-        If it cannot be opened for a reason that is not the store's.
+        If it cannot be opened for another reason.
     """
     try:
         metadata = read_array_metadata(path, metadata_sha256)
@@ -132,18 +131,18 @@ def open_slices(path: Path, metadata_sha256: str | None = None) -> SliceArray:
         except ShardError as error:
             raise damage(path, str(error)) from None
     except (FileNotFoundError, NotADirectoryError) as error:
-        # Too many open files, or a disk that fails, are not the store's fault.
+        # Other errors, such as too many open files, are not damage.
         raise damage(path, f"cannot be opened ({error.strerror or error})") from None
     except MALFORMED as error:
         raise damage(path, f"cannot be opened ({error})") from None
 
 
 def damage(path: Path, problem: str) -> DamagedStoreError:
-    """Return what is to be raised where an array of slices is not what was written."""
-    # When it has been mended, it is to be opened again.
+    """Return the error for a damaged array of slices."""
+    # After a repair it must be opened again.
     _open_arrays.drop(path)
     if is_local(path) and not path.parents[1].is_dir():
-        return DamagedStoreError(f"{path}: is not there any more; it {REPLACED}")
+        return DamagedStoreError(f"{path}: is missing; it {REPLACED}")
     return DamagedStoreError(f"{path}: {problem}; {repair_hint(path.parents[4])}")
 
 
@@ -151,18 +150,18 @@ _Opened = tuple[str, str | None, str | None]
 
 
 class _OpenArrays:
-    """The arrays a process holds open, the least recently used closed first.
+    """The open arrays of a process; the least recently used is closed first.
 
-    An array that is being read when it is dropped stays open until that read ends: its reader still refers to it.
+    An array that is dropped while it is read stays open until the read ends, because its reader refers to it.
     """
 
     def __init__(self) -> None:
         self._arrays: OrderedDict[_Opened, SliceArray] = OrderedDict()
         self._lock = threading.Lock()
-        os.register_at_fork(after_in_child=self._start_anew)
+        os.register_at_fork(after_in_child=self._reset_after_fork)
 
-    def _start_anew(self) -> None:
-        # Another thread may have held the lock, and zarr-python's event loop has no thread any more.
+    def _reset_after_fork(self) -> None:
+        # Another thread may have held the lock, and the thread of zarr-python's event loop is gone.
         self._lock = threading.Lock()
         self._arrays = OrderedDict(pair for pair in self._arrays.items() if isinstance(pair[1], DirectSlices))
 
@@ -172,7 +171,7 @@ class _OpenArrays:
                 del self._arrays[opened]
 
     def get(self, path: str, metadata_sha256: str | None = None, shard_sha256: str | None = None) -> SliceArray:
-        # A case that was mended may have other bytes in the same place.
+        # A repaired case may have other bytes at the same path.
         opened = (path, metadata_sha256, shard_sha256)
         with self._lock:
             array = self._arrays.get(opened)
@@ -188,5 +187,5 @@ class _OpenArrays:
 
 
 _open_arrays = _OpenArrays()
-#: Returns an array of slices, opened at most once in a process while it is in use; see `open_slices`.
+#: Returns an open array of slices from the cache of this process; see `open_slices`.
 opened_slices = _open_arrays.get

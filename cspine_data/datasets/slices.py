@@ -1,4 +1,4 @@
-"""What a training loop reads of a store: slices and volumes, as map-style datasets; no PyTorch needed."""
+"""Slices and volumes of a store as map-style datasets, without PyTorch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from cspine_data.store.writer import METADATA
 from cspine_data.volumes.geometry import Triple
 
 Labels = Literal["binary", "stored"] | None
-#: What stands in binary label maps where a voxel does not count: as `ignore_index` of many losses.
+#: Value of ignored voxels in binary label maps, as the `ignore_index` of many losses.
 IGNORE_INDEX = 255
-# A cohort has slices of few sizes, or of too many to keep a buffer for each.
+# Maximum number of buffers; a cohort usually has slices of few sizes.
 _MOST_BUFFERS = 32
 
 
 @dataclass(frozen=True)
 class SlicePlace:
-    """Which slice an item of a `SliceDataset` is: case, axis, and position along the axis."""
+    """Case, axis and position along the axis of an item of a `SliceDataset`."""
 
     case: str
     axis: int
@@ -42,27 +42,27 @@ class SliceDataset:
     """Slices of a cohort, in order of case, axis and position; `len`, `[]`, picklable.
 
     Items are ``(image, label)``: float32 (C, H, W) normalised intensities, and uint8 (1, H, W), 1 where labelled and
-    255 (`IGNORE_INDEX`) where voxels do not count (or the stored values and dtype, see `ignored_values`); with
-    ``labels=None`` the image alone. C is 1 + 2 x context. H and W differ between
-    cases and axes, unless `size_hw` was asked for.
+    255 (`IGNORE_INDEX`) where voxels are ignored (or the stored values and dtype, see `ignored_values`); with
+    ``labels=None`` only the image. C is 1 + 2 x context. H and W differ between cases and axes, unless `size_hw` is
+    given.
 
-    Made by `Cohort.slices`. Of each slice it keeps how many labelled voxels it has, and of each case a kilobyte or two,
-    so that it is quickly sent to a worker process.
+    Created by `Cohort.slices`. It keeps the number of labelled voxels of each slice and one or two kilobytes per case,
+    so that it is quickly sent to worker processes.
 
     Attributes
     ----------
     cases : tuple of str
-        The ids of the cases whose slices it holds.
+        The case ids.
     axes : tuple of int
-        The axes that they lie along.
+        The axes of the slices.
     labelled_voxels : ndarray of int32
-        How many labelled voxels each item has; no label is read for it.
+        Number of labelled voxels of each item, without reading labels.
     """
 
     def __init__(
         self,
         store: Path,
-        chosen: Iterable[CaseRecord],
+        records: Iterable[CaseRecord],
         axes: tuple[int, ...],
         labels: Labels,
         only_labelled: bool,
@@ -74,11 +74,11 @@ class SliceDataset:
         self.context = context
         self.size_hw = size_hw
         self._cases: list[_SlicedCase] = []
-        # A run is all slices of one case along one axis; of each, its first item.
+        # The first item of each case and axis.
         self._first: list[int] = []
         positions, voxels = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         total = 0
-        for record in chosen:
+        for record in records:
             self._cases.append(_SlicedCase.of(store, record, axes))
             for axis in axes:
                 counts = _labelled_voxels(record, axis)
@@ -117,61 +117,60 @@ class SliceDataset:
     def read_into(self, items: Sequence[int], images: NDArray[Any], labels: NDArray[Any] | None = None) -> None:
         """Decode slices straight into the arrays of a batch.
 
-        A slice that is smaller than the arrays lies in their middle, as `(H - h) // 2` has it; the margin of an image
-        is filled with its darkest value, that of a label map with 0. With neighbours, a slice that several items or
-        channels hold is read once.
+        A slice smaller than the arrays is centred, with `(H - h) // 2` rows above it. The margin is filled with the
+        darkest value of an image, or 0 in a label map. A slice that several items or channels need is read once.
 
         Parameters
         ----------
         items : sequence of int
-            Which.
+            Item numbers.
         images : ndarray
-            (N, C, H, W), to be filled: float32 with intensities, or int16 with what stands for them in the store, which
-            `scales` multiplies to them: half the memory to bring to a GPU.
+            Output, (N, C, H, W): float32 intensities, or the stored int16 values, which are multiplied by `scales` to
+            get intensities and need half the memory on the way to a GPU.
         labels : ndarray, optional
-            (N, 1, H, W), to be filled: uint8, or for ``labels="stored"`` a dtype that holds all of the stored one.
+            Output, (N, 1, H, W): uint8, or for ``labels="stored"`` a dtype that can hold the stored values.
 
         Raises
         ------
         InputError
-            If the arrays are not of that shape and dtype, a slice does not fit in, or there are no labels to read.
+            If the arrays have another shape or dtype, a slice does not fit, or there are no labels.
         DamagedStoreError
-            If a slice's bytes are not what was written; the arrays are then undefined.
+            If a slice is damaged; the arrays are then undefined.
         OSError
-            If the disk does not give them.
+            If a file cannot be read.
         """
         self._check_batch(len(items), images, labels)
         places = [self._place(item) for item in items]
         decoded, levels = None, None
-        # In the order in which they lie on the disk, which also brings together what is wanted more than once.
-        for place, number, channel in sorted(self._wanted(places)):
+        # In the order on disk, in which repeated slices follow each other.
+        for place, number, channel in sorted(self._slices_of(places)):
             if levels is None or place != decoded:
                 decoded, levels = place, self._decoded(place, "image")
             _put_image(self._cases[place[0]].levels, levels, images[number, channel])
         if labels is not None:
             for item, place, label in zip(items, places, labels, strict=True):
                 ignored = self._cases[place[0]].ignored_values
-                # What is known to be empty need not be read.
+                # Slices without labels are not read.
                 if self.labelled_voxels[item] or ignored:
                     self._put_label(self._decoded(place, "label"), label[0], ignored)
                 else:
                     label.fill(0)
 
     def scales(self, items: Sequence[int]) -> NDArray[np.float32]:
-        """Return what the int16 numbers of each item's image are worth, float32 (N,): ``image * scale``."""
+        """Return the scale of each item's int16 image, float32 (N,): intensities are ``image * scale``."""
         return np.array([self._cases[self._place(item)[0]].levels.scale for item in items], np.float32)
 
     def ignored_values(self, item: int) -> tuple[int, ...]:
-        """Return the stored label values of an item's voxels that do not count."""
+        """Return the stored label values that are ignored in an item."""
         return self._cases[self._place(item)[0]].ignored_values
 
     @property
     def ignores(self) -> bool:
-        """Whether any case has voxels that do not count."""
+        """Whether any case has ignored voxels."""
         return any(case.ignored_values for case in self._cases)
 
     def place(self, item: int) -> SlicePlace:
-        """Return which slice an item is."""
+        """Return case, axis and position of an item."""
         case, axis, position = self._place(item)
         return SlicePlace(self.cases[case], axis, position)
 
@@ -182,23 +181,23 @@ class SliceDataset:
         return first, second
 
     def shape(self, item: int) -> tuple[int, int]:
-        """Return H and W of an item as it is stored, without reading it."""
+        """Return the stored H and W of an item, without reading it."""
         case, axis, _ = self._place(item)
         return self._cases[case].shapes_hw[axis]
 
     def case_number(self, item: int) -> int:
-        """Return which of `cases` an item is of."""
+        """Return the index in `cases` of an item."""
         return self._place(item)[0]
 
     @property
     def case_numbers(self) -> NDArray[np.int32]:
-        """Which of `cases` each item is of, int32 (n,)."""
+        """The index in `cases` of each item, int32 (n,)."""
         lengths = np.diff(np.array([*self._first, len(self)]))
         return np.repeat(np.arange(len(lengths), dtype=np.int32) // len(self.axes), lengths)
 
     @property
     def shapes_hw(self) -> frozenset[tuple[int, int]]:
-        """The different sizes that its slices have as they are stored."""
+        """The different stored sizes of the slices."""
         return frozenset(case.shapes_hw[axis] for case in self._cases for axis in self.axes)
 
     def _place(self, item: int) -> _Place:
@@ -213,8 +212,8 @@ class SliceDataset:
     def _check_batch(self, count: int, images: NDArray[Any], labels: NDArray[Any] | None) -> None:
         expected = (count, 2 * self.context + 1)
         if images.shape[:-2] != expected or images.dtype not in (np.float32, np.int16):
-            told = f"have to be float32 or int16, {expected} x H x W"
-            raise InputError("images", told, f"these are {images.dtype}, {images.shape}")
+            problem = f"have to be float32 or int16, {expected} x H x W"
+            raise InputError("images", problem, f"these are {images.dtype}, {images.shape}")
         if labels is None:
             return
         if self.labels is None:
@@ -224,8 +223,8 @@ class SliceDataset:
             dtype = "uint8" if self.labels == "binary" else "of the stored dtype"
             raise InputError("labels", f"have to be {dtype}, {of_images}", f"these are {labels.dtype}, {labels.shape}")
 
-    def _wanted(self, places: Sequence[_Place]) -> Iterator[tuple[_Place, int, int]]:
-        """Iterate over the slices that items hold, neighbours too: the place of each, and its item and channel."""
+    def _slices_of(self, places: Sequence[_Place]) -> Iterator[tuple[_Place, int, int]]:
+        """Iterate over the slices of items, with neighbours: the place of each, and its item and channel."""
         if not self.context:
             yield from ((place, number, 0) for number, place in enumerate(places))
             return
@@ -264,7 +263,7 @@ _Place = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class _SlicedCase:
-    """What reading a case's slices takes."""
+    """What is needed to read a case's slices."""
 
     id: str
     size_xyz: tuple[int, int, int]
@@ -273,7 +272,7 @@ class _SlicedCase:
     # H and W of the slices along each axis.
     shapes_hw: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     ignored_values: tuple[int, ...]
-    # By axis and kind: the array's folder, and what the case's record says of its metadata and of its shard.
+    # By axis and kind: the array's folder, and the checksums of its metadata and of its shard.
     arrays: dict[tuple[int, str], tuple[str, str, str]]
 
     @classmethod
@@ -293,7 +292,7 @@ class _SlicedCase:
 
 
 class _Buffers(threading.local):
-    """The memory that slices are decoded into before they are put into a batch: each thread's own, used again."""
+    """Reusable buffers, separate for each thread, into which slices are decoded."""
 
     def __init__(self) -> None:
         self._arrays: dict[tuple[tuple[int, ...], np.dtype[Any]], NDArray[Any]] = {}
@@ -317,7 +316,7 @@ def _check_fits(shape_hw: tuple[int, ...], size_hw: tuple[int, ...], name: str) 
 
 
 def _middle(canvas: NDArray[Any], shape_hw: tuple[int, ...]) -> NDArray[Any]:
-    """Return the part of an array (H, W) that a slice is put into."""
+    """Return the central part of an array (H, W) for a slice."""
     if canvas.shape == shape_hw:
         return canvas
     _check_fits(shape_hw, canvas.shape, "a case")
@@ -326,21 +325,21 @@ def _middle(canvas: NDArray[Any], shape_hw: tuple[int, ...]) -> NDArray[Any]:
 
 
 def _put_image(levels: Levels, slice_hw: NDArray[np.int16], canvas: NDArray[Any]) -> None:
-    # Padded before it is widened: NumPy takes twice as long for rows with gaps.
+    # Padded before conversion to float32: NumPy takes twice as long for non-contiguous rows.
     padded = canvas if canvas.dtype == np.int16 else slice_hw
     if padded.shape != canvas.shape:
         padded = _buffers.of(canvas.shape, slice_hw.dtype)
     if padded is not slice_hw:
         _middle(padded, slice_hw.shape)[...] = slice_hw
         if slice_hw.shape != canvas.shape:
-            # Outside the image is air.
+            # Air.
             _fill_around(padded, slice_hw.shape, slice_hw.min())
     if padded is not canvas:
         levels.decode(padded, canvas)
 
 
 def _fill_around(canvas: NDArray[Any], shape_hw: tuple[int, ...], value: float) -> None:
-    """Fill what `_middle` leaves free."""
+    """Fill the margin around the part that `_middle` returns."""
     top, left = ((room - there) // 2 for room, there in zip(canvas.shape, shape_hw, strict=True))
     bottom, right = top + shape_hw[0], left + shape_hw[1]
     for strip in (canvas[:top], canvas[bottom:], canvas[top:bottom, :left], canvas[top:bottom, right:]):
@@ -351,10 +350,10 @@ class VolumeDataset:
     """Whole volumes of a cohort, in order of case; `len`, `[]`, picklable.
 
     Items are ``(image, label)``: float32 (1, X, Y, Z) normalised intensities, and uint8 (1, X, Y, Z), 1 where labelled
-    and 255 (`IGNORE_INDEX`) where voxels do not count (or the stored values and dtype); with ``labels=None`` the image
-    alone. Both lie on the volume's own grid, also where its slices were resampled.
+    and 255 (`IGNORE_INDEX`) where voxels are ignored (or the stored values and dtype); with ``labels=None`` only the
+    image. Both are on the volume's own grid, also if its slices are resampled.
 
-    Made by `Cohort.volumes`.
+    Created by `Cohort.volumes`.
     """
 
     def __init__(self, store: Path, chosen: Sequence[CaseRecord], labels: Labels) -> None:

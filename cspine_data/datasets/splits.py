@@ -1,7 +1,7 @@
-"""Which patients train, validate and test: by patient, and unmoved when patients are added.
+"""Splits into training, validation and test cases that do not change when cases are added.
 
-Splits are made from the batches in which labelled cases entered the store, each batch sorted by name, so that a
-case keeps its part for good. For a cohort prepared at once this is the reference study's split by sorted name.
+Splits are computed from the batches in which labelled cases were added to the store, each sorted by name. For a cohort
+prepared at once this is the reference study's split by sorted name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _REFERENCE_COHORT = 14
 
 @dataclass(frozen=True)
 class Split:
-    """The case ids to train on, to validate on (to choose by) and to test on (to report)."""
+    """Case ids for training, for validation (model selection) and for testing (reporting)."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
@@ -41,13 +41,13 @@ class Split:
 def reference_split(batches: Iterable[Sequence[str]]) -> Split:
     """Split as the reference study did, 12 : 1 : 1 by sorted name, scaled to the cohort's size.
 
-    Of each batch the last go to test and those before them to validation, as many as the whole cohort, up to and
-    with this batch, still lacks: one in 14 each, at least one each from three cases on.
+    The last cases of each batch go to the test part and those before them to validation, as many as the cohort lacks up
+    to this batch: one in 14 each, and at least one each from three cases on.
 
     Parameters
     ----------
     batches : iterable of sequences of str
-        Case ids in the batches in which they came.
+        Case ids in batches.
     """
     train: list[str] = []
     validation: list[str] = []
@@ -56,7 +56,7 @@ def reference_split(batches: Iterable[Sequence[str]]) -> Split:
         names = sorted(batch)
         total = len(train) + len(validation) + len(test) + len(names)
         share = max(1, round(total / _REFERENCE_COHORT))
-        # The first case of all trains, the second tests, the third validates.
+        # The first case is for training, the second for testing, the third for validation.
         to_spare = len(names) - (not train)
         to_test = max(0, min(share - len(test), to_spare))
         to_validate = max(0, min(share - len(validation), to_spare - to_test))
@@ -68,19 +68,19 @@ def reference_split(batches: Iterable[Sequence[str]]) -> Split:
 
 
 def fold_split(batches: Iterable[Sequence[str]], folds: int, fold: int) -> Split:
-    """Return one fold of a k-fold cross-validation: the fold tests, the next one validates, the others train.
+    """Return one split of a k-fold cross-validation: this fold for testing, the next for validation.
 
-    Cases are dealt to the folds in turn, in the order in which they came, so that folds differ by at most one case
-    and an added case moves no other. With as many folds as cases this is leave-one-out.
+    Cases are assigned to the folds in turn, in the order of their batches, so that fold sizes differ by at most one and
+    an added case does not move others. With as many folds as cases this is leave-one-out.
 
     Parameters
     ----------
     batches : iterable of sequences of str
-        Case ids in the batches in which they came.
+        Case ids in batches.
     folds : int
-        How many folds, from 3 to the number of cases.
+        Number of folds, from 3 to the number of cases.
     fold : int
-        Which of them, from 0.
+        The fold, from 0.
 
     Raises
     ------
@@ -91,12 +91,12 @@ def fold_split(batches: Iterable[Sequence[str]], folds: int, fold: int) -> Split
 
 
 def leave_one_out(batches: Iterable[Sequence[str]], case: str) -> Split:
-    """Return the split that tests one case: the case that came next validates, the others train.
+    """Return the split that tests one case and validates on the next; the others are for training.
 
     Raises
     ------
     InputError
-        If the case is not among them, or there are fewer than three.
+        If the case is not labelled, or there are fewer than three cases.
     """
     order = _order(batches)
     if case not in order:

@@ -1,4 +1,4 @@
-"""A synthetic cervical cohort on disk: volumes, label maps, and the bias field that each was given."""
+"""A synthetic cervical cohort on disk: volumes, label maps and true bias fields."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cspine_data.sources.cases import NOTE_FILE, cohort_note
 from cspine_data.volumes.geometry import Geometry, Orientation, as_rows
 from cspine_data.volumes.io import Volume, volume_stem, volume_suffix, write_volume
 
-#: Folder, beside the volumes, of the natural logarithms of the fields that the volumes were multiplied by.
+#: Folder, beside the volumes, of the natural logarithms of the true bias fields.
 TRUTH_FOLDER = "truth"
 _NOTE = "synthetic cervical phantom, not patients"
 
-# How scanners store necks: index axes of the file for x, y, z, and which run backwards.
+# Storage orders of scanners: index axes of the file for x, y, z, and flipped axes.
 _STORED_AS = (
     Orientation((0, 1, 2), (False, False, False)),
     Orientation((2, 0, 1), (False, False, True)),
@@ -40,11 +40,11 @@ def make_phantom_cohort(
     Parameters
     ----------
     folder : str or Path
-        Where to write. Volumes of other names must not be there: real and synthetic data are not to be mixed.
+        The folder. It must not contain other volumes, so that real and synthetic data are not mixed.
     cases : int
-        How many.
+        Number of volumes.
     seed : int
-        Another seed makes another cohort.
+        Random seed.
     progress : callable, optional
         Called with (cases written, cases, case id).
 
@@ -71,7 +71,7 @@ def make_phantom_cohort(
         if others:
             raise InputError(folder, f"holds other volumes ({sorted(others)[0].name})", "choose an empty folder")
         if any(map(volume_suffix, folder.iterdir())) and not (cohort_note(folder) or "").startswith(_NOTE):
-            raise InputError(folder, "holds volumes that are no phantoms of cspine", "choose an empty folder")
+            raise InputError(folder, "holds volumes that are no cspine phantoms", "choose an empty folder")
     elif folder.exists():
         raise InputError(folder, "is a file", "choose a folder")
     make_folder(folder)
@@ -95,7 +95,7 @@ def make_phantom_cohort(
 
 
 def _scanner_grid(case: PhantomCase, seed: int, number: int) -> tuple[Geometry, Orientation]:
-    """Return the grid of the file, slightly oblique in every third case, and how it is turned from (x, y, z)."""
+    """Return the grid of the file, slightly oblique in every third case, and its orientation."""
     rng = np.random.default_rng([seed, number, 1])
     angles = rng.uniform(-8, 8, 3) if number % 3 == 2 else np.zeros(3)
     directions = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()

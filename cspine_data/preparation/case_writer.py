@@ -1,6 +1,6 @@
-"""Making one case: its files read and checked, corrected, sliced, and written into its digest's place.
+"""Prepare one case: read and check its files, correct, slice, and write it to the folder of its digest.
 
-It is written to a folder of its own that nothing names, and moved to that place in one step.
+The case is written to a temporary folder, which is then renamed.
 """
 
 from __future__ import annotations
@@ -42,48 +42,50 @@ from cspine_data.volumes.label_checks import value_counts
 
 @dataclass(frozen=True, eq=False)
 class LabelMap:
-    """A case's label map: on the volume's own grid, and on the slices', both (x, y, z)."""
+    """A case's label map on the volume's grid and on the grid of the slices, both (x, y, z)."""
 
     volume_xyz: NDArray[Any]
     sliced_xyz: NDArray[Any]
 
 
 def prepare_case(job: Job, store: Path) -> int:
-    """Do one job: load, correct, slice, write. The case is complete in the store then, but not yet published.
+    """Run one job: load, correct, slice and write a case. It is then complete in the store, but not published.
 
     Returns
     -------
     int
-        Bytes written; 0 where they had been before and were only not published.
+        Bytes written; 0 if the case was already written and only not published.
 
     Raises
     ------
     InputError
-        If the case's files cannot be used, or changed since the job was planned.
+        If the case's files cannot be used, or have changed since the job was planned.
     OSError
         If the store cannot be written.
     """
-    if not job.anew and stored_record(store, job.case.id, job.digest) is not None:
+    if not job.overwrite and stored_record(store, job.case.id, job.digest) is not None:
         mark_in_use(store, job.case.id, job.digest)
-        # The run that wrote it may have been killed before its folders were durable.
+        # The run that wrote it may have been killed before it synchronised the folders to disk.
         sync_above(store, job.case.id)
         return 0
     loaded = load_case(job.case, job.ignore_label, trust_voxels=job.trust_voxels)
     if not is_unchanged(job):
-        raise InputError(job.case.volume, "changed while it was read", "run it again when nothing writes there")
-    # What is damaged may have lent its checksums to other voxels, so a case that is made anew takes nothing from it.
-    stored = None if job.anew else stored_volume(job, store)
+        raise InputError(
+            job.case.volume, "changed while it was read", "run it again when no other program writes to it"
+        )
+    # A repair does not reuse the stored volume: its record may have been damaged with its voxels.
+    stored = None if job.overwrite else stored_volume(job, store)
     corrected = stored or correct_volume(loaded.image, job.preprocessing.bias)
     prepared = normalise_volume(corrected, job.preprocessing)
     label_xyz = _label_xyz(loaded)
     label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
-    write_case(store, _record(job, loaded, prepared, label), prepared, label, anew=job.anew)
+    write_case(store, _record(job, loaded, prepared, label), prepared, label, overwrite=job.overwrite)
     folder = store / schema.case_path(job.case.id, job.digest)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def stored_volume(job: Job, store: Path) -> CorrectedVolume | None:
-    """Return the corrected volume that the store holds, where only what comes after it has changed since."""
+    """Return the corrected volume from the store, if it was made with the same parameters; else None."""
     record = stored_record(store, job.case.id, job.current) if job.current else None
     if record is None or record.volume_digest != job.volume_digest:
         return None
@@ -94,22 +96,22 @@ def stored_volume(job: Job, store: Path) -> CorrectedVolume | None:
 
 
 def write_case(
-    path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None, *, anew: bool = False
+    path: Path, record: CaseRecord, prepared: PreparedVolume, label: LabelMap | None, *, overwrite: bool = False
 ) -> None:
-    """Write one case into its digest's place, complete or not at all; it is not published yet.
+    """Write one case to the folder of its digest, completely or not at all; it is not published yet.
 
     Parameters
     ----------
     path : Path
         The store.
     record : CaseRecord
-        What is to be known of the case; its `files` are filled in here.
+        The record of the case; its `files` are filled in here.
     prepared : PreparedVolume
         The image.
     label : LabelMap or None
-        Its label map.
-    anew : bool
-        Replace what is in that place, since it is damaged, even where its record is not.
+        The label map.
+    overwrite : bool
+        Replace an existing folder, because it is damaged, even if its record is not.
     """
     target = path / schema.case_path(record.case, record.digest)
     case_folder, cases_folder = target.parent, target.parent.parent
@@ -125,9 +127,9 @@ def write_case(
         for group in (cases_folder, case_folder):
             write_empty_group(group)
         with locked(path):
-            if target.exists() and (anew or stored_record(path, record.case, record.digest) is None):
+            if target.exists() and (overwrite or stored_record(path, record.case, record.digest) is None):
                 target.rename(aside)
-            # Else another run wrote the same digest meanwhile: the same bytes, so its copy serves.
+            # If a concurrent run has written the same digest, it has the same bytes.
             if not target.exists():
                 unfinished.rename(target)
         sync_above(path, record.case)
@@ -161,7 +163,7 @@ def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolu
 
 
 def _label_xyz(loaded: LoadedCase) -> NDArray[Any] | None:
-    """Return the label map in anatomical order, in the smallest dtype that holds its values."""
+    """Return the label map in anatomical order, in the smallest dtype for its values."""
     if loaded.label is None:
         return None
     values = loaded.label.array
@@ -226,7 +228,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
 
 
 def _voxels_sha256(image: Volume) -> str:
-    """Digest a volume's voxels in anatomical order, whatever file they come from."""
+    """Return a digest of the voxels in anatomical order, independent of the file format."""
     array_xyz = np.ascontiguousarray(Orientation.of(image.geometry).to_anatomical(image.array))
     digest = hashlib.sha256(f"{array_xyz.dtype.name} {array_xyz.shape}".encode())
     digest.update(array_xyz.data)

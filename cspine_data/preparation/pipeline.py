@@ -1,72 +1,60 @@
-"""From files to a store: what is new is corrected and sliced in parallel with Dask, what is there is reused."""
+"""Prepare a store from a folder of volumes: new cases are computed in parallel, stored ones are reused."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cspine_data.errors import InputError
-from cspine_data.preparation.case_writer import prepare_case, stored_volume
+from cspine_data.errors import InputError, Problem
+from cspine_data.parallel.workers import check_workers
+from cspine_data.preparation.case_writer import stored_volume
 from cspine_data.preparation.hashing import digest_files
-from cspine_data.preparation.plan import Job, is_current, plan_jobs, planned_anew
+from cspine_data.preparation.jobs import do_jobs, run_in_worker, run_jobs
+from cspine_data.preparation.plan import Job, is_current, plan_jobs
 from cspine_data.preparation.pseudonyms import with_neutral_ids
 from cspine_data.preparation.source_digests import Digested
-from cspine_data.preparation.workers import Result, check_workers, run_jobs
 from cspine_data.preprocessing.normalisation import standard_landmarks
 from cspine_data.preprocessing.steps import Preprocessing, correct_volume
 from cspine_data.progress import Progress
-from cspine_data.sources.cases import (
-    Case,
-    Listing,
-    Problem,
-    cohort_note,
-    copy_problem,
-    describe_problem,
-)
+from cspine_data.sources.cases import Case, Listing, cohort_note
 from cspine_data.sources.pairing import find_cases
 from cspine_data.store.publishing import (
-    Refused,
     create_store,
     enrol,
     keep_standard,
-    publish,
 )
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import RootRecord, Standard, standard_key
 from cspine_data.volumes.io import read_volume
 
-# Of each, N4 runs once more: enough for a mean of histograms, few beside a large cohort.
-_CASES_OF_A_STANDARD = 32
-# Each but the first needs another run that was quicker.
-_MOST_ROUNDS = 6
-# A publication takes time in proportion to the store's cases: at most so often, and for so small a share of the time.
-_PUBLISH_EVERY_S, _PUBLISH_SHARE = 2.0, 0.05
+# N4 runs once more for each of these cases. They are enough for a mean histogram.
+_STANDARD_CASES = 32
 
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a run of `prepare` did.
+    """The result of `prepare`.
 
     Attributes
     ----------
     done : tuple of str
         Cases that were computed.
     reused : tuple of str
-        Cases that the store held already.
+        Cases that were stored already.
     failed : tuple of Problem
-        Cases and files that could not be used, and why.
+        Cases and files that could not be used, with the reasons.
     replaced : tuple of str
-        Of those that are done, the cases that the store held prepared in another way.
+        Computed cases that replaced a case with other parameters.
     standard_cases : tuple of str
-        The cases whose histograms Nyul's method matched the others to.
+        The cases whose mean histogram Nyul's method matches all others to.
     seconds : float
-        How long it took.
+        Run time.
     written_bytes : int
-        Size on disk of what was computed.
+        Size of the computed cases on disk.
     notes : dict
-        For each case that is done or reused and has any: its notes, see `Volume`.
+        Notes on each case that was computed or reused, see `Volume`.
     """
 
     done: tuple[str, ...]
@@ -80,12 +68,12 @@ class PrepareSummary:
 
 
 def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
-    """Turn ``"012"`` or ``[0, 1, 2]`` into sorted axis numbers.
+    """Convert ``"012"`` or ``[0, 1, 2]`` to sorted axis numbers.
 
     Raises
     ------
     InputError
-        If there is none, or one that is not 0, 1 or 2.
+        If there is no axis, or one that is not 0, 1 or 2.
     """
     known = {"0": 0, "1": 1, "2": 2}
     digits = [str(axis) for axis in axes]
@@ -113,61 +101,60 @@ def prepare(
 ) -> PrepareSummary:
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
 
-    Cases that the store holds already, made from the same bytes with the same parameters, are reused. A case that
-    fails does not stop the others. Killed at any instant and started again, it ends with the same store.
+    Cases that the store has already, with the same source bytes and parameters, are reused. A case that fails does not
+    stop the others. If a run is killed at any time and started again, the resulting store is the same.
 
     Parameters
     ----------
     source : str or Path
-        Folder of volumes and label maps; see `find_cases` for the naming that is understood.
+        Folder of volumes and label maps; see `find_cases` for the supported names.
     store : str or Path
-        The store to make or to add to.
+        The store to create or to add to.
     n4 : bool
-        Correct the bias field (variant ``n4``) or leave it in (variant ``raw``). By default what `preprocessing` says,
-        and without that the field is corrected.
+        Correct the bias field (variant ``n4``), or do not (variant ``raw``). By default as in `preprocessing`, and
+        without that, corrected.
     axes : str or sequence of int
-        The axes to slice along; axes that a case has already are kept.
+        The axes to slice along; stored axes of a case are kept.
     pairs : str or Path, optional
-        CSV file that names the cases instead of the folder.
+        CSV file that lists the cases instead of the folder.
     workers : int, optional
-        Worker processes; by default one a core. Not together with `scheduler`.
+        Number of worker processes; by default one per core. Excludes `scheduler`.
     scheduler : str, optional
         Address of a running Dask scheduler to use instead of local processes. Its workers must see the same paths.
     preprocessing : Preprocessing, optional
         Parameters other than the default ones.
     note : str, optional
-        What the data are, where they stand in for something else ("synthetic", "lumbar stand-in"): kept in the store
-        and said beside every figure. By default the first line of `COHORT.txt` in the source, if there is one.
+        Description of stand-in data ("synthetic", "lumbar stand-in"): kept in the store and shown beside every figure.
+        By default the first line of `COHORT.txt` in the source, if there is one.
     anonymise : bool
-        Call the cases ``case0001`` and so on instead of by their files' names. Which is which stands in `key_file`,
-        beside the store.
+        Name the cases ``case0001`` and so on instead of by their files. The key is `key_file`, beside the store.
     trust_voxels : bool
-        Put a label map whose header does not say where it lies onto its volume's grid, voxel for voxel.
+        Assume that a label map without a position in its header is on its volume's grid, voxel for voxel.
     ignore_label : int, optional
-        The value of voxels of label maps that do not count, in training, validation and evaluation. A case that is
-        in the store keeps the one that it was prepared with unless another is given.
+        The label value of voxels to ignore in training, validation and evaluation. By default a stored case keeps its
+        value.
     rehash : bool
-        Hash every source file. By default those are not whose size and times are as when they were hashed last.
+        Hash all source files again, also those with unchanged size and times.
     progress : callable, optional
-        Called with (cases finished, cases to compute, case id) each time a case is finished.
+        Called with (cases finished, cases to compute, case id) after each case.
 
     Returns
     -------
     PrepareSummary
-        Cases done, reused and failed.
+        Computed, reused and failed cases.
 
     Raises
     ------
     InputError
         If the source is missing or empty, or an option is out of range or contradicts another one.
     StoreError
-        If something else is at the store's place, or a newer cspine wrote it.
+        If the path exists and is not a store, or a newer cspine wrote it.
     """
     started = time.perf_counter()
     wanted_axes = parse_axes(axes)
     check_workers(workers, scheduler)
     if ignore_label == 0:
-        raise InputError("ignore_label 0", "is the background", "give the value of voxels that must not count")
+        raise InputError("ignore_label 0", "is the background", "give the label value of voxels to ignore")
     if preprocessing is None:
         preprocessing = Preprocessing(bias=None) if n4 is False else Preprocessing()
     elif n4 not in (None, preprocessing.bias is not None):
@@ -177,7 +164,7 @@ def prepare(
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
     if key_file(store).exists() and not anonymise:
-        raise InputError(key_file(store), "lies beside the store: its cases have neutral ids", "give --anonymise")
+        raise InputError(key_file(store), "exists beside the store: its cases have neutral ids", "give --anonymise")
     create_store(store, neutral_ids=anonymise)
     sources = digest_files(listing.cases, store, workers, scheduler, rehash=rehash)
     if anonymise:
@@ -204,7 +191,11 @@ def prepare(
         reused=tuple(reused),
         failed=tuple(sorted(failed, key=lambda problem: problem.case)),
         replaced=tuple(
-            sorted(job.case.id for job in to_do if job.case.id in written and job.held not in (None, preprocessing))
+            sorted(
+                job.case.id
+                for job in to_do
+                if job.case.id in written and job.stored_preprocessing not in (None, preprocessing)
+            )
         ),
         standard_cases=standard.cases if standard else (),
         seconds=time.perf_counter() - started,
@@ -214,7 +205,7 @@ def prepare(
 
 
 def _labelled(store: Path, jobs: Sequence[Job]) -> list[str]:
-    """Return the cases that are to be enrolled, or are: a label map that is empty does not make a labelled case."""
+    """Return the labelled cases; a case with an empty label map is not one of them."""
     enrolled = {case for batch in read_root(store).enrolled for case in batch}
     labelled = []
     for job in jobs:
@@ -227,11 +218,11 @@ def _labelled(store: Path, jobs: Sequence[Job]) -> list[str]:
 
 
 def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[str, tuple[str, ...]]:
-    """Return the notes on each case that was computed or is reused."""
+    """Return the notes on each case that was computed or reused."""
     notes: dict[str, tuple[str, ...]] = {}
     for job in jobs:
         if job.case.id in written:
-            # Another run may have replaced it since, with other axes for example: its record tells then.
+            # A concurrent run may have replaced the case; then there is no record of this digest.
             record = stored_record(store, job.case.id, job.digest)
             notes[job.case.id] = record.warnings if record else ()
         elif job.current == job.digest:
@@ -240,7 +231,7 @@ def _notes(store: Path, jobs: Sequence[Job], written: Container[str]) -> dict[st
 
 
 def key_file(store: str | Path) -> Path:
-    """Return the file beside a store that says which neutral id is which case: `prepare` with `anonymise` makes it."""
+    """Return the key of an anonymised store: the file beside it that maps neutral ids to case names."""
     store = Path(store).resolve()
     return store.with_name(f"{store.name}.key.csv")
 
@@ -248,102 +239,22 @@ def key_file(store: str | Path) -> Path:
 def listed_neutrally(
     listing: Listing, store: Path, sources: Mapping[Path, Digested | Problem] | None = None
 ) -> Listing:
-    """Give the cases of a listing the ids by which an anonymised store knows them.
+    """Replace the case ids of a listing by the neutral ids of an anonymised store.
 
     Raises
     ------
     InputError
-        If the store holds cases and their key is missing or damaged: others would be given their ids.
+        If the store has cases and their key is missing or damaged, so that other cases could get their ids.
     """
     return with_neutral_ids(listing, existing_key(store, read_root(store)), sources)
 
 
 def existing_key(store: Path, root: RootRecord) -> Path:
-    """Return the key of an anonymised store; where its ids were given to cases, it must be there."""
+    """Return the key of an anonymised store; it must exist if any ids have been given out."""
     key = key_file(store)
     if (root.cases or root.enrolled or root.standards) and not key.exists():
-        raise InputError(key, "is missing, and only it says which case is which", "bring it back to that place")
+        raise InputError(key, "is missing, and without it the cases cannot be identified", "restore it there")
     return key
-
-
-def do_jobs(
-    jobs: Sequence[Job], store: Path, workers: int | None, scheduler: str | None, progress: Progress | None
-) -> dict[str, int | Problem]:
-    """Do jobs and publish what they make: the bytes written for each case, or its problem.
-
-    Where another run published the same case meanwhile, with other axes for example, the job is planned and done
-    again, so that neither undoes what the other did. What ends is published every few seconds, and when an error or
-    Ctrl-C ends this; what a killed run had not published yet is published by the next one, without being computed.
-    """
-    total = len(jobs)
-    outcomes: dict[str, int | Problem] = {}
-    waiting: dict[str, tuple[Job, int]] = {}
-    twice: dict[str, str] = {}
-    rounds = 0
-
-    def finish(case: str, outcome: int | Problem) -> None:
-        outcomes[case] = outcome
-        if progress:
-            progress(len(outcomes), total, case)
-
-    while jobs:
-        rounds += 1
-        overtaken: list[Job] = []
-        for ended in _every_few_seconds(run_jobs(_work, jobs, store, workers, scheduler, True)):
-            made = {job.case.id: (job, size) for job, size in ended if not isinstance(size, Problem)} | waiting
-            refused = publish(store, [job.replacement for job, _ in made.values()]) if made else Refused(set(), {})
-            # Two cases that have exchanged their volumes can only be published together.
-            waiting, twice = {case: made[case] for case in refused.twice}, refused.twice
-            for job, outcome in ended:
-                if isinstance(outcome, Problem):
-                    finish(job.case.id, outcome)
-            for case, (job, size) in made.items():
-                if case in waiting:
-                    continue
-                problem = _given_up(job, store, rounds) if case in refused.overtaken else None
-                if case in refused.overtaken and problem is None:
-                    overtaken.append(job)
-                else:
-                    finish(case, problem or size)
-        jobs = planned_anew(overtaken, store)
-    for case, (job, _) in waiting.items():
-        finish(case, copy_problem(job.case, twice[case]))
-    return outcomes
-
-
-def _every_few_seconds(
-    ends: Iterator[list[tuple[Job, int | Problem]]],
-) -> Iterator[list[tuple[Job, int | Problem]]]:
-    """Join the lists of what ended to one every few seconds, and to a last one however the work ends."""
-    held: list[tuple[Job, int | Problem]] = []
-    due = time.monotonic()
-    try:
-        for ended in ends:
-            held += ended
-            begun = time.monotonic()
-            if held and begun >= due:
-                together, held = held, []
-                yield together
-                now = time.monotonic()
-                due = now + max(_PUBLISH_EVERY_S, (now - begun) / _PUBLISH_SHARE)
-    except BaseException:
-        if held:
-            yield held
-        raise
-    if held:
-        yield held
-
-
-def _given_up(job: Job, store: Path, rounds: int) -> Problem | None:
-    """Tell why a job that was overtaken is not planned again; None where it is."""
-    case = job.case.id
-    if job.anew:
-        # What was to be mended is not what is wanted any more.
-        return Problem(case, f"{store}: {case} was prepared anew or removed meanwhile")
-    if rounds >= _MOST_ROUNDS:
-        told = "what its worker wrote is not there, or others keep replacing it; do all workers see this store?"
-        return Problem(case, f"{store}: {case}: {told}")
-    return None
 
 
 def _standard(
@@ -354,15 +265,15 @@ def _standard(
     scheduler: str | None,
     sources: Mapping[Path, Digested | Problem],
 ) -> Standard | None:
-    """Return what Nyul's method matches the store's volumes to: what it holds, else what is learnt from the cohort.
+    """Return the standard histogram of Nyul's method: the one in the store, or one computed from the cohort.
 
-    It is learnt from a few cases, spread evenly; None where none of them can be used.
+    It is computed from a few cases, spread evenly; None if none of them can be used.
     """
     key = standard_key(preprocessing)
     known = read_root(store).standards.get(key)
     if known is not None:
         return known
-    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _CASES_OF_A_STANDARD)], store, preprocessing, (), sources=sources)
+    jobs, _ = plan_jobs(cases[:: -(-len(cases) // _STANDARD_CASES)], store, preprocessing, (), sources=sources)
     outcomes = run_jobs(_landmarks, jobs, store, workers, scheduler)
     of_cases = {job.case.id: found for ended in outcomes for job, found in ended if isinstance(found, tuple) and found}
     if not of_cases:
@@ -372,27 +283,11 @@ def _standard(
     return keep_standard(store, key, Standard(landmarks=landmarks, cases=cases_used))
 
 
-def _work(job: Job, store: str) -> int | Problem:
-    """Do one job in a worker."""
-    return _in_worker(job, lambda: prepare_case(job, Path(store)))
-
-
 def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
-    """Find one volume's landmarks in a worker; a case that fails here fails again where it is prepared."""
+    """Return the landmarks of one volume, in a worker; a case that fails here is reported when it is prepared."""
 
     def find() -> tuple[float, ...]:
         corrected = stored_volume(job, Path(store))
         return (corrected or correct_volume(read_volume(job.case.volume), job.preprocessing.bias)).tissue.landmarks
 
-    return _in_worker(job, find)
-
-
-def _in_worker(job: Job, do: Callable[[], Result]) -> Result | Problem:
-    """Do something on one thread; whatever goes wrong is told in one line."""
-    from numcodecs import blosc
-
-    blosc.use_threads = False
-    try:
-        return do()
-    except Exception as error:  # noqa: BLE001 - one case fails, the others go on
-        return describe_problem(job.case.id, error)
+    return run_in_worker(job, find)

@@ -1,4 +1,4 @@
-"""What is to be done: each case's files, and the digest by which the store will know it."""
+"""Plan which cases to prepare: each job has a case's files and the digest of its result."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cspine_data.errors import InputError
-from cspine_data.names import by_normalised
+from cspine_data.errors import InputError, Problem, describe_problem
 from cspine_data.preparation.source_digests import Digested, digest_source
 from cspine_data.preprocessing.steps import Preprocessing
-from cspine_data.sources.cases import Case, Problem, copy_problem, describe_problem
+from cspine_data.sources.cases import Case, copy_problem
 from cspine_data.store.publishing import Replacement
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import case_digest, case_path, volume_digest
@@ -18,30 +17,30 @@ from cspine_data.store.schema import case_digest, case_path, volume_digest
 
 @dataclass(frozen=True)
 class Job:
-    """One case to prepare, by what it will be known, and how the store holds it now: small enough for any worker.
+    """One case to prepare: its files, parameters, and what the store has of it now. Small, to be sent to workers.
 
     Attributes
     ----------
     case : Case
-        Its files.
+        The case's files.
     image_sha256, label_sha256 : str
-        What they held when the job was planned.
+        Digests of the files when the job was planned.
     preprocessing : Preprocessing
-        What to do.
+        Parameters.
     axes : tuple of int
         The axes to slice along.
     current : str or None
-        The digest that is current in the store.
-    held : Preprocessing or None
-        How that one was prepared.
-    anew : bool
-        Make it although the store has it, since that is damaged.
+        The case's digest in the store.
+    stored_preprocessing : Preprocessing or None
+        The parameters of the case in the store.
+    overwrite : bool
+        Prepare the case although the store has it, because it is damaged.
     trust_voxels : bool
-        See `load_case`. It does not change what is made of files, only whether they are refused.
+        See `load_case`. It does not change the result, only whether files are refused.
     notes : tuple of str
-        The notes on the case that is current in the store.
+        The notes on the case in the store.
     ignore_label : int or None
-        The value of voxels of the label map that do not count.
+        The label value of voxels to ignore.
     states : tuple
         State of the volume and of the label map when they were hashed, see `Digested`. By default unknown.
     """
@@ -52,8 +51,8 @@ class Job:
     preprocessing: Preprocessing
     axes: tuple[int, ...]
     current: str | None = None
-    held: Preprocessing | None = None
-    anew: bool = False
+    stored_preprocessing: Preprocessing | None = None
+    overwrite: bool = False
     trust_voxels: bool = False
     notes: tuple[str, ...] = ()
     ignore_label: int | None = None
@@ -61,17 +60,17 @@ class Job:
 
     @property
     def volume_digest(self) -> str:
-        """Digest of the corrected volume that this job makes."""
+        """Digest of the corrected volume of this job."""
         return volume_digest(self.image_sha256, self.preprocessing)
 
     @property
     def digest(self) -> str:
-        """Digest of the stored case that this job makes."""
+        """Digest of the stored case of this job."""
         return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes, self.ignore_label)
 
     @property
     def replacement(self) -> Replacement:
-        """What is to be published once it is done."""
+        """The change to publish when the job is finished."""
         return Replacement(self.case.id, self.preprocessing.variant, self.digest, self.current)
 
 
@@ -83,13 +82,10 @@ def plan_jobs(
     ignore_label: int | None = None,
     sources: Mapping[Path, Digested | Problem] | None = None,
 ) -> tuple[list[Job], list[Problem]]:
-    """Find out by which digest each case will be known; files whose own digests are not given are hashed here."""
+    """Return a job for each case, or a problem; files without a digest in `sources` are hashed here."""
     published = read_root(store).cases
-    stored = by_normalised(published)
-    # An earlier cspine kept ids as macOS writes them, decomposed.
-    cases = [replace(case, id=stored.get(case.id, case.id)) for case in cases]
     jobs, problems = [], []
-    # A case that is listed now may have got another file since: only the store's other cases keep theirs.
+    # A listed case may have another file now, so only the other cases of the store are searched for copies.
     listed = {case.id for case in cases}
     seen = _stored_images(store, {case: digests for case, digests in published.items() if case not in listed})
     for case in cases:
@@ -107,20 +103,20 @@ def plan_jobs(
 
 
 def planned_anew(jobs: Sequence[Job], store: Path) -> list[Job]:
-    """Plan jobs again that another run has overtaken: by what the store holds now, with the axes it has now."""
+    """Plan jobs again after a concurrent run has published their cases, with the axes that the store has now."""
     published = read_root(store).cases
     return [_with_current(job, store, published) for job in jobs]
 
 
 def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -> Job:
-    """Tell a job how the store holds its case; the axes and the ignored value that it has already are kept."""
+    """Add the case's state in the store to a job; its stored axes and ignored value are kept."""
     current = published.get(job.case.id, {}).get(job.preprocessing.variant)
     record = stored_record(store, job.case.id, current) if current else None
-    kept, held = (record.axes, record.preprocessing) if record else ((), None)
+    kept, stored = (record.axes, record.preprocessing) if record else ((), None)
     if current and record is None:
-        # Its record is damaged or of an older cspine; its folders tell.
+        # The record is damaged, so the axes are taken from the folders.
         kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
-    job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, held=held)
+    job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, stored_preprocessing=stored)
     if job.label_sha256 and job.ignore_label is None:
         job = replace(job, ignore_label=_ignored_before(job, store, published))
     return replace(job, notes=record.warnings) if record else job
@@ -129,7 +125,7 @@ def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -
 def _ignored_before(job: Job, store: Path, published: dict[str, dict[str, str]]) -> int | None:
     """Return the value that the store ignores in the same label map, in any variant of the case.
 
-    The ignored voxels would become a vertebra if the option were forgotten once.
+    If the option were forgotten once, the ignored voxels would become a vertebra.
     """
     records = (stored_record(store, job.case.id, digest) for digest in published.get(job.case.id, {}).values())
     found = (record.ignore_label for record in records if record and record.label_sha256 == job.label_sha256)
@@ -137,19 +133,19 @@ def _ignored_before(job: Job, store: Path, published: dict[str, dict[str, str]])
 
 
 def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return which case each stored image is of, by the digest of its file."""
+    """Return the case of each stored image, by the digest of its source file."""
     digests = ((case, digest) for case, variants in published.items() for digest in variants.values())
     found = ((case, stored_record(store, case, digest)) for case, digest in digests)
     return {record.image_sha256: case for case, record in found if record}
 
 
 def files_of(case: Case) -> list[Path]:
-    """Return a case's volume, and its label map if it has one."""
+    """Return the volume of a case, and its label map if there is one."""
     return [case.volume, case.label] if case.label else [case.volume]
 
 
 def digest_file(path: Path) -> Digested | Problem:
-    """Hash a volume or a label map, or say why it cannot be used."""
+    """Hash a volume or label map; a problem if it cannot be used."""
     try:
         if not path.is_file():
             raise InputError(path, "is no file", "check the path")
@@ -164,20 +160,20 @@ def new_job(
     axes: tuple[int, ...],
     sources: Mapping[Path, Digested | Problem] | None = None,
 ) -> Job | Problem:
-    """Return the job that prepares a case, as if the store did not hold it; or the first problem with its files."""
-    held: list[Digested] = []
+    """Return the job for a case, regardless of the store, or the first problem with its files."""
+    digested: list[Digested] = []
     for path in files_of(case):
         one = sources[path] if sources is not None else digest_file(path)
         if isinstance(one, Problem):
             return replace(one, case=case.id)
-        held.append(one)
-    image, label = held[0], held[1] if case.label else None
+        digested.append(one)
+    image, label = digested[0], digested[1] if case.label else None
     states = (image.state, label.state if label else None)
     return Job(case, image.sha256, label.sha256 if label else None, preprocessing, axes, states=states)
 
 
 def is_unchanged(job: Job) -> bool:
-    """Return whether a job's files hold what they held when it was planned.
+    """Return whether a job's files are unchanged since it was planned.
 
     Raises
     ------
@@ -186,9 +182,9 @@ def is_unchanged(job: Job) -> bool:
     """
     of_image, of_label = job.states
     planned = Digested(job.image_sha256, of_image), Digested(job.label_sha256 or "", of_label)
-    return all(held.is_still(path) for held, path in zip(planned, files_of(job.case), strict=False))
+    return all(digested.is_still(path) for digested, path in zip(planned, files_of(job.case), strict=False))
 
 
 def is_current(store: Path, job: Job) -> bool:
-    """Tell whether the store holds already what a job would make."""
+    """Return whether the store already has the result of a job."""
     return job.current == job.digest and stored_record(store, job.case.id, job.digest) is not None

@@ -1,8 +1,7 @@
-"""Which neutral id stands for which case: file names are names of patients too, and a store should hold none.
+"""Neutral case ids for anonymised stores, since file names may contain patient names.
 
-The key is a CSV file with the columns ``id,case``, kept outside the store and readable by its owner only. A case
-that it knows keeps its id for ever. New ones are numbered in the order of their volume's digest, which says nothing
-of names or dates.
+The key is a CSV file with the columns ``id,case``, kept outside the store and readable by its owner only. A case in the
+key keeps its id. New cases are numbered in the order of their volumes' digests, which do not depend on names or dates.
 """
 
 from __future__ import annotations
@@ -14,37 +13,36 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, Problem
 from cspine_data.files import exclusive_lock, make_folder, replace_file
 from cspine_data.names import normalised
 from cspine_data.preparation.plan import digest_file
 from cspine_data.preparation.source_digests import Digested
-from cspine_data.sources.cases import Case, Listing, Problem
+from cspine_data.sources.cases import Case, Listing
 from cspine_data.store.schema import NEUTRAL_ID
 
 COLUMNS = ("id", "case")
 _PATIENCE_S = 60
-_BY_HAND = "mend it by hand or bring back a copy; another key would give other ids"
+_RESTORE = "correct it by hand or restore a copy; a new key would give other ids"
 
 
 def with_neutral_ids(listing: Listing, key: Path, sources: Mapping[Path, Digested | Problem] | None = None) -> Listing:
-    """Give every case of a listing its neutral id: the one that the key knows, or a new one, which the key gets.
+    """Replace the case ids of a listing by neutral ids; new cases are added to the key.
 
     Parameters
     ----------
     listing : Listing
-        What `find_cases` found.
+        From `find_cases`.
     key : Path
-        The CSV file that says which id is which case; made, with its folder, where it is not there yet. Two processes
-        may use it at once.
+        The CSV file with the ids, created with its folder if necessary. Several processes may use it at once.
     sources : dict, optional
-        What each volume holds; without it, the new ones are hashed here.
+        Digest of each volume; by default, new volumes are hashed here.
 
     Returns
     -------
     Listing
-        The cases under their neutral ids, in order of these. Problems keep their message, which must name the file to
-        whoever runs this, but not their case: theirs is its neutral id or empty.
+        The cases with neutral ids, in order of these. Problems keep their message, which names the file for the user,
+        but their case is the neutral id or empty.
 
     Raises
     ------
@@ -57,23 +55,23 @@ def with_neutral_ids(listing: Listing, key: Path, sources: Mapping[Path, Digeste
     >>> [case.id for case in listing.cases]  # doctest: +SKIP
     ['case0001', 'case0002']
     """
-    # Through a link, so that the file behind it is replaced and not the link.
+    # If the key is a link, the file behind it is replaced.
     key = Path(key).resolve()
-    cases = [case for case in listing.cases if _fits_the_key(case)]
-    unfit = [case for case in listing.cases if not _fits_the_key(case)]
+    cases = [case for case in listing.cases if _is_utf8(case)]
+    others = [case for case in listing.cases if not _is_utf8(case)]
     try:
         ids = _enter(key, cases, sources)
     except OSError as error:
         problem = f"cannot be used as a key ({error.strerror or error})"
-        raise InputError(key, problem, "choose another place, or mend that") from None
+        raise InputError(key, problem, "choose another place, or fix this") from None
     named = sorted((replace(case, id=ids[case.id]) for case in cases), key=lambda case: case.id)
     problems = [Problem(ids.get(problem.case, ""), problem.message) for problem in listing.problems]
-    return Listing(tuple(named), (*problems, *map(_unfit, unfit)))
+    return Listing(tuple(named), (*problems, *map(_not_utf8, others)))
 
 
 def _enter(key: Path, cases: Iterable[Case], sources: Mapping[Path, Digested | Problem] | None) -> dict[str, str]:
-    """Enter the cases that a key does not know yet; return the id of every case that it knows then."""
-    # What takes long comes before the lock: a key that is replaced at once can be read without it.
+    """Add new cases to a key; return the id of every case in it."""
+    # Hashing takes long and needs no lock, since the key is replaced in one step.
     before = read_key(key)
     in_order = _in_order((case for case in cases if case.id not in before), sources)
     if not in_order:
@@ -90,19 +88,19 @@ def _enter(key: Path, cases: Iterable[Case], sources: Mapping[Path, Digested | P
 
 
 def _in_order(cases: Iterable[Case], sources: Mapping[Path, Digested | Problem] | None) -> list[str]:
-    """Return cases by the digest of their volume; those whose file has none come last, by name."""
+    """Return case names in order of their volumes' digests; those without a digest come last, by name."""
 
-    def place(case: Case) -> tuple[bool, str, str]:
-        held = sources[case.volume] if sources is not None else digest_file(case.volume)
-        return (True, "", case.id) if isinstance(held, Problem) else (False, held.sha256, case.id)
+    def order(case: Case) -> tuple[bool, str, str]:
+        digested = sources[case.volume] if sources is not None else digest_file(case.volume)
+        return (True, "", case.id) if isinstance(digested, Problem) else (False, digested.sha256, case.id)
 
-    return [case for *_, case in sorted(map(place, cases))]
+    return [case for *_, case in sorted(map(order, cases))]
 
 
 def read_key(key: Path) -> dict[str, str]:
-    """Read the neutral id of every case of a key; none where there is no key yet.
+    """Read the neutral id of every case in a key; empty if there is no key yet.
 
-    What is wrong is told by its line, without the names that stand there.
+    Messages give the line number and not its content, which may be a name.
     """
     try:
         # A spreadsheet program may have put a byte order mark first.
@@ -113,23 +111,23 @@ def read_key(key: Path) -> dict[str, str]:
     except UnicodeDecodeError:
         raise InputError(key, "is not UTF-8", "save it as CSV in UTF-8") from None
     except csv.Error as error:
-        raise InputError(key, f"is no readable CSV file ({error})", _BY_HAND) from None
+        raise InputError(key, f"is no readable CSV file ({error})", _RESTORE) from None
     if not rows or tuple(rows[0]) != COLUMNS:
-        raise InputError(key, f"does not start with the columns {','.join(COLUMNS)}", _BY_HAND)
+        raise InputError(key, f"does not start with the columns {','.join(COLUMNS)}", _RESTORE)
     if not text.endswith(("\n", "\r")):
-        raise InputError(key, "ends within a line", "if it is whole, end that line; else bring back a copy")
+        raise InputError(key, "ends within a line", "if it is complete, end the line; else restore a copy")
     ids: dict[str, str] = {}
     given: set[str] = set()
     for number, row in enumerate(rows[1:], start=2):
-        wrong = _wrong(row, ids, given)
-        if wrong:
-            raise InputError(key, f"{wrong} in row {number}", _BY_HAND)
+        problem = _row_problem(row, ids, given)
+        if problem:
+            raise InputError(key, f"{problem} in row {number}", _RESTORE)
         ids[normalised(row[1])] = row[0]
         given.add(row[0])
     return ids
 
 
-def _wrong(row: list[str], ids: Mapping[str, str], given: set[str]) -> str | None:
+def _row_problem(row: list[str], ids: Mapping[str, str], given: set[str]) -> str | None:
     if len(row) != len(COLUMNS) or not row[1]:
         return "has not an id and a case"
     neutral, case = row
@@ -141,13 +139,13 @@ def _wrong(row: list[str], ids: Mapping[str, str], given: set[str]) -> str | Non
 
 
 def _write(key: Path, ids: Mapping[str, str]) -> None:
-    """Replace a key in one step, durably; whoever holds its lock is the only one who writes."""
+    """Replace a key in one step, durably; the caller holds its lock."""
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
     table.writerows((ids[case], case) for case in sorted(ids, key=lambda case: _number(ids[case])))
     temporary = key.with_name(f".{key.name}.new")
-    # A process that was killed may have left one.
+    # A killed process may have left one.
     temporary.unlink(missing_ok=True)
     replace_file(key, text.getvalue().encode(), temporary, mode=0o600)
 
@@ -156,7 +154,7 @@ def _number(neutral: str) -> int:
     return int(neutral.removeprefix("case"))
 
 
-def _fits_the_key(case: Case) -> bool:
+def _is_utf8(case: Case) -> bool:
     try:
         case.id.encode()
     except UnicodeEncodeError:
@@ -164,6 +162,6 @@ def _fits_the_key(case: Case) -> bool:
     return True
 
 
-def _unfit(case: Case) -> Problem:
+def _not_utf8(case: Case) -> Problem:
     name = os.fsencode(case.volume).decode(errors="replace")
-    return Problem("", f"{name}: its name is not UTF-8, and the key could not hold it; rename the file")
+    return Problem("", f"{name}: its name is not UTF-8, as the key requires; rename the file")

@@ -1,4 +1,4 @@
-"""Mending a damaged store from the files that it was made of, to the same bytes."""
+"""Repair a damaged store from its source files, to the same bytes."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cspine_data.errors import DamagedStoreError, InputError
-from cspine_data.names import by_normalised
+from cspine_data.errors import DamagedStoreError, InputError, Problem, describe_problem
+from cspine_data.parallel.workers import check_workers
 from cspine_data.preparation.hashing import digest_files
-from cspine_data.preparation.pipeline import do_jobs, existing_key
+from cspine_data.preparation.jobs import do_jobs
+from cspine_data.preparation.pipeline import existing_key
 from cspine_data.preparation.plan import Job, new_job
 from cspine_data.preparation.pseudonyms import read_key
 from cspine_data.preparation.source_digests import Digested
-from cspine_data.preparation.workers import check_workers
 from cspine_data.preprocessing.steps import Preprocessing
 from cspine_data.progress import Progress
-from cspine_data.sources.cases import Case, Problem, describe_problem
+from cspine_data.sources.cases import Case
 from cspine_data.sources.pairing import find_cases
-from cspine_data.store.publishing import mend_root
+from cspine_data.store.publishing import repair_root
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import CaseRecord, RootRecord
-from cspine_data.store.verification import STRAY, Damage, mend_groups, verify, verify_case
+from cspine_data.store.verification import STRAY, Damage, repair_groups, verify, verify_case
 from cspine_data.store.writer import METADATA
 
-Way = tuple[Preprocessing, tuple[int, ...], int | None]
+Parameters = tuple[Preprocessing, tuple[int, ...], int | None]
 
 
 @dataclass(frozen=True)
 class RepairSummary:
-    """What was damaged and what became of it.
+    """The result of `repair`.
 
     Attributes
     ----------
     damages : tuple of Damage
-        What was not what had been written.
+        The damage that was found.
     mended : tuple of tuple of str
-        Each case and variant that was made anew, and verified.
+        Cases and variants that were prepared again and verified.
     differing : tuple of tuple of str
-        Of these, those whose bytes are not those of before, which another version of a library may bring with it.
+        Repaired cases whose bytes differ from before, for example because a library has another version.
     failed : tuple of Problem
-        Cases that could not be made anew, and why.
+        Cases that could not be repaired, with the reasons.
     """
 
     damages: tuple[Damage, ...]
@@ -58,16 +58,16 @@ def repair(
     scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> RepairSummary:
-    """Find what is damaged in a store and make it anew from its source; what is sound is not touched.
+    """Find damaged cases of a store and prepare them again from their source; sound cases are not changed.
 
-    A case's digest tells whether the files are those that it was made of, and how: nothing else replaces it.
+    A case is replaced only by one with the same digest, that is, from the same files with the same parameters.
 
     Parameters
     ----------
     store, source, pairs, workers, scheduler
-        As `prepare` takes them.
+        As in `prepare`.
     progress : callable, optional
-        Called with (cases finished, cases to mend, case id).
+        Called with (cases finished, cases to repair, case id).
 
     Raises
     ------
@@ -85,21 +85,23 @@ def repair(
         return RepairSummary((), (), (), ())
     root = read_root(store)
     files = _files(store, root, find_cases(source, pairs).cases)
-    mend_groups(store)
+    repair_groups(store)
     damaged = [files[case] for case in {damage.case for damage in damages if damage.variant} if case in files]
     sources = digest_files(damaged, store, workers, scheduler, rehash=True)
-    ways = {variant: _ways(store, root, variant) for variant in {damage.variant for damage in damages}}
+    candidates = {variant: _all_parameters(store, root, variant) for variant in {damage.variant for damage in damages}}
     jobs, failed = [], []
     strays = {(damage.case, damage.variant): damage for damage in damages if damage.problem == STRAY}
     for case, variant in sorted({(damage.case, damage.variant) for damage in damages if damage.variant}):
         if (case, variant) in strays:
-            failed.append(Problem(case, f"{strays[case, variant]}; move it away, then mend the case"))
+            failed.append(Problem(case, f"{strays[case, variant]}; move it away, then repair the case"))
             continue
         if root.cases.get(case, {}).get(variant) != verified.cases.get(case, {}).get(variant):
-            failed.append(Problem(case, f"{store}: {case} was prepared anew or removed meanwhile; verify again"))
+            failed.append(
+                Problem(case, f"{store}: {case} was prepared again or removed during the repair; verify again")
+            )
             continue
         try:
-            job = _job(store, root, files, sources, case, variant, ways[variant])
+            job = _job(store, root, files, sources, case, variant, candidates[variant])
         except InputError as error:
             job = describe_problem(case, error)
         if isinstance(job, Problem):
@@ -124,7 +126,7 @@ def repair(
 
 
 def _problem_after(store: Path, job: Job, outcome: int | Problem) -> Problem | None:
-    """Tell why a case that was to be made anew is not sound; None where it is."""
+    """Return why a repaired case is still not sound; None if it is."""
     if isinstance(outcome, Problem):
         return outcome
     still = verify_case(store, job.case.id, job.preprocessing.variant, job.digest)
@@ -132,21 +134,20 @@ def _problem_after(store: Path, job: Job, outcome: int | Problem) -> Problem | N
 
 
 def _lost_root(store: Path) -> tuple[Damage, ...]:
-    """Bring back a root that is lost or damaged from its copy, where there is one."""
+    """Restore a missing or damaged root from its copy."""
     try:
         read_root(store)
     except DamagedStoreError:
         problem = "is not what was written" if (store / METADATA).exists() else "is missing"
-        mend_root(store)
+        repair_root(store)
         return (Damage("", "", METADATA, problem),)
     return ()
 
 
 def _files(store: Path, root: RootRecord, cases: Iterable[Case]) -> dict[str, Case]:
-    """Return a source's cases by the ids that the store knows them by."""
+    """Return the cases of a source by their ids in the store."""
     if not root.neutral_ids:
-        stored = by_normalised(root.cases)
-        return {stored.get(case.id, case.id): replace(case, id=stored.get(case.id, case.id)) for case in cases}
+        return {case.id: case for case in cases}
     ids = read_key(existing_key(store, root))
     return {ids[case.id]: replace(case, id=ids[case.id]) for case in cases if case.id in ids}
 
@@ -158,36 +159,43 @@ def _job(
     sources: Mapping[Path, Digested | Problem],
     case: str,
     variant: str,
-    ways: Sequence[Way],
+    candidates: Sequence[Parameters],
 ) -> Job | Problem:
-    """Return the job whose digest is the damaged one: made of the same files in the same way."""
+    """Return the job with the digest of the damaged case."""
     if case not in files:
-        raise InputError(f"case {case!r}", "is damaged, and not in the source", "give the folder that holds its files")
+        raise InputError(f"case {case!r}", "is damaged, and not in the source", "give the folder with its files")
     digest = root.cases[case][variant]
     record = stored_record(store, case, digest)
-    for preprocessing, axes, ignored in [_way(record)] if record else ways:
+    for preprocessing, axes, ignored in [_parameters(record)] if record else candidates:
         job = new_job(files[case], preprocessing, axes, sources)
         if isinstance(job, Problem):
             return job
-        # The damaged case was made of these very files, so its label map was trusted where it had to be.
-        job = replace(job, current=digest, held=preprocessing, anew=True, trust_voxels=True, ignore_label=ignored)
+        # The damaged case was prepared from the same files, so a label map without a position was accepted.
+        job = replace(
+            job,
+            current=digest,
+            stored_preprocessing=preprocessing,
+            overwrite=True,
+            trust_voxels=True,
+            ignore_label=ignored,
+        )
         if job.digest == digest:
             return job
     raise InputError(
-        files[case].volume, "is not what the damaged case was made of, or was prepared in a way that is lost",
-        "run cspine-data prepare with the options that you want",
+        files[case].volume, "differs from the source of the damaged case, or its parameters are lost",
+        "run cspine-data prepare with the options you want",
     )  # fmt: skip
 
 
-def _ways(store: Path, root: RootRecord, variant: str) -> list[Way]:
-    """Return in which ways a store's cases were prepared: those that records tell, and the default."""
-    found: list[Way] = [(Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2), None)]
+def _all_parameters(store: Path, root: RootRecord, variant: str) -> list[Parameters]:
+    """Return the parameters used in a store: those in its records, and the default."""
+    found: list[Parameters] = [(Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2), None)]
     for case, variants in root.cases.items():
         record = stored_record(store, case, variants[variant]) if variant in variants else None
-        if record and _way(record) not in found:
-            found.append(_way(record))
+        if record and _parameters(record) not in found:
+            found.append(_parameters(record))
     return found
 
 
-def _way(record: CaseRecord) -> Way:
+def _parameters(record: CaseRecord) -> Parameters:
     return record.preprocessing, record.axes, record.ignore_label

@@ -1,7 +1,7 @@
-"""What source files hold, by SHA-256; a file is hashed again only when its size or times have changed.
+"""SHA-256 of source files, with a cache: a file is hashed again only if its size or times have changed.
 
-The rule is git's: a file with the same size, times and inode as when it was hashed is taken for unchanged. A file that
-was written shortly before it was hashed could change once more without changing its times, so it is hashed each time.
+The rule is git's: a file with the same size, times and inode is considered unchanged. A file that was written shortly
+before it was hashed could change again without changing its times, so it is not cached.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from cspine_data.files import replace_file
 from cspine_data.store.schema import record_checksum
 from cspine_data.volumes.io import content_digest, source_files
 
-# The coarsest times of any file system (FAT); those of others are at most 10 ms late.
+# The coarsest time stamps of any file system (FAT); others are at most 10 ms late.
 _COARSEST_NS = 2_000_000_000
 _OWNER_ONLY = 0o600
 
 
 @dataclass(frozen=True)
 class Digested:
-    """What a source held when it was hashed.
+    """The digest of a source and its state when it was hashed.
 
     Attributes
     ----------
     sha256 : str
-        Of its bytes, see `content_digest`.
+        Digest of its bytes, see `content_digest`.
     state : str or None
-        Of its files' names, sizes, times and inodes. None where these could stay the same when the bytes change.
+        Digest of its files' names, sizes, times and inodes. None if these could stay the same when the bytes change.
     in_one_file : bool
-        Whether it is a single file: no folder, and no header with a data file beside it.
+        Whether it is a single file, not a folder or a header with a data file.
     """
 
     sha256: str
@@ -45,7 +45,7 @@ class Digested:
     in_one_file: bool = False
 
     def is_still(self, path: Path) -> bool:
-        """Return whether a source holds the same bytes; they are read only where its state does not tell.
+        """Return whether a source is unchanged; its bytes are read only if its state has changed.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class Digested:
 
 
 def digest_source(path: Path) -> Digested:
-    """Hash everything that a volume is read from.
+    """Hash all files of a volume.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def digest_source(path: Path) -> Digested:
     Raises
     ------
     InputError
-        If it is no volume, or too long.
+        If it is not a volume, or too long.
     OSError
         If it cannot be read.
     """
@@ -80,12 +80,12 @@ def digest_source(path: Path) -> Digested:
 
 
 class DigestCache:
-    """A file that remembers the digests of sources, by digests of their paths: a path may name a patient.
+    """A file of the digests of sources. Paths are hashed too, since they may contain patient names.
 
     Parameters
     ----------
     file : Path
-        Where it lies; readable by its owner only. What cannot be read or written there costs time and nothing else.
+        The cache file, readable by its owner only. If it cannot be read or written, sources are hashed again.
     """
 
     def __init__(self, file: Path) -> None:
@@ -94,7 +94,7 @@ class DigestCache:
         self._new: dict[str, list[Any]] = {}
 
     def find(self, path: Path) -> Digested | None:
-        """Return what a source was when it was hashed, if it has not changed since."""
+        """Return the digest of a source if it has not changed since it was hashed."""
         try:
             known = Digested(*self._entries[_key(path)])
             unchanged = known.state == _state([path] if known.in_one_file else source_files(path))
@@ -103,12 +103,12 @@ class DigestCache:
         return known if unchanged else None
 
     def add(self, path: Path, digested: Digested) -> None:
-        """Remember a source, if a later change would show."""
+        """Add a source, if a later change of it could be detected."""
         if digested.state is not None:
             self._new[_key(path)] = [digested.sha256, digested.state, digested.in_one_file]
 
     def save(self) -> None:
-        """Write what was added, beside what another process has added meanwhile."""
+        """Write the added entries, keeping those that another process has added."""
         if not self._new:
             return
         entries = _read(self._file) | self._new
@@ -133,7 +133,7 @@ def _key(path: Path) -> str:
 
 
 def _state(files: Sequence[Path]) -> str:
-    # The time of the last change of any kind and the inode tell of a file that replaces one of the same size and age.
+    # The change time and the inode detect a file that was replaced by one of the same size and modification time.
     facts = [
         (os.fsencode(file.name), one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino)
         for file in files

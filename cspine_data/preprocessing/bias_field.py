@@ -1,7 +1,6 @@
-"""What smooth field multiplies a volume's intensities: N4 above air, within tissue, at a working resolution.
+"""Bias field estimation with N4: above air, within tissue, at a working resolution.
 
-Everything here is a pure function of the image; no label map is needed, so that a volume to predict is corrected
-exactly as the volumes of training were.
+All functions depend only on the image and need no label map, so that prediction corrects a volume as training does.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from cspine_data.preprocessing.tissue import (
 )
 from cspine_data.volumes.geometry import Triple
 
-# Of a voxel of median tissue: where its signal is so many deviations of the noise, the gain is halved. Below 1, since
-# networks average neighbours; docs/bias-field.md has the Dice of 1, 0.5 and 0.25.
+# Where the signal of median tissue is this many standard deviations of the noise, the gain is halved. Below 1, since
+# networks average neighbours; docs/bias-field.md has the Dice for 1, 0.5 and 0.25.
 _LEAST_SNR = 0.5
 
 
 class BiasParameters(N4Parameters):
-    """How the field is estimated; each parameter changes the result and is part of a case's digest.
+    """Parameters of the bias field estimate; each is part of a case's digest.
 
     Attributes
     ----------
     engine : str
-        ``separable``: N4 as matrix products on a regular grid. ``itk``: SimpleITK's filter, its slow twin,
-        which takes no notice of `spline_mm`, and of `stride`, since it goes one iteration at a time.
+        ``separable``: N4 as matrix products on a regular grid. ``itk``: SimpleITK's filter, which is slow and ignores
+        `spline_mm` and `stride`.
     resolution_mm : float
-        Voxel size of the working grid. The image is averaged down to about this, never up.
+        Approximate voxel size of the working grid; the image is only averaged, never interpolated.
     mask_passes : int
-        How often the tissue mask is found anew, on an image corrected by a coarser estimate, before the final one.
+        Number of updates of the tissue mask, each on an image corrected by a coarser estimate, before the final one.
     """
 
     engine: Literal["separable", "itk"] = "separable"
@@ -49,12 +48,12 @@ class BiasParameters(N4Parameters):
 
     @property
     def coarser(self) -> BiasParameters:
-        """What is enough to find the tissue mask."""
+        """Coarser parameters for the tissue mask."""
         update = {"engine": "separable", "resolution_mm": max(self.resolution_mm, 9.0)}
         return self.model_copy(update=update)
 
 
-#: What `--n4-preset` offers; docs/bias-field.md says what each leaves and costs.
+#: Presets of `--n4-preset`; docs/bias-field.md has their accuracy and time.
 PRESETS = {
     "fast": BiasParameters(iterations=(100, 100, 100, 100), width=0.3, mask_passes=2),
     "default": BiasParameters(),
@@ -63,7 +62,7 @@ PRESETS = {
 
 
 def bias_parameters(preset: str = "default", **changes: Any) -> BiasParameters:
-    """Return a preset's parameters with some of them changed.
+    """Return the parameters of a preset with some changes.
 
     Parameters
     ----------
@@ -85,7 +84,7 @@ def bias_parameters(preset: str = "default", **changes: Any) -> BiasParameters:
     if changes.get("engine") == "itk":
         if "spline_mm" in changes:
             raise InputError(
-                "N4 parameter spline_mm", "is not taken by SimpleITK's filter, which doubles its elements each level",
+                "N4 parameter spline_mm", "is not supported by SimpleITK's filter, which doubles them each level",
                 "leave it out",
             )  # fmt: skip
         changes["spline_mm"] = 0.0
@@ -99,25 +98,25 @@ def bias_parameters(preset: str = "default", **changes: Any) -> BiasParameters:
 
 @dataclass(frozen=True, eq=False)
 class BiasEstimate:
-    """A volume's bias field, and what it was estimated from.
+    """A volume's bias field and related estimates.
 
     Attributes
     ----------
     log_bias_xyz : ndarray
         Natural logarithm of the field, float32, (x, y, z), mean zero over the tissue.
     corrected_xyz : ndarray
-        The image without the field, float32, (x, y, z); see `correct`.
+        The corrected image, float32, (x, y, z); see `correct`.
     tissue_xyz : ndarray of bool
-        Which voxels are tissue: above `tissue_threshold` after correction, and clear of the noise before it.
+        Tissue mask: above `tissue_threshold` after correction, and above the noise before it.
     air_level : float
-        Intensity of air. The field multiplies what lies above it.
+        Intensity of air. The field applies to intensities above it.
     tissue_threshold : float
-        In the corrected image.
+        Threshold in the corrected image.
     noise_ratio : float
-        Standard deviation of the noise before correction, over the median of corrected tissue above air. It bounds the
-        gain of `correct`.
+        Standard deviation of the noise before correction, divided by the median of corrected tissue above air. It
+        bounds the gain of `correct`.
     noise_share : float
-        Share of the voxels above `tissue_threshold` that are not clear of the noise, and so no tissue.
+        Share of the voxels above `tissue_threshold` that are not above the noise, and so no tissue.
     """
 
     log_bias_xyz: NDArray[np.float32]
@@ -132,10 +131,10 @@ class BiasEstimate:
 def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasParameters) -> BiasEstimate:
     """Estimate a volume's bias field by N4 (Tustison et al. 2010); no label map is needed.
 
-    The intensity of air is subtracted first: a field multiplies signal, and the logarithm of signal plus an offset is
-    no sum of logarithms. Where the field is weak, tissue falls below any one threshold. So the tissue mask is found
-    again, a few times, on the image that a coarser estimate has corrected. Voxels that were not clear of the noise
-    before correction never enter the mask: far from a weak coil a correction makes noise as bright as tissue.
+    The intensity of air is subtracted first, since the field multiplies only the signal. Where the field is weak,
+    tissue is below a global threshold, so the tissue mask is updated a few times on the image corrected by a coarser
+    estimate. Voxels that are not above the noise before correction are excluded: far from a weak coil the correction
+    makes noise as bright as tissue.
 
     Parameters
     ----------
@@ -144,17 +143,17 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     spacing_mm : tuple of float
         Voxel spacing along x, y and z.
     parameters : BiasParameters
-        How to estimate.
+        The parameters.
     """
     factors = working_factors(spacing_mm, min(TISSUE_MM, parameters.resolution_mm))
     averaged = average_down(image_xyz, factors)
     averaged_mm = _times(spacing_mm, factors)
     first_threshold = threshold = tissue_threshold(averaged, averaged_mm)
     noise = noise_floor(image_xyz, averaged, factors, threshold)
-    # Air of 8-bit images is one or two grey values. What lies at the level is not corrected, and compresses well.
+    # Air of 8-bit images is one or two grey values. Voxels at this level are not corrected, and compress well.
     air = float(round(noise.level)) if image_xyz.dtype.kind in "iu" else noise.level
-    # What is tissue before any correction stays tissue.
-    clear = noise.clear(averaged, averaged_mm) | (averaged > first_threshold)
+    # Tissue before any correction remains tissue.
+    clear = noise.above_noise(averaged, averaged_mm) | (averaged > first_threshold)
     signal = averaged - np.float32(air)
     corrected = positive = np.maximum(signal, 0)
     for _ in range(parameters.mask_passes):
@@ -166,7 +165,7 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
         threshold = tissue_threshold(corrected, averaged_mm) + air
     tissue = clear & (corrected > threshold - air)
     estimate = _estimate(signal, tissue, averaged_mm, parameters)
-    # N4 leaves the field's level open, and the threshold is of an image that keeps its own.
+    # N4 does not determine the mean of the field, but the threshold refers to an image with a fixed mean.
     log_bias_averaged = estimate.on_grid(signal.shape)
     level = _mean(log_bias_averaged, tissue)
     log_bias = estimate.on_grid(image_xyz.shape, finer=factors)
@@ -177,7 +176,7 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     in_tissue = bright & (image_xyz > min(noise.clear_level, first_threshold))
     level = _mean(log_bias, in_tissue)
     found, kept = np.count_nonzero(bright), np.count_nonzero(in_tissue)
-    # A field of another level makes all of it brighter or darker by that level.
+    # Apply the change of the mean to the corrected image.
     log_bias -= level
     for plane in corrected:
         plane -= np.float32(air)
@@ -198,7 +197,7 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
 def _noise_ratio(
     deviation: float, signal: NDArray[np.float32], log_bias: NDArray[np.float32], tissue: NDArray[np.bool_]
 ) -> float:
-    """Return the noise's deviation over the median of corrected tissue; 0 where there is no tissue."""
+    """Return the standard deviation of noise divided by the median of corrected tissue; 0 without tissue."""
     if not deviation or not tissue.any():
         return 0.0
     return deviation / float(np.median(signal[tissue] * np.exp(-log_bias[tissue])))
@@ -224,7 +223,7 @@ def estimate_log_bias(
     spacing_mm : tuple of float
         Voxel spacing along x, y and z.
     parameters : BiasParameters
-        How to estimate.
+        The parameters.
 
     Returns
     -------
@@ -239,11 +238,11 @@ def estimate_log_bias(
 def correct(
     image_xyz: NDArray[Any], log_bias_xyz: NDArray[np.float32], air: float = 0.0, noise_ratio: float = 0.0
 ) -> NDArray[np.float32]:
-    """Divide what lies above air by the bias field, with a gain that noise bounds; the rest stays as it is.
+    """Divide intensities above air by the bias field, with a gain bounded by the noise; others are unchanged.
 
-    The gain is that of a Wiener filter, ``b / (b**2 + r**2)`` of the field `b`: 1 / b where tissue is clear of the
-    noise, half of that where the signal of a median tissue voxel is half a deviation of the noise, and nearly 0 where
-    there is only noise.
+    The gain is that of a Wiener filter, ``b / (b**2 + r**2)`` of the field `b`: 1 / b where tissue is above the noise,
+    half of that where the signal of median tissue is half a standard deviation of the noise, and nearly 0 where there
+    is only noise.
 
     Parameters
     ----------
@@ -254,7 +253,7 @@ def correct(
     air : float
         Intensity of air.
     noise_ratio : float
-        Standard deviation of the noise over the median of corrected tissue; 0 does not bound the gain.
+        Standard deviation of the noise divided by the median of corrected tissue; 0 for an unbounded gain.
 
     Returns
     -------
@@ -265,7 +264,7 @@ def correct(
     level = np.float32(air)
     squared = np.float32((noise_ratio * _LEAST_SNR) ** 2)
     gain, bound = np.empty((2, *image_xyz.shape[1:]), dtype=np.float32)
-    # Plane by plane everything stays in the processor's cache: half the time of whole arrays.
+    # Planes fit into the processor's cache, which takes half the time of whole arrays.
     for image, log_bias, plane in zip(image_xyz, log_bias_xyz, corrected, strict=True):
         np.subtract(image, level, out=plane, casting="unsafe")
         np.negative(log_bias, out=gain)

@@ -21,28 +21,28 @@ Real = TypeVar("Real", np.float32, np.float64)
 
 
 class N4Parameters(BaseModel):
-    """What N4 itself can be told; docs/bias-field.md shows what the defaults were chosen by.
+    """Parameters of N4; docs/bias-field.md has the comparisons behind the defaults.
 
     Attributes
     ----------
     iterations : tuple of int
-        Most iterations at each fitting level. Each level has twice the elements of the one before, at most as many as
-        `spline_mm` allows.
+        Maximum number of iterations at each level. Each level has twice as many elements as the one before, limited by
+        `spline_mm`.
     threshold : float
         A level ends when the field's coefficient of variation changes by less than this in one iteration.
     control_points : int
-        Along each axis, at the first level; 4 are one cubic element.
+        Number of control points along each axis at the first level; 4 are one cubic element.
     spline_mm : float
-        Length of the finest elements, about; 0 doubles their number at every level, as ITK does.
+        Approximate length of the finest elements; 0 doubles their number at every level, as ITK does.
     bins : int
-        Of the histogram of log intensities.
+        Number of bins of the histogram of log intensities.
     width : float
         Full width at half maximum of the Gaussian, in log intensity, that the histogram is deconvolved by.
     noise : float
-        Of the Wiener filter that deconvolves; more of it sharpens less.
+        Noise parameter of the Wiener filter for deconvolution; a larger value sharpens less.
     stride : float
-        How many iterations to go at once: N4's iterations point the same way for long, and a longer step along the
-        first of them costs no more. Where one goes too far it is taken back and halved. 1 is N4 as published.
+        Step length in iterations: consecutive iterations of N4 have similar directions, so a longer step saves time. A
+        step that goes too far is undone and halved. 1 is N4 as published.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -117,16 +117,16 @@ def fit_log_bias(
     Parameters
     ----------
     log_image : ndarray
-        Natural logarithm of the intensities, 3-D; looked at where the weights are positive only.
+        Natural logarithm of the intensities, 3-D; used only where the weights are positive.
     weights : ndarray
-        How much each voxel counts in the spline fit, same shape: a mask, or a confidence of 0 or more.
+        Weight of each voxel in the spline fit, same shape: a mask, or a confidence of 0 or more.
     extent_mm : sequence of float
         Distance between the first and the last voxel along each axis.
     parameters : N4Parameters
-        How to estimate.
+        The parameters.
     """
     first = parameters.control_points - 3
-    # One cubic element follows a curve along its axis very slowly: two at least.
+    # N4 converges slowly with one cubic element, so at least two.
     finest = [max(2 * first, round(mm / parameters.spline_mm)) if parameters.spline_mm else None for mm in extent_mm]
     field = SplineField(np.zeros((parameters.control_points,) * 3))
     positions = [np.linspace(0, 1, n) for n in log_image.shape]
@@ -143,7 +143,7 @@ def fit_log_bias(
 def itk_log_bias(
     image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: Sequence[float], parameters: N4Parameters
 ) -> NDArray[Any]:
-    """Estimate by SimpleITK's filter, the slow twin, on the image's grid; `spline_mm` and `stride` are ours alone.
+    """Estimate with SimpleITK's filter on the image's grid; it ignores `spline_mm` and `stride`.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def itk_log_bias(
     spacing_mm : sequence of float
         Voxel spacing along each axis.
     parameters : N4Parameters
-        How to estimate.
+        The parameters.
     """
     import SimpleITK as sitk  # noqa: N813
 
@@ -162,7 +162,7 @@ def itk_log_bias(
     for volume in volumes:
         volume.SetSpacing(spacing_mm)
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
-    # Volumes are corrected side by side, each on one thread.
+    # Volumes are corrected in parallel, each on one thread.
     n4.SetNumberOfThreads(1)
     n4.SetMaximumNumberOfIterations(list(parameters.iterations))
     n4.SetConvergenceThreshold(parameters.threshold)

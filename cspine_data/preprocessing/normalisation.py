@@ -1,4 +1,4 @@
-"""Bringing intensities of different scanners to one scale, with the statistics that undo or repeat it."""
+"""Intensity normalisation, with the statistics to repeat or undo it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ NYUL_PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 _ENDS = (NYUL_PERCENTILES[0], NYUL_PERCENTILES[-1])
 #: The percentiles of the tissue that are kept of every volume.
 TISSUE_PERCENTILES = tuple(sorted({2, 10, 25, 50, 75, 90, 98, *NYUL_PERCENTILES}))
-# In standard deviations of the densest part. At most 0.3 % of the tissue of 19 real scans lies farther away (vessels,
-# fluid). Noise that a field amplified lies at 30 and more.
+# In standard deviations of the densest part. In 19 real scans at most 0.3 % of the tissue is farther away (vessels,
+# fluid). Noise amplified by a field is at 30 or more.
 _OUTLIER = 12.0
 # Percentiles of so many voxels are those of all to a thousandth of the spread.
 _ENOUGH_VOXELS, _MANY_VOXELS = 500_000, 4_000_000
 # Levels of 16 bits would grow coarse where one broken voxel is a thousand times as bright as tissue. All that networks
-# see lies within a few units; what lies beyond these is put to them.
+# see is within a few units; values beyond the limits are clipped.
 _FARTHEST = 32.0
 _HIGHEST_LEVEL = 32767
 
 
 class Normalisation(BaseModel):
-    """How intensities turn into what networks see: straight lines between points, the outermost going on beyond.
+    """A piecewise linear map of intensities; the outermost lines continue beyond the points.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Normalisation(BaseModel):
     intensities : tuple of float
         Ascending, in the units of the image.
     values : tuple of float
-        What these become, ascending.
+        The normalised values of these, ascending.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,12 +60,12 @@ class Normalisation(BaseModel):
 
 
 class Levels(BaseModel):
-    """How 16-bit whole numbers stand for normalised intensities: ``level * scale``.
+    """16-bit integers for normalised intensities: ``level * scale``.
 
     Attributes
     ----------
     scale : float
-        What one level is worth; a value is off by at most half of it.
+        Size of one level; the rounding error is at most half of it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -74,7 +74,7 @@ class Levels(BaseModel):
 
     @classmethod
     def spanning(cls, normalised: NDArray[np.float32]) -> Levels:
-        """Return levels that reach as far as an image's own values do, or to 32 on either side where they go beyond."""
+        """Return levels for the range of an image, at most from -32 to 32."""
         farthest = max(-float(normalised.min()), float(normalised.max()))
         return cls(scale=min(max(farthest, 1e-6), _FARTHEST) / _HIGHEST_LEVEL)
 
@@ -90,7 +90,7 @@ class Levels(BaseModel):
         return levels
 
     def decode(self, levels: NDArray[np.int16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Return the values that levels stand for, float32; in `out`, of their shape, where that is given."""
+        """Return the values of levels, float32, in `out` if given."""
         values = np.empty(levels.shape, np.float32) if out is None else out
         # In two passes: one that converts and multiplies goes through NumPy's small buffers, and takes longer.
         values[...] = levels
@@ -99,7 +99,7 @@ class Levels(BaseModel):
 
 
 class TissueStatistics(BaseModel):
-    """How the intensities of a volume's tissue are distributed, outliers excluded.
+    """Intensity statistics of a volume's tissue, without outliers.
 
     Attributes
     ----------
@@ -155,14 +155,14 @@ class TissueStatistics(BaseModel):
 
     @property
     def landmarks(self) -> tuple[float, ...]:
-        """Where Nyul's percentiles lie once the 1st is 0 and the 99th is 1; empty without contrast."""
+        """Nyul's percentiles, scaled so that the 1st is 0 and the 99th is 1; empty without contrast."""
         found = np.array(self.at(NYUL_PERCENTILES))
         span = found[-1] - found[0]
         return tuple(((found - found[0]) / span).tolist()) if span > 0 else ()
 
 
 def _inlying(values: NDArray[Any]) -> tuple[float, float]:
-    """Return the range that outliers lie beyond; each round's densest part holds fewer of them."""
+    """Return the range without outliers, which are excluded step by step."""
     values = values[:: max(1, values.size // _ENOUGH_VOXELS)]
     low, high = -np.inf, np.inf
     while True:
@@ -180,23 +180,23 @@ def _inlying(values: NDArray[Any]) -> tuple[float, float]:
 def normalisation_of(
     tissue: TissueStatistics, method: Method, standard: tuple[float, ...] | None, name: str
 ) -> Normalisation:
-    """Return what normalises an image by the intensities of its tissue.
+    """Return the normalisation of an image from the intensity statistics of its tissue.
 
     Parameters
     ----------
     tissue : TissueStatistics
-        Of the image; needs no label map.
+        Statistics of the image.
     method : str
         ``zscore``, ``percentile`` or ``nyul``.
     standard : tuple of float, optional
-        For ``nyul``, what `standard_landmarks` gave for a cohort.
+        For ``nyul``, the `standard_landmarks` of a cohort.
     name : str
-        What to call the image in an error.
+        Name of the image in messages.
 
     Raises
     ------
     InputError
-        If the tissue holds no contrast to scale by.
+        If the tissue has no contrast.
     """
     values: tuple[float, ...] = (0.0, 1.0)
     if method == "nyul":
@@ -216,13 +216,13 @@ def normalisation_of(
 
 
 def standard_landmarks(of_images: list[tuple[float, ...]]) -> tuple[float, ...]:
-    """Return the standard that Nyul's method matches images to: the mean of a cohort's landmarks."""
+    """Return the standard of Nyul's method: the mean of a cohort's landmarks."""
     mean = np.mean(np.array([one for one in of_images if one], dtype=np.float64), axis=0)
     return tuple(round(float(value), 6) for value in mean)
 
 
 def _distinct(intensities: tuple[float, ...], values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Leave out points that no line can be drawn to: images of few grey values have equal percentiles."""
+    """Remove repeated points, since images with few grey values have equal percentiles."""
     points = [(intensities[0], values[0])]
     for intensity, value in zip(intensities[1:], values[1:], strict=True):
         if intensity > points[-1][0] and value > points[-1][1]:

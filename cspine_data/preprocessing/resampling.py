@@ -1,6 +1,6 @@
-"""Bringing a volume to other voxel spacings: each axis is one small matrix, which holds the whole method.
+"""Resampling of volumes to other voxel spacings, with one small matrix per axis.
 
-Voxels stay centred on the volume's centre, so that a grid and its resampled one cover the same patient.
+The centre of the volume is kept, so that the grid and the resampled grid cover the same region.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TIE = np.float32(_ROUNDED_HEADER)
 
 
 def resampled_size(size: Size, spacing_mm: Triple, new_spacing_mm: Triple) -> Size:
-    """Return how many voxels of another spacing a grid takes: the whole number nearest to its extent, at least 1."""
+    """Return the size of a grid with another spacing: the integers nearest to its extent, at least 1."""
     first, second, third = (
         n if _same(mm, new_mm) else max(1, round(n * mm / new_mm))
         for n, mm, new_mm in zip(size, spacing_mm, new_spacing_mm, strict=True)
@@ -93,7 +93,7 @@ def resample_label(label_xyz: NDArray[Any], spacing_mm: Triple, size: Size, new_
     if not any(matrix is not None for matrix in matrices):
         return label_xyz
     places = [
-        np.clip(np.floor(_places(n, mm, new_n, new_mm) + 0.5 + _ROUNDED_HEADER).astype(int), 0, n - 1)
+        np.clip(np.floor(_positions(n, mm, new_n, new_mm) + 0.5 + _ROUNDED_HEADER).astype(int), 0, n - 1)
         for n, mm, new_n, new_mm in zip(label_xyz.shape, spacing_mm, size, new_spacing_mm, strict=True)
     ]
     nearest = label_xyz[np.ix_(*places)]
@@ -125,33 +125,33 @@ def _matrices(
     ]
 
 
-def _places(n: int, mm: float, new_n: int, new_mm: float) -> NDArray[np.float64]:
-    """Return where new voxels lie, in voxels of the old grid."""
+def _positions(n: int, mm: float, new_n: int, new_mm: float) -> NDArray[np.float64]:
+    """Return the positions of new voxels, in voxels of the old grid."""
     return np.asarray((np.arange(new_n) - (new_n - 1) / 2) * (new_mm / mm) + (n - 1) / 2)
 
 
 def _spline_matrix(n: int, mm: float, new_n: int, new_mm: float, order: int) -> NDArray[np.float32]:
-    """Return the (new_n, n) matrix that smooths and resamples along one axis: what the method makes of each voxel."""
+    """Return the (new_n, n) matrix that smooths and resamples along one axis."""
     from scipy import ndimage
 
     voxels = np.eye(n)
     step = new_mm / mm
     if step > 1:
         voxels = ndimage.gaussian_filter1d(voxels, math.sqrt(step**2 - 1) / _FULL_WIDTH, axis=0, mode="nearest")
-    places = _places(n, mm, new_n, new_mm)
+    places = _positions(n, mm, new_n, new_mm)
     columns = [ndimage.map_coordinates(voxel, places[None], order=order, mode="nearest") for voxel in voxels.T]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
 def _share_matrix(n: int, mm: float, new_n: int, new_mm: float) -> NDArray[np.float32]:
-    """Return the (new_n, n) matrix of how much of each new voxel an old one fills; linear where voxels shrink."""
+    """Return the (new_n, n) matrix of each old voxel's share of each new one; linear if voxels shrink."""
     if new_mm <= mm:
         return _spline_matrix(n, mm, new_n, new_mm, order=1)
     half = new_mm / mm / 2
     borders = np.arange(n + 1) - 0.5
     # Beyond the volume its outermost voxels go on.
     borders[0], borders[-1] = -np.inf, np.inf
-    places = _places(n, mm, new_n, new_mm)[:, None]
+    places = _positions(n, mm, new_n, new_mm)[:, None]
     shares = np.minimum(places + half, borders[None, 1:]) - np.maximum(places - half, borders[None, :-1])
     return np.asarray(np.maximum(shares, 0) / (2 * half), dtype=np.float32)
 

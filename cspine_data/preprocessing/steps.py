@@ -1,6 +1,6 @@
-"""One volume, from its file's order to what a network sees: anatomical order, bias field corrected, normalised.
+"""Preprocessing of one volume: anatomical order, bias field correction, resampling, normalisation.
 
-The same functions of the same recorded parameters make the store and prepare a volume for prediction.
+The same functions with the same recorded parameters are used for the store and for prediction.
 """
 
 from __future__ import annotations
@@ -32,37 +32,38 @@ from cspine_data.volumes.geometry import Geometry, Orientation, Triple
 from cspine_data.volumes.image_checks import usable_image
 from cspine_data.volumes.io import Volume
 
-# Some 4 GB a worker at 14 to 20 bytes a voxel: a mistyped spacing should not take the machine down.
+# About 4 GB per worker, at 14 to 20 bytes per voxel: a mistyped spacing must not exhaust memory.
 _MOST_VOXELS = 2**28
-# Resampling holds a matrix of old by new voxels for each axis.
+# Resampling needs a matrix of old by new voxels for each axis.
 _MOST_ALONG_AXIS = 2**13
 _SHOWN_PERCENTILES = (2, 10, 25, 50, 75, 90, 98)
-#: Of what `Preprocessing` does with equal parameters. 2: noise is no tissue, bounds the gain and does not diverge.
+#: Changed when equal parameters give another result. 2: noise is excluded from tissue, and bounds the gain. 3: air of
+#: whole grey values.
 REVISION = 3
-# What no plausible estimate has been seen beyond: real scans have log fields of deviation 0.2 to 1.0, a simulated coil
-# that reaches 25 mm 1.2; docs/bias-field.md.
+# Limits of plausible estimates: the log field of real scans has a standard deviation of 0.2 to 1.0, that of a simulated
+# coil with a range of 25 mm 1.2; see docs/bias-field.md.
 _LARGEST_LOG_DEVIATION = 1.5
 _LEAST_TISSUE_FRACTION = 0.03
 _LARGEST_NOISE_SHARE = 0.25
-# Below that nothing is left to see; who asks for it mistook a unit.
+# With fewer voxels nothing is visible; the unit is probably wrong.
 _FEWEST_ALONG_AXIS = 4
 
 
 class Preprocessing(BaseModel):
-    """What is done to every volume of a variant; each parameter is part of a case's digest.
+    """Preprocessing parameters of a variant; each is part of a case's digest.
 
     Attributes
     ----------
     bias : BiasParameters or None
-        How the bias field is estimated; None leaves it in (the variant ``raw``).
+        Parameters of the bias field estimate; None for no correction (the variant ``raw``).
     normalisation : str
         ``zscore``, ``percentile`` or ``nyul``; see `Normalisation`.
     standard : tuple of float or None
-        For ``nyul``: the cohort's landmarks that every volume is matched to.
+        For ``nyul``: the cohort's histogram landmarks.
     spacing_mm : tuple of float or None
-        Voxel spacing along x, y and z that slices are resampled to; None keeps each volume's own.
+        Voxel spacing of the slices along x, y and z; None for that of each volume.
     revision : int
-        What the same parameters meant to the version that used them. Volumes can only be prepared with the current one.
+        Revision of the algorithm. Volumes can only be prepared with the current one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -94,14 +95,14 @@ class Preprocessing(BaseModel):
 
     @property
     def variant(self) -> str:
-        """The name under which the result is kept: ``n4`` or ``raw``."""
+        """The name of the variant: ``n4`` or ``raw``."""
         return "raw" if self.bias is None else "n4"
 
     @property
     def description(self) -> str:
-        """What was done, in a few words: ``N4 default, zscore, native voxels``; others where anything differs."""
+        """A short description: ``N4 default, zscore, native voxels``; different for different parameters."""
         names = [f"N4 {name}" for name, preset in PRESETS.items() if preset == self.bias]
-        bias = "no N4" if self.bias is None else names[0] if names else f"N4 with {_changes(self.bias)}"
+        bias = "no N4" if self.bias is None else names[0] if names else f"N4 with {_changed_parameters(self.bias)}"
         method: str = self.normalisation
         if self.standard is not None:
             method += f" (standard {hashlib.sha256(repr(self.standard).encode()).hexdigest()[:6]})"
@@ -116,37 +117,37 @@ def _with_revision(recorded: Any) -> Any:
     return {"revision": 1, **recorded} if isinstance(recorded, dict) else recorded
 
 
-#: As records keep it: those of version 0.1.0 name no revision.
+#: As in records, where a missing revision means 1.
 RecordedPreprocessing = Annotated[Preprocessing, BeforeValidator(_with_revision)]
 
 
-def _changes(bias: BiasParameters) -> str:
+def _changed_parameters(bias: BiasParameters) -> str:
     default = PRESETS["default"].model_dump()
     return ", ".join(f"{name} {value}" for name, value in bias.model_dump().items() if value != default[name])
 
 
 @dataclass(frozen=True, eq=False)
 class CorrectedVolume:
-    """A volume in anatomical order, its bias field corrected; no label map was needed.
+    """A volume in anatomical order, after bias field correction.
 
     Attributes
     ----------
     image_xyz : ndarray
-        Intensities in the file's units, (x, y, z): float32 where the bias field was corrected, else as in the file.
+        Intensities in the file's units, (x, y, z): float32 after correction, else as in the file.
     geometry : Geometry
-        The grid of the file it came from.
+        Grid of the source file.
     air_level : float
-        Intensity of air; 0 where there is none.
+        Intensity of air; 0 without air.
     tissue_threshold : float
-        Intensity of `image_xyz` above which a voxel counts as tissue.
+        Intensity of `image_xyz` above which a voxel is tissue.
     tissue : TissueStatistics
-        How the intensities of its tissue are distributed.
+        Intensity statistics of tissue.
     log_bias_deviation : float
-        Standard deviation, over the tissue, of the logarithm of the field; 0 where none was estimated.
+        Standard deviation of the log field over tissue; 0 without an estimate.
     noise_ratio, noise_share : float
-        See `BiasEstimate`; 0 where no field was estimated.
+        See `BiasEstimate`; 0 without an estimate.
     name : str
-        What to call it in an error.
+        Name in messages.
     """
 
     image_xyz: NDArray[Any]
@@ -166,38 +167,38 @@ class CorrectedVolume:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """In what the estimate of its field is implausible."""
+        """Warnings about an implausible bias field."""
         return doubts(self.log_bias_deviation, self.tissue.fraction, self.noise_share)
 
 
 def doubts(log_bias_deviation: float, tissue_fraction: float, noise_share: float) -> tuple[str, ...]:
-    """Say in what the estimate of a bias field is implausible, a line each; see `CorrectedVolume`."""
-    told = []
+    """Return warnings about an implausible bias field; see `CorrectedVolume`."""
+    found = []
     if log_bias_deviation > _LARGEST_LOG_DEVIATION:
-        told.append(f"its bias field varies implausibly (log deviation {log_bias_deviation:.2f})")
+        found.append(f"its bias field varies implausibly (log deviation {log_bias_deviation:.2f})")
     if tissue_fraction < _LEAST_TISSUE_FRACTION:
-        told.append(f"only {tissue_fraction:.1%} of it was found to be tissue")
+        found.append(f"only {tissue_fraction:.1%} of it was found to be tissue")
     if noise_share > _LARGEST_NOISE_SHARE:
-        told.append(f"{noise_share:.0%} of what would be tissue is no brighter than the noise; is the coil far away?")
-    return tuple(f"{one}: look at the corrected volume (cspine-data export)" for one in told)
+        found.append(f"{noise_share:.0%} of what would be tissue is no brighter than the noise; is the coil far away?")
+    return tuple(f"{one}: look at the corrected volume (cspine-data export)" for one in found)
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedVolume:
-    """What a network sees of a volume, and the way back to the grid that it came from.
+    """A volume as input of a network, with the mapping back to the grid of its source.
 
     Attributes
     ----------
     corrected : CorrectedVolume
-        The volume itself.
+        The corrected volume.
     normalisation : Normalisation
-        What brought it to the scale that networks are trained on.
+        The intensity normalisation.
     spacing_mm : tuple of float
-        Voxel spacing of what a network sees, along x, y and z.
+        Voxel spacing of the network's input along x, y and z.
     levels_xyz : ndarray of int16
-        What a network sees, (x, y, z), in `levels`: what the store's slices hold.
+        The network's input as 16-bit integers, (x, y, z), as in the store's slices.
     levels : Levels
-        What those numbers stand for.
+        Scale of these integers.
     """
 
     corrected: CorrectedVolume
@@ -208,9 +209,10 @@ class PreparedVolume:
 
     @property
     def tissue_percentiles(self) -> tuple[float, ...]:
-        """Where percentiles 2, 10, 25, 50, 75, 90 and 98 of its tissue lie, in standard deviations from the mean.
+        """Percentiles 2, 10, 25, 50, 75, 90 and 98 of tissue, in standard deviations from the mean.
 
-        However it is normalised: matched to a standard, all volumes would be alike. None of air.
+        They do not depend on the normalisation, since after histogram matching all volumes would be equal. Empty
+        without tissue.
         """
         tissue = self.corrected.tissue
         if not tissue.deviation:
@@ -219,32 +221,32 @@ class PreparedVolume:
         return tuple(round(float(value), 4) for value in at)
 
     def normalised_xyz(self) -> NDArray[np.float32]:
-        """Return what a network sees: float32, (x, y, z), exactly as the store's slices give it."""
+        """Return the network's input: float32, (x, y, z), exactly as in the store's slices."""
         return self.levels.decode(self.levels_xyz)
 
     def without_intensities(self) -> PreparedVolume:
-        """Return it without the source's intensities, which neither a network nor the way back to the grid needs."""
-        # Of the same shape, and no memory.
+        """Return a copy without the source's intensities, which are not needed for prediction."""
+        # Same shape, without memory.
         nothing = np.broadcast_to(np.float32(0), self.corrected.image_xyz.shape)
         return replace(self, corrected=replace(self.corrected, image_xyz=nothing))
 
     def label_on_network_grid(self, label_xyz: NDArray[Any]) -> NDArray[Any]:
-        """Bring a label map from the source's voxels to the network's grid, (x, y, z); no value is invented."""
+        """Resample a label map from the source's grid to the network's grid, (x, y, z), without new values."""
         return resample_label(label_xyz, self.corrected.spacing_mm, self.levels_xyz.shape, self.spacing_mm)
 
     def to_source_grid(self, values_xyz: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Bring what was found on the network's grid, probabilities for example, to the source's voxels, (x, y, z)."""
+        """Resample an array, such as probabilities, from the network's grid to the source's grid, (x, y, z)."""
         size = self.corrected.image_xyz.shape
         return resample_image(values_xyz, self.spacing_mm, size, self.corrected.spacing_mm, order=1)
 
     def to_file_grid(self, array_xyz: NDArray[Any]) -> Volume:
-        """Return an array on the source's voxels, (x, y, z), as a volume in the file's own order."""
+        """Return an array on the source's grid, (x, y, z), as a volume in the file's order."""
         geometry = self.corrected.geometry
         return Volume(array=np.ascontiguousarray(Orientation.of(geometry).to_file(array_xyz)), geometry=geometry)
 
 
 def parse_spacing(text: str) -> Triple | None:
-    """Turn ``native``, ``1`` or ``0.5,0.5,1`` into voxel spacing along x, y and z, in mm; None for ``native``.
+    """Convert ``native``, ``1`` or ``0.5,0.5,1`` to the voxel spacing along x, y and z in mm; None for ``native``.
 
     Raises
     ------
@@ -265,26 +267,26 @@ def parse_spacing(text: str) -> Triple | None:
 
 
 def preprocess_volume(volume: Volume, parameters: Preprocessing) -> PreparedVolume:
-    """Turn a volume to anatomical order, correct its bias field, resample it where asked, and normalise it.
+    """Convert a volume to anatomical order, correct its bias field, resample and normalise it.
 
     Parameters
     ----------
     volume : Volume
-        As `read_volume` gives it. No label map is needed, by design.
+        From `read_volume`. No label map is needed.
     parameters : Preprocessing
-        What to do.
+        The parameters.
 
     Raises
     ------
     InputError
-        If the image cannot be computed with (see `usable_image`), or its tissue holds no contrast; if it is to be
-        corrected and is CT.
+        If the image is not usable (see `usable_image`), its tissue has no contrast, or it is CT and should be
+        corrected.
     """
     return normalise_volume(correct_volume(volume, parameters.bias), parameters)
 
 
 def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolume:
-    """Turn a volume to anatomical order and correct its bias field; the first half of `preprocess_volume`."""
+    """Convert a volume to anatomical order and correct its bias field: first half of `preprocess_volume`."""
     volume = usable_image(volume)
     if bias is not None and looks_like_ct(volume.array):
         raise InputError(
@@ -320,10 +322,10 @@ def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolu
 def normalise_volume(
     corrected: CorrectedVolume, parameters: Preprocessing, normalisation: Normalisation | None = None
 ) -> PreparedVolume:
-    """Resample a corrected volume where asked, and normalise it; the second half of `preprocess_volume`.
+    """Resample and normalise a corrected volume: second half of `preprocess_volume`.
 
-    The statistics are those of the volume's own voxels, so that its spacing does not change them. Where its
-    normalisation is known already, from a record, that is used.
+    The statistics are computed before resampling, so that they do not depend on the spacing. A given normalisation,
+    such as from a record, is used instead.
     """
     image = corrected.image_xyz
     if normalisation is None:

@@ -1,4 +1,4 @@
-"""Keeping the last bits of matrix products the same whoever computes them."""
+"""Reproducible matrix products, independent of the number of threads."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 from threadpoolctl import threadpool_limits
 
-_turn = threading.Lock()
+_lock = threading.Lock()
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Limit matrix products to one thread.
 
-    A product's last bits depend on the number of threads; workers have one, whoever predicts has many. The limit is the
-    process's, so that Python's threads take turns: the first to leave would lift it for the others.
+    The last bits of a product depend on the number of threads, which differs between workers and prediction. The limit
+    applies to the process, so Python threads take turns: otherwise the first to finish would remove it for the others.
     """
-    with _turn, threadpool_limits(1):
+    with _lock, threadpool_limits(1):
         yield

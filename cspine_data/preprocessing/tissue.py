@@ -1,4 +1,4 @@
-"""Which voxels are tissue and how bright air is, from the image alone."""
+"""Tissue threshold, air level and noise of an image, without a label map."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cspine_data.volumes.geometry import Triple
 
-#: The grid that tissue is told from air on: fine enough for skin, coarse enough to average the noise away.
+#: Voxel size for separating tissue from air: fine enough for skin, coarse enough to average noise.
 TISSUE_MM = 3.0
 # In the logarithm of intensity air spreads out without end; this share of the intensity range stops it.
 _LOG_FLOOR = 0.03
@@ -18,7 +18,7 @@ _LOG_FLOOR = 0.03
 # the distance to the bright class where there is air (0.10 in one crop with little of it), and over 0.14 to 0.48 in
 # crops that hold none.
 _FLATTEST_TISSUE = 0.12
-# Fat beside a surface coil can be so bright that it alone is the bright class. The dark class is then parted again: air
+# Fat near a surface coil can be so bright that it alone is the bright class. The dark class is then split again: air
 # spread over at most 0.028 of the distance between its two classes on phantoms with fat made 5 to 15 times as bright,
 # what is darkest in crops that hold no air, seven of phantoms and fourteen of real scans, over 0.071 to 0.48.
 _FLATTEST_WITHIN_DARK = 0.045
@@ -29,7 +29,7 @@ _LEAST_TISSUE = 0.1
 _CORE, _CORE_WIDTH = 0.4, 1.049
 _ENOUGH_VALUES = 100_000
 _NEIGHBOURHOOD_MM = 9.0
-# Noise lies within this many deviations of its mean, but for one voxel in four hundred.
+# All but one in four hundred noise voxels are within this many standard deviations of the mean.
 _NOISE_DEVIATIONS = 3.0
 _NOISE_ROUNDS = 10
 # Air is -1000 Hounsfield units; no magnitude of MRI is negative, nor does scaling bring it that low.
@@ -75,7 +75,7 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
     to about 3 mm. Otsu's threshold of the intensity itself parts bright fat from everything else and leaves most
     tissue, vertebrae included, with the air; where fat is so bright that the logarithm does too, the darker class is
     parted once more. Where the darker class is not flat, as air is, the volume is a crop without air, and the
-    threshold lies below every voxel.
+    threshold is below every voxel.
 
     Parameters
     ----------
@@ -90,10 +90,10 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
         darkest, brightest = float(image_xyz.min()), float(image_xyz.max())
     if brightest <= darkest:
         return darkest - 1.0
-    threshold, spread = _parted(averaged, darkest, brightest)
+    threshold, spread = _split_classes(averaged, darkest, brightest)
     dark = averaged[averaged <= threshold]
     if dark.size and (spread > _FLATTEST_TISSUE or dark.size > (1 - _LEAST_TISSUE) * averaged.size):
-        within, spread_within = _parted(dark, darkest, threshold)
+        within, spread_within = _split_classes(dark, darkest, threshold)
         # In a small patient's padded field of view only the margin is as flat, and what is brighter than it is air.
         brighter = np.count_nonzero(dark > within) / averaged.size
         padding = spread <= _FLATTEST_TISSUE and (spread_within < _FLATTEST_AIR or brighter < _LEAST_TISSUE)
@@ -102,8 +102,8 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
     return threshold if spread <= _FLATTEST_TISSUE else float(image_xyz.min()) - 1.0
 
 
-def _parted(values: NDArray[np.float32], darkest: float, brightest: float) -> tuple[float, float]:
-    """Return what parts a dark class from a bright one, and how far the dark one spreads on the way to the other."""
+def _split_classes(values: NDArray[np.float32], darkest: float, brightest: float) -> tuple[float, float]:
+    """Return the threshold between a dark and a bright class, and the relative spread of the dark one."""
     span = brightest - darkest
     levels = np.log(np.clip((values - darkest) / span, 0, 1) + np.float32(_LOG_FLOOR))
     threshold = darkest + (float(np.exp(_otsu(levels))) - _LOG_FLOOR) * span
@@ -115,7 +115,7 @@ def _parted(values: NDArray[np.float32], darkest: float, brightest: float) -> tu
 
 
 def air_level(image_xyz: NDArray[Any], threshold: float) -> float:
-    """Return the intensity of air, the median of what is not tissue; 0 where there is no air.
+    """Return the intensity of air, the median of voxels that are not tissue; 0 without air.
 
     Scanners put air near 0; a later rescaling to fewer bits often does not.
     """
@@ -125,7 +125,7 @@ def air_level(image_xyz: NDArray[Any], threshold: float) -> float:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """What an image holds where there is noise and no signal.
+    """Noise of an image where there is no signal.
 
     Attributes
     ----------
@@ -143,13 +143,13 @@ class NoiseFloor:
 
     @property
     def clear_level(self) -> float:
-        """Intensity above which a voxel is clear of the noise: three standard deviations above the level."""
+        """Intensity three standard deviations above the level of the noise."""
         return self.level + _NOISE_DEVIATIONS * self.deviation
 
-    def clear(self, averaged_xyz: NDArray[np.float32], spacing_mm: Triple) -> NDArray[np.bool_]:
-        """Return where an averaged image is clear of the noise, judged by the mean over about 9 mm around each voxel.
+    def above_noise(self, averaged_xyz: NDArray[np.float32], spacing_mm: Triple) -> NDArray[np.bool_]:
+        """Return where the mean over about 9 mm of an averaged image is above the noise.
 
-        A single voxel would be judged by its own noise: where signal is weak, only bright noise would pass.
+        With single voxels, only bright noise would pass where the signal is weak.
         """
         from scipy.ndimage import uniform_filter
 
@@ -218,7 +218,7 @@ def densest_core(values: NDArray[Any]) -> tuple[float, float]:
 
 
 def looks_like_ct(image_xyz: NDArray[Any]) -> bool:
-    """Tell whether the dark voxels lie where CT has air; Hounsfield units hold no field to correct."""
+    """Return whether the dark voxels have the intensity of air in CT, which has no bias field."""
     return bool(image_xyz.min() < _DARKEST_MRI and np.percentile(image_xyz[::2, ::2, ::2], 5) < _DARKEST_MRI)
 
 

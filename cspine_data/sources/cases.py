@@ -1,4 +1,4 @@
-"""One case: its volume with its label map, read and checked, and what is wrong with it in one line."""
+"""Cases of a cohort: reading and checking a volume with its label map."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cspine_data.errors import CspineDataError, describe_os_error, printable
+from cspine_data.errors import CspineDataError, Problem, describe_problem, printable
 from cspine_data.preprocessing.tissue import tissue_threshold
 from cspine_data.volumes.image_checks import usable_image
 from cspine_data.volumes.io import Volume, content_digest, read_volume
@@ -20,10 +20,10 @@ from cspine_data.volumes.label_checks import (
 )
 from cspine_data.volumes.label_maps import on_volume_grid, whole_numbers
 
-#: A line of text beside the volumes that says what they are.
+#: A file beside the volumes with a one-line description.
 NOTE_FILE = "COHORT.txt"
 _LONGEST_NOTE = 200
-#: The note on a case whose label map labels nothing.
+#: The note on a case with an empty label map.
 EMPTY_LABEL_MAP = "label map is empty: the case counts as unlabelled"
 _FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\]+")
 _LONGEST_ID_BYTES = 200
@@ -36,11 +36,11 @@ class Case:
     Attributes
     ----------
     id : str
-        The volume's file name without suffixes, or what a list of pairs calls it.
+        The volume's file name without suffixes, or the name in a list of pairs.
     volume : Path
         The image.
     label : Path or None
-        Its label map.
+        The label map.
     """
 
     id: str
@@ -49,19 +49,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A file or case that cannot be used, and why, in one line."""
-
-    case: str
-    message: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "message", printable(self.message))
-
-
-@dataclass(frozen=True)
 class Listing:
-    """What a source holds: cases, sorted by id, and what is wrong with the rest."""
+    """The cases of a source, sorted by id, and problems with other files."""
 
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...] = ()
@@ -69,9 +58,9 @@ class Listing:
 
 @dataclass(frozen=True, eq=False)
 class LoadedCase:
-    """A case's voxels, checked: the label map holds whole numbers on the image's grid; its file's dtype beside it.
+    """The checked voxels of a case, with the label map as whole numbers on the image's grid and its original dtype.
 
-    `notes` holds what a user should know about the two files although they can be used; see `Volume`.
+    `notes` are the notes on both files; see `Volume`.
     """
 
     case: Case
@@ -82,13 +71,13 @@ class LoadedCase:
 
 
 def is_case_id(name: str) -> bool:
-    """Tell whether something can be the id of a case, and so the name of its folder on any file system."""
+    """Return whether a name can be a case id, and so a folder name on any file system."""
     fits = _FITS_A_FOLDER_NAME.fullmatch(name) and printable(name) == name
     return bool(fits) and len(name.encode()) <= _LONGEST_ID_BYTES
 
 
 def cohort_note(source: str | Path) -> str | None:
-    """Return the first line of a folder's `COHORT.txt`: what its data are, where they stand in for others."""
+    """Return the first line of a folder's `COHORT.txt`, the description of stand-in data."""
     try:
         with (Path(source) / NOTE_FILE).open(encoding="utf-8") as file:
             return file.readline(_LONGEST_NOTE).strip() or None
@@ -97,22 +86,22 @@ def cohort_note(source: str | Path) -> str | None:
 
 
 def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool = False) -> LoadedCase:
-    """Read a case's files and check them; a label map in which nothing is labelled makes the case an unlabelled one.
+    """Read and check the files of a case; a case with an empty label map is unlabelled.
 
     Parameters
     ----------
     case : Case
-        What to read.
+        The case.
     ignore_label : int, optional
-        The value of voxels of the label map that do not count.
+        The label value of voxels to ignore.
     trust_voxels : bool
-        Put a label map whose header does not say where it lies onto the volume's grid, voxel for voxel.
+        Assume that a label map without a position in its header is on the volume's grid, voxel for voxel.
 
     Raises
     ------
     InputError
-        If a file cannot be read, the image is not usable (see `usable_image`), or the label map lies on another grid,
-        holds values that are no whole numbers or negative, is an image, or labels every voxel.
+        If a file cannot be read, the image is not usable (see `usable_image`), or the label map is on another grid, has
+        fractional or negative values, is an image, or labels every voxel.
     """
     stored_image = read_volume(case.volume)
     image = usable_image(stored_image)
@@ -131,7 +120,7 @@ def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool
     check_labels(label.name, label.array, counts, ignore_label)
     check_not_the_image(label.name, label.array, image.array)
     spacing_mm = image.geometry.spacing_mm
-    # A few of the voxels are enough to say how bright air is.
+    # A subset of the voxels is enough for the threshold.
     first, second, third = (3 * mm for mm in spacing_mm)
     tissue = tissue_threshold(image.array[::3, ::3, ::3], (first, second, third))
     found = label_notes(label.array, image.array, counts, tissue, math.prod(spacing_mm) / 1e3, ignore_label)
@@ -140,29 +129,18 @@ def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool
     return LoadedCase(case, image, label, stored.array.dtype.name, tuple(notes))
 
 
-def describe_problem(case_id: str, error: BaseException) -> Problem:
-    """Turn an error met while working on a case into the one line a user reads."""
-    if isinstance(error, CspineDataError):
-        return Problem(case_id, str(error))
-    if isinstance(error, OSError):
-        return Problem(case_id, describe_os_error(error))
-    if isinstance(error, MemoryError):
-        return Problem(case_id, f"{case_id}: memory ran out; use fewer --workers")
-    return Problem(case_id, f"{case_id}: failed unexpectedly ({type(error).__name__}: {error}); please report this")
-
-
 def copy_problem(case: Case, other: str, *, only_in_store: bool = False) -> Problem:
-    """Say that a case's volume is another case's under a second name: one patient in two parts of a split."""
+    """Return the problem of a case whose volume is also that of another case: one patient would be in two parts."""
     if only_in_store:
-        told = f"is what the store holds as case {other!r}; give it that name again, or make a new store"
+        problem = f"is what the store holds as case {other!r}; give it that name again, or make a new store"
     else:
-        told = f"holds the same volume as case {other!r}, and one patient must not be two cases; keep one of them"
-    return Problem(case.id, f"{case.volume}: {told}")
+        problem = f"holds the same volume as case {other!r}, and one patient must not be two cases; keep one of them"
+    return Problem(case.id, f"{case.volume}: {problem}")
 
 
 @dataclass(frozen=True)
 class ScannedCase:
-    """A case that can be prepared: id, size, spacing, orientation, labels found, label map's name; and its notes."""
+    """A valid case: id, size, spacing, orientation, labels and name of the label map; and its notes."""
 
     row: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -177,18 +155,18 @@ def scan_case(
     Parameters
     ----------
     case : Case
-        What to read.
+        The case.
     seen : dict
-        The case of each digest of a volume that was scanned before; this case's is added.
+        The case of each scanned volume's digest; this case is added.
     ignore_label : int, optional
-        The value of voxels of label maps that do not count.
+        The label value of voxels to ignore.
     trust_voxels : bool
         See `load_case`.
 
     Returns
     -------
     ScannedCase or Problem
-        The description, or the one line that says why the case cannot be used.
+        The description, or why the case cannot be used.
     """
     try:
         loaded = load_case(case, ignore_label, trust_voxels=trust_voxels)

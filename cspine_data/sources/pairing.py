@@ -1,4 +1,4 @@
-"""Which files make up a cohort: volumes, paired with their label maps by name, by folder or by a list."""
+"""Find the cases of a cohort: volumes and label maps, paired by name, by folder or by a list."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, Problem
 from cspine_data.names import normalised, on_disk
-from cspine_data.sources.cases import Case, Listing, Problem, is_case_id
+from cspine_data.sources.cases import Case, Listing, is_case_id
 from cspine_data.volumes.io import SEGMENTATION_SUFFIX, volume_stem, volume_suffix
 
-# Only the first is never a volume's own: "T2_seg" may be a sequence, "AB_GT" a patient.
+# Only the first group is unambiguous: "T2_seg" may be a sequence, "AB_GT" a patient.
 _LABEL_ENDING = re.compile(r"(?P<volume>.+)[-_](?:(?P<sure>labels?)|seg|segmentation|masks?|gt)", re.IGNORECASE)
 _NNUNET_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
@@ -20,10 +20,10 @@ _NNUNET_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
     """List the cases of a folder.
 
-    Understood are ``X.nrrd`` with ``XS-label``, ``X-label`` or ``X.seg.nrrd`` beside it (also ``.nhdr``, ``.nii``,
-    ``.nii.gz``, in any mixture; ``seg``, ``segmentation``, ``mask`` and ``gt`` as endings too, behind ``-`` or ``_``),
-    nnU-Net's ``imagesTr/X_0000`` with ``labelsTr/X`` (and ``imagesTs``), and any other naming by a list of pairs. Only
-    names are looked at. They are compared, and become case ids, in Unicode's composed form (NFC).
+    Supported are ``X.nrrd`` with ``XS-label``, ``X-label`` or ``X.seg.nrrd`` (also ``.nhdr``, ``.nii``, ``.nii.gz``, in
+    any combination, and the endings ``seg``, ``segmentation``, ``mask`` and ``gt`` after ``-`` or ``_``), nnU-Net's
+    ``imagesTr/X_0000`` with ``labelsTr/X`` (and ``imagesTs``), and any other names with a list of pairs. Files are not
+    opened. Names are compared, and become case ids, in Unicode's composed form (NFC).
 
     Parameters
     ----------
@@ -35,12 +35,12 @@ def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
     Returns
     -------
     Listing
-        The cases and the problems; a problem with one file does not hide the others.
+        The cases and problems.
 
     Raises
     ------
     InputError
-        If the source or the list is missing, or holds no volume at all.
+        If the source or the list is missing, or there is no volume.
     """
     if pairs is not None:
         return _listing(*_read_pairs(Path(pairs)), source=Path(pairs))
@@ -53,9 +53,9 @@ def find_cases(source: str | Path, pairs: str | Path | None = None) -> Listing:
 
 
 def volumes_in(folder: str | Path) -> list[Path]:
-    """Return the files of a folder that are volumes by their names, sorted; label maps are left out as in `find_cases`.
+    """Return the volumes in a folder by their names, sorted, without label maps as in `find_cases`.
 
-    Of an nnU-Net folder, the volumes of ``imagesTr`` and ``imagesTs``.
+    In an nnU-Net folder, these are the volumes in ``imagesTr`` and ``imagesTs``.
     """
     folder = Path(folder)
     found: list[Path] = []
@@ -89,7 +89,7 @@ Found = tuple[list[tuple[str, Path, Path | None]], list[Problem]]
 
 
 def _volume_files(folder: Path) -> tuple[list[Path], list[Problem]]:
-    """Return the files of a folder that are volumes by their names, and what only looks like one."""
+    """Return the volumes in a folder by their names, and problems with entries that are no files."""
     named = sorted(path for path in folder.iterdir() if volume_suffix(path) and not path.name.startswith("."))
     problem = "is called like a volume and is no file; fetch the file behind it, or remove it"
     return (
@@ -99,26 +99,25 @@ def _volume_files(folder: Path) -> tuple[list[Path], list[Problem]]:
 
 
 def _name(path: Path) -> str:
-    """Return the name of a volume's file as names are compared: without suffixes, normalised."""
+    """Return a file name for comparison: without suffixes, normalised."""
     return normalised(volume_stem(path))
 
 
 def _label_maps(files: Iterable[Path]) -> dict[Path, str]:
-    """Return which files of a folder are label maps by their names, and the name of the volume of each.
+    """Return the label maps in a folder by their names, with the names of their volumes.
 
-    ``X.seg.nrrd`` and ``X-label`` always are, whether X is there or not; ``X_seg``, ``X_mask`` and ``X_gt`` are where
-    it is.
+    ``X.seg.nrrd`` and ``X-label`` always are label maps; ``X_seg``, ``X_mask`` and ``X_gt`` are if X exists.
     """
-    parted = {path: _LABEL_ENDING.fullmatch(_name(path)) for path in files}
+    endings = {path: _LABEL_ENDING.fullmatch(_name(path)) for path in files}
     sure = {
-        path for path, ending in parted.items()
+        path for path, ending in endings.items()
         if path.name.lower().endswith(SEGMENTATION_SUFFIX) or (ending and ending["sure"])
     }  # fmt: skip
-    volumes = {_name(path) for path in parted if path not in sure}
+    volumes = {_name(path) for path in endings if path not in sure}
     found = {}
-    for path, ending in parted.items():
+    for path, ending in endings.items():
         name = ending["volume"] if ending else _name(path)
-        # The reference study's names: X.nrrd and XS-label.nrrd.
+        # Names of the reference study: X.nrrd and XS-label.nrrd.
         if ending and name not in volumes and name[-1:] in ("S", "s"):
             name = name[:-1]
         if path in sure or (ending and name in volumes):

@@ -1,4 +1,4 @@
-"""What programs that know no records find in a store's attributes: OME-Zarr 0.5, CF conventions, where slices lie."""
+"""Zarr attributes for other programs: OME-Zarr 0.5, CF conventions, position of the slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cspine_data.volumes.geometry import Orientation, Triple
 
 
 def slice_grid(record: CaseRecord) -> dict[str, Any]:
-    """Return where a case's slices lie, for readers that know no records: x, y, z; mm, LPS."""
+    """Return the grid of a case's slices: x, y, z in mm, LPS."""
     grid = Orientation.of(record.geometry).geometry_xyz(record.geometry)
     centre = (np.array(grid.size) - 1) / 2
     steps = np.array(record.sliced_spacing_xyz_mm) / np.array(grid.spacing_mm)
@@ -25,12 +25,12 @@ def slice_grid(record: CaseRecord) -> dict[str, Any]:
 
 
 def level_attributes(levels: Levels) -> dict[str, Any]:
-    """Return what tells any reader (CF conventions) what an array's numbers stand for."""
+    """Return the scale of an array's integers (CF conventions)."""
     return {"scale_factor": levels.scale, "add_offset": 0.0}
 
 
 def image_metadata(spacing_mm: Triple, origin_mm: Triple) -> dict[str, Any]:
-    """Return OME-Zarr 0.5 attributes of an image or label map whose only resolution is the array ``0``."""
+    """Return OME-Zarr 0.5 attributes of an image or label map with a single resolution, the array ``0``."""
     return {
         "version": "0.5",
         "multiscales": [

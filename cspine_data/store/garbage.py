@@ -1,4 +1,4 @@
-"""Finding and deleting what a store's root no longer names: replaced and removed cases, what killed runs left."""
+"""Find and delete unused data of a store: replaced and removed cases, and files of killed runs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from cspine_data.store.records import read_root
 from cspine_data.store.schema import CASES, DIGEST, RootRecord
 from cspine_data.store.writer import METADATA
 
-#: A week: longer than a training run reads the digests that it began with.
+#: A week: longer than a training run, which keeps reading the digests that it started with.
 GRACE_S = 7 * 24 * 3600.0
-# No case takes so long to write: what is younger may be a running one's, however short the time of grace.
+# Writing a case takes less than this. Younger files may belong to a running job, even with a short grace period.
 _WRITING_S = 3600.0
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """A folder or file of a store that nothing names.
+    """An unused folder or file of a store.
 
     Attributes
     ----------
     path : Path
-        Where it lies.
+        Its path.
     size_bytes : int
-        What it takes on disk.
+        Its size on disk.
     unused_s : float
         Seconds since it was written, replaced, removed, or last used by a run of `prepare`.
     """
@@ -44,7 +44,7 @@ class Garbage:
 
 
 def find_garbage(path: str | Path) -> list[Garbage]:
-    """Find what no case of a store names, but for what may be being written.
+    """Find unused data of a store, except for data that may just be written.
 
     Raises
     ------
@@ -56,42 +56,42 @@ def find_garbage(path: str | Path) -> list[Garbage]:
 
 
 def unused_for(found: Iterable[Garbage], grace_s: float) -> list[Garbage]:
-    """Return what has been unused for a time of grace, seconds.
+    """Return the data that have been unused for a grace period in seconds.
 
     Raises
     ------
     InputError
-        If that is negative or no number.
+        If it is negative or NaN.
     """
     if not grace_s >= 0:
-        raise InputError(f"grace {grace_s:g} s", "is no time", "give 0 or more")
+        raise InputError(f"grace {grace_s:g} s", "is no valid time", "give 0 or more")
     return [one for one in found if one.unused_s >= grace_s]
 
 
 def collect_garbage(path: str | Path, *, grace_s: float = GRACE_S, delete: bool = False) -> list[Garbage]:
-    """Find what no case of a store names, and delete it if told so.
+    """Find unused data of a store, and delete them if requested.
 
-    Nothing is touched that was named, written or used within the time of grace: a reader that opened the store before
-    may still read it, a run of `prepare` that goes on may be about to publish it.
+    Data that were in use within the grace period are kept: a reader that opened the store before may still read them,
+    and a run of `prepare` may be about to publish them.
 
     Parameters
     ----------
     path : str or Path
         The store.
     grace_s : float
-        The time of grace, seconds.
+        The grace period in seconds.
     delete : bool
-        Delete it; else it is only listed.
+        Delete the data; by default they are only listed.
 
     Returns
     -------
     list of Garbage
-        What was deleted, or would be.
+        The data that were deleted, or would be.
 
     Raises
     ------
     InputError
-        If the time of grace is negative or no number.
+        If the grace period is negative or NaN.
     StoreError
         If there is no store, it is damaged, or cannot be written to.
     """
@@ -99,28 +99,28 @@ def collect_garbage(path: str | Path, *, grace_s: float = GRACE_S, delete: bool 
     found = unused_for(find_garbage(path), grace_s)
     if not delete or not found:
         return found
-    doomed: dict[Path, Garbage] = {}
+    renamed: dict[Path, Garbage] = {}
     with locked(path):
-        # Again, now that no run can publish any of it; what is set aside here can no more be found and used again.
+        # Checked again under the lock, since a run may have published it; renamed data can no longer be reused.
         unused = _unused(path, read_root(path))
         for one in found:
             aside = one.path.with_name(f"{REMOVED}{uuid.uuid4().hex}")
             if unused.get(one.path, -1.0) >= grace_s:
                 with suppress(FileNotFoundError):
                     one.path.rename(aside)
-                    doomed[aside] = one
-    # Else a power failure could bring back a part of a folder, under its old name and with its record whole.
-    for folder in {aside.parent for aside in doomed}:
+                    renamed[aside] = one
+    # Otherwise a power failure could restore a partly deleted folder under its old name with an intact record.
+    for folder in {aside.parent for aside in renamed}:
         sync_folder(folder)
-    for aside in doomed:
+    for aside in renamed:
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-    return list(doomed.values())
+    return list(renamed.values())
 
 
 def _unused(path: Path, root: RootRecord) -> dict[Path, float]:
-    """Return what nothing names, and for how many seconds nobody has used it; not what may be being written."""
+    """Return unused data with the seconds since their last use, except for data that may just be written."""
     now = time.time()
-    ages = {place: now - _last_used(place) for place in sorted(_unnamed(path, root))}
+    ages = {place: now - _last_used(place) for place in sorted(_unlisted(path, root))}
     return {
         place: unused_s
         for place, unused_s in ages.items()
@@ -128,8 +128,8 @@ def _unused(path: Path, root: RootRecord) -> dict[Path, float]:
     }
 
 
-def _unnamed(path: Path, root: RootRecord) -> Iterator[Path]:
-    """Find what lies where cspine writes, looks like what it writes, and is not named; no links."""
+def _unlisted(path: Path, root: RootRecord) -> Iterator[Path]:
+    """Find files and folders of cspine that the root does not list; links are skipped."""
     cases = path / CASES
     folders = [folder for folder in _inside(cases) if _is_folder(folder)] if _is_folder(cases) else []
     for folder in (path, cases) if folders else (path,):
@@ -137,19 +137,19 @@ def _unnamed(path: Path, root: RootRecord) -> Iterator[Path]:
     for folder in folders:
         if folder.name.startswith("."):
             continue
-        named = set(root.cases.get(folder.name, {}).values())
+        listed = set(root.cases.get(folder.name, {}).values())
         inside = _inside(folder)
-        unnamed = [file for file in inside if _is_hidden(file) or (_is_digest(file) and file.name not in named)]
-        if not named and len(unnamed) == sum(file.name != METADATA for file in inside):
+        unlisted = [file for file in inside if _is_hidden(file) or (_is_digest(file) and file.name not in listed)]
+        if not listed and len(unlisted) == sum(file.name != METADATA for file in inside):
             yield folder
         else:
-            yield from unnamed
+            yield from unlisted
 
 
 def _last_used(place: Path) -> float:
-    """Return when something was last used: a digest as its own mark says, else as its youngest file does."""
+    """Return the time of last use: of a digest, the time of its folder; else that of the newest file."""
     own = [state.st_mtime for state in _states(place, deep=not _is_digest(place))]
-    # What vanishes while it is looked at is in use.
+    # A file that vanishes meanwhile is in use.
     return max(own, default=time.time())
 
 
@@ -165,14 +165,14 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _is_being_written(place: Path) -> bool:
-    """Tell whether something may be; of a case's folder, whether anything in it may be."""
+    """Return whether a file or folder, or anything in a case's folder, may just be written."""
     if not place.name.startswith("."):
         return any(map(_is_being_written, _inside(place))) if _is_folder(place) and not _is_digest(place) else False
     return place.name.startswith((UNFINISHED, TEMPORARY))
 
 
 def _states(place: Path, *, deep: bool = True) -> list[os.stat_result]:
-    """Return the states of a file, or of a folder and all that is in it; what vanishes meanwhile is left out."""
+    """Return the states of a file, or of a folder and its contents, except for files that vanish meanwhile."""
     states = []
     for file in (place, *(place.rglob("*") if deep and _is_folder(place) else ())):
         with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Where a store lies: in a folder, or, to read only, at a URL."""
+"""Location of a store: a folder, or a URL for reading."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from cspine_data.errors import StoreError
 
 
 def location(path: str | Path) -> Path:
-    """Return where a store lies: a folder, or, for ``scheme://...``, a place that fsspec reaches.
+    """Return the path of a store: a folder, or a path of fsspec for ``scheme://...``.
 
     Raises
     ------
     StoreError
-        If it cannot be reached, or what reaches it is not installed.
+        If it cannot be reached, or a package for the scheme is not installed.
     """
     if "://" not in str(path):
         return Path(path)
     try:
         from upath import UPath
 
-        place = UPath(path)
-        # A scheme's own package is looked for here, and not before.
-        _ = place.fs
+        remote = UPath(path)
+        # This imports the package for the scheme.
+        _ = remote.fs
     except (ImportError, ValueError, OSError) as error:
         hint = "pip install 'cspine[remote]', and what fsspec needs for this scheme"
         raise StoreError(f"{path}: cannot be reached ({error}); {hint}") from None
-    return cast(Path, place)
+    return cast(Path, remote)
 
 
 def is_local(path: Path) -> bool:
-    """Tell whether a path is of this machine's files, not what `location` returns for a URL."""
+    """Return whether a path is local, not a URL from `location`."""
     return isinstance(path, Path)
 
 
 def refuse_url(path: Path) -> None:
-    """Refuse a URL where a folder is needed; as a path it has lost a slash.
+    """Raise an error for a URL where a folder is needed; `Path` has removed one of its slashes.
 
     Raises
     ------
@@ -45,4 +45,4 @@ def refuse_url(path: Path) -> None:
         If it is one.
     """
     if is_local(path) and re.search("(^|/)[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise StoreError(f"{path}: is a URL, which only open_cohort and cspine-train read from; give a folder")
+        raise StoreError(f"{path}: is a URL, which only open_cohort and cspine-train can read; give a folder")

@@ -1,8 +1,7 @@
-"""Changing what a store names: cases published at once, replaced, removed.
+"""Change the list of cases in a store's root: publish, replace and remove cases.
 
-All of it is one atomic replacement of the root's metadata under the store's lock. A run that is killed leaves nothing
-that a reader can see, and what is published survives a power failure: every file and every folder on the way to it
-was made durable before.
+Each change is one atomic replacement of the root's metadata under the store's lock. A killed run leaves nothing that a
+reader can see. Published cases survive a power failure, because all their files and folders are on disk before.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from cspine_data.store.records import ROOT_COPY, read_metadata, read_root, store
 from cspine_data.store.schema import CaseRecord, RootRecord, Standard
 from cspine_data.store.writer import METADATA
 
-#: How the folders and files begin that no reader looks at: being written, and set aside to be deleted.
+#: Prefixes of hidden files and folders: being written, temporary, and renamed before deletion.
 UNFINISHED, TEMPORARY, REMOVED = ".unfinished-", f".{METADATA}-", ".removed-"
 _LOCK = ".lock"
 _PATIENCE_S = 60
 
 
 class Replacement(NamedTuple):
-    """A written digest that is to be the current one of a case, in the place of another or, for None, of none."""
+    """A written digest to publish for a case, in place of another digest, or of none."""
 
     case: str
     variant: str
@@ -39,44 +38,44 @@ class Replacement(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What `publish` left as it was.
+    """The cases that `publish` did not change.
 
     Attributes
     ----------
     overtaken : set of str
-        Cases that must be planned anew: another run published another digest in place of the one that was planned
-        with, or what was written was collected as garbage meanwhile.
-    twice : dict
-        Cases whose volume is that of another case, and which.
+        Cases that must be planned again: a concurrent run has published another digest, or the written data have
+        been collected as garbage.
+    duplicates : dict
+        Cases with the volume of another case, and that case.
     """
 
     overtaken: set[str]
-    twice: dict[str, str]
+    duplicates: dict[str, str]
 
 
 def create_store(path: Path, *, neutral_ids: bool = False) -> None:
-    """Make an empty store; one that is there already is left as it is.
+    """Create an empty store; an existing store is not changed.
 
     Raises
     ------
     StoreError
-        If something else than a store is at that place, or it holds cases under ids of the other kind.
+        If the path exists and is not a store, or its case ids are of the other kind.
     """
     refuse_url(path)
     if not _is_a_store(path):
         could = not path.exists() or _could_become_a_store(path, neutral_ids=neutral_ids)
-        # Looked for again: another run may have made it since, and that is what stood in the way.
+        # Checked again, since a concurrent run may just have created it.
         if not could and not _is_a_store(path):
-            raise StoreError(f"{path}: is there and is no cspine store; choose another --store")
+            raise StoreError(f"{path}: exists and is no cspine store; choose another --store")
         make_folder(path)
         with locked(path):
             if not (path / METADATA).exists():
                 _write_root(path, RootRecord(neutral_ids=neutral_ids))
                 sync_folder(path.parent)
-    # For good: names that a store once held stay in the order of its splits, also when the cases are gone.
+    # This cannot be changed later: the ids of removed cases remain in the order of the splits.
     if read_root(path).neutral_ids != neutral_ids:
-        told = "their files' names; choose another --store" if neutral_ids else "neutral ids; give --anonymise"
-        raise StoreError(f"{path}: its cases have {told}")
+        problem = "their files' names; choose another --store" if neutral_ids else "neutral ids; give --anonymise"
+        raise StoreError(f"{path}: its cases have {problem}")
 
 
 def _is_a_store(path: Path) -> bool:
@@ -84,7 +83,7 @@ def _is_a_store(path: Path) -> bool:
 
 
 def _could_become_a_store(path: Path, *, neutral_ids: bool) -> bool:
-    """Whether a folder is empty but for what a killed run hid, or what is left of a store whose root was deleted."""
+    """Return whether a folder is empty except for hidden files, or is a store without its root."""
     if not path.is_dir():
         return False
     visible = {file.name for file in path.iterdir() if not file.name.startswith(".")}
@@ -97,7 +96,7 @@ def _could_become_a_store(path: Path, *, neutral_ids: bool) -> bool:
 
 
 def refuse_links(*folders: Path) -> None:
-    """Refuse to write through a link: what lies behind it is not this store's.
+    """Raise an error for a link, through which nothing is written.
 
     Raises
     ------
@@ -106,39 +105,39 @@ def refuse_links(*folders: Path) -> None:
     """
     for folder in folders:
         if folder.is_symlink():
-            raise StoreError(f"{folder}: is a link to elsewhere; put the folder itself there")
+            raise StoreError(f"{folder}: is a link; replace it by the folder itself")
 
 
 def sync_above(path: Path, case: str) -> None:
-    """Make the way from a store down to what its case's folder holds durable."""
+    """Synchronise the folders from a case up to the store to disk."""
     for folder in (path / schema.CASES / case, path / schema.CASES, path):
         sync_folder(folder)
 
 
 def publish(path: Path, made: Iterable[Replacement]) -> Refused:
-    """Make written digests the current ones of their cases, all at once.
+    """Make written digests the current ones of their cases, in one step.
 
     Returns
     -------
     Refused
-        The cases that were left as they are.
+        The cases that were not changed.
     """
     wanted = list(made)
     overtaken: set[str] = set()
-    twice: dict[str, str] = {}
+    duplicates: dict[str, str] = {}
 
     def name_digests(root: RootRecord) -> RootRecord:
-        named = [one for one in wanted if _is_still_wanted(path, root, one)]
+        named = [one for one in wanted if _can_be_published(path, root, one)]
         overtaken.update({one.case for one in wanted} - {one.case for one in named})
         records = {one.digest: stored_record(path, one.case, one.digest) for one in named}
         voxels = {**root.voxels, **{digest: record.voxels_sha256 for digest, record in records.items() if record}}
         while True:
             cases = _with_named(root.cases, named)
-            twice_now = _held_twice(cases, voxels, named)
-            if twice_now is None:
+            duplicate = _find_duplicate(cases, voxels, named)
+            if duplicate is None:
                 break
-            one, other = twice_now
-            twice[one.case] = other
+            one, other = duplicate
+            duplicates[one.case] = other
             named.remove(one)
         for one in named:
             if one.instead_of not in (one.digest, None):
@@ -146,18 +145,18 @@ def publish(path: Path, made: Iterable[Replacement]) -> Refused:
         return _with_cases(root, cases, voxels)
 
     _update_root(path, name_digests)
-    return Refused(overtaken, twice)
+    return Refused(overtaken, duplicates)
 
 
 def _with_cases(root: RootRecord, cases: dict[str, dict[str, str]], voxels: dict[str, str]) -> RootRecord:
-    """Return a root that names other cases, with what is known of the voxels of these and of no others."""
+    """Return a root with other cases, and the voxel digests of these."""
     named = {digest for variants in cases.values() for digest in variants.values()}
     known = {digest: voxels[digest] for digest in sorted(named & set(voxels))}
     return root.model_copy(update={"cases": cases, "voxels": known})
 
 
-def _is_still_wanted(path: Path, root: RootRecord, one: Replacement) -> bool:
-    """Whether the store holds what a replacement was planned with, and what it is to name."""
+def _can_be_published(path: Path, root: RootRecord, one: Replacement) -> bool:
+    """Return whether a written digest exists and the case is unchanged since it was planned."""
     current = root.cases.get(one.case, {}).get(one.variant)
     written = (path / schema.case_path(one.case, one.digest) / METADATA).is_file()
     return written and current in (one.digest, one.instead_of)
@@ -170,11 +169,11 @@ def _with_named(cases: dict[str, dict[str, str]], named: Iterable[Replacement]) 
     return dict(sorted(after.items()))
 
 
-def _held_twice(
+def _find_duplicate(
     cases: dict[str, dict[str, str]], voxels: dict[str, str], named: Iterable[Replacement]
 ) -> tuple[Replacement, str] | None:
-    """Find a replacement whose volume is another case's too, and that case."""
-    # Within a variant, since a run changes one: what has exchanged its volumes does so in the other when that is run.
+    """Return a replacement whose volume is also that of another case, and that case."""
+    # Within a variant: swapped volumes are swapped in the other variant when that is prepared.
     owners: dict[tuple[str, str], list[str]] = {}
     for case, variants in cases.items():
         for variant, digest in variants.items():
@@ -187,23 +186,23 @@ def _held_twice(
 
 
 def mark_in_use(path: Path, case: str, digest: str) -> None:
-    """Note on a digest that nothing names, or soon, that somebody uses it: its time of grace starts now."""
+    """Restart the grace period of an unlisted digest, because it is in use."""
     folder = path / schema.case_path(case, digest)
-    # Where it is gone, whoever wanted to use it finds out when publishing it.
+    # If it is gone, publishing it will fail.
     with suppress(FileNotFoundError):
         os.utime(folder)
         sync_folder(folder)
 
 
 def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -> None:
-    """Take cases, or one variant of them, out of a store; their bytes stay until garbage is collected.
+    """Remove cases, or one variant of them, from a store; their files remain until garbage is collected.
 
-    Their place in the splits is kept for them, so that the other cases keep theirs.
+    Their place in the splits is kept, so that the parts of the other cases do not change.
 
     Raises
     ------
     NotInStoreError
-        If the store does not hold one of them; then none is removed.
+        If the store lacks one of them; then none is removed.
     """
     asked = list(dict.fromkeys(cases))
 
@@ -222,9 +221,9 @@ def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -
 
 
 def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
-    """Enter the labelled cases that are new as one batch, so that later additions leave their splits alone.
+    """Add the new labelled cases as one batch, so that later additions do not change their splits.
 
-    A note says what the cohort is, where it stands in for something else.
+    A note describes stand-in data.
     """
     wanted = set(labelled)
 
@@ -236,13 +235,13 @@ def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
         return root.model_copy(update={"enrolled": enrolled, "notes": notes})
 
     root = read_root(path)
-    # Nothing new needs no lock, and so no place that can be written to.
+    # Without a change no lock is needed, so that the store may be read-only.
     if add_batch(root) != root or not _copy_is_current(path):
         _update_root(path, add_batch)
 
 
 def keep_standard(path: Path, key: str, standard: Standard) -> Standard:
-    """Enter what Nyul's method matches a store's volumes to, unless it is known; return what is known then."""
+    """Store a standard of Nyul's method unless there is one; return the stored one."""
 
     def add_standard(root: RootRecord) -> RootRecord:
         return root.model_copy(update={"standards": {key: standard, **root.standards}})
@@ -252,25 +251,25 @@ def keep_standard(path: Path, key: str, standard: Standard) -> Standard:
 
 
 def write_record(folder: Path, record: RootRecord | CaseRecord, name: str = METADATA) -> None:
-    """Write a record into its group's attributes, with its checksum, in one step."""
+    """Write a record and its checksum into a group's attributes, in one step."""
     _write_metadata(folder, _record_bytes(record), name)
 
 
-def write_empty_group(folder: Path, *, anew: bool = False) -> None:
-    """Write the metadata of a group that says nothing; one that is there is left alone unless it is damaged."""
+def write_empty_group(folder: Path, *, overwrite: bool = False) -> None:
+    """Write the metadata of a group without attributes, if it is missing or `overwrite`."""
     make_folder(folder)
-    if anew or not (folder / METADATA).exists():
+    if overwrite or not (folder / METADATA).exists():
         _write_metadata(folder, schema.group_bytes({}))
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lock a store against others that write; the kernel frees it when its holder dies.
+    """Lock a store for writing; the kernel releases the lock when its holder dies.
 
     Raises
     ------
     StoreError
-        If the store cannot be written to, or somebody else has been writing for a minute.
+        If the store cannot be written to, or another run has held the lock for a minute.
     """
     try:
         held = exclusive_lock(path / _LOCK, _PATIENCE_S)
@@ -284,10 +283,10 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def mend_root(path: Path) -> None:
-    """Write the root's metadata as it is to be, to the last byte; where it is lost, from its copy.
+def repair_root(path: Path) -> None:
+    """Write the root's metadata again, from its copy if it is damaged.
 
-    The copy may be one publication older; what it does not name is found again by its digest.
+    The copy may be one publication older; the next `prepare` finds unlisted cases by their digests.
 
     Raises
     ------
@@ -318,10 +317,10 @@ def _record_bytes(record: RootRecord | CaseRecord) -> bytes:
 
 
 def _write_root(path: Path, root: RootRecord) -> None:
-    # Once for both: with ten thousand cases this takes longer than all else.
+    # Serialised once for both: with ten thousand cases this takes most of the time.
     content = _record_bytes(root)
     _write_metadata(path, content)
-    # The one file of a store that nothing else could bring back. Where it cannot be written, the next change does it.
+    # Only the root cannot be computed again. If the copy cannot be written, the next change writes it.
     with suppress(OSError):
         _write_metadata(path, content, ROOT_COPY)
 

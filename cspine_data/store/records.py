@@ -1,6 +1,6 @@
-"""Opening a store and reading what it holds; nothing here changes it.
+"""Read the records and volumes of a store.
 
-What is damaged raises: records and arrays' metadata are held against their checksums, voxels chunk by chunk.
+Damage raises an error: records and array metadata are checked against their checksums, voxels chunk by chunk.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.store.shards import open_file, read_whole
 from cspine_data.store.writer import METADATA
 
-#: Beside the root's metadata, what it held last.
+#: The copy of the root's metadata.
 ROOT_COPY = f".{METADATA}.copy"
-#: What is said of a digest that is gone, since nothing names it any more.
+#: The problem of a digest that is no longer in the store.
 REPLACED = "was replaced or removed: open the cohort again"
-#: What metadata that are not what was written break their readers with.
+#: Exceptions that damaged metadata can cause.
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
-# Some hundred times the root of ten thousand cases.
+# About a hundred times the size of a root with ten thousand cases.
 _MOST_METADATA_BYTES = 1 << 28
-_LAST_REMEDY = "delete it and prepare again: whole cases are used again; splits, notes and standards are made anew"
+_LAST_REMEDY = "delete it and prepare again: complete cases are reused, but splits, notes and standards are lost"
 
 
 def repair_hint(path: Path) -> str:
-    """Say how a damaged store is mended."""
+    """Return the remedy for a damaged store."""
     if not is_local(path):
-        return "mend it where it was prepared, or serve it by what answers requests for parts of files (ranges)"
-    return f"mend it with cspine-data verify {path} --repair SOURCE"
+        return "repair it where it was prepared, or use a server that answers range requests"
+    return f"repair it with cspine-data verify {path} --repair SOURCE"
 
 
 def read_root(path: Path, name: str = METADATA) -> RootRecord:
-    """Read what a store holds; one small file, whatever the store's size.
+    """Read the record of a store's root.
 
     Parameters
     ----------
     path : Path
         The store.
     name : str
-        Of the file: the root's metadata, or its copy.
+        File name of the root's metadata, or of its copy.
 
     Raises
     ------
     StoreError
         If there is no store.
     NewerSchemaError
-        If it was written by a newer version.
+        If a newer version has written it.
     DamagedStoreError
-        If its metadata cannot be understood.
+        If its metadata are damaged.
     """
     refuse_url(path)
     try:
@@ -68,12 +68,12 @@ def read_root(path: Path, name: str = METADATA) -> RootRecord:
         if attributes is not None:
             return RootRecord.model_validate(attributes)
     except (DamagedStoreError, ValidationError) as error:
-        told = str(error) if isinstance(error, DamagedStoreError) else f"{path / name}: is damaged ({_first(error)})"
-        raise DamagedStoreError(f"{told}; {_remedy(path, name)}") from None
+        problem = str(error) if isinstance(error, DamagedStoreError) else f"{path / name}: is damaged ({_first(error)})"
+        raise DamagedStoreError(f"{problem}; {_remedy(path, name)}") from None
     if name == METADATA and (path / ROOT_COPY).is_file():
         raise DamagedStoreError(f"{path / name}: is missing; {_remedy(path, name)}")
     if not is_local(path):
-        raise StoreError(f"{path}: is no cspine store, or cannot be reached; look at the address")
+        raise StoreError(f"{path}: is no cspine store, or cannot be reached; check the address")
     raise StoreError(f"{path}: is no cspine store; make one with cspine-data prepare")
 
 
@@ -82,21 +82,21 @@ def _remedy(path: Path, name: str) -> str:
 
 
 def records(path: Path, root: RootRecord, variant: str) -> Iterable[CaseRecord]:
-    """Iterate over the records of a variant, by case id."""
+    """Iterate over the records of a variant, in order of case ids."""
     for case in sorted(root.cases):
         if variant in root.cases[case]:
             yield record_of(path, root, case, variant)
 
 
 def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRecord:
-    """Read the record of the digest of one variant of a case that a root names.
+    """Read the record of one variant of a case.
 
     Raises
     ------
     NotInStoreError
-        If the root does not name it.
+        If the root does not list it.
     StoreError
-        If an older cspine wrote it, or it was replaced since and collected.
+        If it has been replaced since the root was read, and collected as garbage.
     DamagedStoreError
         If its record is missing or damaged.
     """
@@ -108,8 +108,6 @@ def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseReco
         known = ", ".join(sorted(variants))
         raise NotInStoreError(f"{path}: holds case {case!r} as {known}, not as {variant}; prepare it so")
     record = stored_record(path, case, variants[variant])
-    if record is None and is_older(path, case, variants[variant]):
-        raise StoreError(f"{path}: was written by an older cspine; run cspine-data prepare again to renew its cases")
     if record is None and read_root(path).cases.get(case, {}).get(variant) != variants[variant]:
         raise StoreError(f"{path}: {case} ({variant}) {REPLACED}")
     if record is None or record.variant != variant:
@@ -118,7 +116,7 @@ def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseReco
 
 
 def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
-    """Return the record of a digest that was written completely, published or not; None where there is none."""
+    """Return the record of a completely written digest, published or not; None if there is none."""
     try:
         attributes = _attributes(path / schema.case_path(case, digest))
         record = CaseRecord.model_validate(attributes) if attributes is not None else None
@@ -127,34 +125,24 @@ def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
     return record if record and (record.case, record.digest) == (case, digest) else None
 
 
-def is_older(path: Path, case: str, digest: str) -> bool:
-    """Tell whether a case was written by an older cspine, whose records are no longer read."""
-    try:
-        attributes = _attributes(path / schema.case_path(case, digest))
-    except DamagedStoreError:
-        return False
-    version = attributes.get("schema_version") if attributes else None
-    return isinstance(version, int) and version < schema.SCHEMA_VERSION
-
-
 def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
-    """Read a case's whole image, (x, y, z), in the units of its source.
+    """Read the image of a case, (x, y, z), in the units of its source.
 
     Raises
     ------
     DamagedStoreError
-        If its bytes are not what was written.
+        If its bytes do not match their checksums.
     """
     return _read_array(path, record, schema.VOLUME_IMAGE)
 
 
 def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
-    """Read a case's volume with what is known of it, ready to be normalised anew.
+    """Read the volume of a case with its statistics, for normalisation.
 
     Raises
     ------
     DamagedStoreError
-        If its bytes are not what was written.
+        If its bytes do not match their checksums.
     """
     image_xyz = read_volume_xyz(path, record)
     return CorrectedVolume(
@@ -171,14 +159,14 @@ def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
 
 
 def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
-    """Read a case's whole label map, (x, y, z), label values as in its source.
+    """Read the label map of a case, (x, y, z), with the label values of its source.
 
     Raises
     ------
     NotInStoreError
         If it has none.
     DamagedStoreError
-        If its bytes are not what was written.
+        If its bytes do not match their checksums.
     """
     if not record.labelled:
         raise NotInStoreError(f"{path}: case {record.case!r} has no label map")
@@ -208,14 +196,14 @@ def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
 
 
 def read_metadata(folder: Path, name: str = METADATA) -> bytes:
-    """Read a metadata file of a store that anybody may have made: no link, no pipe, nothing without an end.
+    """Read a metadata file of an untrusted store: not through a link or pipe, and only up to a limit.
 
     Raises
     ------
     ValueError
-        If it is no file, or far longer than metadata are.
+        If it is not a file, or too long.
     OSError
-        If it is not there, or cannot be read.
+        If it is missing or cannot be read.
     """
     with os.fdopen(open_file(folder / name), "rb") if is_local(folder) else (folder / name).open("rb") as file:
         if file.seek(0, os.SEEK_END) > _MOST_METADATA_BYTES:
@@ -225,14 +213,14 @@ def read_metadata(folder: Path, name: str = METADATA) -> bytes:
 
 
 def read_array_metadata(folder: Path, sha256: str | None) -> Any:
-    """Read an array's metadata, held against what the case's record says of their file, where that is known.
+    """Read the metadata of an array and check them against the checksum in the case's record, if given.
 
     Raises
     ------
     ValueError
-        If they are not what was written.
+        If they do not match the checksum.
     OSError
-        If they are not there, or cannot be read.
+        If they are missing or cannot be read.
     """
     content = read_metadata(folder)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
@@ -241,13 +229,13 @@ def read_array_metadata(folder: Path, sha256: str | None) -> Any:
 
 
 def metadata_is_intact(folder: Path, name: str = METADATA) -> bool:
-    """Tell whether a group's metadata file, which could be read, is as it was written to the last byte."""
+    """Return whether a group's readable metadata file has exactly the bytes that were written."""
     content = read_metadata(folder, name)
     return content == schema.group_bytes(json.loads(content)["attributes"])
 
 
 def _attributes(folder: Path, name: str = METADATA) -> dict[str, Any] | None:
-    """Return the record in a group's attributes, once it was held against its checksum; None where there is none."""
+    """Return the record in a group's attributes, after checking its checksum; None if there is none."""
     try:
         content = json.loads(read_metadata(folder, name))["attributes"]
         record, checksum = content.get(schema.ATTRIBUTE), content.get(schema.CHECKSUM_ATTRIBUTE)

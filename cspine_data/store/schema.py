@@ -1,6 +1,6 @@
-"""How a store is laid out and what its metadata says: version, names, codecs, typed records.
+"""Layout of a store: schema version, paths, codecs, typed records.
 
-The only module that knows the layout. A store is a Zarr format 3 group::
+Only this module knows the layout. A store is a Zarr format 3 group::
 
     cspine.zarr/                         attributes: schema version, the current digest of each case, enrolment
       cases/<case id>/<digest>/          written once, never changed; attributes: a `CaseRecord`
@@ -26,25 +26,25 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 
 from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics
 from cspine_data.preprocessing.steps import Preprocessing, RecordedPreprocessing, doubts
-from cspine_data.sources.cases import EMPTY_LABEL_MAP, is_case_id
+from cspine_data.sources.cases import is_case_id
 from cspine_data.volumes.geometry import Geometry, Triple
 
-#: Part of every digest: raise it whenever other bytes are written for the same source and parameters.
+#: Part of every digest: raise it when the bytes for the same source and parameters change.
 SCHEMA_VERSION = 7
 ATTRIBUTE = "cspine"
-#: Beside the record in a group's attributes: what `record_checksum` gives for it.
+#: The attribute beside the record with its `record_checksum`.
 CHECKSUM_ATTRIBUTE = "cspine_sha256"
 AXIS_NAMES = ("left-right", "anterior-posterior", "inferior-superior")
 AXES_XYZ = "xyz"
 VOLUME_IMAGE = "volume/0"
 VOLUME_LABEL = "volume/labels/segmentation/0"
-# A cube of 64 voxels: a viewer reads a region without the whole, and a whole volume is a few dozen chunks.
+# A cube of 64 voxels: a viewer can read a region, and a volume has a few dozen chunks.
 VOLUME_CHUNK = 64
 CHECKSUM_BYTES = 4
 _CRC32C_RESIDUE = 0x48674BC7
-#: Where in a store its cases lie, each in a folder that bears its id.
+#: The folder of the cases, each in a folder named by its id.
 CASES = "cases"
-#: Blosc's LZ4 stores at most some 255 bytes in one: a file that is smaller than that does not hold what it claims.
+#: Highest compression ratio of Blosc's LZ4 (about 255): a smaller file cannot hold the array that it claims.
 LONGEST_RUN = 260
 _LONGEST_AXIS = 1 << 20
 DIGEST = re.compile("[0-9a-f]{32}")
@@ -52,7 +52,7 @@ NEUTRAL_ID = re.compile(r"case(\d{4}|[1-9]\d{4,})")
 
 
 class Standard(BaseModel):
-    """What Nyul's method matches volumes to: landmarks, and the cases that they were learnt from."""
+    """The standard of Nyul's method: histogram landmarks, and the cases that they were computed from."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,22 +66,22 @@ class RootRecord(BaseModel):
     Attributes
     ----------
     schema_version : int
-        Version of the layout.
+        Schema version.
     axes : tuple of str
-        What the three array axes are.
+        Anatomical names of the array axes.
     cases : dict
-        ``cases[case id][variant]`` is the digest that is current. A case exists from the moment it is named here.
+        ``cases[case id][variant]`` is the current digest. A case exists when it is listed here.
     notes : tuple of str
-        What the cohort is, where it stands in for something else (synthetic, another region): said beside figures.
+        Description of stand-in data (synthetic, another region), shown beside figures.
     enrolled : tuple of tuple of str
-        The labelled cases in the batches in which they came; splits are made from it, so that they stay when cases
-        are added.
+        The labelled cases in batches, in the order in which they were added. Splits are computed from the batches, so
+        that added cases do not change them.
     standards : dict
-        What Nyul's method matches volumes to, by `standard_key`: learnt once, so that added cases match it too.
+        The standards of Nyul's method by `standard_key`, computed once, so that added cases use the same.
     voxels : dict
-        For each digest that `cases` names, the `voxels_sha256` of its record: one patient is one case.
+        The `voxels_sha256` of each listed digest, to detect copies of a volume.
     neutral_ids : bool
-        Whether its cases are called by numbers that only a key outside the store can undo.
+        Whether the case ids are neutral numbers, with a key outside the store.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -98,62 +98,62 @@ class RootRecord(BaseModel):
     @field_validator("cases")
     @classmethod
     def _names_fit(cls, cases: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-        """Let no store that came from somebody else lead out of its own folder."""
+        """Check that no path of an untrusted store leads out of its folder."""
         for case, variants in cases.items():
             if not is_case_id(case) or not all(map(DIGEST.fullmatch, variants.values())):
-                raise ValueError(f"{case!r} is no case id with digests")
+                raise ValueError(f"{case!r} is no valid case id with digests")
         return cases
 
 
 class CaseRecord(BaseModel):
-    """Everything that is known of one variant of one case; no name, date, comment or path of its source.
+    """Record of one variant of one case; without names, dates, comments or paths of its source.
 
     Attributes
     ----------
     case, variant, digest : str
-        What this is a record of.
+        Identify the stored case.
     volume_digest : str
-        Of the image's bytes and the way its field was corrected: equal where the corrected volume can be used again.
+        Digest of the image file and the bias parameters: equal if the corrected volume can be reused.
     image_sha256, label_sha256 : str
-        Of the source files; the label's is None where there is none.
+        Digests of the source files; None for a missing label map.
     voxels_sha256 : str
-        Of the volume itself, in anatomical order: equal where another file holds the same voxels.
+        Digest of the voxels in anatomical order: equal for the same voxels in another file.
     preprocessing : Preprocessing
-        What was done.
+        The parameters.
     geometry : Geometry
-        The grid of the source file, to write results back into it.
+        Grid of the source file, to which results are written back.
     assumed_orientation : bool
-        True where the source did not say how it lies in the patient.
+        True if the source does not define its orientation.
     image_dtype, label_dtype : str
-        Of the source files.
+        Data types of the source files.
     size_xyz, spacing_xyz_mm : tuple
-        The grid of the volume in anatomical order.
+        Grid of the volume in anatomical order.
     sliced_size_xyz, sliced_spacing_xyz_mm : tuple
-        The grid that the slices lie on: another one where the preprocessing resamples.
+        Grid of the slices, which differs if they are resampled.
     normalisation : Normalisation
-        What brings the intensities of `volume/0` to those of the slices.
+        Maps the intensities of `volume/0` to those of the slices.
     levels : Levels
-        What the 16-bit numbers of the slices stand for.
+        Scale of the 16-bit integers of the slices.
     air_level, tissue_threshold, log_bias_deviation, noise_ratio, noise_share : float
-        See `CorrectedVolume`; version 0.1.0 kept nothing of the noise.
+        See `CorrectedVolume`; revision 1 has no noise statistics.
     tissue : TissueStatistics or None
-        What the normalisation was computed from; None in a store of version 0.1.0.
+        Statistics for the normalisation; None in revision 1.
     tissue_fraction, tissue_percentiles : float, tuple of float
-        See `PreparedVolume`; an older cspine kept no percentiles.
+        See `PreparedVolume`.
     axes : tuple of int
-        The axes along which slices are stored.
+        The axes with stored slices.
     label_voxels : dict
-        How many voxels each label value has in the volume, zero and what is ignored left out.
+        Number of voxels of each label value, without background and ignored voxels.
     labelled_voxels : dict
-        ``labelled_voxels[axis][i]``: how many labelled voxels slice ``i`` has, for all three axes.
+        ``labelled_voxels[axis][i]`` is the number of labelled voxels in slice ``i``, for all three axes.
     files : dict
-        SHA-256 of every file of the case but the one that holds this record, by path within the case.
+        SHA-256 of every file of the case except this record's, by path within the case.
     notes : tuple of str
-        What a user should know about the source files; see `Volume`.
+        Notes on the source files; see `Volume`.
     ignore_label : int or None
-        The value of voxels of the label map that do not count, where one was given.
+        The label value of voxels to ignore.
     ignored_voxels : int
-        How many voxels have it.
+        Number of ignored voxels.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -180,7 +180,7 @@ class CaseRecord(BaseModel):
     air_level: float
     tissue_threshold: float
     tissue_fraction: float
-    tissue_percentiles: tuple[float, ...] = ()
+    tissue_percentiles: tuple[float, ...]
     log_bias_deviation: float
     noise_ratio: float = 0.0
     noise_share: float = 0.0
@@ -194,58 +194,52 @@ class CaseRecord(BaseModel):
     ignored_voxels: int = 0
 
     @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_there(self, handler: Callable[[CaseRecord], dict[str, Any]]) -> dict[str, Any]:
-        # A case that has none of these keeps the bytes that it had before there were any.
+    def _without_defaults(self, handler: Callable[[CaseRecord], dict[str, Any]]) -> dict[str, Any]:
+        # Records without these fields keep their bytes.
         content = handler(self)
         absent = {"notes": (), "ignore_label": None, "ignored_voxels": 0}
         return {name: value for name, value in content.items() if absent.get(name, ...) != getattr(self, name)}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> CaseRecord:
-        """Let no record that came from somebody else have arrays made, or read, that are not there."""
+        """Check sizes, so that an untrusted record causes no absurd allocation."""
         sizes = (*self.size_xyz, *self.sliced_size_xyz)
         if not all(0 < size <= _LONGEST_AXIS for size in sizes) or not set(self.axes) <= {0, 1, 2}:
-            raise ValueError("its sizes or axes cannot be")
+            raise ValueError("its sizes or axes are invalid")
         counted = {axis: len(counts) for axis, counts in self.labelled_voxels.items()}
         if counted != (dict(enumerate(self.sliced_size_xyz)) if self.labelled else {}):
-            raise ValueError("its labelled voxels are of other slices")
+            raise ValueError("its labelled voxels do not fit its slices")
         return self
 
     @property
     def labelled(self) -> bool:
-        """Whether there is a label map."""
+        """Whether the case has a label map."""
         return self.label_sha256 is not None
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The label values that count, sorted; empty where the label map labels nothing, or there is none."""
-        return tuple(sorted(value for value in self.label_voxels if value > 0))
+        """The label values, sorted, without background and ignored voxels; empty without a label map."""
+        return tuple(sorted(self.label_voxels))
 
     @property
     def ignored_values(self) -> tuple[int, ...]:
-        """The values of voxels of the label map that do not count: the one that was given, and what is negative.
-
-        Negative values are only in the stores of an earlier cspine.
-        """
-        given = {self.ignore_label} if self.ignore_label is not None and self.ignored_voxels else set()
-        return tuple(sorted(given | {value for value in self.label_voxels if value < 0}))
+        """The label value of ignored voxels; empty if there are none."""
+        return (self.ignore_label,) if self.ignore_label is not None and self.ignored_voxels else ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The notes, what the counts of an earlier version's record say that would be a note today, and `doubts`."""
-        found = [EMPTY_LABEL_MAP] if self.labelled and not self.labels else []
-        found += [f"label map: holds the negative value {v}, which is ignored" for v in self.label_voxels if v < 0]
-        return (*self.notes, *found, *doubts(self.log_bias_deviation, self.tissue_fraction, self.noise_share))
+        """The notes on the source files and the `doubts` about the bias field."""
+        return (*self.notes, *doubts(self.log_bias_deviation, self.tissue_fraction, self.noise_share))
 
     def labelled_extent_mm(self, axis: int) -> float:
-        """Return how far the labelled voxels reach along an axis; 0 where there are none."""
+        """Return the extent of the labelled voxels along an axis; 0 if there are none."""
         if not self.labelled:
             return 0.0
         labelled = [position for position, voxels in enumerate(self.labelled_voxels[axis]) if voxels]
         return (labelled[-1] - labelled[0] + 1) * self.sliced_spacing_xyz_mm[axis] if labelled else 0.0
 
 
-#: What arrays hold; anything else in their metadata is not this layout.
+#: Data types of arrays.
 DTYPES = {
     name: np.dtype(name)
     for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
@@ -263,12 +257,12 @@ def case_path(case: str, digest: str) -> str:
 
 
 def volume_digest(image_sha256: str, preprocessing: Preprocessing) -> str:
-    """Digest what a corrected volume depends on: the image's bytes, the bias field's parameters, the schema."""
+    """Return the digest of a corrected volume: image file, bias parameters, schema version."""
     return _digest([SCHEMA_VERSION, preprocessing.revision, image_sha256, _bias(preprocessing)])
 
 
 def standard_key(preprocessing: Preprocessing) -> str:
-    """Digest what the landmarks of a cohort depend on: how its volumes' fields are corrected."""
+    """Return the digest of a cohort's standard: bias parameters, schema version."""
     return _digest([SCHEMA_VERSION, preprocessing.revision, _bias(preprocessing)])
 
 
@@ -279,7 +273,7 @@ def case_digest(
     axes: tuple[int, ...],
     ignore_label: int | None = None,
 ) -> str:
-    """Digest what a stored case depends on: its corrected volume, label map, preprocessing, axes, ignored value."""
+    """Return the digest of a stored case: corrected volume, label map, parameters, axes, ignored value."""
     content = [of_volume, label_sha256, preprocessing.model_dump(mode="json"), list(axes)]
     return _digest(content if ignore_label is None else [*content, {"ignore_label": ignore_label}])
 
@@ -298,21 +292,20 @@ def _digest(content: Any) -> str:
 
 
 def slice_chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the inner chunks of an array of slices: one slice each."""
+    """Return the inner chunk shape of an array of slices: one slice."""
     return (1, *shape[1:])
 
 
 def volume_chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the inner chunks of a whole volume: cubes."""
+    """Return the inner chunk shape of a volume: a cube."""
     return tuple(min(VOLUME_CHUNK, size) for size in shape)
 
 
 def codecs(chunks: tuple[int, ...], itemsize: int) -> list[dict[str, Any]]:
-    """Return the codecs of an inner chunk: Blosc's LZ4 for size and speed, CRC32C to notice damage.
+    """Return the codecs of an inner chunk: Blosc's LZ4, and CRC32C to detect damage.
 
-    A slice is one block of plain LZ4: read most and in any order, it is decoded in less than half the time that
-    bit-shuffling takes, at one twentieth more bytes, and one block never wakes Blosc's threads. Volumes are read rarely
-    and whole, so that bytes matter more.
+    A slice is one block of plain LZ4. It is decoded in less than half the time of bit-shuffled data, takes 5 % more
+    bytes, and does not start Blosc's threads. Volumes are read rarely and as a whole, so that their size matters more.
     """
     blosc = {"typesize": itemsize, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
     if chunks[0] == 1:
@@ -321,42 +314,42 @@ def codecs(chunks: tuple[int, ...], itemsize: int) -> list[dict[str, Any]]:
 
 
 def chunk_checksum(content: bytes) -> bytes:
-    """Return what stands behind an inner chunk, or a shard's index: its CRC32C, little-endian."""
+    """Return the CRC32C, little-endian, that follows an inner chunk or a shard's index."""
     checksum: int = google_crc32c.value(content)
     return checksum.to_bytes(CHECKSUM_BYTES, "little")
 
 
 def fits_checksum(content: bytes) -> bool:
-    """Tell whether bytes that end with their own CRC32C are what was written.
+    """Return whether bytes match the CRC32C at their end.
 
-    The CRC of anything with its CRC behind it is one number (its residue), so that nothing is copied to be compared.
+    The CRC of data followed by its own CRC is a constant (the residue), so that no copy is needed.
     """
     return bool(google_crc32c.value(content) == _CRC32C_RESIDUE)
 
 
 def chunk_grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
-    """Return how many inner chunks there are along each axis of an array's only shard."""
+    """Return the number of inner chunks along each axis of an array's only shard."""
     return tuple(math.ceil(size / chunk) for size, chunk in zip(shape, chunks, strict=True))
 
 
 def group_bytes(attributes: dict[str, Any]) -> bytes:
-    """Return what the metadata file of a group holds."""
+    """Return the content of a group's metadata file."""
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1).encode()
 
 
 def array_metadata(
     shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...], axes: str, attributes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the metadata of an array that is one shard of inner chunks, its index at the end.
+    """Return the metadata of an array with one shard and the index at its end.
 
     Parameters
     ----------
     shape, dtype, chunks
-        Of the array; `chunks` of the inner ones.
+        Shape and data type of the array, and shape of the inner chunks.
     axes : str
-        A letter an axis, of ``xyz``.
+        One letter of ``xyz`` per axis.
     attributes : dict
-        What else a reader should know.
+        Further attributes.
     """
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = {
@@ -381,15 +374,15 @@ def array_metadata(
 
 
 def is_own_layout(metadata: dict[str, Any], chunks: tuple[int, ...]) -> bool:
-    """Tell whether an array's metadata are of the layout that `array_metadata` describes, with such inner chunks."""
+    """Return whether an array has the layout of `array_metadata` with these inner chunks."""
     own = array_metadata(tuple(metadata["shape"]), metadata["data_type"], chunks, "", {})
 
-    def decided_by(metadata: dict[str, Any]) -> Any:
+    def layout(metadata: dict[str, Any]) -> Any:
         (sharding,) = metadata["codecs"]
         inner = {"index_location": "end"} | sharding["configuration"]
         names = [[codec["name"] for codec in inner[chain]] for chain in ("codecs", "index_codecs")]
         endian = inner["codecs"][0].get("configuration", {"endian": "little"})
-        told = [metadata[key] for key in ("chunk_grid", "chunk_key_encoding", "fill_value")]
-        return sharding["name"], inner["chunk_shape"], inner["index_location"], names, endian, told
+        outer = [metadata[key] for key in ("chunk_grid", "chunk_key_encoding", "fill_value")]
+        return sharding["name"], inner["chunk_shape"], inner["index_location"], names, endian, outer
 
-    return len(metadata["codecs"]) == 1 and bool(decided_by(metadata) == decided_by(own))
+    return len(metadata["codecs"]) == 1 and bool(layout(metadata) == layout(own))

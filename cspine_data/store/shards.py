@@ -1,7 +1,7 @@
-"""Reading a shard chunk by chunk: no byte is believed that does not fit its checksum, and no length that a file claims.
+"""Read a shard chunk by chunk, checking all checksums and lengths.
 
-A store may come from anybody. Blosc's library believes a buffer's header and reads on past the buffer's end, so what a
-header says of itself is held against what is there before it is decompressed.
+A store may be untrusted. Blosc trusts the header of a buffer and reads beyond the end of the buffer, so the header is
+checked before decompression.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from cspine_data.store.schema import CHECKSUM_BYTES, LONGEST_RUN, chunk_grid, fits_checksum
 
-#: In a shard's index: a chunk of nothing but zeros, which other programs leave out.
+#: Index entry of a chunk of zeros, which other programs omit.
 ABSENT = 2**64 - 1
 _ENTRY = struct.Struct("<QQ")
 # A Blosc buffer: version, format, flags, type size, decoded bytes, block size, its own bytes.
@@ -30,18 +30,18 @@ _BLOSC_COPIED = 2
 
 
 class ShardError(ValueError):
-    """A shard's bytes are not what was written; says what is wrong, not where."""
+    """A shard is damaged; the message does not contain its path."""
 
 
 def open_file(path: Path) -> int:
-    """Open a file of a store: no link, no pipe, no folder.
+    """Open a regular file of a store, not a link, pipe or folder.
 
     Raises
     ------
     ShardError
-        If it is one of these.
+        If it is not a regular file.
     OSError
-        If it is not there, or cannot be opened.
+        If it is missing or cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -56,21 +56,21 @@ def open_file(path: Path) -> int:
 
 
 def read_index(descriptor: int, chunks: int, chunk_bytes: int) -> bytes:
-    """Read where a shard's chunks lie; `place_of` tells it of each.
+    """Read the index of a shard, for `place_of`.
 
     Parameters
     ----------
     descriptor : int
         The open shard.
     chunks : int
-        How many there are.
+        Number of chunks.
     chunk_bytes : int
-        What each decodes to.
+        Size of a decoded chunk.
 
     Raises
     ------
     ShardError
-        If the index is not what was written, or the file cannot hold so much.
+        If the index is damaged, or the file is too small.
     """
     entries = chunks * _ENTRY.size
     size = os.fstat(descriptor).st_size
@@ -88,28 +88,28 @@ def read_index(descriptor: int, chunks: int, chunk_bytes: int) -> bytes:
 
 
 def place_of(index: bytes, chunk: int) -> tuple[int, int]:
-    """Return the offset and the size of a chunk, by its number in C order."""
+    """Return offset and size of a chunk, by its number in C order."""
     return _ENTRY.unpack_from(index, chunk * _ENTRY.size)
 
 
 def read_chunk(descriptor: int, place: tuple[int, int], out: NDArray[Any]) -> None:
-    """Read one chunk and decode it into a C-contiguous array; some 5 us, and what reading and Blosc take.
+    """Read one chunk and decode it into a C-contiguous array; about 5 us more than reading and Blosc.
 
     Parameters
     ----------
     descriptor : int
         The open shard.
     place : tuple of int
-        What `place_of` gave.
+        From `place_of`.
     out : ndarray
-        As large as the chunk.
+        An array of the chunk's size.
 
     Raises
     ------
     ShardError
-        If it is not of that size, does not fit its checksum, or does not decode to just that array.
+        If it has another size, does not match its checksum, or does not decode to this array.
     OSError
-        If the disk does not give it.
+        If it cannot be read.
     """
     offset, size = place
     if offset == ABSENT:
@@ -121,9 +121,9 @@ def read_chunk(descriptor: int, place: tuple[int, int], out: NDArray[Any]) -> No
     chunk = os.pread(descriptor, size, offset)
     if len(chunk) != size or not fits_checksum(chunk):
         raise ShardError("is not what was written")
-    _, _, flags, item, decoded, _, told = _BLOSC_HEADER.unpack_from(chunk)
+    _, _, flags, item, decoded, _, compressed = _BLOSC_HEADER.unpack_from(chunk)
     copied = flags & _BLOSC_COPIED and own != out.nbytes + _BLOSC_HEADER.size
-    if copied or (item, decoded, told) != (out.itemsize, out.nbytes, own):
+    if copied or (item, decoded, compressed) != (out.itemsize, out.nbytes, own):
         raise ShardError("is not what was written")
     try:
         blosc.decompress(chunk, out)
@@ -132,14 +132,14 @@ def read_chunk(descriptor: int, place: tuple[int, int], out: NDArray[Any]) -> No
 
 
 def read_whole(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: tuple[int, ...]) -> NDArray[Any]:
-    """Read all of an array's only shard.
+    """Read the whole array from its only shard.
 
     Raises
     ------
     ShardError
-        If its bytes are not what was written.
+        If it is damaged.
     OSError
-        If it is not there, or the disk does not give it.
+        If it is missing or cannot be read.
     """
     descriptor = open_file(path)
     try:

@@ -1,4 +1,4 @@
-"""Finding what in a store is not what was written."""
+"""Find damage in a store by checking all files against their checksums."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pathlib import Path
 from cspine_data.errors import StoreError
 from cspine_data.progress import Progress
 from cspine_data.store import schema
-from cspine_data.store.publishing import mend_root, refuse_links, write_empty_group
-from cspine_data.store.records import ROOT_COPY, is_older, metadata_is_intact, read_metadata, read_root, stored_record
+from cspine_data.store.publishing import refuse_links, repair_root, write_empty_group
+from cspine_data.store.records import ROOT_COPY, metadata_is_intact, read_metadata, read_root, stored_record
 from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.store.writer import METADATA
 
-#: What is said of a file that a case does not name, and of a case whose record is of another time.
-STRAY, OLDER = "does not belong there", "was written by an older cspine; prepare it again"
+#: The problem of a file that its case's record does not list.
+STRAY = "does not belong there"
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing in a store that is not what was written.
+    """A damaged file or record of a store.
 
     Attributes
     ----------
     case, variant : str
-        Whose it is; empty for what belongs to the whole store, or to all variants of a case.
+        The stored case; empty for the whole store, or for all variants of a case.
     where : str
-        The array or file, by its path within the variant's folder, or within the store.
+        Path of the array or file within the variant's folder, or within the store.
     problem : str
-        What is wrong with it.
+        The problem.
     """
 
     case: str
@@ -41,12 +41,12 @@ class Damage:
     problem: str
 
     def __str__(self) -> str:
-        whose = f"{self.case} ({self.variant})" if self.variant else self.case or "store"
-        return f"{whose}: {self.where}: {self.problem}"
+        owner = f"{self.case} ({self.variant})" if self.variant else self.case or "store"
+        return f"{owner}: {self.where}: {self.problem}"
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> list[Damage]:
-    """Hold every file that belongs to a store against its checksum.
+    """Check every file of a store against its checksum.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[Damage]:
     Returns
     -------
     list of Damage
-        Empty where the store is sound.
+        Empty if the store is sound.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[Damage]:
     root = read_root(path)
     damages = list(_damaged_groups(path, root))
     published = [(case, variant, digest) for case, named in root.cases.items() for variant, digest in named.items()]
-    # Hashing lets other threads run, and a disk serves several readers faster than one.
+    # Hashing releases the interpreter lock, and disks serve several readers faster than one.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda one: verify_case(path, *one), published)
         try:
@@ -82,31 +82,31 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[Damage]:
     return damages
 
 
-def mend_groups(path: Path) -> None:
-    """Write the metadata of the groups that hold no case's voxels again, where it is damaged.
+def repair_groups(path: Path) -> None:
+    """Write damaged metadata of the root and of the groups around cases again.
 
     Raises
     ------
     StoreError
-        If one of their folders is a link to elsewhere.
+        If one of their folders is a link.
     """
     for damage in _damaged_groups(path, read_root(path)):
         folder = (path / damage.where).parent
         if folder == path:
-            mend_root(path)
+            repair_root(path)
         else:
             refuse_links(path / schema.CASES, folder)
-            write_empty_group(folder, anew=True)
+            write_empty_group(folder, overwrite=True)
 
 
 def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:
-    """Find damage around the records: in the root's file, and in the groups that hold the cases."""
+    """Find damage in the metadata of the root and of the groups around cases."""
     if not metadata_is_intact(path):
         yield Damage("", "", METADATA, "is not what was written")
     try:
         sound = metadata_is_intact(path, ROOT_COPY) and bool(read_root(path, ROOT_COPY))
     except FileNotFoundError:
-        # A run that was killed may have left none, or an older one.
+        # A killed run may have left no copy, or an older one.
         sound = True
     except (OSError, ValueError, KeyError, TypeError, RecursionError, StoreError):
         sound = False
@@ -118,7 +118,7 @@ def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:
         where = str((group / METADATA).relative_to(path))
         try:
             if group.is_symlink():
-                yield Damage(case, "", where, "lies behind a link to elsewhere")
+                yield Damage(case, "", where, "is behind a link")
             elif read_metadata(group) != schema.group_bytes({}):
                 yield Damage(case, "", where, "is not what was written")
         except FileNotFoundError:
@@ -128,14 +128,13 @@ def _damaged_groups(path: Path, root: RootRecord) -> Iterator[Damage]:
 
 
 def verify_case(path: Path, case: str, variant: str, digest: str) -> list[Damage]:
-    """Hold every file of one variant of a case against its checksum; see `verify`."""
+    """Check every file of one variant of a case against its checksum; see `verify`."""
     if (path / schema.case_path(case, digest)).is_symlink():
-        return [Damage(case, variant, "record", "lies behind a link to elsewhere")]
+        return [Damage(case, variant, "record", "is behind a link")]
     try:
         record = stored_record(path, case, digest)
         if record is None:
-            problem = OLDER if is_older(path, case, digest) else "missing or damaged"
-            return [Damage(case, variant, "record", problem)]
+            return [Damage(case, variant, "record", "missing or damaged")]
         return [Damage(case, variant, where, problem) for where, problem in _problems(path, record)]
     except OSError as error:
         return [Damage(case, variant, "record", f"cannot be read ({error.strerror})")]
@@ -150,7 +149,7 @@ def _problems(path: Path, record: CaseRecord) -> Iterator[tuple[str, str]]:
         if name not in found:
             yield name, "is missing"
         elif (folder / name).is_symlink() or not (folder / name).is_file():
-            yield name, "is no file of its own"
+            yield name, "is no regular file"
         elif _sha256(folder / name) != checksum:
             yield name, "is not what was written"
     for name in sorted(found - set(record.files) - {METADATA}):
@@ -158,7 +157,7 @@ def _problems(path: Path, record: CaseRecord) -> Iterator[tuple[str, str]]:
 
 
 def _sha256(file: Path) -> str | None:
-    """Return a file's checksum; None where the disk does not give it back."""
+    """Return the checksum of a file; None if it cannot be read."""
     try:
         with file.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""Writing the files of one case: each durable, each known by its checksum, each array one shard.
+"""Write the files of one case durably, with a checksum each; each array is one shard.
 
-zarr-python writes the same arrays, chunk by chunk through its event loop, in some five times the time.
+zarr-python writes the same arrays chunk by chunk through its event loop, in about five times the time.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ METADATA = "zarr.json"
 
 
 class CaseWriter:
-    """Writes the groups and arrays of a folder that nobody reads yet.
+    """Writes the groups and arrays of a new folder.
 
     Parameters
     ----------
     folder : Path
-        A folder that is not there yet.
+        A folder that does not exist.
 
     Attributes
     ----------
     checksums : dict
-        SHA-256, in hex, of every file written, by path within the folder: of what was meant, not of what a disk gives
-        back.
+        SHA-256, in hex, of every file, by path within the folder; of the data in memory, not read back from disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,16 +57,16 @@ class CaseWriter:
         chunks : tuple of int
             Shape of the inner chunks.
         axes : str
-            A letter an axis.
+            One letter per axis.
         attributes : dict
-            What else a reader should know.
+            Further attributes.
         """
         metadata = schema.array_metadata(values.shape, values.dtype.name, chunks, axes, attributes)
         self._write(f"{name}/{METADATA}", [json.dumps(metadata, indent=1).encode()])
         self._write("/".join((name, "c", *"0" * values.ndim)), _shard(values, chunks))
 
     def finish(self) -> None:
-        """Make the folders' own entries durable."""
+        """Synchronise the entries of all folders to disk."""
         files = [self.folder / name for name in self.checksums]
         inside = {parent for file in files for parent in file.parents if parent.is_relative_to(self.folder)}
         for folder in inside:
@@ -80,7 +79,7 @@ class CaseWriter:
 
 
 def _shard(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[bytes]:
-    """Yield a shard's inner chunks, compressed, each with its checksum, and then the index of where they lie."""
+    """Yield the compressed inner chunks of a shard with their checksums, then its index."""
     from numcodecs import blosc
 
     (codec, _) = schema.codecs(chunks, values.dtype.itemsize)
@@ -102,7 +101,7 @@ def _shard(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[bytes]:
 
 
 def _chunks(values: NDArray[Any], chunks: tuple[int, ...]) -> Iterator[NDArray[Any]]:
-    """Iterate over an array's chunks in C order, those at its far ends filled up with zeros."""
+    """Iterate over the chunks of an array in C order; chunks beyond its end are padded with zeros."""
     for place in itertools.product(*map(range, schema.chunk_grid(values.shape, chunks))):
         starts = [n * chunk for n, chunk in zip(place, chunks, strict=True)]
         part = values[tuple(slice(start, start + chunk) for start, chunk in zip(starts, chunks, strict=True))]

@@ -1,7 +1,7 @@
-"""Arrays that are not read directly: of another layout, or at a URL; through zarr-python, slowly.
+"""Read arrays of other layouts, or at URLs, with zarr-python, which is slower.
 
-Every chunk that is read has to be there, and to carry a checksum: zarr-python takes a missing one for zeros, and gives
-noise for a damaged one. Whoever reads another layout trusts zarr-python's codecs with it.
+Every chunk must exist and have a checksum: zarr-python returns zeros for a missing chunk and noise for a damaged one.
+Other layouts are decoded by zarr-python's codecs, without our checks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cspine_data.store.location import is_local
 from cspine_data.store.schema import DTYPES
 from cspine_data.store.shards import ShardError, open_file
 
-# None of them unpickles.
+# Codecs that do not unpickle.
 _CODECS = frozenset({"bytes", "transpose", "blosc", "zstd", "crc32c"})
 _INDEX_CODECS = frozenset({"bytes", "crc32c"})
 _LARGEST_CHUNK_BYTES = 1 << 30
@@ -28,7 +28,7 @@ _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 
 class ForeignArray:
-    """An array that zarr-python reads.
+    """An array read by zarr-python.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class ForeignArray:
     Raises
     ------
     ShardError
-        If its chunks have no checksums, zarr-python cannot open it, or it is what no array of a store needs to be.
+        If its chunks have no checksums, zarr-python cannot open it, or its layout is not supported.
     OSError
         If it cannot be reached.
     """
@@ -52,13 +52,13 @@ class ForeignArray:
         self.dtype = DTYPES[metadata["data_type"]]
         self._outer = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         self._grid = [math.ceil(n / chunk) for n, chunk in zip(metadata["shape"], self._outer, strict=True)]
-        self._there: set[tuple[int, ...]] = set()
+        self._existing: set[tuple[int, ...]] = set()
         chunk_bytes = math.prod(_checked_chunk(metadata)) * self.dtype.itemsize
         if chunk_bytes > _LARGEST_CHUNK_BYTES or metadata["chunk_key_encoding"] != _KEYS:
             raise ShardError("cannot be opened (its layout is not one that is read)")
         try:
             self._array = zarr.open_array(str(path), mode="r", zarr_format=3)
-        except Exception as error:  # noqa: BLE001 - zarr-python tells of damage in as many ways as it has parts
+        except Exception as error:  # noqa: BLE001 - zarr-python raises many types
             raise self._failed(error, "cannot be opened") from None
 
     def read(self, position: int | None = None) -> NDArray[Any]:
@@ -67,20 +67,20 @@ class ForeignArray:
         Raises
         ------
         ShardError
-            If its bytes are not what was written.
+            If it is damaged.
         OSError
-            If they cannot be had.
+            If it cannot be read.
         """
-        self._check_there(position)
+        self._check_chunks(position)
         try:
             return np.asarray(self._array[... if position is None else position])
         except Exception as error:  # noqa: BLE001
             raise self._failed(error, "is not what was written") from None
 
-    def _check_there(self, position: int | None) -> None:
+    def _check_chunks(self, position: int | None) -> None:
         first = range(self._grid[0]) if position is None else (position // self._outer[0],)
         for place in itertools.product(first, *map(range, self._grid[1:])):
-            if place in self._there:
+            if place in self._existing:
                 continue
             file = self._path.joinpath("c", *map(str, place))
             try:
@@ -90,19 +90,19 @@ class ForeignArray:
                     raise FileNotFoundError
             except FileNotFoundError:
                 raise ShardError(f"is not what was written ({file} is missing)") from None
-            self._there.add(place)
+            self._existing.add(place)
 
     def _failed(self, error: Exception, what: str) -> Exception:
-        """Return what is to be raised: damage, unless the disk or the network failed."""
-        told = (ValueError, TypeError, KeyError, RuntimeError)
-        if isinstance(error, OSError) or not (is_local(self._path) or isinstance(error, told)):
+        """Return the error to raise: damage, unless the disk or the network failed."""
+        damaged = (ValueError, TypeError, KeyError, RuntimeError)
+        if isinstance(error, OSError) or not (is_local(self._path) or isinstance(error, damaged)):
             number = getattr(error, "errno", None) or errno.EIO
-            return OSError(number, f"cannot be had ({str(error) or type(error).__name__})", str(self._path))
+            return OSError(number, f"cannot be read ({str(error) or type(error).__name__})", str(self._path))
         return ShardError(f"{what} ({error})")
 
 
 def _checked_chunk(metadata: dict[str, Any]) -> list[int]:
-    """Return the shape of what is decoded at once, if its codecs are known and one of them is a checksum."""
+    """Return the shape of an innermost chunk, if its codecs are known and include a checksum."""
     chunk, chain = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
     while [codec["name"] for codec in chain] == ["sharding_indexed"]:
         inner = chain[0]["configuration"]

@@ -1,7 +1,4 @@
-"""What a file that nobody vouches for truly holds: its bytes, and no more of them than its header accounts for.
-
-Both readers stand on this. A header is a claim; memory is taken for what has been read, never for what is claimed.
-"""
+"""Reading untrusted files within bounds: no more bytes than the header accounts for, and memory only for bytes read."""
 
 from __future__ import annotations
 
@@ -18,16 +15,15 @@ from cspine_data.errors import InputError
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, as_rows, skew
 
 _RAW_PIECE = 1 << 20
-# Deflate makes at most 1032 bytes of one: a piece of this many gives no more than 4 MB at once.
+# Deflate expands at most 1032 times, so that a piece of this size gives at most 4 MB.
 _PACKED_PIECE = 1 << 12
-# An empty label map is almost nothing when compressed, so much is let pass; above that, a scan is denser.
+# An empty label map compresses to almost nothing, so this much is always accepted. Larger volumes compress less.
 _MOST_FROM_LITTLE = 1 << 30
 _DENSEST = 100
-# The longest file that is read at all.
+# The maximum size of a file.
 _MOST = 1 << 34
 
-# No scanner leaves these: what lies outside has wrong units or a broken header, and fills memory further on, where
-# grids are made of so many millimetres.
+# Plausible spacings and origins. Others come from wrong units or a broken header, and their grids would fill memory.
 _SPACING_MM = (0.02, 100.0)
 _FARTHEST_MM = 1e7
 
@@ -36,14 +32,14 @@ RESAMPLE = "resample it, and its label map alike, to a grid with right angles"
 
 
 class Source:
-    """The bytes of an open file from where it stands, decompressed as they are asked for.
+    """The bytes of an open file from its current position, decompressed on demand.
 
     Parameters
     ----------
     path : Path
-        What to call the file in a message.
+        Name of the file in messages.
     file : binary file
-        Where the bytes come from.
+        The open file.
     encoding : str
         ``raw``, ``gzip`` or ``bzip2``.
     """
@@ -54,19 +50,19 @@ class Source:
         self._rest = memoryview(b"")
 
     def read(self, count: int) -> bytearray:
-        """Return the next bytes: `count` of them, fewer where the file ends."""
+        """Return the next `count` bytes, or fewer at the end of the file."""
         held = bytearray()
         while len(held) < count and self._more():
             held += self._next(count - len(held))
         return held
 
     def skip(self, count: int) -> None:
-        """Pass over bytes without holding them."""
+        """Skip bytes without storing them."""
         while count > 0 and self._more():
             count -= len(self._next(count))
 
     def ended(self) -> bool:
-        """Whether no byte follows; where none does, a compressed file's checksum has been held against it."""
+        """Whether the end is reached; then the checksum of a compressed file has been checked."""
         return not self._more()
 
     def _next(self, most: int) -> memoryview:
@@ -95,12 +91,12 @@ def _raw(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
-    # Not by gzip.GzipFile: it reads a member's name byte by byte, however long a hostile one is.
+    # gzip.GzipFile reads a file name in the header byte by byte, however long it is.
     member, begun = zlib.decompressobj(31), False
     while held := file.read(_PACKED_PIECE):
         while held:
             if not begun:
-                # As gzip has it, zeros may stand between members and after the last.
+                # As in gzip, zeros are allowed between members and after the last.
                 held = held.lstrip(b"\0")
             if held:
                 begun = True
@@ -114,30 +110,20 @@ def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _bunzipped(file: BinaryIO) -> Iterator[bytes]:
-    member, begun = bz2.BZ2Decompressor(), False
-    while held := file.read(_PACKED_PIECE):
-        while held or not member.needs_input:
-            begun = True
-            if piece := member.decompress(held, _RAW_PIECE):
-                yield piece
-            held = b""
-            if member.eof:
-                held = member.unused_data
-                member, begun = bz2.BZ2Decompressor(), False
-    if begun:
-        raise EOFError
+    with bz2.BZ2File(file) as packed:
+        yield from iter(lambda: packed.read(_RAW_PIECE), b"")
 
 
 _PIECES: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {"raw": _raw, "gzip": _gunzipped, "bzip2": _bunzipped}
 
 
 def stored_bytes(path: Path, part: Path) -> int:
-    """Return the length of a file, or of its data file; one with a hole in it may be longer than any disk.
+    """Return the size of a file or data file; a sparse file may be larger than any disk.
 
     Raises
     ------
     InputError
-        If it is longer than what is ever read.
+        If it is larger than the maximum.
     """
     length = part.stat().st_size
     if length > _MOST:
@@ -146,12 +132,12 @@ def stored_bytes(path: Path, part: Path) -> int:
 
 
 def check_claim(path: Path, claimed: int, there: int, *, compressed: bool) -> None:
-    """Refuse a header that claims more bytes than a file of this length can be expected to hold.
+    """Check that a file of this size can contain the bytes that its header claims.
 
     Raises
     ------
     InputError
-        If it does.
+        If it cannot.
     """
     if claimed > (max(_MOST_FROM_LITTLE, _DENSEST * there) if compressed else there):
         raise InputError(
@@ -168,45 +154,45 @@ def grid(
     spacing_mm: NDArray[Any] | None = None,
     units_field: str = "units",
 ) -> Geometry:
-    """Return the grid that a header describes, if one can lie in a patient so.
+    """Return the grid that a header describes, if it is plausible.
 
     Parameters
     ----------
     path : Path
-        What to call the file in a message.
+        Name of the file in messages.
     size : tuple of int
         Voxels along each index axis.
     steps_mm : ndarray
-        (3, 3); column c is the way, in LPS, from a voxel to its neighbour along index axis c.
+        (3, 3); column c is the vector, in LPS, from a voxel to its neighbour along index axis c.
     origin_mm : ndarray
         LPS position of the first voxel.
     spacing_mm : ndarray, optional
-        The lengths of the columns, where the header gives them more exactly.
+        Lengths of the columns, if the header gives them more exactly.
     units_field : str
-        The field of the header that gives the unit of length.
+        Header field with the unit of length.
 
     Raises
     ------
     InputError
-        If the numbers are not finite, not plausible, or span no volume; if two axes are not at right angles.
+        If the numbers are not finite or not plausible, the axes span no volume, or are not at right angles.
     """
     if steps_mm.shape != (3, 3) or origin_mm.shape != (3,) or not np.isfinite([*steps_mm, origin_mm]).all():
-        raise InputError(path, "has no usable space directions", "export the volume anew with its geometry")
-    # Of a row that overflows the length is infinite, which is no plausible spacing either.
+        raise InputError(path, "has no usable space directions", "export the volume again with its geometry")
+    # The length of a row that overflows is infinite, which is not plausible either.
     with np.errstate(over="ignore"):
         lengths = np.linalg.norm(steps_mm, axis=0)
     spacing = lengths if spacing_mm is None else spacing_mm
     if lengths.min() <= 0:
-        raise InputError(path, "has space directions that span no volume", "export it anew with its geometry")
+        raise InputError(path, "has space directions that span no volume", "export it again with its geometry")
     low, high = _SPACING_MM
     if not ((spacing >= low) & (spacing <= high)).all():
         problem = f"has voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm, a spacing that no scanner gives"
-        raise InputError(path, problem, f"correct its unit of length ({units_field}), or export it anew")
+        raise InputError(path, problem, f"correct its unit of length ({units_field}), or export it again")
     if np.abs(origin_mm).max() > _FARTHEST_MM:
-        raise InputError(path, "has an origin that no scanner gives", "export it anew with its geometry")
+        raise InputError(path, "has an origin that no scanner gives", "export it again with its geometry")
     directions = steps_mm / lengths
     if abs(np.linalg.det(directions)) < 1e-3:
-        raise InputError(path, "has space directions that span no volume", "export it anew with its geometry")
+        raise InputError(path, "has space directions that span no volume", "export it again with its geometry")
     off = skew(directions)
     if off > MOST_SKEW:
         problem = f"has axes that are not at right angles ({np.degrees(np.arcsin(off)):.2g} degrees off)"

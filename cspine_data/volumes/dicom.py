@@ -1,7 +1,7 @@
-"""A folder of DICOM files, a slice each: which belong together, where they lie, and their voxels.
+"""Reading a folder of DICOM slices as one volume.
 
-pydicom parses; nothing of it is native code unless voxels are compressed. What makes a volume of slices is decided
-here, as a folder is no promise: a slice may be missing, be there twice, or come from another series.
+pydicom parses the files, without native code unless voxels are compressed. This module checks that the slices form one
+volume: a slice may be missing, duplicated, or from another series.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from cspine_data.volumes.bounded import RESAMPLE, check_claim, grid, stored_byte
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, skew
 
 _MARK_AT, _MARK = 128, b"DICM"
-# What is read of a header, and no more: names, dates and places are not looked at.
+# Only these header fields are read, not names, dates and places.
 _TAGS = [
     "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
     "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "RescaleSlope", "RescaleIntercept",
     "PhotometricInterpretation",
 ]  # fmt: skip
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-# A list of files, which lies beside them on a disk that was handed out: called DICOMDIR.
+# The list of files (DICOMDIR) on a patient's disc.
 _DIRECTORY = "1.2.840.10008.1.3.10"
-# Headers round positions; a missing slice doubles a gap.
+# Positions are rounded; a missing slice doubles a gap.
 _UNEVEN = 0.1
 _TILT_MM = 0.1
 _MOST_FILES = 20_000
@@ -52,29 +52,29 @@ class _Slice:
 
 
 def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
-    """Read the one series that a folder holds; what is no DICOM file is passed over.
+    """Read the single series in a folder; other files are ignored.
 
     Parameters
     ----------
     folder : Path
-        Its files, not those of folders in it.
+        The folder; subfolders are not searched.
 
     Returns
     -------
     ndarray
-        Voxels: columns, rows, slices. Scaled as the headers say.
+        Voxels: columns, rows, slices, scaled by the headers' slope and intercept.
     Geometry
-        Where they lie.
+        The grid.
 
     Raises
     ------
     InputError
-        If it holds no series or several, slices are missing, there twice, of several frames or not parallel, or a file
-        is damaged.
+        If there is no series or several, slices are missing, duplicated, multi-frame or not parallel, or a file is
+        damaged.
     """
     slices = [one for path in files(folder) if (one := _header(path))]
     if not slices:
-        remedy = "give the folder that they lie in; folders in it are not searched"
+        remedy = "give the folder with the files; its subfolders are not searched"
         raise InputError(folder, "holds no NRRD, NIfTI or DICOM file", remedy)
     series = Counter(one.series for one in slices)
     if len(series) > 1:
@@ -89,7 +89,7 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
         if array is None:
             array = np.empty(geometry.size, pixels.dtype, order="F")
         elif pixels.dtype != array.dtype:
-            # Where each slice is scaled by its own header, some may not be.
+            # If slices have different scales, some may be integers.
             array = array.astype(np.result_type(array, pixels), order="F")
         array[..., number] = pixels
     assert array is not None  # noqa: S101
@@ -97,13 +97,13 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """Iterate over a folder's DICOM files, by name."""
+    """Iterate over the DICOM files of a folder, by name."""
     home = folder.resolve()
     paths = sorted(folder.iterdir())
     if len(paths) > _MOST_FILES:
         raise InputError(folder, f"holds {len(paths)} files", f"a series has at most {_MOST_FILES}: sort them first")
     for path in paths:
-        # A link may lead anywhere; what lies here is what was given.
+        # Links to files outside the folder are ignored.
         if path.is_file() and path.resolve().is_relative_to(home):
             with path.open("rb") as file:
                 if file.read(_MARK_AT + len(_MARK))[_MARK_AT:] == _MARK:
@@ -112,7 +112,7 @@ def files(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _untrusted(path: Path, problem: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a parser raises on bytes that nobody meant into one line; elements are parsed when used."""
+    """Convert any exception of the parser to an input error; pydicom parses elements when they are used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -124,7 +124,7 @@ def _untrusted(path: Path, problem: str, remedy: str) -> Iterator[None]:
 
 
 def _header(path: Path) -> _Slice | None:
-    """Return what a file says of its slice; None of a list of files."""
+    """Return the header of a slice; None for a DICOMDIR."""
     import pydicom
 
     length = stored_bytes(path, path)
@@ -133,7 +133,7 @@ def _header(path: Path) -> _Slice | None:
         if meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
             return None
         if meta.TransferSyntaxUID == _DEFLATED:
-            # It would be inflated whole, to whatever it becomes.
+            # It would be decompressed without a limit.
             raise InputError(path, "is deflated", _CONVERT)
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
         frames, colours = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
@@ -152,12 +152,12 @@ def _header(path: Path) -> _Slice | None:
         raise InputError(path, "does not say what image it holds", _CONVERT)
     claimed = columns * rows * bits // 8
     check_claim(path, claimed, length, compressed=compressed)
-    with _untrusted(path, "does not say where it lies in the patient", _CONVERT):
+    with _untrusted(path, "does not give its position in the patient", _CONVERT):
         position, directions, spacing = (
             _numbers(header, *named)
             for named in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2))
         )
-    # Distance of rows first, in DICOM.
+    # In DICOM the distance of rows comes first.
     return _Slice(path, series, (columns, rows), position, directions.reshape(2, 3), spacing[::-1], claimed, scaling)
 
 
@@ -169,7 +169,7 @@ def _numbers(header: Any, name: str, count: int) -> NDArray[np.float64]:
 
 
 def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry]:
-    """Sort slices along their normal; refuse what is no even stack."""
+    """Sort slices along their normal, and check that they are evenly spaced."""
     first = slices[0]
     for one in slices:
         alike = np.allclose(one.directions, first.directions, atol=1e-3) and np.allclose(
@@ -180,7 +180,7 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry
                 one.path, f"is of another grid than {first.path.name}", "take localisers out of the folder"
             )
     if len(slices) == 1:
-        raise InputError(folder, "holds a single DICOM slice", "give the folder that the whole series lies in")
+        raise InputError(folder, "holds a single DICOM slice", "give the folder with the whole series")
     normal = np.cross(*first.directions)
     slices = sorted(slices, key=lambda one: float(one.position_mm @ normal))
     positions = np.array([one.position_mm for one in slices])
@@ -193,19 +193,19 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry
         )
     if (np.abs(gaps - gap) > _UNEVEN * gap).any():
         raise InputError(
-            folder, f"misses slices (they lie {gaps.min():.3g} to {gaps.max():.3g} mm apart)", "fetch the whole series"
+            folder, f"misses slices (they are {gaps.min():.3g} to {gaps.max():.3g} mm apart)", "fetch the whole series"
         )
     shifts = positions - positions[0]
     along = shifts[-1] / np.linalg.norm(shifts[-1])
     lean = skew(np.stack([*first.directions, along], axis=1))
-    # A stack that leans evenly, as under a tilted gantry, is a grid like any other whose axes are off. Of a few thin
-    # slices the positions' rounding alone can lean by more.
+    # A sheared stack, as with a tilted gantry, is a grid whose axes are not at right angles. For a few thin slices the
+    # rounding of positions alone can exceed the limit.
     if lean > MOST_SKEW and lean * np.linalg.norm(shifts[-1]) > _TILT_MM:
         angle = np.degrees(np.arcsin(lean))
         raise InputError(folder, f"has axes that are not at right angles ({angle:.2g} degrees off)", RESAMPLE)
     if np.abs(shifts - np.outer(shifts @ along, along)).max() > _TILT_MM:
         raise InputError(folder, "holds slices that are shifted against each other", "resample the series first")
-    # Of the whole stack: single positions are rounded.
+    # The mean gap, since single positions are rounded.
     spacing = np.array([*first.spacing_mm, gaps.mean()])
     steps = np.stack([*first.directions, normal], axis=1) * spacing
     size = (*first.columns_rows, len(slices))
@@ -213,7 +213,7 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry
 
 
 def _pixels(one: _Slice) -> NDArray[Any]:
-    """Return a slice's voxels: columns, rows."""
+    """Return the voxels of a slice: columns, rows."""
     import pydicom
 
     with _untrusted(one.path, "is no readable DICOM image", _FETCH):

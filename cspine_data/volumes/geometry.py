@@ -1,7 +1,7 @@
-"""Where a volume's voxels lie in the patient, and how to turn them to one anatomical order and back.
+"""Grids of volumes, and conversion between file order and anatomical order.
 
-World coordinates are LPS in millimetres, as ITK and NRRD have them: the first grows to the patient's left,
-the second to the back (posterior), the third to the head (superior).
+World coordinates are LPS in millimetres, as in ITK and NRRD: they increase to the patient's left, back (posterior) and
+head (superior).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _LETTERS = ("LR", "PA", "SI")
 # Of unit vectors: below this volume they lie in a plane.
 _FLATTEST = 1e-3
 _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
-#: How far, as a cosine, two axes of a grid may be from a right angle: 0.06 degrees, for headers with three decimals.
-#: Distances assume right angles; a corner of a spine's volume then lies at most 0.3 mm from where it should.
+#: Largest cosine between two axes of a grid: 0.06 degrees off a right angle, for headers with three decimals. Distances
+#: assume right angles; the error at a corner of a spine volume is then at most 0.3 mm.
 MOST_SKEW = 1e-3
 
 
@@ -41,8 +41,8 @@ class Geometry(BaseModel):
     origin_mm : tuple of float
         LPS position of the centre of voxel (0, 0, 0).
     nifti : NiftiForms or None
-        Both forms of the NIfTI header that the grid was read from, where they say more than the grid: two places, or
-        what they refer to. `write_volume` keeps them.
+        Both forms of the source's NIfTI header, if they differ or have other codes than the scanner's. `write_volume`
+        keeps them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,7 +65,7 @@ class Geometry(BaseModel):
 
     @property
     def orientation_code(self) -> str:
-        """Three letters that name the side to which each index axis grows, such as ``LPS`` or ``PIR``."""
+        """Three letters for the directions in which the index axes increase, such as ``LPS`` or ``PIR``."""
         axes, flips = _nearest_axes(self.direction_matrix)
         letters = [""] * 3
         for anatomical, (index_axis, flipped) in enumerate(zip(axes, flips, strict=True)):
@@ -80,18 +80,18 @@ class Geometry(BaseModel):
         other : Geometry
             The grid to compare with.
         tolerance_mm : float
-            How far a corner may lie from its counterpart. Files round their headers, each format in its way.
+            Largest distance of corresponding corners. Formats round their headers differently.
         """
         if self.size != other.size:
             return False
         return bool(np.abs(self._corners_mm() - other._corners_mm()).max() <= tolerance_mm)
 
     def same_place(self, other: Geometry) -> bool:
-        """Whether both grids are the same, or would be by another form of their NIfTI headers."""
+        """Return whether the grids are the same in any form of their NIfTI headers."""
         return any(ours.same_grid(theirs) for ours in self.places() for theirs in other.places())
 
     def places(self) -> tuple[Geometry, ...]:
-        """Return this grid, and those that the forms of its NIfTI header describe."""
+        """Return this grid and the grids of both forms of its NIfTI header."""
         if self.nifti is None:
             return (self,)
         forms = (
@@ -116,14 +116,14 @@ class Geometry(BaseModel):
 
 @dataclass(frozen=True)
 class Orientation:
-    """How an array in file order turns into anatomical order (x: left, y: back, z: head), and back.
+    """Conversion of an array from file order to anatomical order (x: left, y: back, z: head), and back.
 
     Attributes
     ----------
     axes : tuple of int
         ``axes[a]`` is the file's index axis that runs along anatomical axis ``a``.
     flips : tuple of bool
-        Whether anatomical axis ``a`` runs against its index axis.
+        Whether anatomical axis ``a`` is opposite to its index axis.
     """
 
     axes: tuple[int, int, int]
@@ -133,8 +133,8 @@ class Orientation:
     def of(cls, geometry: Geometry) -> Orientation:
         """Return the orientation that brings a grid nearest to anatomical order.
 
-        An oblique grid is not resampled: each index axis goes to the anatomical axis it lies nearest to, the
-        largest direction cosine deciding first, as ITK does it.
+        An oblique grid is not resampled: each index axis is assigned to the nearest anatomical axis, the largest
+        direction cosine first, as in ITK.
         """
         return cls(*_nearest_axes(geometry.direction_matrix))
 
@@ -147,11 +147,11 @@ class Orientation:
         return np.transpose(array_xyz[self._slices()], np.argsort(self.axes))
 
     def geometry_xyz(self, geometry: Geometry) -> Geometry:
-        """Return the grid of the array that `to_anatomical` gives."""
+        """Return the grid of the array returned by `to_anatomical`."""
         return _turned(geometry, self.axes, tuple(self.flips[self.axes.index(i)] for i in range(3)))
 
     def geometry_in_file(self, geometry_xyz: Geometry) -> Geometry:
-        """Return the grid of the array that `to_file` gives."""
+        """Return the grid of the array returned by `to_file`."""
         return _turned(geometry_xyz, tuple(self.axes.index(i) for i in range(3)), self.flips)
 
     def _slices(self) -> tuple[slice, ...]:
@@ -159,7 +159,7 @@ class Orientation:
 
 
 def _turned(geometry: Geometry, axes: tuple[int, ...], flips: tuple[bool, ...]) -> Geometry:
-    """Return a grid with its index axes flipped where told, then put in another order."""
+    """Return a grid with some index axes flipped, then reordered."""
     flipped = np.array(flips)
     first_voxel = np.where(flipped, np.array(geometry.size) - 1, 0)
     directions = geometry.direction_matrix * np.where(flipped, -1, 1)
@@ -172,7 +172,7 @@ def _turned(geometry: Geometry, axes: tuple[int, ...], flips: tuple[bool, ...]) 
 
 
 def by_affine(size: tuple[int, int, int], matrix_ras: NDArray[np.float64]) -> Geometry:
-    """Return the grid that a NIfTI affine describes: (3, 4), in RAS and millimetres, no column zero."""
+    """Return the grid of a NIfTI affine: (3, 4), in RAS and millimetres, without zero columns."""
     matrix = matrix_ras * _RAS_TO_LPS[:, None]
     lengths = np.linalg.norm(matrix[:, :3], axis=0)
     first, second, third = lengths.tolist()
@@ -191,17 +191,14 @@ def _spans_space(matrix: NDArray[np.float64]) -> bool:
 
 
 def skew(axes: NDArray[Any]) -> float:
-    """Return how far the columns of a 3 x 3 array are from right angles: the largest cosine between two of them.
-
-    NaN where they are no axes at all.
-    """
+    """Return the largest cosine between two columns of a 3 x 3 array; NaN if they are no axes."""
     with np.errstate(all="ignore"):
         unit = axes / np.linalg.norm(axes, axis=0)
         return float(np.abs(unit.T @ unit - np.eye(3)).max())
 
 
 def as_rows(matrix: NDArray[Any]) -> tuple[Triple, Triple, Triple]:
-    """Return a 3 x 3 array as the nested tuples that `Geometry` keeps."""
+    """Return a 3 x 3 array as nested tuples, for `Geometry`."""
     first, second, third = (tuple(float(value) for value in row) for row in matrix)
     return first, second, third  # type: ignore[return-value]
 
@@ -212,7 +209,7 @@ def _nearest_axes(
     cosines = np.abs(directions)
     axes, flips = [0, 0, 0], [False, False, False]
     for _ in range(3):
-        # Of equal cosines the last one, as ITK has it.
+        # The last of equal cosines, as in ITK.
         anatomical, index_axis = divmod(8 - int(np.argmax(cosines.ravel()[::-1])), 3)
         axes[anatomical] = index_axis
         flips[anatomical] = bool(directions[anatomical, index_axis] < 0)

@@ -1,4 +1,4 @@
-"""Which images can be computed with, and what is made of voxels outside the field of view."""
+"""Checks of images, and replacement of NaN outside the field of view."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from cspine_data.errors import InputError
 from cspine_data.volumes.io import Volume, label_name, read_volume, volume_stem, volume_suffix
 from cspine_data.volumes.label_checks import has_few_values, looks_like_labels
 
-# Statistics are single precision: within these, neither they nor their reciprocals overflow.
+# Within these limits, single-precision statistics and their reciprocals do not overflow.
 _LARGEST, _LEAST_SPAN = 1e30, 1e-30
-# Longer than any patient: the unit of length is wrong, and grids of so many millimetres fill memory.
+# Longer than any patient, which means a wrong unit of length; such grids would fill memory.
 _LONGEST_MM = 5000.0
-# Shorter than any vertebra with what is around it.
+# Shorter than any vertebra with its surroundings.
 _SHORTEST_MM = 20.0
-# A few voxels at the border are damage, and no place where a field of view ends.
+# Fewer NaN at the border are damage, not the end of a field of view.
 _FEWEST_OUTSIDE = 8
-# Air is dark, and single voxels may be darker than it.
+# A dark intensity; single voxels may be darker than air.
 _AIR_PERCENTILE = 1
 
 
 def usable_image(image: Volume) -> Volume:
-    """Return an image that can be computed with: NaN outside the field of view is taken for air, with a note.
+    """Return a valid image; NaN outside the field of view is replaced by air, with a note.
 
-    Registration and resampling leave NaN where a voxel lies outside the scanned field of view. Such voxels reach the
-    border of the volume, are more than a few, and never fill a slice between two slices with voxels.
+    Registration and resampling leave NaN outside the scanned field of view. Such voxels are connected to the border,
+    are more than a few, and never fill a slice between two valid slices.
 
     Parameters
     ----------
     image : Volume
-        As `read_volume` gives it.
+        From `read_volume`.
 
     Returns
     -------
     Volume
-        The same, or with NaN replaced by a dark intensity, and with its notes.
+        The image, with NaN replaced by a dark intensity and with notes.
 
     Raises
     ------
     InputError
-        If it holds infinity, or NaN within the field of view; if it is constant, its floats are so large or small that
-        statistics overflow, it is longer than any patient, or it is a label map.
+        If it contains infinity or NaN within the field of view, is constant, has values for which statistics overflow,
+        is longer than any patient, or is a label map.
     """
     if image.usable:
         return image
@@ -55,7 +55,7 @@ def usable_image(image: Volume) -> Volume:
     if extent_mm.max() > _LONGEST_MM:
         raise InputError(
             image.name, f"is {size} mm large, longer than any patient",
-            "correct its unit of length (NIfTI: xyzt_units, NRRD: space units), or export it anew",
+            "correct its unit of length (NIfTI: xyzt_units, NRRD: space units), or export it again",
         )  # fmt: skip
     image = _without_nan(image)
     lowest, highest = image.array.min(), image.array.max()
@@ -66,7 +66,7 @@ def usable_image(image: Volume) -> Volume:
     ):
         raise InputError(
             image.name, f"holds intensities from {lowest:.3g} to {highest:.3g}, a range that no scanner has",
-            "was it read in the wrong byte order? export it anew",
+            "was it read in the wrong byte order? export it again",
         )  # fmt: skip
     image = _checked_for_labels(image)
     if extent_mm.max() < _SHORTEST_MM:
@@ -83,16 +83,16 @@ def _checked_for_labels(image: Volume) -> Volume:
         # An 8-bit image that was enlarged without interpolation has flat regions too.
         note = "it has flat regions, as a label map has; is it an image?"
         return replace(image, notes=tuple(dict.fromkeys((*image.notes, note))))
-    of = _volume_of(image)
-    told = f" of {of.name}: same grid," if of else ":"
-    name = label_name(of) if of else "X-label, as that of a volume X,"
-    raise InputError(image.name, f"looks like a label map{told} few whole numbers", f"call it {name} or leave it out")
+    volume = _volume_of(image)
+    grid = f" of {volume.name}: same grid," if volume else ":"
+    name = label_name(volume) if volume else "X-label, as that of a volume X,"
+    raise InputError(image.name, f"looks like a label map{grid} few whole numbers", f"call it {name} or leave it out")
 
 
 def _volume_of(label: Volume) -> Path | None:
-    """Return the file on a label map's grid, of those beside it the one that is called most alike; None if it is not.
+    """Return the file with the most similar name in the folder, if it is an image on a label map's grid; else None.
 
-    One file is read: a folder may hold thousands.
+    Only one file is read, since a folder may have thousands.
     """
     if label.path is None or not label.path.is_file():
         return None
@@ -101,11 +101,11 @@ def _volume_of(label: Volume) -> Path | None:
     if not others:
         return None
 
-    def in_common(path: Path) -> tuple[int, int]:
+    def similarity(path: Path) -> tuple[int, int]:
         name = volume_stem(path)
         return SequenceMatcher(None, stem, name, autojunk=False).find_longest_match().size, -len(name)
 
-    nearest = max(others, key=in_common)
+    nearest = max(others, key=similarity)
     with suppress(InputError):
         volume = read_volume(nearest)
         if volume.geometry.same_grid(label.geometry) and not looks_like_labels(volume.array):
@@ -124,7 +124,7 @@ def _without_nan(image: Volume) -> Volume:
     if inside or not finite.any():
         raise InputError(
             image.name, f"holds {inside or finite.size} voxels that are NaN or infinite within the field of view",
-            "nothing can be said of them: export it anew, or leave it out",
+            "export it again, or leave it out",
         )  # fmt: skip
     array = image.array.copy(order="K")
     array[outside] = np.percentile(array[finite], _AIR_PERCENTILE, method="lower")
@@ -133,7 +133,7 @@ def _without_nan(image: Volume) -> Volume:
 
 
 def _outside_view(missing: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return which missing voxels lie outside the field of view."""
+    """Return which NaN voxels are outside the field of view."""
     from scipy import ndimage
 
     regions, _ = ndimage.label(missing, structure=np.ones((3, 3, 3)))
@@ -143,7 +143,7 @@ def _outside_view(missing: NDArray[np.bool_]) -> NDArray[np.bool_]:
         empty = np.asarray(missing.all(tuple(a for a in range(3) if a != axis)))
         held = np.flatnonzero(~empty)
         if held.size:
-            # A slice that is lost between two others was scanned.
+            # An empty slice between two valid slices was scanned.
             lost = np.flatnonzero(empty[: held[-1]])
             np.moveaxis(outside, axis, 0)[lost[lost > held[0]]] = False
     return outside if np.count_nonzero(outside) >= _FEWEST_OUTSIDE else np.zeros_like(outside)

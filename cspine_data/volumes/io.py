@@ -1,4 +1,4 @@
-"""Reading and writing volumes: one array and where it lies, whatever the file format."""
+"""Reading and writing volumes in all supported formats."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cspine_data.volumes import dicom, nifti, nrrd
 from cspine_data.volumes.bounded import grid, stored_bytes
 from cspine_data.volumes.geometry import Geometry
 
-#: 3D Slicer's segmentations, which are label maps.
+#: 3D Slicer's segmentations.
 SEGMENTATION_SUFFIX = ".seg.nrrd"
 SUFFIXES = (SEGMENTATION_SUFFIX, ".nii.gz", ".nrrd", ".nhdr", ".nii")
-# Okabe and Ito (2008): told apart by the colour-blind.
+# Okabe and Ito (2008), for colour vision deficiency.
 _COLOURS = (
     "0.902 0.624 0", "0.337 0.706 0.914", "0 0.620 0.451", "0.941 0.894 0.259", "0 0.447 0.698", "0.835 0.369 0",
     "0.800 0.475 0.655",
@@ -32,7 +32,7 @@ _COLOURS = (
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """A 3-D image or label map in its file's own index order, and where it lies in the patient.
+    """A 3-D image or label map in its file's index order, with its geometry.
 
     Attributes
     ----------
@@ -41,15 +41,15 @@ class Volume:
     geometry : Geometry
         The grid of `array`.
     path : Path or None
-        The file it was read from.
+        The source file.
     assumed_orientation : bool
-        True where the file does not say how it lies in the patient, so that LPS was assumed.
+        True if the file does not define its orientation, so that LPS was assumed.
     notes : tuple of str
-        What a user should know about the file although it can be used, a sentence each, without the file's name.
+        Notes for the user on a usable file, one sentence each, without the file name.
     intensity_step : float
-        Distance between neighbouring intensities where the file scales stored integers, as NIfTI's slope does; else 0.
+        Distance between neighbouring intensities if the file scales integers, such as by NIfTI's slope; else 0.
     usable : bool
-        True once `usable_image` has checked it.
+        True after `usable_image` has checked it.
     """
 
     array: NDArray[Any]
@@ -62,7 +62,7 @@ class Volume:
 
     @property
     def name(self) -> str:
-        """What to call the volume in a message."""
+        """Name of the volume in messages."""
         return str(self.path) if self.path else "volume"
 
 
@@ -73,7 +73,7 @@ def volume_stem(path: Path) -> str:
 
 
 def volume_suffix(path: Path) -> str:
-    """Return the suffix by which a file is known as a volume, or an empty string."""
+    """Return the suffix of a volume file, or an empty string."""
     lower = path.name.lower()
     return next((path.name[-len(suffix) :] for suffix in SUFFIXES if lower.endswith(suffix)), "")
 
@@ -90,12 +90,12 @@ def read_volume(path: str | Path) -> Volume:
     Parameters
     ----------
     path : str or Path
-        The file; or the folder that one DICOM series lies in, a file a slice.
+        The file, or a folder with one DICOM series, one file per slice.
 
     Returns
     -------
     Volume
-        Its voxels in the file's index order and dtype, and its grid.
+        The voxels in the file's index order and dtype, with the geometry.
 
     Raises
     ------
@@ -122,30 +122,29 @@ def read_volume(path: str | Path) -> Volume:
         array = nrrd.read_array(path, nrrd_header)
         return Volume(array, nrrd_header.geometry, path, nrrd_header.assumed_orientation, nrrd_header.notes)
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", "mend that and run it again") from None
+        raise InputError(path, f"cannot be read ({error.strerror})", "fix this and run it again") from None
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:
-    """Write a volume as NRRD or NIfTI, as the name's ending says; a file of that name is replaced in one step.
+    """Write a volume as NRRD or NIfTI, depending on the suffix; an existing file is replaced in one step.
 
-    Only geometry and voxels are written: no name, date or comment.
+    Only geometry and voxels are written, without names, dates or comments.
 
     Parameters
     ----------
     path : str or Path
-        A name that ends in ``.nrrd``, ``.nii``, ``.nii.gz``; or, for a label map, in ``.seg.nrrd``, which 3D Slicer
+        File name with suffix ``.nrrd``, ``.nii`` or ``.nii.gz``, or, for a label map, ``.seg.nrrd``, which 3D Slicer
         opens as named, coloured segments.
     volume : Volume
-        What to write.
+        The volume.
     segments : dict, optional
-        For ``.seg.nrrd``: what each label value is called; a value that is there and has no name is called by its
-        number.
+        For ``.seg.nrrd``: names of label values; by default a number.
 
     Raises
     ------
     InputError
-        If the ending is another one, the file cannot be written, or segments are to be made of what is no label map; if
-        the format cannot hold the voxels, or where they lie.
+        If the suffix is another one, the file cannot be written, the volume is no label map (for segments), or the
+        format cannot represent the voxels or their position.
     """
     path = Path(path)
     suffix = volume_suffix(path).lower()
@@ -153,7 +152,7 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
         raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz or .seg.nrrd")
     fields = _segment_fields(path, volume.array, segments or {}) if suffix == ".seg.nrrd" else {}
     geometry = volume.geometry
-    # Nothing is written that would be refused when it is read.
+    # Volumes that would be refused when read are not written.
     steps_mm = geometry.direction_matrix * geometry.spacing_mm
     grid(path, geometry.size, steps_mm, np.array(geometry.origin_mm), np.array(geometry.spacing_mm))
     with ExitStack() as files:
@@ -168,14 +167,11 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
             nifti.write(temporary, volume.array, volume.geometry)
         read = nifti.read_header if _is_nifti(path) else nrrd.read_header
         if not read(temporary).geometry.same_grid(geometry):
-            raise InputError(path, "cannot keep where the volume lies: its numbers are rounded too far", "write .nrrd")
+            raise InputError(path, "cannot represent the position: its numbers are rounded too far", "write .nrrd")
 
 
 def content_digest(path: Path) -> str:
-    """Return the SHA-256, in hex, of everything a volume is read from: its file, or all of a folder's DICOM files.
-
-    A detached header's data are part of it.
-    """
+    """Return the SHA-256, in hex, of a volume's file, its detached data file included, or of a folder's DICOM files."""
     digest = hashlib.sha256()
     for part in dicom.files(path) if _is_series(path) else _parts(_existing(path)):
         stored_bytes(path, part)
@@ -185,12 +181,12 @@ def content_digest(path: Path) -> str:
 
 
 def source_files(path: Path) -> list[Path]:
-    """Return the files that a volume is read from; of a folder of DICOM slices all that lie in it.
+    """Return the files of a volume; of a folder of DICOM slices all files in it.
 
     Raises
     ------
     InputError
-        If it is no file, or a header that cannot be read.
+        If it is not a file, or its header cannot be read.
     OSError
         If the folder cannot be read.
     """
@@ -216,7 +212,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def _is_series(path: Path) -> bool:
-    """Whether a path is to be read as a folder of DICOM slices; a folder that is named like a file is neither."""
+    """Return whether a path is a folder of DICOM slices; a folder with a volume's suffix is not."""
     return path.is_dir() and not volume_suffix(path)
 
 
@@ -225,9 +221,9 @@ def _is_nifti(path: Path) -> bool:
 
 
 def _segment_fields(path: Path, array: NDArray[Any], segments: Mapping[int, str]) -> dict[str, str]:
-    """Return what 3D Slicer reads of a label map's segments, all in one layer."""
+    """Return 3D Slicer's fields for the segments of a label map, all in one layer."""
     if array.dtype.kind not in "iu":
-        raise InputError(path, "is to hold segments, and what is to be written is no label map", "end it with .nrrd")
+        raise InputError(path, "would have segments, but the volume is no label map", "end it with .nrrd")
     fields = {
         "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
         "Segmentation_MasterRepresentation": "Binary labelmap",
@@ -235,7 +231,7 @@ def _segment_fields(path: Path, array: NDArray[Any], segments: Mapping[int, str]
     }
     values = sorted({*segments, *np.unique(array).tolist()} - {0})
     for number, value in enumerate(values):
-        # In one line: names come from files. A header is ASCII; of accented letters the letter is left.
+        # Names may contain any characters; a header is one line of ASCII, so accents are removed.
         name = printable(" ".join(segments.get(value, f"label {value}").split()))
         name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode() or f"label {value}"
         fields |= {
@@ -271,7 +267,8 @@ def _write_nrrd(path: Path, volume: Volume, fields: Mapping[str, str]) -> None:
     nrrd.write(buffer, volume.array, header, compression_level=4, index_order="F")
     buffer.seek(0)
     with path.open("wb") as file:
-        # The header ends with an empty line. pynrrd's comments hold the date, by which equal volumes would differ.
+        # The header ends with an empty line. pynrrd's comments with the date are removed, so that equal volumes give
+        # equal files.
         file.writelines(line for line in iter(buffer.readline, b"\n") if not line.startswith(b"#"))
         file.write(b"\n")
         file.write(buffer.getbuffer()[buffer.tell() :])

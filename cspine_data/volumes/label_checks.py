@@ -1,4 +1,4 @@
-"""What the voxels of a label map say about it: whether it is one at all, whether it is empty, what looks wrong."""
+"""Checks of the values of label maps, and notes on suspicious ones."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
 
-# The largest published schemes have some 120 structures.
+# The largest published label schemes have about 120 structures.
 _MOST_VALUES = 255
 _FEW_VALUES = 32
 _MOSTLY_BACKGROUND = 0.95
-# Fewer voxels have few values whatever they are.
+# Smaller arrays always have few values.
 _FEWEST_VOXELS = 1000
-# Share of neighbours that are equal, pairs of background left out. 40 public label maps: 0.47 (thin vessels) to 0.92.
-# 35 real volumes: at most 0.44, where somebody rescaled to 8 bits and air became two values.
+# Share of equal neighbours, without pairs of background voxels. In 40 public label maps it is 0.47 (thin vessels) to
+# 0.92; in 35 real volumes at most 0.44 (a volume rescaled to 8 bits, with two values for air).
 _FLAT_OF_FEW, _FLAT_OF_MANY = 0.5, 0.65
 # Vertebrae fill a twentieth of a sagittal volume and at most a third of a tight crop.
 _LARGE_SHARE = 0.5
-# A cervical vertebra has some 8 ml.
+# A cervical vertebra has about 8 ml.
 _TINY_ML = 0.05
 _MOSTLY_AIR = 0.9
 _COUNTED_VALUES, _COUNTED_AT_ONCE = 2**16, 2**13
-# Neighbours are compared within slices, and a few slices tell as much as all.
+# Neighbours are compared within slices, and a few slices are enough.
 _SLICES = 8
 
-#: The values of an array, ascending, and how often each is there.
+#: The values of an array, ascending, and their counts.
 CountedValues = tuple[NDArray[Any], NDArray[np.int64]]
 
 
 def value_counts(array: NDArray[Any]) -> CountedValues:
-    """Return the values of an array, ascending, and how often each is there; faster than `np.unique`, which sorts.
+    """Return the values of an array, ascending, and their counts; faster than `np.unique`, which sorts.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def value_counts(array: NDArray[Any]) -> CountedValues:
         return np.unique(array, return_counts=True)
     counts = np.zeros(highest - lowest + 1, np.int64)
     in_order = array.ravel(order="K")
-    # Part by part: counting widens what it counts to 64 bits, and much of a label map is one value.
+    # In parts: `bincount` converts to 64 bits, and most parts of a label map have one value.
     for start in range(0, in_order.size, _COUNTED_AT_ONCE):
         part = in_order[start : start + _COUNTED_AT_ONCE]
         if (part == part[0]).all():
@@ -60,14 +60,14 @@ def value_counts(array: NDArray[Any]) -> CountedValues:
 
 
 def labelled_values(counted_values: CountedValues, ignore_label: int | None = None) -> CountedValues:
-    """Return those of a label map's `value_counts` that mark a structure: neither background nor ignored."""
+    """Return the values and counts of a label map's structures, without background and ignored voxels."""
     values, counts = counted_values
     structures = (values != 0) & (values != (0 if ignore_label is None else ignore_label))
     return values[structures], counts[structures]
 
 
 def looks_like_labels(array: NDArray[Any]) -> bool:
-    """Tell whether an array holds labels rather than intensities: few whole numbers, in flat regions.
+    """Return whether an array contains labels rather than intensities: few whole numbers in flat regions.
 
     Parameters
     ----------
@@ -77,11 +77,11 @@ def looks_like_labels(array: NDArray[Any]) -> bool:
     if array.size < _FEWEST_VOXELS:
         return False
     if array.dtype.kind == "f":
-        # Of an image, the first slice tells already.
+        # The first slice is enough to recognise most images.
         for part in (array[:1], array):
             if not np.isfinite(part).all() or (np.rint(part) != part).any():
                 return False
-    # A few slices tell that most images have many values; where they have few, the other slices may have more.
+    # A few slices are enough to find many values in most images; otherwise all are counted.
     counted_values = value_counts(_few_slices(array))
     if counted_values[0].size <= _FEW_VALUES:
         counted_values = value_counts(array)
@@ -96,23 +96,23 @@ def has_few_values(array: NDArray[Any]) -> bool:
 def check_labels(
     name: Path | str, labels: NDArray[Any], counted_values: CountedValues, ignore_label: int | None = None
 ) -> None:
-    """Refuse a label map whose values cannot be labels.
+    """Check that the values of a label map can be labels.
 
     Parameters
     ----------
     name : Path or str
-        What to call it in an error.
+        Name in messages.
     labels : ndarray of int
         The label map.
     counted_values : tuple of ndarray
         Its `value_counts`.
     ignore_label : int, optional
-        The value of voxels that do not count.
+        The label value of voxels to ignore.
 
     Raises
     ------
     InputError
-        If it is an image, holds a negative value other than the ignored one, or labels every voxel that counts.
+        If it is an image, has a negative value other than the ignored one, or labels all voxels.
     """
     values, _ = counted_values
     counted = values != (0 if ignore_label is None else ignore_label)
@@ -129,7 +129,7 @@ def check_labels(
 
 
 def check_not_the_image(name: Path | str, labels: NDArray[Any], image: NDArray[Any]) -> None:
-    """Refuse a label map that is a copy of its volume.
+    """Check that a label map is not a copy of its volume.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def label_notes(
     voxel_ml: float,
     ignore_label: int | None = None,
 ) -> tuple[str, ...]:
-    """Return what a user should look at in a label map that can be used.
+    """Return notes on suspicious properties of a valid label map.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def label_notes(
     voxel_ml : float
         Volume of a voxel.
     ignore_label : int, optional
-        The value of voxels that do not count.
+        The label value of voxels to ignore.
     """
     values, counts = labelled_values(counted_values, ignore_label)
     voxels = int(counts.sum())
@@ -178,8 +178,8 @@ def label_notes(
     if dark > _MOSTLY_AIR:
         notes.append(f"{dark:.0%} of what it labels is as dark as air; is it this volume's, and turned as it is?")
     if labels.dtype.kind == "u" and values.size > 1 and values[-1] == np.iinfo(labels.dtype).max:
-        told = f"give --ignore-label {values[-1]} if it marks voxels that must not count"
-        notes.append(f"holds {values[-1]} beside other labels; {told}")
+        remedy = f"give --ignore-label {values[-1]} if it marks voxels that must not count"
+        notes.append(f"holds {values[-1]} beside other labels; {remedy}")
     return tuple(notes)
 
 
@@ -198,7 +198,7 @@ def _are_labels(array: NDArray[Any], counted_values: CountedValues) -> bool:
 
 
 def _flatness(array: NDArray[Any], background: Any) -> float:
-    """Return the share of neighbours along the last two axes that are equal, pairs of background left out."""
+    """Return the share of equal neighbours along the last two axes, without pairs of background voxels."""
     equal, pairs = 0, 0
     for first, second in ((array[:, 1:], array[:, :-1]), (array[:, :, 1:], array[:, :, :-1])):
         counted = (first != background) | (second != background)

@@ -1,4 +1,4 @@
-"""Label maps as files hold them, brought to whole numbers on their volume's grid without loss."""
+"""Conversion of label maps to whole numbers on the grid of their volume, without loss."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cspine_data.errors import InputError
 from cspine_data.volumes.geometry import Geometry
 from cspine_data.volumes.io import SEGMENTATION_SUFFIX, Volume
 
-# What arithmetic in single precision leaves of whole numbers.
+# Rounding error of whole numbers in single precision.
 _ROUNDED = 1e-3
 _RESAMPLE = "resample it to the volume"
 
 
 def whole_numbers(label: Volume, image: Volume) -> Volume:
-    """Return a label map as whole numbers, with notes on what was done to it.
+    """Return a label map as whole numbers, with notes on changes.
 
     Parameters
     ----------
     label, image : Volume
-        The label map and its volume, as `read_volume` gives them.
+        The label map and its volume, from `read_volume`.
 
     Raises
     ------
     InputError
-        If it holds values that are no whole numbers.
+        If it has values that are no whole numbers.
     """
     array = label.array
     if array.dtype.kind in "iu":
@@ -40,7 +40,7 @@ def whole_numbers(label: Volume, image: Volume) -> Volume:
         notes = (*notes, "NaN outside the volume's field of view was taken for 0")
     rounded = np.rint(array)
     off = np.abs(rounded - array)
-    # A file that keeps one number for two label values has lost which it was.
+    # With a larger step, different label values could have been stored as the same number.
     tolerance = max(label.intensity_step / 2 if label.intensity_step < 1 else 0.0, _ROUNDED)
     if not (np.isfinite(array).all() and np.abs(rounded).max() < 2**31 and off.max() <= tolerance):
         raise InputError(
@@ -53,21 +53,21 @@ def whole_numbers(label: Volume, image: Volume) -> Volume:
 
 
 def on_volume_grid(label: Volume, image: Volume, *, trust_voxels: bool = False) -> Volume:
-    """Return a label map on its volume's grid, with notes on what was done to it.
+    """Return a label map on its volume's grid, with notes on changes.
 
     Parameters
     ----------
     label : Volume
-        Of whole numbers.
+        The label map, in whole numbers.
     image : Volume
-        Its volume.
+        The volume.
     trust_voxels : bool
-        Take a label map whose header does not say where it lies for one on the volume's grid, voxel for voxel.
+        Assume that a label map without a position in its header is on the volume's grid, voxel for voxel.
 
     Raises
     ------
     InputError
-        If it lies on another grid.
+        If it is on another grid.
     """
     values, notes = label.array, label.notes
     if label.path and label.path.name.lower().endswith(SEGMENTATION_SUFFIX):
@@ -78,7 +78,7 @@ def on_volume_grid(label: Volume, image: Volume, *, trust_voxels: bool = False) 
 
 
 def _placed(label: Volume, image: Volume, trust_voxels: bool) -> str:
-    """Say in a note why a label map whose header describes another grid lies on its volume's."""
+    """Return a note why a label map with another grid in its header is on its volume's grid."""
     ours, theirs = label.geometry, image.geometry
     if ours.same_place(theirs):
         return "it lies on its volume's grid by the other form (sform or qform) of the NIfTI header"
@@ -92,24 +92,24 @@ def _placed(label: Volume, image: Volume, trust_voxels: bool) -> str:
     if ours.size == theirs.size and _is_placeless(theirs, ours):
         raise InputError(
             image.name, "its header does not say where it lies, and its label map's does",
-            "export the volume anew, or, if the voxels correspond, copy the label map's header to it",
+            "export the volume again, or, if the voxels correspond, copy the label map's header to it",
         )  # fmt: skip
     raise InputError(label.name, _elsewhere(ours, theirs), _RESAMPLE)
 
 
 def _is_placeless(geometry: Geometry, other: Geometry) -> bool:
-    """Whether a grid is what programs write that were given no place: at the origin, along the axes.
+    """Return whether a grid has no position: it is at the origin, along the axes.
 
-    Its spacing is 1 mm then, or was taken from the other grid.
+    Its spacing is 1 mm, or that of the other grid.
     """
     along_axes = np.allclose(np.abs(geometry.direction_matrix), np.eye(3), atol=1e-6)
     spacing = np.array(geometry.spacing_mm)
-    unsaid = np.allclose(spacing, 1) or np.allclose(spacing, other.spacing_mm, rtol=1e-2)
-    return bool(along_axes and unsaid and np.allclose(geometry.origin_mm, 0, atol=1e-6))
+    default_spacing = np.allclose(spacing, 1) or np.allclose(spacing, other.spacing_mm, rtol=1e-2)
+    return bool(along_axes and default_spacing and np.allclose(geometry.origin_mm, 0, atol=1e-6))
 
 
 def _pasted(label: Volume, values: NDArray[Any], grid: Geometry) -> NDArray[Any]:
-    """Put a segmentation that its program cropped to what is labelled back on the volume's grid."""
+    """Return a segmentation that was cropped to its labels on the volume's grid."""
     if label.geometry.same_place(grid):
         return values
     for place in grid.places():
@@ -122,7 +122,7 @@ def _pasted(label: Volume, values: NDArray[Any], grid: Geometry) -> NDArray[Any]
 
 
 def _start_within(part: Geometry, grid: Geometry) -> list[int] | None:
-    """Return the first voxel of a grid that is a part of another; None where it is none."""
+    """Return the position of a grid's first voxel in another grid; None if it is not part of it."""
     steps = grid.direction_matrix * np.array(grid.spacing_mm)
     shift = np.array(part.origin_mm) - np.array(grid.origin_mm)
     start = np.rint(np.linalg.solve(steps, shift)).astype(int)

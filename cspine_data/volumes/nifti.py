@@ -1,8 +1,8 @@
-"""NIfTI-1 files: 348 bytes of header, then the voxels.
+"""Reading and writing NIfTI-1 files within bounds.
 
-ITK's own reader opens other files beside the one it is given, takes what a truncated file still gives for the whole,
-and holds the voxels three times. Its writer puts one place into both forms of a header, and makes axes orthogonal.
-What a header means is what ITK makes of it; the tests hold one against the other.
+ITK's reader opens other files in the folder, accepts truncated files, and holds the voxels three times. Its writer
+stores one position in both forms of a header, and makes axes orthogonal. nibabel prefers the sform to the qform, where
+ITK does not, and accepts most broken headers (docs/decisions/0046). The interpretation is ITK's; tests compare them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from cspine_data.volumes.bounded import RESAMPLE, Source, check_claim, grid, sto
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, skew
 from cspine_data.volumes.nifti_forms import NiftiForms, rotation
 
-_FETCH = "fetch it again or export it anew"
-_EXPORT = "the header is wrong: export the volume anew"
+_FETCH = "fetch it again or export it again"
+_EXPORT = "the header is wrong: export the volume again"
 
-# Only what is needed: the header's free text (descrip, aux_file, db_name, intent_name) is never looked at.
+# Only needed fields: free text (descrip, aux_file, db_name, intent_name) may contain names.
 _LAYOUT = {
     "sizeof_hdr": (0, "i4"), "dim": (40, "(8,)i2"), "datatype": (70, "i2"), "bitpix": (72, "i2"),
     "pixdim": (76, "(8,)f4"), "vox_offset": (108, "f4"), "scl_slope": (112, "f4"), "scl_inter": (116, "f4"),
@@ -43,7 +43,7 @@ _HEADER = np.dtype(
 )
 _NIFTI_2_BYTES = 540
 _LEAST_OFFSET = 352
-# Between header and voxels lie extensions; whole DICOM headers are put there, and they are smaller.
+# Extensions before the voxels, such as whole DICOM headers, are smaller.
 _MOST_OFFSET = 1 << 26
 
 _DTYPES = {
@@ -55,8 +55,8 @@ _MM = {1: 1e3, 2: 1.0, 3: 1e-3}
 _MILLIMETRE = 2
 _UNITS = {1: "metres", 2: "millimetres", 3: "micrometres"}
 _SCANNER = 1
-# In voxels: where the forms differ by less, a mask lies on the same voxels by both. A rounded quaternion alone moves a
-# corner by up to 0.2 mm.
+# In voxels: with a smaller difference a mask is on the same voxels in both forms. Rounding of a quaternion alone moves
+# a corner by up to 0.2 mm.
 _APART = 0.5
 _LONGEST_AXIS = 2**15 - 1
 _COMPRESSION = 4
@@ -65,7 +65,7 @@ _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """What a NIfTI header says, checked; none of the voxels has been read."""
+    """A checked NIfTI header; no voxels have been read."""
 
     geometry: Geometry
     dtype: np.dtype[Any]
@@ -77,25 +77,25 @@ class NiftiHeader:
 
     @property
     def intensity_step(self) -> float:
-        """Distance between neighbouring intensities where stored integers are scaled; else 0."""
+        """Distance between neighbouring intensities if integers are scaled; else 0."""
         scaled = (self.slope, self.intercept) != (1.0, 0.0) and self.dtype.kind in "iu"
         return abs(self.slope) if scaled else 0.0
 
 
 def read(path: Path) -> tuple[NDArray[Any], NiftiHeader]:
-    """Read a file, in one go from its start to its end.
+    """Read a file in one pass.
 
     Returns
     -------
     ndarray
-        Voxels (i, j, k) in the file's index order, scaled as the header says.
+        Voxels (i, j, k) in the file's index order, scaled by slope and intercept.
     NiftiHeader
-        What the header says.
+        The header.
 
     Raises
     ------
     InputError
-        If it is no NIfTI file, not a 3-D scalar volume, truncated or damaged.
+        If it is not a NIfTI-1 file with a 3-D scalar volume, truncated or damaged.
     """
     compressed = path.suffix.lower() == ".gz"
     there = stored_bytes(path, path)
@@ -108,7 +108,7 @@ def read(path: Path) -> tuple[NDArray[Any], NiftiHeader]:
         source.skip(header.offset - _HEADER_BYTES)
         payload = source.read(wanted)
         if compressed:
-            # Some programs pad. Beyond that the file is not read to its end, and its checksum is not known.
+            # Some programs add padding. A longer file is refused, since its checksum would not be reached.
             source.skip(_MOST_PADDING)
             if not source.ended():
                 problem = f"holds far more than the {wanted} bytes of voxels its header claims"
@@ -130,14 +130,14 @@ def read_header(path: Path) -> NiftiHeader:
 
 
 def write(path: Path, array_ijk: NDArray[Any], geometry: Geometry) -> None:
-    """Write a volume (i, j, k); the name's ending decides whether it is compressed.
+    """Write a volume (i, j, k), compressed if the name ends in ``.gz``.
 
-    The header keeps the forms of the header that the grid was read from.
+    The header keeps both forms of the header that the grid was read from.
 
     Raises
     ------
     InputError
-        If NIfTI has no such type of voxels, or the volume is too long.
+        If NIfTI does not support the data type, or an axis is too long.
     """
     kind = array_ijk.dtype.newbyteorder("=").str[1:]
     code = next((code for code, name in _DTYPES.items() if name == kind), None)
@@ -153,11 +153,11 @@ def write(path: Path, array_ijk: NDArray[Any], geometry: Geometry) -> None:
     }  # fmt: skip
     for name, value in values.items():
         header[name] = value
-    if geometry.nifti is None or not _keeps(path, header, geometry, geometry.nifti):
+    if geometry.nifti is None or not _put_forms(path, header, geometry, geometry.nifti):
         _put(header, geometry, _plain_forms(geometry))
     voxels = np.ascontiguousarray(array_ijk.transpose(), dtype=np.dtype(kind).newbyteorder("<"))
     with path.open("wb") as file:
-        # No name and no date in it: equal volumes are equal files.
+        # Without name and date, so that equal volumes give equal files.
         packed = gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) if path.suffix.lower() == ".gz" else file
         packed.write(header.tobytes() + bytes(_LEAST_OFFSET - _HEADER_BYTES))
         packed.write(voxels.data.cast("B"))
@@ -165,8 +165,8 @@ def write(path: Path, array_ijk: NDArray[Any], geometry: Geometry) -> None:
             packed.close()
 
 
-def _keeps(path: Path, header: NDArray[Any], geometry: Geometry, forms: NiftiForms) -> bool:
-    """Put forms into a header, and tell whether it describes the grid: a volume may be cut from that of the forms."""
+def _put_forms(path: Path, header: NDArray[Any], geometry: Geometry, forms: NiftiForms) -> bool:
+    """Write forms to a header; return whether they describe the grid, which may be a crop of theirs."""
     _put(header, geometry, forms)
     try:
         return _geometry(path, header, geometry.size)[0].same_grid(geometry)
@@ -181,7 +181,7 @@ def _put(header: NDArray[Any], geometry: Geometry, forms: NiftiForms) -> None:
 
 
 def _plain_forms(geometry: Geometry) -> NiftiForms:
-    """Return two forms that both say where a grid lies."""
+    """Return forms that both describe a grid."""
     from scipy.spatial.transform import Rotation
 
     directions, origin = geometry.direction_matrix * _RAS_TO_LPS[:, None], np.array(geometry.origin_mm) * _RAS_TO_LPS
@@ -200,7 +200,7 @@ def _plain_forms(geometry: Geometry) -> NiftiForms:
 
 def _header(path: Path, content: bytes) -> NiftiHeader:
     fields = _fields(path, content)
-    # What is no number is refused below; NumPy would warn of a signalling NaN before.
+    # NaN is refused below; NumPy would warn of a signalling NaN before.
     with np.errstate(all="ignore"):
         geometry, assumed, notes = _geometry(path, fields, _size(path, fields["dim"].tolist()))
     slope, intercept = _scaling(path, float(fields["scl_slope"]), float(fields["scl_inter"]))
@@ -216,7 +216,7 @@ def _header(path: Path, content: bytes) -> NiftiHeader:
 
 
 def _fields(path: Path, content: bytes) -> Any:
-    """Return the header's fields, in the byte order in which its size is right."""
+    """Return the header's fields, in the byte order that gives the right header size."""
     if not content:
         raise InputError(path, "is empty", "fetch it again")
     if len(content) < _HEADER_BYTES:
@@ -224,13 +224,13 @@ def _fields(path: Path, content: bytes) -> Any:
     for layout in (_HEADER.newbyteorder("<"), _HEADER.newbyteorder(">")):
         fields = np.frombuffer(content, dtype=layout)[0]
         if fields["sizeof_hdr"] == _NIFTI_2_BYTES:
-            raise InputError(path, "is NIfTI-2, which is not understood", "save it as NIfTI-1")
+            raise InputError(path, "is NIfTI-2, which is not supported", "save it as NIfTI-1")
         if fields["sizeof_hdr"] != _HEADER_BYTES:
             continue
         if fields["magic"] == b"ni1":
             raise InputError(path, "keeps its voxels in another file (.hdr and .img)", "save it as one .nii file")
         if fields["magic"] != b"n+1":
-            problem = "does not bear NIfTI's mark (Analyze does not say how it lies in the patient)"
+            problem = "does not have NIfTI's magic number (Analyze files have no orientation)"
             raise InputError(path, problem, "save it as NIfTI-1")
         return fields
     raise InputError(path, "is no readable NIfTI file (it does not start as one)", _FETCH)
@@ -260,12 +260,12 @@ def _dtype(path: Path, fields: Any) -> np.dtype[Any]:
 def _offset(path: Path, offset: float) -> int:
     if not _LEAST_OFFSET <= offset <= _MOST_OFFSET or not offset.is_integer():
         problem = f"says that its voxels start at byte {offset:g}"
-        raise InputError(path, problem, f"it must be {_LEAST_OFFSET} to {_MOST_OFFSET}: export the volume anew")
+        raise InputError(path, problem, f"it must be {_LEAST_OFFSET} to {_MOST_OFFSET}: export the volume again")
     return int(offset)
 
 
 def _scaling(path: Path, slope: float, intercept: float) -> tuple[float, float]:
-    """Return slope and intercept; a slope of zero or NaN is how programs say that there is none."""
+    """Return slope and intercept; a slope of zero or NaN means none."""
     if slope == 0 or np.isnan(slope):
         return 1.0, 0.0
     if not np.isfinite([slope, intercept]).all():
@@ -274,10 +274,10 @@ def _scaling(path: Path, slope: float, intercept: float) -> tuple[float, float]:
 
 
 def _geometry(path: Path, fields: Any, size: tuple[int, int, int]) -> tuple[Geometry, bool, tuple[str, ...]]:
-    """Return the grid, whether the file leaves open how it lies, and notes.
+    """Return the grid, whether its orientation was assumed, and notes.
 
-    As ITK chooses: the sform where it stands alone or is the scanner's own, else the qform; an sform with shear
-    counts only where there is no qform, and is refused then.
+    As in ITK, the sform is used if it is the only form or has the scanner's code, else the qform. An sform with shear
+    is used only without a qform, and then refused.
     """
     unit = int(fields["xyzt_units"]) & 7
     millimetres = _MM.get(unit, 1.0)
@@ -293,22 +293,22 @@ def _geometry(path: Path, fields: Any, size: tuple[int, int, int]) -> tuple[Geom
     sform = fields["srow"].astype(float) * millimetres
     if s_code > 0 and (q_code <= 0 or (s_code == _SCANNER and skew(sform[:, :3]) <= MOST_SKEW)):
         _check_sform(path, sform[:, :3], spacing)
-        matrix, taken, left = sform, "sform", "qform"
+        matrix, used, other = sform, "sform", "qform"
     else:
-        matrix, taken, left = _qform(path, fields, spacing, millimetres), "qform", "sform"
+        matrix, used, other = _qform(path, fields, spacing, millimetres), "qform", "sform"
     lps = matrix * _RAS_TO_LPS[:, None]
     geometry = grid(path, size, lps[:, :3], lps[:, 3], spacing, units_field)
     notes: tuple[str, ...] = ()
     if min(q_code, s_code) > 0:
         codes = {"qform": q_code, "sform": s_code}
-        notes = _disagreement(size, spacing, forms, taken=taken, left=f"{left} (code {codes[left]})")
+        notes = _disagreement(size, spacing, forms, used=used, other=f"{other} (code {codes[other]})")
     if notes or (q_code, s_code) != (_SCANNER, _SCANNER):
         geometry = geometry.model_copy(update={"nifti": forms})
     return geometry, False, notes
 
 
 def _forms(fields: Any, millimetres: float) -> NiftiForms | None:
-    """Return both forms, in millimetres; None where some of their numbers are none."""
+    """Return both forms in millimetres; None if they contain NaN or infinity."""
     rows = (fields["srow"].astype(float) * millimetres).tolist()
     try:
         return NiftiForms(
@@ -324,21 +324,24 @@ def _forms(fields: Any, millimetres: float) -> NiftiForms | None:
 
 
 def _disagreement(
-    size: tuple[int, int, int], spacing: NDArray[Any], forms: NiftiForms | None, *, taken: str, left: str
+    size: tuple[int, int, int], spacing: NDArray[Any], forms: NiftiForms | None, *, used: str, other: str
 ) -> tuple[str, ...]:
-    """Say in a note that the two forms of a header describe two places."""
+    """Return a note if the two forms of a header describe different positions.
+
+    Records contain the notes, so that another wording would change the bytes of a store.
+    """
     apart = np.inf
     if forms is not None:
         corners = np.array(list(itertools.product(*((0, n - 1) for n in size), (1,))), float)
         between = corners @ (forms.qform(spacing) - forms.sform()).T
-        # An offset counts at one voxel, a scale or a turn at the corners.
+        # The largest distance of the corners.
         apart = float(np.linalg.norm(between, axis=1).max())
     if apart <= _APART * spacing.min():
         return ()
     if not np.isfinite(apart):
-        return (f"its {left} holds numbers that cannot be meant, so that the {taken} was taken",)
-    told = f"its {left} places it up to {apart:.1f} mm away from its {taken}, which was taken as ITK does"
-    return (f"{told} (what is written keeps both)",)
+        return (f"its {other} holds numbers that cannot be meant, so that the {used} was taken",)
+    note = f"its {other} places it up to {apart:.1f} mm away from its {used}, which was taken as ITK does"
+    return (f"{note} (what is written keeps both)",)
 
 
 def _check_sform(path: Path, steps: NDArray[Any], spacing: NDArray[Any]) -> None:
@@ -347,13 +350,13 @@ def _check_sform(path: Path, steps: NDArray[Any], spacing: NDArray[Any]) -> None
     lengths = np.linalg.norm(steps, axis=0)
     if (np.abs(lengths - spacing) > 0.01 * spacing).any():
         both = " and ".join(" x ".join(f"{mm:.4g}" for mm in values) for values in (lengths, spacing))
-        raise InputError(path, f"gives two spacings, {both} mm", "export it anew with its geometry")
+        raise InputError(path, f"gives two spacings, {both} mm", "export it again with its geometry")
 
 
 def _qform(path: Path, fields: Any, spacing: NDArray[Any], millimetres: float) -> NDArray[np.float64]:
     quaternion = fields["quatern"].astype(float)
     if not float(quaternion @ quaternion) <= 1.01:
-        raise InputError(path, "has a qform that is no rotation", "export it anew with its geometry")
+        raise InputError(path, "has a qform that is no rotation", "export it again with its geometry")
     steps = rotation(quaternion) * spacing * (1.0, 1.0, -1.0 if fields["pixdim"][0] < 0 else 1.0)
     return np.column_stack([steps, fields["qoffset"].astype(float) * millimetres])
 
@@ -361,11 +364,11 @@ def _qform(path: Path, fields: Any, spacing: NDArray[Any], millimetres: float) -
 def _scaled(stored: NDArray[Any], header: NiftiHeader) -> NDArray[Any]:
     if (header.slope, header.intercept) == (1.0, 0.0):
         return stored
-    # As ITK does it: integers become single precision, the product is formed in double.
+    # As in ITK: integers become single precision, the product is computed in double precision.
     scaled = stored.astype(np.float32 if stored.dtype.kind in "iu" else stored.dtype, order="F")
     flat = scaled.reshape(-1, order="F")
     with np.errstate(over="ignore", invalid="ignore"):
-        # In pieces, since a plane may be the whole volume.
+        # In pieces, to limit memory.
         for start in range(0, flat.size, _SCALED_AT_ONCE):
             piece = flat[start : start + _SCALED_AT_ONCE]
             piece[...] = piece.astype(np.float64) * header.slope + header.intercept

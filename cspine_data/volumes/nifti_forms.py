@@ -1,6 +1,6 @@
-"""The two ways in which a NIfTI header says where a volume lies: the qform, a rotation, and the sform, any matrix.
+"""The two forms of position in a NIfTI header: the qform, a rotation, and the sform, any matrix.
 
-Programs prefer one or the other, so both are kept as they were read, and written back.
+Programs use one or the other, so both are kept and written back.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class NiftiForms(BaseModel):
     Attributes
     ----------
     qform_code, sform_code : int
-        What each form refers to: 1 the scanner, 2 another scan, 4 a template; 0 or less where there is no such form.
+        Reference of each form: 1 scanner, 2 another scan, 4 a template; 0 or less if the form is not set.
     quaternion : tuple of float
         Parts b, c and d of the qform's unit quaternion.
     qfac : float
-        -1 where the third axis runs against the rotation, else 1.
+        -1 if the third axis is inverted, else 1.
     qoffset_mm : tuple of float
-        Position of the first voxel by the qform.
+        Position of the first voxel in the qform.
     srow_mm : tuple of three tuples of float
         The sform: the first three rows of its 4 x 4 matrix.
     """
@@ -50,9 +50,9 @@ class NiftiForms(BaseModel):
 
 
 def rotation(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the rotation matrix, (3, 3), of a unit quaternion of which the parts b, c and d are given."""
+    """Return the rotation matrix, (3, 3), of a unit quaternion with parts b, c and d."""
     squares = float(quaternion @ quaternion)
-    # Rounding may leave a little more than one.
+    # Rounding may give slightly more than one.
     b, c, d = quaternion / max(1.0, squares**0.5)
     a = max(0.0, 1.0 - squares) ** 0.5
     return np.array(

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import Cohort, CspineDataError, Problem, make_folder, open_cohort
+from cspine_data import Cohort, CspineDataError, Problem, open_cohort
+from cspine_data.tools import make_folder
 from cspine_train.errors import RunError
 from cspine_train.metrics.overlap import (
     MEASURES,

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from cspine_data import atomic_write, make_folder
+from cspine_data.tools import atomic_write, make_folder
 from cspine_train.data.transforms import Sides
 from cspine_train.errors import ModelError, meant
 from cspine_train.models.pretrained import give_weights

@@ -15,11 +15,9 @@ from pathlib import Path
 from cspine_data import (
     CspineDataError,
     Volume,
-    atomic_write,
     digest_source,
     find_cases,
     label_name,
-    make_folder,
     read_volume,
     usable_image,
     volume_stem,
@@ -27,6 +25,7 @@ from cspine_data import (
     volumes_in,
     write_volume,
 )
+from cspine_data.tools import atomic_write, make_folder
 from cspine_train.errors import RunError
 from cspine_train.prediction.predictor import LoadedRun, check_runs, predict
 from cspine_train.prediction.preview import draw_overview

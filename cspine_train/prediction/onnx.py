@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cspine_data import atomic_write, make_folder
+from cspine_data.tools import atomic_write, make_folder
 from cspine_train.errors import ModelError, RunError
 from cspine_train.models.build import sides_of
 from cspine_train.prediction.predictor import LoadedRun

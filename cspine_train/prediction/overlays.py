@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cspine_data import Cohort, make_folder
+from cspine_data import Cohort
+from cspine_data.tools import make_folder
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented, segment_all

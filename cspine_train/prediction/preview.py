@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from cspine_data import Orientation, Volume, atomic_write
+from cspine_data import Orientation, Volume
+from cspine_data.tools import atomic_write
 from cspine_train.reports.figures import BORDERS, as_seen, window_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import atomic_write
+from cspine_data.tools import atomic_write
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MONITOR
 from cspine_train.run.planes import PLANES

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cspine_data import atomic_write, exclusive_lock, remove_unfinished
+from cspine_data.tools import atomic_write, exclusive_lock, remove_unfinished
 from cspine_train.errors import RunError
 
 #: What was asked and what was fed: JSON, see `RunRecord`.

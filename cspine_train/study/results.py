@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from cspine_data import atomic_write
+from cspine_data.tools import atomic_write
 from cspine_train.run.evaluations import FIGURES
 from cspine_train.run.folder import METRICS_NAME, read_rows, write_text
 from cspine_train.run.record import RunRecord

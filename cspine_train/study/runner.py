@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cspine_data import Workers, make_folder, open_cohort, side_by_side, usable_cores
+from cspine_data import open_cohort
+from cspine_data.tools import Workers, make_folder, side_by_side, usable_cores
 from cspine_train.errors import CspineTrainError, RunError, error_told
 from cspine_train.run.evaluations import recorded_evaluations
 from cspine_train.run.folder import METRICS_NAME, is_in_use, only_writer, read_rows, write_rows

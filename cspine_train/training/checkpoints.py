@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from cspine_data import atomic_write, make_folder
+from cspine_data.tools import atomic_write, make_folder
 
 _NAME = re.compile(r"epoch=(\d+)(?:-batch=(\d+))?\.ckpt")
 

@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from cspine_data import make_folder
+from cspine_data.tools import make_folder
 from cspine_train.errors import RunError, meant
 from cspine_train.run.folder import MLFLOW_FOLDER, MONITOR, TENSORBOARD_FOLDER, write_text
 from cspine_train.run.process_state import quieten

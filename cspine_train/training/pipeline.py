@@ -20,8 +20,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from cspine_data import Cohort, Split, make_folder, open_cohort
+from cspine_data import Cohort, Split, open_cohort
 from cspine_data.terminal import progress_bar
+from cspine_data.tools import make_folder
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models.build import build_model, sides_of

@@ -1,4 +1,4 @@
-"""Work side by side on a Dask cluster: local processes that only this process can use, or a running scheduler's."""
+"""Run tasks in parallel on a Dask cluster: private local processes, or the workers of a running scheduler."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cspine_data.errors import InputError
-from cspine_data.preparation.plan import Job
-from cspine_data.sources.cases import Problem, describe_problem
 
 _THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS", "NUMEXPR_NUM_THREADS",
@@ -24,77 +21,35 @@ _THREADS = (
 )  # fmt: skip
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# With 2 workers Dask opens some 45 files in this process.
+# With 2 workers Dask opens about 45 files in this process.
 _FILES, _FILES_A_WORKER = 64, 16
 _STARTS = 3
 _DIED = "its worker process died (out of memory?); use fewer --workers, or a machine with more memory"
-_NO_WORKER = "no worker process is left to do it; see what ended them, then run it again"
-# Looked for more and more seldom while nothing ends: a hundred times a second is a tenth of a core.
-_POLL_S, _LONGEST_POLL_S, _LOOK_S, _PATIENCE_S = 0.01, 0.5, 2.0, 60.0
+_NO_WORKER = "no worker process is left to do it; find out what ended them, then run it again"
+# The polling interval grows while no task finishes: polling a hundred times a second takes a tenth of a core.
+_POLL_S, _LONGEST_POLL_S, _CHECK_S, _PATIENCE_S = 0.01, 0.5, 2.0, 60.0
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Who works.
+    """The processes that run tasks.
 
     Attributes
     ----------
     number : int or None
-        Local worker processes; by default one a core.
+        Number of local worker processes; by default one per core.
     scheduler : str or None
-        Address of a running scheduler, whose workers are used instead.
+        Address of a running scheduler whose workers are used instead.
     threads : int
-        Of numeric libraries in each local worker. One, where parallelism is over cases.
+        Threads of numeric libraries in each local worker; 1 if parallelism is over cases.
     resource : str or None
-        What a task takes one of, where any worker of the scheduler has it (``dask worker --resources``).
+        Resource that each task needs one unit of, if a worker of the scheduler offers it (``dask worker --resources``).
     """
 
     number: int | None = None
     scheduler: str | None = None
     threads: int = 1
     resource: str | None = None
-
-
-def run_jobs(
-    work: Callable[[Job, str], Result | Problem],
-    jobs: Sequence[Job],
-    store: Path,
-    workers: int | None,
-    scheduler: str | None,
-    ticks: bool = False,
-) -> Iterator[list[tuple[Job, Result | Problem]]]:
-    """Do the jobs side by side, the largest first, and yield those that ended: their results, or problems.
-
-    Parameters
-    ----------
-    work : callable
-        Does one job in a worker: given the job and the store, returns a small result or a problem, and never raises.
-    jobs : sequence of Job
-        What to do.
-    store : Path
-        Where to, as the workers see it.
-    workers, scheduler
-        See `Workers`.
-    ticks : bool
-        See `side_by_side`.
-
-    Raises
-    ------
-    InputError
-        If the scheduler cannot be reached, or has no workers; if local ones cannot be started.
-    """
-    ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
-
-    def do(job: Job) -> Result | Problem:
-        return work(job, str(store))
-
-    yield from side_by_side(do, ordered, _lost, Workers(workers, scheduler), ticks=ticks)
-
-
-def _lost(job: Job, reason: str | Exception) -> Problem:
-    if isinstance(reason, Exception):
-        return describe_problem(job.case.id, reason)
-    return Problem(job.case.id, f"{job.case.volume}: {reason}")
 
 
 def side_by_side(
@@ -105,27 +60,28 @@ def side_by_side(
     *,
     ticks: bool = False,
 ) -> Iterator[list[tuple[Task, Result]]]:
-    """Do tasks on a Dask cluster, in their order, and yield those that ended, each with its result.
+    """Run tasks on a Dask cluster and yield finished tasks with their results.
 
-    A task whose worker died is done once more, alone, when the others have ended.
+    Tasks start in the given order. A task whose worker died is repeated alone after all others have finished.
 
     Parameters
     ----------
     work : callable
-        Does one task in a worker; both are sent there. It returns something small, and never raises.
+        Runs one task in a worker. The function and the task are sent there. It returns a small result and never
+        raises.
     tasks : sequence
-        What to do.
+        The tasks.
     lost : callable
-        The result of a task that could not be done, given the task and the reason, as a sentence or an exception.
+        Returns the result of a task that could not be run, given the task and the reason: a sentence or an exception.
     workers : Workers
-        Who does it.
+        The processes.
     ticks : bool
-        Yield an empty list, too, about twice a second while no task ends.
+        Also yield an empty list about twice a second while no task finishes.
 
     Raises
     ------
     InputError
-        If the scheduler cannot be reached, or has no workers; if local ones cannot be started.
+        If the scheduler cannot be reached or has no workers, or if local workers cannot be started.
     """
     if not tasks:
         return
@@ -134,51 +90,51 @@ def side_by_side(
     with _cluster(workers, len(tasks)) as client:
         resource = _resource(client, workers.resource)
         submit = partial(client.submit, work, pure=False, resources={resource: 1} if resource else None)
-        suspects = []
-        for ended in _as_they_end(client, submit, tasks, lost, resource):
-            if not (ended or ticks):
+        to_repeat = []
+        for finished in _as_completed(client, submit, tasks, lost, resource):
+            if not (finished or ticks):
                 continue
-            suspects += [task for task, outcome in ended if isinstance(outcome, KilledWorker)]
-            yield [(task, outcome) for task, outcome in ended if not isinstance(outcome, KilledWorker)]
-        # Dask blames every task that waited on a worker that died. Alone, only the guilty one dies again.
-        for suspect in suspects:
-            for ended in _as_they_end(client, submit, [suspect], lost, resource):
-                if not (ended or ticks):
+            to_repeat += [task for task, outcome in finished if isinstance(outcome, KilledWorker)]
+            yield [(task, outcome) for task, outcome in finished if not isinstance(outcome, KilledWorker)]
+        # Dask reports every task that waited at a worker that died. Alone, only the task that caused it fails again.
+        for task in to_repeat:
+            for finished in _as_completed(client, submit, [task], lost, resource):
+                if not (finished or ticks):
                     continue
                 yield [
                     (task, lost(task, _DIED) if isinstance(outcome, KilledWorker) else outcome)
-                    for task, outcome in ended
+                    for task, outcome in finished
                 ]
 
 
 def _resource(client: Any, wanted: str | None) -> str | None:
-    """Return what a task is to ask of a worker: what is wanted, where any has it."""
+    """Return the resource that tasks need, if any worker offers it."""
     return wanted if wanted and _has_worker_with(client, wanted) else None
 
 
 def _has_worker_with(client: Any, resource: str | None) -> bool:
-    """Return whether any worker could do a task that asks for a resource, or for none."""
+    """Return whether any worker could run a task that needs a resource, or none."""
     if resource is None:
         return bool(client.scheduler_info(n_workers=1)["workers"])
     return any(resource in worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
 
 
-def _as_they_end(
+def _as_completed(
     client: Any,
     submit: Callable[[Task], Any],
     tasks: Sequence[Task],
     lost: Callable[[Task, str | Exception], Any],
     resource: str | None,
 ) -> Iterator[list[tuple[Task, Any]]]:
-    """Do tasks and yield those that ended, or an empty list, until there is none, or no worker for the rest."""
+    """Run tasks and yield finished ones, or an empty list, until none is left or no worker for the rest."""
     from distributed import as_completed
 
     futures = {submit(task): task for task in tasks}
-    ended = as_completed(futures, loop=client.loop)
-    forsaken_since: float | None = None
-    looked, pause = time.monotonic(), _POLL_S
+    completed = as_completed(futures, loop=client.loop)
+    without_workers_since: float | None = None
+    checked, pause = time.monotonic(), _POLL_S
     while futures:
-        batch = ended.next_batch(block=False)
+        batch = completed.next_batch(block=False)
         if batch:
             pause = _POLL_S
             yield [(futures[future], _outcome(future, futures[future], lost)) for future in batch]
@@ -189,25 +145,25 @@ def _as_they_end(
         yield []
         time.sleep(pause)
         pause = min(1.1 * pause, _LONGEST_POLL_S)
-        if time.monotonic() - looked < _LOOK_S:
+        if time.monotonic() - checked < _CHECK_S:
             continue
-        looked = time.monotonic()
+        checked = time.monotonic()
         if _has_worker_with(client, resource):
-            forsaken_since = None
-        elif forsaken_since is None:
-            forsaken_since = looked
-        elif looked - forsaken_since > _PATIENCE_S:
+            without_workers_since = None
+        elif without_workers_since is None:
+            without_workers_since = checked
+        elif checked - without_workers_since > _PATIENCE_S:
             yield [(task, lost(task, _NO_WORKER)) for task in futures.values()]
             return
 
 
 def check_workers(workers: int | None, scheduler: str | None = None) -> None:
-    """Refuse a number of workers that cannot be, or that a scheduler already has.
+    """Check the number of worker processes, which excludes a scheduler.
 
     Raises
     ------
     InputError
-        If it is below one, or given together with a scheduler.
+        If it is less than one, or given together with a scheduler.
     """
     if workers is not None and scheduler is not None:
         raise InputError("workers and scheduler", "exclude each other", "a scheduler has its own workers: give one")
@@ -216,7 +172,7 @@ def check_workers(workers: int | None, scheduler: str | None = None) -> None:
 
 
 def _outcome(future: Any, task: Task, lost: Callable[[Task, str | Exception], Any]) -> Any:
-    """Return a task's result, what it is when lost, or Dask's word that its worker died."""
+    """Return a task's result, the result of a lost task, or Dask's error if its worker died."""
     from distributed import CancelledError
     from distributed.scheduler import KilledWorker
 
@@ -225,14 +181,14 @@ def _outcome(future: Any, task: Task, lost: Callable[[Task, str | Exception], An
     except KilledWorker as error:
         return error
     except CancelledError:
-        return lost(task, "the scheduler went away meanwhile; run it again when it is back")
+        return lost(task, "the scheduler stopped; run it again when it is back")
     except Exception as error:  # noqa: BLE001 - a worker of another version, for example
         return lost(task, error)
 
 
 @contextmanager
 def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
-    """Open a client of a running scheduler, or of local worker processes."""
+    """Connect to a running scheduler, or start local worker processes."""
     import dask
     from distributed import Client
 
@@ -241,8 +197,8 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
         client = _client(scheduler)
         with client:
             if not _has_worker_with(client, None):
-                told = f"scheduler {scheduler}: has no workers yet; waiting for one ({_PATIENCE_S:.0f} s)"
-                warnings.warn(told, stacklevel=2)
+                message = f"scheduler {scheduler}: has no workers yet; waiting for one ({_PATIENCE_S:.0f} s)"
+                warnings.warn(message, stacklevel=2)
             try:
                 client.wait_for_workers(1, timeout=_PATIENCE_S)
             except TimeoutError:
@@ -253,33 +209,33 @@ def _cluster(workers: Workers, tasks: int) -> Iterator[Any]:
     settings = {
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREADS, str(workers.threads)),
         "distributed.scheduler.allowed-failures": 0,
-        # None waits at a worker, to be blamed or held up there while others are free.
+        # No task waits at a busy worker while others are free.
         "distributed.scheduler.worker-saturation": 1.0,
-        # A worker holds nothing but its one job: to pause it would be to wait for ever. Past its limit it is ended.
+        # A worker holds only its task, so that pausing it would wait forever. Above its limit the nanny ends it.
         "distributed.worker.memory.target": False,
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
-        # Clocks and samplers of its own, in every process, are a tenth of a core on two.
+        # Dask's clocks and profilers take a tenth of a core with two workers.
         "distributed.admin.tick.interval": "1s",
         "distributed.worker.profile.enabled": False,
         "distributed.admin.log-format": "%(message)s",
         "logging": {"distributed": "critical"},
     }
-    with _more_open_files(number), dask.config.set(settings):
-        with _held_interrupts():
+    with _open_file_limit(number), dask.config.set(settings):
+        with _blocked_interrupts():
             cluster = _local_cluster(number)
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
 
 
 def _client(scheduler: str) -> Any:
-    """Connect to a running scheduler; for TLS with the certificate that Dask's configuration names."""
+    """Connect to a running scheduler; TLS uses the certificate of Dask's configuration."""
     from distributed import Client
     from distributed.comm.addressing import get_address_host_port
     from distributed.security import Security
 
     try:
-        # A Client that cannot even try to connect takes 20 s to close.
+        # A Client with an invalid address takes 20 s to close.
         get_address_host_port(scheduler)
         security = Security()
         encrypted = scheduler.startswith("tls://")
@@ -296,10 +252,10 @@ def _client(scheduler: str) -> Any:
 
 
 def _local_cluster(workers: int) -> Any:
-    from cspine_data.preparation.local_cluster import local_cluster
+    from cspine_data.parallel.local_cluster import local_cluster
 
     reason: BaseException | None = None
-    # Dask renews a worker that dies at work, but not one that dies before it got there.
+    # Dask restarts a worker that dies while running, but not one that dies while starting.
     for _ in range(_STARTS):
         try:
             return local_cluster(workers)
@@ -310,16 +266,16 @@ def _local_cluster(workers: int) -> Any:
 
 
 @contextmanager
-def _held_interrupts() -> Iterator[None]:
-    """Start processes and threads that Ctrl-C does not reach; what comes meanwhile reaches this thread afterwards.
+def _blocked_interrupts() -> Iterator[None]:
+    """Block Ctrl-C while processes and threads start; a signal that arrives meanwhile is delivered afterwards.
 
-    A terminal sends it to every process, and the first one ends the others in order. What is blocked stays so in the
-    processes that the cluster's thread starts, those that replace a worker that died included.
+    A terminal sends Ctrl-C to every process, and this one ends the others in order. The signal stays blocked in the
+    processes that the cluster's thread starts, also in those that replace a dead worker.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # Its start ends with interrupts let through again, whatever was before.
+    # Its start unblocks the signal, so it is started before.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -329,8 +285,8 @@ def _held_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _more_open_files(workers: int) -> Iterator[None]:
-    """Let this process, and its workers, open as many files as they will; with too few, Dask waits for ever."""
+def _open_file_limit(workers: int) -> Iterator[None]:
+    """Raise the limit of open files for this process and its workers; with too few, Dask waits forever."""
     try:
         import resource
     except ImportError:
@@ -341,7 +297,7 @@ def _more_open_files(workers: int) -> Iterator[None]:
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             remedy = f"raise their limit to {needed} (ulimit -n), or use fewer --workers"
-            raise InputError(f"workers {workers}", f"need more than the {hard} open files that they may have", remedy)
+            raise InputError(f"workers {workers}", f"need more than the allowed {hard} open files", remedy)
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     try:
         yield
@@ -350,5 +306,5 @@ def _more_open_files(workers: int) -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""A Dask cluster of local processes that nobody else can connect to."""
+"""A Dask cluster of local processes that only this user's process can connect to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distributed.system import MEMORY_LIMIT
 
 
 class _NoWebServer:
-    # Dask's web server accepts any client, and has no option that turns it off.
+    # Dask's web server accepts any client and cannot be disabled by an option.
     def start_http_server(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -24,10 +24,10 @@ class QuietWorker(_NoWebServer, Worker):
 
 
 def local_cluster(workers: int) -> Any:
-    """Start worker processes of one thread each, which share this machine's memory evenly.
+    """Start worker processes with one thread each; each may use an equal share of the machine's memory.
 
-    They listen on loopback and require TLS with a certificate that is made for this cluster. Its key goes from process
-    to process through pipes; no other user can read it.
+    They listen on loopback and require TLS with a certificate made for this cluster. Its key is passed to the
+    processes through pipes, so that other users cannot read it.
 
     Raises
     ------

@@ -1,0 +1,23 @@
+"""Helpers for programs built on `cspine_data`: parallel tasks, atomic files, locks and one-line messages.
+
+`cspine_train` uses them for run and study folders. They need neither NumPy nor Dask at import.
+"""
+
+from __future__ import annotations
+
+from cspine_data.errors import describe_problem
+from cspine_data.extras import install_hint
+from cspine_data.files import atomic_write, exclusive_lock, make_folder, remove_unfinished
+from cspine_data.parallel.workers import Workers, side_by_side, usable_cores
+
+__all__ = [
+    "Workers",
+    "atomic_write",
+    "describe_problem",
+    "exclusive_lock",
+    "install_hint",
+    "make_folder",
+    "remove_unfinished",
+    "side_by_side",
+    "usable_cores",
+]
