@@ -55,7 +55,8 @@ def plain_loop(store: str, epochs: int) -> None:
     network = build_model(settings.model, settings.encoder, "none", settings.channels)[0]
     data = CohortSlices(cohort, cohort.split(variant="n4"), settings, 0, sides_of(network))
     validation = [
-        (batch.intensities(), batch.masks, inside(batch.shapes_hw, data.size_hw)) for batch in data.val_dataloader()
+        (batch.intensities(), batch.masks, inside(batch.shapes_hw, data.sizes.slice_hw))
+        for batch in data.val_dataloader()
     ]
     batches = list(data.train_dataloader())
     images = torch.cat([batch.intensities() for batch in batches])

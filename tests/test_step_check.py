@@ -16,8 +16,8 @@ from torch import nn
 from cspine_data import open_cohort
 from cspine_train import RunError, RunSettings
 from cspine_train.data.datamodule import CohortSlices
-from cspine_train.data.sizes import Steps
-from cspine_train.data.transforms import Sides, coarser
+from cspine_train.data.sizes import ImageSizes, Sides
+from cspine_train.data.transforms import coarser
 from cspine_train.errors import ModelError
 from cspine_train.models.build import architectures, build_model, encoders, sides_of
 from cspine_train.training.step_check import check_steps, saved_bytes
@@ -26,8 +26,8 @@ ONE_VALUE = "Expected more than 1 value per channel"
 SETTINGS = RunSettings(model="pspnet", encoder="resnet18", batch_size=4)
 
 
-def steps(hw: tuple[int, int] = (64, 64), fewest: int = 2, half: bool = False) -> Steps:
-    return Steps(hw, (hw,), hw, fewest, half)
+SIZES = ImageSizes((64, 64), None, None, (64, 64))
+HUGE = (10**10, 10**10)
 
 
 def try_step(network: nn.Module, shape: tuple[int, int, int, int], *, training: bool) -> tuple[str, int]:
@@ -110,8 +110,8 @@ def test_one_slice_at_a_time_is_refused_where_nothing_is_left_to_average_over(ba
         rf"choose {what}$"
     )
     with pytest.raises(RunError, match=message):
-        check_steps(network, settings, steps(fewest=1))
-    check_steps(network, settings, steps(fewest=2))
+        check_steps(network, settings, SIZES, 1, half=False)
+    check_steps(network, settings, SIZES, 2, half=False)
 
 
 class OneSize(nn.Module):
@@ -126,17 +126,15 @@ class OneSize(nn.Module):
 def test_every_size_that_a_run_comes_to_is_tried(phantom_store: Path) -> None:
     cohort, settings = open_cohort(phantom_store), RunSettings(pixel_mm=2.0, coarse_share=0.5, crop_margin_mm=10)
     data = CohortSlices(cohort, cohort.split(variant="n4"), settings)
-    taken = data.steps(half=False)
-    assert taken.read_hw == data.size_hw
-    assert taken.fewest == settings.batch_size
-    assert len(taken.train_hw) == 2
-    assert taken.train_hw[0] == data.crop_hw
-    batch = torch.zeros(1, 1, *taken.train_hw[0])
-    assert coarser(batch, batch, Sides())[0].shape[2:] == taken.train_hw[1]
+    assert data.smallest_batch == settings.batch_size
+    fine, coarse = data.sizes.trained_hw
+    assert fine == data.sizes.crop_hw
+    batch = torch.zeros(1, 1, *fine)
+    assert coarser(batch, batch, Sides())[0].shape[2:] == coarse
     few = settings.model_copy(update={"batch_size": 10**6, "coarse_share": 0.0})
-    taken = CohortSlices(cohort, cohort.split(variant="n4"), few).steps(half=True)
-    assert len(taken.train_hw) == 1
-    assert 100 < taken.fewest < 1000
+    data = CohortSlices(cohort, cohort.split(variant="n4"), few)
+    assert len(data.sizes.trained_hw) == 1
+    assert 100 < data.smallest_batch < 1000
 
 
 class Asks(nn.Module):
@@ -155,14 +153,14 @@ def test_a_network_of_one_size_is_refused_for_others_in_training_and_validation(
         r"cannot {} slices of {} \(Input width doesn't match model \(48\)\.\); choose another --size, --encoder or"
     )
     with pytest.raises(RunError, match=message.format("train on", "64,64")):
-        check_steps(OneSize(), SETTINGS, steps())
+        check_steps(OneSize(), SETTINGS, SIZES, 2, half=False)
     with pytest.raises(RunError, match=message.format("predict", "48,64")):
-        check_steps(OneSize(), SETTINGS, Steps((48, 64), ((48, 48),), (48, 64), 2, half=False))
+        check_steps(OneSize(), SETTINGS, ImageSizes((48, 64), (48, 48), None, (48, 64)), 2, half=False)
 
 
 def test_a_network_that_asks_for_numbers_is_not_refused_and_stays_as_it_is() -> None:
     network, drawn = Asks(), torch.get_rng_state()
-    check_steps(network, SETTINGS, steps())
+    check_steps(network, SETTINGS, SIZES, 2, half=False)
     assert torch.equal(drawn, torch.get_rng_state())
     assert int(network.norm.num_batches_tracked) == 0
 
@@ -178,15 +176,15 @@ def test_steps_that_do_not_go_into_memory_are_refused(monkeypatch: pytest.Monkey
         monkeypatch.setattr("cspine_train.training.step_check.psutil.virtual_memory", lambda: memory)
 
     free(1.1 * kept)
-    check_steps(network, settings, steps())
+    check_steps(network, settings, SIZES, 2, half=False)
     free(0.9 * kept)
-    check_steps(network, settings, steps(half=True))
+    check_steps(network, settings, SIZES, 2, half=True)
     message = r"^size 64,64: a step on 4 slices takes .* GiB of memory, .* are free; choose a smaller"
     with pytest.raises(RunError, match=message):
-        check_steps(network, settings, steps())
+        check_steps(network, settings, SIZES, 2, half=False)
     # More than 2^63 elements are refused before PyTorch counts them.
     with pytest.raises(RunError, match=r"^size 10000000000,10000000000: a step on 4 slices takes"):
-        check_steps(network, settings, steps((10**10, 10**10)))
+        check_steps(network, settings, ImageSizes(HUGE, None, None, HUGE), 2, half=False)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volu
 from cspine_train.cli.commands import default_run_name
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.data.sampling import EpochSampler
-from cspine_train.data.transforms import Sides
+from cspine_train.data.sizes import Sides
 from cspine_train.metrics.overlap import overlap
 from cspine_train.metrics.statistics import MeanInterval
 from cspine_train.models.build import build_model, sides_of
@@ -357,11 +357,11 @@ def test_the_fixed_size_holds_every_slice_of_the_run(phantom_store: Path) -> Non
     settings = RunSettings(axes=(0, 1, 2), weights="none")
     data = CohortSlices(cohort, cohort.split(variant="n4"), settings)
     largest = np.array([record.size_xyz for record in cohort.records("n4")]).max(0)
-    assert data.size_hw[0] >= max(largest[0], largest[1])
-    assert data.size_hw[1] >= max(largest[1], largest[2])
-    assert data.size_hw[0] % 32 == data.size_hw[1] % 32 == 0
+    assert data.sizes.slice_hw[0] >= max(largest[0], largest[1])
+    assert data.sizes.slice_hw[1] >= max(largest[1], largest[2])
+    assert data.sizes.slice_hw[0] % 32 == data.sizes.slice_hw[1] % 32 == 0
     images, _, masks, *_ = next(iter(data.train_dataloader()))
-    assert images.shape == masks.shape == (8, 1, *data.size_hw)
+    assert images.shape == masks.shape == (8, 1, *data.sizes.slice_hw)
 
 
 def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phantom_store: Path) -> None:
@@ -375,20 +375,20 @@ def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phanto
         _, label = cohort.volumes(variant="n4", cases=[case])[0]
         extents.append([np.ptp(at) + 1 for at in np.nonzero(label[0])[1:]] * np.array(record.spacing_xyz_mm[1:]))
     needed = np.ceil(np.max(extents, axis=0) + 20)
-    assert data.crop_hw is not None
-    for size, least, full in zip(data.crop_hw, needed, data.size_hw, strict=True):
+    assert data.sizes.crop_hw is not None
+    for size, least, full in zip(data.sizes.crop_hw, needed, data.sizes.slice_hw, strict=True):
         assert size % 32 == 0
         assert size == full or least <= size < least + 32
-    assert data.crop_hw[0] < data.size_hw[0]
-    module = SliceSegmenter(torch.nn.Identity(), settings, split.validation, data.crop_hw)
+    assert data.sizes.crop_hw[0] < data.sizes.slice_hw[0]
+    module = SliceSegmenter(torch.nn.Identity(), settings, split.validation, data.sizes.crop_hw)
     module.trainer = SimpleNamespace(training=True, global_step=3, global_rank=0, world_size=1)
     images, masks, *_ = module.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
-    assert tuple(images.shape) == (8, 3, *data.crop_hw)
-    assert tuple(masks.shape) == (8, 1, *data.crop_hw)
+    assert tuple(images.shape) == (8, 3, *data.sizes.crop_hw)
+    assert tuple(masks.shape) == (8, 1, *data.sizes.crop_hw)
     module.trainer.training = False
     images, *_ = module.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
-    assert tuple(images.shape[-2:]) == data.size_hw
-    assert CohortSlices(cohort, split, settings.model_copy(update={"crop_margin_mm": None})).crop_hw is None
+    assert tuple(images.shape[-2:]) == data.sizes.slice_hw
+    assert CohortSlices(cohort, split, settings.model_copy(update={"crop_margin_mm": None})).sizes.crop_hw is None
 
 
 @pytest.mark.parametrize(
@@ -411,12 +411,12 @@ def test_the_fixed_size_is_the_smallest_that_the_network_takes(
     assert sides_of(network) == Sides(stride, least)
     data = CohortSlices(cohort, cohort.split(variant="n4"), settings, sides=sides_of(network))
     largest = np.max([np.round(np.multiply(r.size_xyz, r.spacing_xyz_mm) / 3) for r in cohort.records("n4")], 0)[1:]
-    assert data.size_hw == tuple(np.maximum(np.ceil(largest / stride) * stride, least))
+    assert data.sizes.slice_hw == tuple(np.maximum(np.ceil(largest / stride) * stride, least))
     with torch.inference_mode():
-        assert tuple(network.eval()(torch.zeros(1, 1, *data.size_hw)).shape[-2:]) == data.size_hw
+        assert tuple(network.eval()(torch.zeros(1, 1, *data.sizes.slice_hw)).shape[-2:]) == data.sizes.slice_hw
         if model != "unet":
             with pytest.raises(RuntimeError, match="Wrong input shape"):
-                network(torch.zeros(1, 1, data.size_hw[0] + stride // 2, data.size_hw[1]))
+                network(torch.zeros(1, 1, data.sizes.slice_hw[0] + stride // 2, data.sizes.slice_hw[1]))
         if least > stride:
             with pytest.raises(RuntimeError):
                 network(torch.zeros(1, 1, least - stride, least))
@@ -439,9 +439,9 @@ def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels
             needed.append((axis, wanted, case))
     height, width = (-(-max(wanted for a, wanted, _ in needed if a == axis) // 8) * 8 for axis in (1, 2))
     whole = CohortSlices(cohort, split, RunSettings(), sides=Sides(8, 8))
-    assert height < whole.size_hw[0] or width < whole.size_hw[1]
+    assert height < whole.sizes.slice_hw[0] or width < whole.sizes.slice_hw[1]
     data = CohortSlices(cohort, split, RunSettings(size_hw=(height, width), empty_share=0), sides=Sides(8, 8))
-    assert data.size_hw == (height, width)
+    assert data.sizes.slice_hw == (height, width)
     loader = data.train_dataloader()
     seen = np.concatenate([masks.sum((1, 2, 3)).numpy() for _, _, masks, *_ in loader])
     loader.batch_sampler.sampler.set_epoch(0)
@@ -449,7 +449,7 @@ def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels
     labelled = cohort.slices(0, variant="n4", cases=split.train).labelled_voxels
     np.testing.assert_array_equal(seen, labelled[order])
     images, *_ = next(iter(data.val_dataloader()))
-    assert tuple(images.shape[-2:]) == whole.size_hw
+    assert tuple(images.shape[-2:]) == whole.sizes.slice_hw
     for size in ((height - 8, width), (height, width - 8)):
         told = (
             rf"size {size[0]},{size[1]}: would cut \d+\.\d mm \(\d pixels\) off what is labelled of CS_0[123] along "
@@ -465,14 +465,14 @@ def test_a_run_on_cropped_slices_predicts_whole_ones(phantom_store: Path, phanto
     whole = CohortSlices(
         cohort, cohort.split(variant="n4"), settings.model_copy(update={"size_hw": None}), sides=Sides(8, 8)
     )
-    assert whole.size_hw[0] > 32
-    assert whole.size_hw[1] < 72
+    assert whole.sizes.slice_hw[0] > 32
+    assert whole.sizes.slice_hw[1] < 72
     assert train(phantom_store, tmp_path / "run", settings).size_hw == (32, 72)
     run, seen = load_run(tmp_path / "run"), []
     run.network.register_forward_pre_hook(lambda _, images: seen.append(tuple(images[0].shape[-2:])))
     source = read_volume(phantom_folder / "CS_04.nrrd")
     assert run.predict(source).geometry == source.geometry
-    assert set(seen) == {(whole.size_hw[0], 72)}
+    assert set(seen) == {(whole.sizes.slice_hw[0], 72)}
     assert evaluate(tmp_path / "run").scores
 
 

@@ -6,17 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cspine_train.data.sizes import labelled_pixels
-from cspine_train.data.transforms import (
-    Sides,
-    fit,
-    fixed_size,
-    from_network,
-    inside,
-    masks_to_network,
-    network_shape,
-    to_network,
-)
+from cspine_train.data.sizes import Sides, fixed_size, labelled_pixels, network_shape
+from cspine_train.data.transforms import fit, from_network, inside, masks_to_network, to_network
 from cspine_train.metrics.overlap import Overlap, overlap
 
 shapes = st.tuples(st.integers(1, 90), st.integers(1, 90))

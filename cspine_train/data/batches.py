@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cspine_data import IGNORE_INDEX, CspineDataError, SliceDataset
-from cspine_train.data.transforms import masks_to_network, network_shape, shares_of, to_network
+from cspine_train.data.sizes import network_shape
+from cspine_train.data.transforms import masks_to_network, shares_of, to_network
 from cspine_train.run.label_classes import class_numbers
 
 

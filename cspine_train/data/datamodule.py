@@ -12,8 +12,7 @@ import numpy as np
 from cspine_data import CaseRecord, Cohort, Split
 from cspine_train.data.batches import BatchLoader, SliceBatches
 from cspine_train.data.sampling import EpochSampler, ProcessBatches, weights_of
-from cspine_train.data.sizes import Steps, check_pixels, check_size, size_that_holds, size_that_holds_labels
-from cspine_train.data.transforms import USUAL_SIDES, Sides, coarser_shape, fixed_size
+from cspine_train.data.sizes import USUAL_SIDES, Sides, image_sizes
 from cspine_train.errors import RunError
 from cspine_train.run.settings import RunSettings
 
@@ -65,7 +64,6 @@ class CohortSlices(lightning.LightningDataModule):
         super().__init__()
         self._settings = settings
         self._workers = workers
-        self._sides = sides
         self._rank, self._world = rank, world
         #: The epoch that training begins with, and how many of its batches are done; not 0 where a run goes on.
         self.first_epoch, self.batches_done = 0, 0
@@ -74,25 +72,17 @@ class CohortSlices(lightning.LightningDataModule):
         how: dict[str, Any] = {"variant": variant, "labels": settings.labels, "context": settings.context}
         train = cohort.slices(axes, cases=split.train, **how)
         validation = cohort.slices(axes, cases=split.validation, **how)
-        trained = _Records(cohort, split.train, variant)
-        check_pixels(trained, settings)
-        everybody = _Records(cohort, (*split.train, *split.validation, *split.test), variant)
-        holds_all = size_that_holds(everybody, settings, sides)
-        if settings.size_hw:
-            seen = _Records(cohort, (*split.train, *split.validation), variant)
-            check_size(seen, settings, settings.size_hw, sides)
-        #: The size of a training slice.
-        self.size_hw = settings.size_hw or holds_all
-        #: The size of the part of it that training sees; None where it sees the whole.
-        self.crop_hw = size_that_holds_labels(trained, settings, self.size_hw, sides)
+        train_records, validation_records, test_records = (
+            _Records(cohort, cases, variant) for cases in (split.train, split.validation, split.test)
+        )
+        #: Sizes of the images, see `ImageSizes`.
+        self.sizes = image_sizes(train_records, validation_records, test_records, settings, sides)
         self._weights = weights_of(train.cases, settings.case_weights, cohort.cases)
         #: Whether voxels of any patient do not count.
         self.ignores = train.ignores or validation.ignores
-        self._train = SliceBatches(train, settings.pixel_mm, self.size_hw, values, self.ignores)
-        # Whole slices, as prediction sees them.
-        height, width = (max(pair) for pair in zip(self.size_hw, holds_all, strict=True))
-        self._validation_hw = height, width
-        self._validation = SliceBatches(validation, settings.pixel_mm, self._validation_hw, values, self.ignores)
+        pixel_mm, sizes = settings.pixel_mm, self.sizes
+        self._train = SliceBatches(train, pixel_mm, sizes.slice_hw, values, self.ignores)
+        self._validation = SliceBatches(validation, pixel_mm, sizes.validation_hw, values, self.ignores)
 
     @property
     def labelled_slices(self) -> int:
@@ -100,13 +90,10 @@ class CohortSlices(lightning.LightningDataModule):
         slices = self._train.slices
         return int(np.count_nonzero(slices.labelled_voxels * self._weights[slices.case_numbers]))
 
-    def steps(self, half: bool) -> Steps:
-        """Return what steps the network will have to take, in 16 bits or not."""
-        fewest = min(self._settings.batch_size, len(self._sampler()))
-        trained = [self.crop_hw or self.size_hw]
-        if self._settings.coarse_share:
-            trained.append(fixed_size([coarser_shape(trained[0])], self._sides))
-        return Steps(self.size_hw, tuple(trained), self._validation_hw, fewest, half)
+    @property
+    def smallest_batch(self) -> int:
+        """Slices in the smallest training batch."""
+        return min(self._settings.batch_size, len(self._sampler()))
 
     def check_processes(self) -> None:
         """Refuse a number of processes that cannot divide the slices.

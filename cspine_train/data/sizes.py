@@ -1,45 +1,124 @@
-"""How large the images are that a network sees: one size for the slices of all patients."""
+"""Sizes of a run's images: one size for the slices of all patients, decided once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from cspine_data import CaseRecord
-from cspine_train.data.transforms import Sides, fixed_size, network_shape
 from cspine_train.errors import RunError
 from cspine_train.run.settings import RunSettings
 
 _FEWEST_PIXELS = 4
 
 
+def network_shape(
+    shape_hw: tuple[int, int], spacing_mm: tuple[float, float], pixel_mm: float | None
+) -> tuple[int, int]:
+    """Return the size of a slice at the network's pixel size."""
+    if pixel_mm is None:
+        return shape_hw
+    height, width = (max(1, round(n * mm / pixel_mm)) for n, mm in zip(shape_hw, spacing_mm, strict=True))
+    return height, width
+
+
+class Sides(NamedTuple):
+    """What the height and the width of a network's images may be: multiples of one number, no less than another."""
+
+    multiple: int = 32
+    least: int = 32
+
+
+#: Of nearly all: their encoders halve the size five times.
+USUAL_SIDES = Sides()
+
+
+def fixed_size(shapes_hw: Sequence[tuple[int, int]], sides: Sides) -> tuple[int, int]:
+    """Return the smallest size that a network takes and that holds slices of all these sizes."""
+    height, width = (
+        math.ceil(max(*sizes, sides.least) / sides.multiple) * sides.multiple for sizes in zip(*shapes_hw, strict=True)
+    )
+    return height, width
+
+
+#: How much larger pixels are in the first part of a run that begins coarse.
+COARSER = 1.5
+
+
+def coarser_shape(shape_hw: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of images whose pixels are larger by `COARSER`."""
+    return round(shape_hw[0] / COARSER), round(shape_hw[1] / COARSER)
+
+
 @dataclass(frozen=True)
-class Steps:
-    """The steps that a run will take.
+class ImageSizes:
+    """Sizes of a run's images, height and width in pixels of the network.
 
     Attributes
     ----------
-    read_hw, validation_hw : tuple of int
-        Sizes of the images as training batches hold them, and as the network validates on them.
-    train_hw : tuple of tuple of int
-        Sizes that the network trains on.
-    fewest : int
-        Slices in the smallest training batch.
-    half : bool
-        Whether the arithmetic is in 16 bits.
+    slice_hw : tuple of int
+        A training slice as a batch holds it.
+    crop_hw : tuple of int or None
+        The random part of it that training sees; None if training sees whole slices.
+    coarse_hw : tuple of int or None
+        What the first steps see, with `--coarse-share`.
+    validation_hw : tuple of int
+        A slice in validation: whole, as in prediction.
     """
 
-    read_hw: tuple[int, int]
-    train_hw: tuple[tuple[int, int], ...]
+    slice_hw: tuple[int, int]
+    crop_hw: tuple[int, int] | None
+    coarse_hw: tuple[int, int] | None
     validation_hw: tuple[int, int]
-    fewest: int
-    half: bool
+
+    @property
+    def trained_hw(self) -> tuple[tuple[int, int], ...]:
+        """All sizes that the network trains on."""
+        fine = self.crop_hw or self.slice_hw
+        return (fine, self.coarse_hw) if self.coarse_hw else (fine,)
 
 
-def check_pixels(records: Iterable[CaseRecord], settings: RunSettings) -> None:
+def image_sizes(
+    train: Iterable[CaseRecord],
+    validation: Iterable[CaseRecord],
+    test: Iterable[CaseRecord],
+    settings: RunSettings,
+    sides: Sides,
+) -> ImageSizes:
+    """Decide the sizes of a run's images.
+
+    Parameters
+    ----------
+    train, validation, test : iterable of CaseRecord
+        The cases of each part; iterated over more than once.
+    settings : RunSettings
+        Pixel size, requested size, crop and axes.
+    sides : Sides
+        Sizes that the network takes.
+
+    Raises
+    ------
+    RunError
+        If the pixels are too large for the labelled regions, the network does not take the requested size, or that
+        size would cut off labelled voxels.
+    """
+    _check_pixels(train, settings)
+    records = [record for part in (train, validation, test) for record in part]
+    holds_all = fixed_size([_shape(record, axis, settings) for record in records for axis in settings.axes], sides)
+    if settings.size_hw:
+        _check_size([*train, *validation], settings, settings.size_hw, sides)
+    slice_hw = settings.size_hw or holds_all
+    crop_hw = _size_that_holds_labels(train, settings, slice_hw, sides)
+    coarse_hw = fixed_size([coarser_shape(crop_hw or slice_hw)], sides) if settings.coarse_share else None
+    height, width = (max(pair) for pair in zip(slice_hw, holds_all, strict=True))
+    return ImageSizes(slice_hw, crop_hw, coarse_hw, (height, width))
+
+
+def _check_pixels(records: Iterable[CaseRecord], settings: RunSettings) -> None:
     """Refuse a pixel size that leaves next to nothing of any patient's labelled region."""
     if settings.pixel_mm is None:
         return
@@ -51,12 +130,7 @@ def check_pixels(records: Iterable[CaseRecord], settings: RunSettings) -> None:
         )
 
 
-def size_that_holds(records: Iterable[CaseRecord], settings: RunSettings, sides: Sides) -> tuple[int, int]:
-    """Return the smallest size, that the network takes and that holds every slice."""
-    return fixed_size([_shape(record, axis, settings) for record in records for axis in settings.axes], sides)
-
-
-def size_that_holds_labels(
+def _size_that_holds_labels(
     records: Iterable[CaseRecord], settings: RunSettings, size_hw: tuple[int, int], sides: Sides
 ) -> tuple[int, int] | None:
     """Return the size of a crop that holds any training patient's labelled region and its margin."""
@@ -73,7 +147,7 @@ def size_that_holds_labels(
     return height, width
 
 
-def check_size(records: Iterable[CaseRecord], settings: RunSettings, size_hw: tuple[int, int], sides: Sides) -> None:
+def _check_size(records: Iterable[CaseRecord], settings: RunSettings, size_hw: tuple[int, int], sides: Sides) -> None:
     """Refuse a size that was asked for, where the network cannot take it or labelled voxels would be cut off.
 
     Parameters

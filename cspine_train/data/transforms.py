@@ -1,10 +1,6 @@
-"""What happens to slices between the store and the network: one pixel size, one fixed size, random changes."""
+"""Slices as network input, and network output as slices: pixel size, margins, context and shares of labels."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,35 +8,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from cspine_data import IGNORE_INDEX
-
-
-def network_shape(
-    shape_hw: tuple[int, int], spacing_mm: tuple[float, float], pixel_mm: float | None
-) -> tuple[int, int]:
-    """Return the size of a slice at the network's pixel size."""
-    if pixel_mm is None:
-        return shape_hw
-    height, width = (max(1, round(n * mm / pixel_mm)) for n, mm in zip(shape_hw, spacing_mm, strict=True))
-    return height, width
-
-
-class Sides(NamedTuple):
-    """What the height and the width of a network's images may be: multiples of one number, no less than another."""
-
-    multiple: int = 32
-    least: int = 32
-
-
-#: Of nearly all: their encoders halve the size five times.
-USUAL_SIDES = Sides()
-
-
-def fixed_size(shapes_hw: Sequence[tuple[int, int]], sides: Sides) -> tuple[int, int]:
-    """Return the smallest size that a network takes and that holds slices of all these sizes."""
-    height, width = (
-        math.ceil(max(*sizes, sides.least) / sides.multiple) * sides.multiple for sizes in zip(*shapes_hw, strict=True)
-    )
-    return height, width
+from cspine_train.data.sizes import Sides, coarser_shape, fixed_size, network_shape
 
 
 def resample(images: torch.Tensor, shape_hw: tuple[int, int]) -> torch.Tensor:
@@ -194,15 +162,6 @@ def from_network(
     shares = fit(shares, network_shape(shape_hw, spacing_mm, pixel_mm), unseen)
     shares = functional.interpolate(shares, size=shape_hw, mode="bilinear", align_corners=False)
     return np.asarray(shares.cpu().numpy())
-
-
-#: How much larger pixels are in the first part of a run that begins coarse.
-COARSER = 1.5
-
-
-def coarser_shape(shape_hw: tuple[int, int]) -> tuple[int, int]:
-    """Return the size of images whose pixels are larger by `COARSER`."""
-    return round(shape_hw[0] / COARSER), round(shape_hw[1] / COARSER)
 
 
 def coarser(images: torch.Tensor, masks: torch.Tensor, sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cspine_data.tools import atomic_write, make_folder
-from cspine_train.data.transforms import Sides
+from cspine_train.data.sizes import Sides
 from cspine_train.errors import ModelError, meant
 from cspine_train.models.pretrained import give_weights
 

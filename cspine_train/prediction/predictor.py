@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cspine_data import PreparedVolume, Preprocessing, Volume, preprocess_volume, usable_image
-from cspine_train.data.transforms import fixed_size, from_network, network_shape, to_network, with_context
+from cspine_train.data.sizes import fixed_size, network_shape
+from cspine_train.data.transforms import from_network, to_network, with_context
 from cspine_train.errors import ModelError, RunError
 from cspine_train.metrics.components import tidied
 from cspine_train.metrics.overlap import Overlap

@@ -91,11 +91,11 @@ def _cost(
     what = settings.model, settings.encoder, settings.channels, network_classes(values)
     network = build(*what)
     data = CohortSlices(cohort, split, settings, 0, sides_of(network), values)
-    shape = min(settings.batch_size, data.slices_of_an_epoch()), settings.channels, *(data.crop_hw or data.size_hw)
+    shape = min(settings.batch_size, data.slices_of_an_epoch()), settings.channels, *data.sizes.trained_hw[0]
     key = *what, settings.precision, shape
     if key not in timed:
         half = "bf16" in precision_of(settings.precision)
-        check_steps(network, settings, data.steps(half))
+        check_steps(network, settings, data.sizes, data.smallest_batch, half)
         try:
             timed[key] = _step_seconds(network, shape, half)
         except RuntimeError as error:

@@ -211,15 +211,15 @@ def _built(
     if unknown:
         warnings.warn(unknown_told(unknown), stacklevel=3)
     if trainer.is_global_zero:
-        check_steps(network, _of_one(trainer, settings), data.steps("bf16" in trainer.precision))
+        check_steps(network, _of_one(trainer, settings), data.sizes, data.smallest_batch, "bf16" in trainer.precision)
     if world > 1 and trainer.strategy.root_device.type == "cuda":
         network = synchronised(network)
     missed = [len(unknown.get(case, ())) for case in split.validation]
     module = SliceSegmenter(
-        network, settings, split.validation, data.crop_hw, max(1, len(values)), missed, data.ignores
+        network, settings, split.validation, data.sizes.crop_hw, max(1, len(values)), missed, data.ignores
     )
     labels = {"label_values": values, "label_meaning": label_meaning(values)}
-    made = {"weights_used": weights_used, "size_hw": data.size_hw, **labels, "versions": _versions()}
+    made = {"weights_used": weights_used, "size_hw": data.sizes.slice_hw, **labels, "versions": _versions()}
     return module, data, made | {"processes": world}
 
 

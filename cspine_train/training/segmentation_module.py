@@ -11,7 +11,8 @@ from torch import nn
 
 from cspine_train.data.augmentation import Augmentation, sample_seeds
 from cspine_train.data.batches import Batch
-from cspine_train.data.transforms import USUAL_SIDES, coarser, inside
+from cspine_train.data.sizes import USUAL_SIDES
+from cspine_train.data.transforms import coarser, inside
 from cspine_train.models.build import sides_of
 from cspine_train.run.folder import MONITOR
 from cspine_train.run.settings import RunSettings

@@ -15,7 +15,7 @@ import torch
 from distributed.system import MEMORY_LIMIT
 from torch import nn
 
-from cspine_train.data.sizes import Steps
+from cspine_train.data.sizes import ImageSizes
 from cspine_train.errors import RunError
 from cspine_train.run.settings import RunSettings
 
@@ -23,7 +23,7 @@ _GIB = 1024**3
 _ONE_VALUE = "Expected more than 1 value per channel"
 
 
-def check_steps(network: nn.Module, settings: RunSettings, steps: Steps) -> None:
+def check_steps(network: nn.Module, settings: RunSettings, sizes: ImageSizes, smallest_batch: int, half: bool) -> None:
     """Refuse a run whose network fails on its images, or whose training steps do not fit into memory.
 
     Parameters
@@ -32,8 +32,12 @@ def check_steps(network: nn.Module, settings: RunSettings, steps: Steps) -> None
         The network, which stays as it is.
     settings : RunSettings
         The run's settings.
-    steps : Steps
+    sizes : ImageSizes
         Sizes of its images.
+    smallest_batch : int
+        Slices in the smallest training batch.
+    half : bool
+        Whether the step computes in 16 bits.
 
     Raises
     ------
@@ -42,16 +46,16 @@ def check_steps(network: nn.Module, settings: RunSettings, steps: Steps) -> None
     """
     channels, batch = settings.channels, settings.batch_size
     # First: no tensor may have as many elements as a user can ask for.
-    _check_memory(4.0 * (channels + 1) * batch * steps.read_hw[0] * steps.read_hw[1], batch, steps.read_hw)
+    _check_memory(4.0 * (channels + 1) * batch * sizes.slice_hw[0] * sizes.slice_hw[1], batch, sizes.slice_hw)
     meta = copy.deepcopy(network).to("meta")
-    slices = min(steps.fewest, 2)
-    for size_hw in steps.train_hw:
+    slices = min(smallest_batch, 2)
+    for size_hw in sizes.trained_hw:
         saved = 0
         with _refusal(settings, "train on", size_hw):
             saved = saved_bytes(meta.train(), (slices, channels, *size_hw))
-        _check_memory((0.5 if steps.half else 1.0) * saved * batch / slices, batch, size_hw)
-    with _refusal(settings, "predict", steps.validation_hw):
-        meta.eval()(torch.zeros((1, channels, *steps.validation_hw), device="meta"))
+        _check_memory((0.5 if half else 1.0) * saved * batch / slices, batch, size_hw)
+    with _refusal(settings, "predict", sizes.validation_hw):
+        meta.eval()(torch.zeros((1, channels, *sizes.validation_hw), device="meta"))
 
 
 @contextmanager
