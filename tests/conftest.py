@@ -162,8 +162,8 @@ def run_train() -> Callable[..., Result]:
 def without_pictures() -> Iterator[None]:
     """Let `train` leave out its pictures, which are drawn as long as a tiny network trains."""
     with pytest.MonkeyPatch.context() as patches:
-        for place in ("callbacks.draw_curves", "training.draw_curves", "training.save_overlays"):
-            patches.setattr(f"cspine_train.{place}", lambda *_: ())
+        for place in ("callbacks.draw_curves", "pipeline.draw_curves", "pipeline.save_overlays"):
+            patches.setattr(f"cspine_train.training.{place}", lambda *_: ())
         yield
 
 

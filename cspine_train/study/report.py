@@ -62,10 +62,10 @@ def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
 def _page(study: Path, plan: Plan, found: Findings, rows: Sequence[Mapping[str, Any]]) -> str:
     from markupsafe import Markup
 
-    script = files("cspine_train").joinpath("study.js").read_text(encoding="utf-8")
+    script = files("cspine_train.study").joinpath("study.js").read_text(encoding="utf-8")
     cells = {row["cell"]: _told(row) for row in rows}
     return page(
-        "study.html.jinja",
+        "study/study.html.jinja",
         title=f"Study of {counted(len(plan.cells), 'cell')}, {len(cells)} of them done",
         answer=found.answer,
         caveats=found.caveats,
