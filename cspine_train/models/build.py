@@ -68,10 +68,10 @@ def build_model(
     """
     network = _create(model, encoder, None, channels, classes)
 
-    def in_colour() -> nn.Module:
-        return cast("nn.Module", _create(model, encoder, "imagenet", 3, classes).encoder)
+    def pretrained() -> nn.Module:
+        return cast("nn.Module", _create(model, encoder, "imagenet", channels, classes).encoder)
 
-    return network, give_weights(cast("nn.Module", network.encoder), encoder, weights, in_colour)
+    return network, give_weights(cast("nn.Module", network.encoder), encoder, weights, pretrained)
 
 
 def check_names(model: str, encoder: str) -> None:
