@@ -87,10 +87,10 @@ _RECIPE = (
     ),
     click.option(
         "--loss",
-        type=click.Choice(["dice", "dice_bce", "dice_focal", "tversky"]),
+        metavar="NAME",
         default="dice_bce",
-        help="What training makes small: Dice alone, with cross-entropy or focal loss; Tversky's, which minds misses "
-        "more.",
+        help="Loss: dice, dice_bce (with cross-entropy), dice_focal (with focal loss), tversky (false negatives weigh "
+        "more), or a plug-in's.",
     ),
     click.option(
         "--labels",
@@ -100,10 +100,10 @@ _RECIPE = (
     ),
     click.option(
         "--augment",
-        type=click.Choice(["none", "light", "reference", "strong"]),
+        metavar="NAME[+NAME]",
         default="light",
-        help="Change training slices at random: light: place, contrast, noise; reference: as the reference study did; "
-        "strong: leave no contrast to memorise, for scans of other scanners and sequences.",
+        help="Augmentation: none; light: position, contrast, noise; reference: as in the reference study; strong: no "
+        "contrast to memorise, for other scanners and sequences; or a plug-in's. +NAME adds a plug-in's change.",
     ),
     click.option(
         "--largest-components",

@@ -35,13 +35,15 @@ def write_card(run: Path, record: RunRecord) -> Path:
         Its record.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     # Names and notes come from files: whatever the template is given is shown as text.
     pages = Environment(  # noqa: S701
-        loader=PackageLoader("cspine_train", "reports"), undefined=StrictUndefined, finalize=escaped,
-        trim_blocks=False, keep_trailing_newline=True,
-    )  # fmt: skip
-    pages.filters["told"] = lambda dice: mean_interval(dice, (0.0, 1.0)).told()
+        loader=PackageLoader("cspine_train", "reports"),
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else escaped(value),
+    )
+    pages.filters["told"] = lambda dice: Markup(mean_interval(dice, (0.0, 1.0)).told())  # noqa: S704
     pages.filters["capitalize_first"] = lambda text: text[0].upper() + text[1:]
     text = pages.get_template("model_card.md.jinja").render(**_fields(run, record))
     write_text(run / CARD_NAME, text)
@@ -57,6 +59,9 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
     """Return what the template shows."""
     several = len(record.label_values) > 1
     scores = _scores(run, record)
+    chosen = [] if several else ["the threshold"]
+    if record.settings.schedule == "plateau":
+        chosen.append("the epoch")
     tables = {"vertebra or not": "dice", **({"by label": "label_dice"} if record.label_values else {})}
     return {
         "record": record,
@@ -65,15 +70,16 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
         "normalisation": _NORMALISATIONS[record.preprocessing.normalisation],
         "several": several,
         # What was chosen on the validation patients.
-        "chosen": [*([] if several else ["the threshold"]), *(["the epoch"] if record.settings.schedule == "plateau" else [])],
-        "tables": scores and {
+        "chosen": chosen,
+        "tables": {
             what: {part: [row[measure] for row in rows] for part, rows in scores.items()}
             for what, measure in tables.items()
+            if scores
         },
         "intervals": any(too_few(len(rows)) is None for rows in scores.values()),
         "too_few": [few for part, rows in scores.items() if (few := too_few(len(rows), part))],
         "tested": "test" in scores,
-    }  # fmt: skip
+    }
 
 
 def _scores(run: Path, record: RunRecord) -> dict[str, list[dict[str, Any]]]:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cspine_data import RecordedPreprocessing, Split
 from cspine_train.errors import RunError
+from cspine_train.extensions import AUGMENTATIONS, LOSSES, check_name
 from cspine_train.run.cohort_range import CohortLooks
 from cspine_train.run.folder import RECORD_NAME, write_text
 
@@ -22,8 +33,10 @@ _LEAST_PIXEL_MM = 0.05
 _MOST_LABELS = 255
 _Axis = Annotated[int, Field(ge=0, le=2)]
 _Side = Annotated[int, Field(gt=0, le=1 << 14)]
-#: See `SegmentationLoss`.
-LossName = Literal["dice", "dice_bce", "dice_focal", "tversky"]
+
+
+def _check_augmentations(names: str) -> str:
+    return "+".join(check_name(AUGMENTATIONS, name) for name in names.split("+"))
 
 
 class RunSettings(BaseModel):
@@ -75,12 +88,13 @@ class RunSettings(BaseModel):
         ``slices``: every labelled slice is seen equally often, times its case's weight; ``cases``: every case, however
         many labelled slices it has. An epoch has as many slices either way.
     loss : str
-        What training makes small, see `SegmentationLoss`.
+        The loss: a name in the group ``cspine.losses``, see `SegmentationLoss`.
     labels : str
         ``binary``: vertebra or not; ``stored``: each label value that training patients have is a class.
     augment : str
-        How training slices are changed at random: ``none``, ``light`` (place, contrast, noise), ``reference`` (what the
-        reference study did) or ``strong`` (leaves no contrast to memorise); see `Augmentation`.
+        Augmentation: ``none``, ``light`` (position, contrast, noise), ``reference`` (as in the reference study),
+        ``strong`` (leaves no contrast to memorise), or a name in the group ``cspine.augmentations``; several are joined
+        by ``+``, see `Augmentation`.
     largest_components : int or None
         Keep at most so many connected components of a prediction, the largest, if that gives the validation patients a
         higher Dice on whole volumes; None keeps all. For binary labels.
@@ -115,9 +129,9 @@ class RunSettings(BaseModel):
     empty_share: float = Field(default=0.25, ge=0)
     case_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     balance: Literal["slices", "cases"] = "slices"
-    loss: LossName = "dice_bce"
+    loss: Annotated[str, AfterValidator(partial(check_name, LOSSES))] = "dice_bce"
     labels: Literal["binary", "stored"] = "binary"
-    augment: Literal["none", "light", "reference", "strong"] = "light"
+    augment: Annotated[str, AfterValidator(_check_augmentations)] = "light"
     largest_components: int | None = Field(default=None, ge=1)
     fill_holes: bool = False
     seed: int = Field(default=0, ge=0)

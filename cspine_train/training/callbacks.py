@@ -69,7 +69,7 @@ class WeightEMA(WeightAveraging):
     def __init__(self, decay: float) -> None:
         def update(averages: Any, values: Any, steps: Any) -> None:
             warm_up = (1 + float(steps)) / (10 + float(steps))
-            get_ema_multi_avg_fn(min(decay, warm_up))(averages, values, steps)
+            get_ema_multi_avg_fn(min(decay, warm_up))(averages, values, steps)  # type: ignore[no-untyped-call]
 
         super().__init__(multi_avg_fn=update)
 

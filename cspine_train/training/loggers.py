@@ -34,13 +34,13 @@ class RunLogger(Logger):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Log an epoch's metrics; the step is the epoch, from 0."""
         if step is None or step >= self.first_epoch:
-            self._attempt(super().log_metrics, metrics, step)
+            self._attempt(super().log_metrics, metrics, step)  # type: ignore[safe-super]
 
     def save(self) -> None:
         """Flush the log."""
         self._attempt(super().save)
 
-    def finalize(self, status: str) -> None:
+    def finalize(self, status: str = "success") -> None:
         """Close the log."""
         self._attempt(super().finalize, status)
 
@@ -113,10 +113,7 @@ class RunMLflow(RunLogger, MLFlowLogger):
         self.first_epoch = max(steps, default=-1) + 1
 
 
-LOGGERS: dict[str, Callable[[Path, RunRecord, int], RunLogger]] = {
-    "tensorboard": RunTensorBoard,
-    "mlflow": RunMLflow,
-}
+LOGGERS: dict[str, type[RunTensorBoard | RunMLflow]] = {"tensorboard": RunTensorBoard, "mlflow": RunMLflow}
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -137,7 +134,7 @@ def check_loggers(names: Sequence[str]) -> None:
             raise RunError(f"logger {name}: needs {' and '.join(missing)}; pip install 'cspine[loggers]'")
 
 
-def open_loggers(names: Sequence[str], run: Path, record: RunRecord, epochs: int) -> list[RunLogger]:
+def open_loggers(names: Sequence[str], run: Path, record: RunRecord, epochs: int) -> list[Logger]:
     """Open the loggers of a run, or continue them.
 
     Parameters
@@ -156,7 +153,7 @@ def open_loggers(names: Sequence[str], run: Path, record: RunRecord, epochs: int
     RunError
         If a logger cannot be opened.
     """
-    opened = []
+    opened: list[Logger] = []
     for name in dict.fromkeys(names):
         try:
             opened.append(LOGGERS[name](run, record, epochs))
