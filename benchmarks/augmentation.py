@@ -19,7 +19,8 @@ from torch.nn import functional
 from cspine_data import Preprocessing, preprocess_volume, read_volume
 from cspine_data.phantom.cohort import make_phantom_cohort
 from cspine_data.volumes.geometry import Orientation
-from cspine_train.data.augmentation import LEVELS, Amounts, Augmentation, sample_seeds
+from cspine_train.data.augmentation import STRONG, Amounts, Augmentation, sample_seeds
+from cspine_train.extensions import AUGMENTATIONS, names
 from cspine_train.models.build import build_model
 from cspine_train.training.allocator import keep_large_blocks
 
@@ -40,8 +41,8 @@ ALONE = {
     "motion ghosts": Amounts(ghosts=0.3, chance=1),
     "noise": Amounts(noise=0.4),
     "small field of view": Amounts(window=1),
-    "strong": LEVELS["strong"],
-    "strong, more of it": LEVELS["strong"],
+    "strong": STRONG,
+    "strong, more of it": STRONG,
 }
 
 
@@ -116,8 +117,8 @@ def times(device: str, rounds: int) -> dict[str, float]:
         optimizer.step()
 
     found = {"training step": milliseconds(step, rounds, device)}
-    for level in LEVELS:
-        augment = Augmentation(level, CROP)  # type: ignore[arg-type]
+    for level in names(AUGMENTATIONS):
+        augment = Augmentation(level, CROP)
         seeds = [sample_seeds(0, number, BATCH) for number in range(rounds + 2)]
         found[f"cspine, {level}"] = milliseconds(
             lambda number, augment=augment, seeds=seeds: augment(images, masks, axes, seeds[number]), rounds, device

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cspine_train.data.augmentation import LEVELS, Amounts, Augmentation, sample_seeds
+from cspine_train.data.augmentation import Amounts, Augmentation, Stream, sample_seeds
 from cspine_train.data.random_changes import (
     blurred,
     coarsened,
@@ -25,9 +25,11 @@ from cspine_train.data.random_changes import (
     standardised_like,
     warped,
 )
+from cspine_train.extensions import load, names
 from cspine_train.run.settings import RunSettings
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+LEVELS = {name: load("cspine.augmentations", name) for name in names("cspine.augmentations")}
 
 
 def batch() -> Pair:
@@ -61,6 +63,38 @@ def test_a_sample_is_changed_by_its_own_seed_alone(level: str) -> None:
     if level != "none":
         other = augment(images, masks, axes, sample_seeds(5, 8, 8))
         assert all((first != second).any() for first, second in zip(together[0], other[0], strict=True))
+
+
+def test_each_change_has_its_own_random_numbers() -> None:
+    seeds, cpu = sample_seeds(1, 2, 3), torch.device("cpu")
+    first = Stream(seeds, "blur", cpu).uniform(4)
+    other = Stream(seeds, "ghosts", cpu)
+    assert not (first == other.uniform(4)).any()
+    assert torch.equal(Stream(seeds, "blur", cpu).uniform(4), first)
+    assert len(first.unique()) == first.numel()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_more_change_leaves_the_others_as_they_were(axis: int) -> None:
+    """Each pair of levels differs by changes that the compared output does not show."""
+    images = torch.rand(16, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    masks = (images[:, 1:2] > 0.5).float()
+    place = {"flip": 0.5, "degrees": 12.0, "scale": 0.2, "shift": 0.1}
+    intensity = {"contrast": 0.3, "noise": 0.2, "remap": 0.5, "convolve": 0.5, "field": 0.4, "blur": 1.0, "ghosts": 0.1}
+    _, moved = change(Amounts(**place), images, masks, axis=axis)
+    _, same = change(Amounts(**place, **intensity, coarse=2.0, chance=0.5), images, masks, axis=axis)
+    assert torch.equal(moved, same)
+    # A window only masks what would be there without it.
+    shown, _ = change(Amounts(**place), images, torch.ones_like(masks), axis=axis)
+    narrow, seen = change(Amounts(**place, window=0.5), images, torch.ones_like(masks), axis=axis)
+    whole = (seen > 0).expand_as(shown)
+    assert torch.equal(narrow[whole], shown[whole])
+    # Noise is added last: the difference is noise, however contrast changes before it.
+    contrast, _ = change(Amounts(contrast=0.3), images, masks, axis=axis)
+    noisy, _ = change(Amounts(contrast=0.3, noise=0.2), images, masks, axis=axis)
+    still, _ = change(Amounts(degrees=1e-9), images, masks, axis=axis)
+    alone, _ = change(Amounts(degrees=1e-9, noise=0.2), images, masks, axis=axis)
+    torch.testing.assert_close(noisy - contrast, alone - still, atol=1e-5, rtol=1e-5)
 
 
 def test_seeds_are_of_run_step_and_place() -> None:
@@ -174,7 +208,7 @@ def test_a_turned_crop_shows_the_slice_at_its_corners() -> None:
     ramp = torch.arange(96.0).expand(4, 1, 96, 96)
     mask = torch.zeros(4, 1, 96, 96)
     mask[..., 32:64, 32:64] = 1
-    turned, _ = change(Amounts(degrees=45), ramp, mask, crop=(32, 32), seed=1)
+    turned, _ = change(Amounts(degrees=45), ramp, mask, crop=(32, 32), seed=5)
     for axis in (2, 3):
         assert turned.diff(n=2, dim=axis).abs().max() < 1e-3
     assert (turned.diff(dim=2).abs().amax((1, 2, 3)) > 0.05).all()

@@ -139,7 +139,7 @@ def test_a_run_records_and_tells_what_it_chose(run: Path) -> None:
     assert record.kept_components == record.settings.largest_components
     evaluate(run)
     which = "largest connected component" if record.kept_components == 1 else f"{record.kept_components} largest"
-    told = f"patient by patient, of each prediction the {which}"
+    told = f"patient by patient, the {which}"
     assert told in (run / "MODEL_CARD.md").read_text()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -11,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cspine_train.run.settings import LossName
+from cspine_train.extensions import names
 from cspine_train.training.losses import SegmentationLoss, with_background
 
-LOSSES = get_args(LossName)
+LOSSES = names("cspine.losses")
 
 
 def a_batch(labels: int, soft: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

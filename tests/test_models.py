@@ -87,9 +87,7 @@ def test_unknown_names_are_told(model: str, encoder: str) -> None:
 
 def test_imagenet_weights_without_a_network_fail_within_seconds() -> None:
     started = time.monotonic()
-    with pytest.raises(
-        ModelError, match="'resnet18': its ImageNet weights are not cached and cannot be fetched; connect"
-    ):
+    with pytest.raises(ModelError, match="'resnet18': its ImageNet weights are not cached and cannot be downloaded"):
         build_model("unet", "resnet18", "imagenet")
     assert time.monotonic() - started < 15
 
@@ -100,8 +98,8 @@ def test_auto_falls_back_to_random_weights_and_says_so() -> None:
     assert used == "none"
 
 
-@pytest.mark.parametrize(("suffix", "channels"), [(".safetensors", 1), (".pt", 1), (".safetensors", 5)])
-def test_a_local_file_of_colour_weights_fits_grey_channels(suffix: str, channels: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_local_file_of_colour_weights_fits_grey_slices(suffix: str, tmp_path: Path) -> None:
     import segmentation_models_pytorch as smp
 
     source = smp.Unet("resnet18", encoder_weights=None, in_channels=3).encoder
@@ -110,12 +108,12 @@ def test_a_local_file_of_colour_weights_fits_grey_channels(suffix: str, channels
         torch.save(source.state_dict(), path)
     else:
         save_file(source.state_dict(), path)
-    network, used = build_model("unet", "resnet18", str(path), channels)
+    network, used = build_model("unet", "resnet18", str(path))
     assert len(used) == 64
     grey = torch.rand(1, 1, 64, 64)
     with torch.inference_mode():
         expected = source.eval()(grey.expand(-1, 3, -1, -1))[-1]
-        found = network.encoder.eval()(grey.expand(-1, channels, -1, -1))[-1]
+        found = network.encoder.eval()(grey)[-1]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""How weights move: rates and averages against their formulas; a run of all options is stopped and goes on."""
+"""Learning rates and weight averages against their formulas; a run with all options is interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from cspine_train import RunError, RunSettings, train
 from cspine_train.run.folder import MONITOR
-from cspine_train.training.callbacks import Plateau, Stop
-from cspine_train.training.optimisers import averaged, cosine_share, optimisation
+from cspine_train.training.callbacks import Plateau, WeightEMA
+from cspine_train.training.optimisers import cosine_share, optimisation
 from cspine_train.training.processes import training_errors
 from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
@@ -58,7 +58,7 @@ class Scripted(lightning.LightningModule):
 def fit(scores: Sequence[float], folder: Path, epochs: int, checkpoint: Path | None = None) -> list[float]:
     """Train on the plateau schedule; return the learning rate of each epoch. The last epoch leaves a checkpoint."""
     trainer = lightning.Trainer(
-        max_epochs=epochs, callbacks=[Plateau(), Stop()], accelerator="cpu", logger=False, default_root_dir=folder,
+        max_epochs=epochs, callbacks=[Plateau()], accelerator="cpu", logger=False, default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     module = Scripted(scores)
@@ -103,31 +103,53 @@ def test_a_run_that_goes_on_within_its_patience_lowers_and_stops_where_it_would_
     assert before + after == pytest.approx([FULL] * 6 + [THIRD] * 2)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_checkpoint_of_another_patience_goes_on_with_the_schedule_of_this_version(tmp_path: Path) -> None:
-    """Versions before this one left patience 5 and a relative threshold of 1e-4 in checkpoints."""
-    before = fit([0.5] * 4, tmp_path, 4)
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    checkpoint["callbacks"]["_Plateau"] |= {"patience": 5, "threshold": 1e-4, "threshold_mode": "rel"}
-    torch.save(checkpoint, tmp_path / "last.ckpt")
-    assert before + fit([0.5] * 20, tmp_path, 20, tmp_path / "last.ckpt") == pytest.approx([FULL] * 6 + [THIRD] * 2)
+class Counted(lightning.LightningModule):
+    """Sets its weights, and the statistics of batch normalisation, to known values, one a step."""
 
+    VALUES = (2.0, 5.0, 3.0, 4.0)
 
-def test_an_average_is_of_the_latest_weights_and_statistics() -> None:
-    network = nn.BatchNorm1d(1)
-    average = averaged(network, 0.9)
-    expected = [1.0]
-    for step, value in enumerate((2.0, 5.0, 3.0, 4.0)):
-        for tensor in (network.weight, network.running_mean):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.BatchNorm1d(1)
+        #: The weight and the running mean that validation sees, an epoch each.
+        self.validated: list[tuple[float, float]] = []
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        return (self.network.weight * 0).sum()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """After the callbacks: the average holds the values of the step before."""
+        self.fill()
+
+    def on_train_start(self) -> None:
+        self.fill()
+
+    def fill(self) -> None:
+        value = self.VALUES[min(self.global_step, len(self.VALUES) - 1)]
+        for tensor in (self.network.weight, self.network.running_mean):
             tensor.data.fill_(value)
-        network.num_batches_tracked.fill_(step)
-        average.update_parameters(network)
-        kept = min(0.9, (1 + step) / (10 + step)) if step else 0
-        expected.append(kept * expected[-1] + (1 - kept) * value)
-    for tensor in (average.module.weight, average.module.running_mean):
-        assert tensor.item() == pytest.approx(expected[-1])
-    assert int(average.module.num_batches_tracked) == 3
-    assert not any(parameter.requires_grad for parameter in average.parameters())
+
+    def validation_step(self, batch: torch.Tensor, _: int) -> None:
+        self.validated.append((self.network.weight.item(), self.network.running_mean.item()))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_validation_sees_the_average_of_weights_and_statistics(tmp_path: Path) -> None:
+    average, module, steps = WeightEMA(0.9), Counted(), len(Counted.VALUES)
+    trainer = lightning.Trainer(
+        max_epochs=1, callbacks=[average], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(torch.ones(steps, 1)), DataLoader(torch.ones(1, 1)))
+    expected = Counted.VALUES[0]
+    for step, value in enumerate(Counted.VALUES[1:], start=1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    assert module.validated == [pytest.approx((expected, expected))]
+    assert average.network.weight.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,43 +41,26 @@ def renamed(state: State, prefix: str) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def of_a_run(state: State) -> dict[str, Any]:
-    decoder = {
-        "network.decoder.blocks.0.conv1.0.weight": torch.ones(3),
-        "network.segmentation_head.0.bias": torch.ones(1),
-    }
-    return {
-        "epoch": 3,
-        "state_dict": {**renamed(state, "network.encoder."), **decoder},
-        "optimizer_states": [{"lr": 1}],
-    }
-
-
 @pytest.mark.parametrize(
-    ("form", "left_out"),
+    "form",
     [
-        (lambda state: state, 2),
-        (lambda state: renamed(state, "module."), 2),
-        (lambda state: {"arch": "test_resnet", "state_dict": renamed(state, "module.model.")}, 2),
-        (lambda state: {"model": {"state_dict": renamed(state, "encoder.")}, "epoch": 1}, 2),
-        (of_a_run, 4),
-        (lambda state: {name: tensor for name, tensor in state.items() if "num_batches" not in name}, 2),
-        (lambda state: {name: tensor.half() for name, tensor in state.items()}, 2),
+        lambda state: state,
+        lambda state: renamed(state, "module."),
+        lambda state: {"arch": "test_resnet", "state_dict": renamed(state, "module.")},
+        lambda state: {"model": state, "epoch": 1},
+        lambda state: {**renamed(state, "encoder."), "decoder.blocks.0.conv1.0.weight": torch.ones(3)},
+        lambda state: {name: tensor for name, tensor in state.items() if "num_batches" not in name},
+        lambda state: {name: tensor.half() for name, tensor in state.items()},
     ],
-    ids=["plain", "parallel", "timm", "nested", "lightning", "old", "half"],
+    ids=["plain", "parallel", "timm", "nested", "smp", "old", "half"],
 )
-def test_every_form_of_a_file_fits(
-    form: Callable[[State], dict[str, Any]], left_out: int, classifier: State, tmp_path: Path, caplog: Any
-) -> None:
-    caplog.set_level(logging.INFO, "cspine_train")
+def test_every_form_of_a_file_fits(form: Callable[[State], dict[str, Any]], classifier: State, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(form(classifier), path)
     encoder = smp.encoders.get_encoder("tu-test_resnet", weights=None)
     assert len(give_weights(encoder, "tu-test_resnet", str(path), nn.Identity)) == 64
     for name, tensor in encoder.state_dict().items():
         torch.testing.assert_close(tensor, classifier[name.removeprefix("model.")], atol=1e-3, rtol=1e-3)
-    assert f"{path}: {left_out} tensors that encoder tu-test_resnet lacks here are left out (" in caplog.text
-    assert "fc.weight" in caplog.text
 
 
 def test_the_model_of_a_run_gives_its_encoder(tmp_path: Path) -> None:
@@ -108,6 +90,8 @@ def test_the_names_of_torchvisions_densenet_are_known() -> None:
         .replace("norm2", "norm.2")
         .replace("conv2", "conv.2"): value
         for name, value in target.state_dict().items()
+        # Those checkpoints are older than this buffer.
+        if "num_batches_tracked" not in name
     }
     assert "features.denseblock1.denselayer1.norm.1.weight" in state
     load_encoder(target, "densenet121", state, "test")
@@ -115,19 +99,25 @@ def test_the_names_of_torchvisions_densenet_are_known() -> None:
 
 def test_a_deeper_network_does_not_pass_for_a_shallower_one() -> None:
     target = smp.encoders.get_encoder("resnet18", weights=None)
-    before = target.conv1.weight.clone()
     deeper = smp.encoders.get_encoder("resnet34", weights=None).state_dict()
-    message = r"^w: does not fit encoder 'resnet18' \(layer1\.2\.conv1\.weight is not in the encoder; .* and \d+ more\)"
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=r"^w: does not fit encoder 'resnet18' .*Unexpected.*layer1\.2\.conv1\.weight"):
         load_encoder(target, "resnet18", deeper, "w")
-    assert torch.equal(target.conv1.weight, before)
     stages = timm.create_model("test_convnext", depths=(1, 2, 5, 2)).state_dict()
     target = smp.encoders.get_encoder("tu-test_convnext", weights=None)
-    with pytest.raises(ModelError, match=r"stages\.2\.blocks\.4\.\w+ is not in the encoder"):
+    with pytest.raises(ModelError, match=r"Unexpected.*stages\.2\.blocks\.4\.\w+"):
         load_encoder(target, "tu-test_convnext", stages, "w")
 
 
-def test_a_mismatch_is_told_tensor_by_tensor(phantom_store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["unet", "pspnet"])
+def test_a_classifier_fits_an_encoder_of_smp(model: str, tmp_path: Path) -> None:
+    whole = {**smp.encoders.get_encoder("resnet18", weights=None).state_dict(), "fc.weight": torch.ones(1000, 512)}
+    save_file(whole, tmp_path / "w.safetensors")
+    network, _ = build_model(model, "resnet18", str(tmp_path / "w.safetensors"), 3)
+    for name, tensor in network.encoder.state_dict().items():
+        assert torch.equal(tensor, whole[name])
+
+
+def test_a_mismatch_lists_the_tensors(phantom_store: Path, tmp_path: Path) -> None:
     right = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
     wrong = {**right, "layer1.0.conv1.weight": torch.ones(64, 64, 1, 1), "layer4.0.bn1.bias": torch.ones(256)}
     wrong["layer1.7.conv1.weight"] = torch.ones(2, 3)
@@ -136,16 +126,11 @@ def test_a_mismatch_is_told_tensor_by_tensor(phantom_store: Path, tmp_path: Path
     options = ("--encoder", "resnet18", "--weights", str(tmp_path / "w.safetensors"), "-o", str(tmp_path / "run"))
     result = CliRunner().invoke(train_main, ["run", "--store", str(phantom_store), *options])
     assert result.exit_code == 1
-    assert result.stderr.splitlines() == [
-        "tensor                 encoder          weights",
-        "bn1.weight             64               missing",
-        "layer1.0.conv1.weight  64 x 64 x 3 x 3  64 x 64 x 1 x 1",
-        "layer4.0.bn1.bias      512              256",
-        "layer1.7.conv1.weight  missing          2 x 3",
-        f"Error: {tmp_path / 'w.safetensors'}: does not fit encoder 'resnet18' (bn1.weight is missing; "
-        "layer1.0.conv1.weight is 64 x 64 x 1 x 1, not 64 x 64 x 3 x 3; layer4.0.bn1.bias is 256, not 512 and 1 more); "
-        "give weights of that encoder",
-    ]
+    *details, error = result.stderr.splitlines()
+    for words in (("Missing", "bn1.weight"), ("layer1.0.conv1.weight", "[64, 64, 1, 1]", "[64, 64, 3, 3]"),
+                  ("layer4.0.bn1.bias", "[256]", "[512]"), ("Unexpected", "layer1.7.conv1.weight")):  # fmt: skip
+        assert [line for line in details if all(word in line for word in words)], words
+    assert error.startswith(f"Error: {tmp_path / 'w.safetensors'}: does not fit encoder 'resnet18'")
     assert not (tmp_path / "run").exists()
 
 
@@ -159,23 +144,39 @@ def test_what_holds_no_tensors_is_refused(tmp_path: Path) -> None:
             read_state(path)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 5, 7])
-def test_equal_channels_give_what_equal_colours_gave_whatever_the_weights_come_from(channels: int) -> None:
+def test_one_channel_gives_what_equal_colours_gave() -> None:
     colour = smp.encoders.get_encoder("tu-test_convnext", in_channels=3, weights=None).eval()
-    target = smp.encoders.get_encoder("tu-test_convnext", in_channels=channels, weights=None).eval()
+    target = smp.encoders.get_encoder("tu-test_convnext", in_channels=1, weights=None).eval()
+    load_encoder(target, "tu-test_convnext", colour.state_dict(), "w")
+    grey = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        expected, found = colour(grey.expand(-1, 3, -1, -1))[1:], target(grey)[1:]
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [2, 5, 7])
+def test_more_channels_repeat_the_colours_at_the_same_scale(channels: int) -> None:
+    colour = smp.encoders.get_encoder("resnet18", in_channels=3, weights=None)
+    target = smp.encoders.get_encoder("resnet18", in_channels=channels, weights=None)
+    load_encoder(target, "resnet18", colour.state_dict(), "w")
+    for channel in range(channels):
+        expected = colour.conv1.weight[:, channel % 3] * 3 / channels
+        torch.testing.assert_close(target.conv1.weight[:, channel], expected)
+
+
+def test_a_download_leaves_the_random_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cspine_train.models.pretrained._is_cached", lambda *_: True)
+    colour, target = (smp.encoders.get_encoder("tu-test_convnext", in_channels=2, weights=None) for _ in range(2))
     drawn = torch.get_rng_state()
 
-    def fetched() -> nn.Module:
+    def downloaded() -> nn.Module:
         torch.rand(1)
         return colour
 
-    assert give_weights(target, "tu-test_convnext", "imagenet", fetched) == "imagenet"
+    assert give_weights(target, "tu-test_convnext", "imagenet", downloaded) == "imagenet"
     assert torch.equal(drawn, torch.get_rng_state())
-    grey = torch.rand(1, 1, 64, 64)
-    with torch.inference_mode():
-        expected, found = colour(grey.expand(-1, 3, -1, -1))[1:], target(grey.expand(-1, channels, -1, -1))[1:]
-    for one, other in zip(expected, found, strict=True):
-        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+    assert torch.equal(target.model.stem_0.weight, colour.model.stem_0.weight)
 
 
 def test_colours_that_are_folded_into_channels_become_grey_too() -> None:
@@ -235,9 +236,7 @@ def test_a_package_of_other_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) 
     swapped = [*names[2:4], *names[:2], *names[4:]]
     for other in ({name: state[name] for name in swapped}, {name: state[name] for name in names[1:]}):
         monkeypatch.setattr("cspine_train.models.pretrained.read_state", lambda _, other=other: other)
-        with pytest.raises(
-            ModelError, match="holds other weights than those of tu-tf_efficientnet_lite0; install it anew"
-        ):
+        with pytest.raises(ModelError, match="holds other weights than those of tu-tf_efficientnet_lite0"):
             packaged_state(LITE0)
 
 
@@ -245,16 +244,12 @@ def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert packaged_state(LITE0) is None
     assert LITE0 not in weights_at_hand(())
-    with pytest.raises(
-        ModelError, match=r"cannot be fetched; connect to the network, install the package that has them"
-    ):
+    with pytest.raises(ModelError, match="cannot be downloaded; .*install their package"):
         build_model("unet", LITE0, "imagenet")
 
 
 def test_encoders_that_nobody_trained_are_told_apart_from_a_closed_network() -> None:
-    message = (
-        "'{}': nobody offers ImageNet weights of it by name; choose another encoder, give a file with --weights FILE"
-    )
+    message = "'{}': no ImageNet weights are published .* --weights FILE"
     for name in ("resnext101_32x16d", "tu-efficientnet_b8"):
         with pytest.raises(ModelError, match=message.format(name)):
             give_weights(nn.Identity(), name, "imagenet", nn.Identity)
@@ -330,7 +325,7 @@ def test_a_mirror_is_asked_for_the_file_and_nothing_is_switched_off(tmp_path: Pa
     assert found["there"][:2] == ["imagenet", True]
     assert found["cached"][:2] == ["imagenet", True]
     for name in ("not there", "neither"):
-        assert "cannot be fetched" in found[name][0]
+        assert "cannot be downloaded" in found[name][0]
     # The library alone tries for half a minute where there is no server.
     assert found["neither"][2] < 15
     assert found["root"] is False

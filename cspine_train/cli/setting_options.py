@@ -70,7 +70,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
     if spelling.choices:
         more |= {"type": click.Choice(spelling.choices), "default": _as_written(default)}
     elif spelling.metavar:
-        more |= {"metavar": spelling.metavar, "multiple": spelling.multiple}
+        more |= {"metavar": spelling.metavar, "multiple": spelling.multiple, "default": default or None}
     elif get_origin(kind) is Literal:
         more |= {"type": click.Choice(get_args(kind)), "default": default}
     else:

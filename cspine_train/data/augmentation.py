@@ -1,11 +1,11 @@
-"""How training slices are changed at random, on the batch and on its device: how much, how often, in which order."""
+"""Augmentation of training batches on their device: which changes, how strong, how often, in which order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,14 +25,15 @@ from cspine_train.data.random_changes import (
     warped,
     window,
 )
+from cspine_train.errors import RunError
+from cspine_train.extensions import AUGMENTATIONS, load
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Level = Literal["none", "light", "reference", "strong"]
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """How strongly slices are changed, at most, and how often.
+    """A level of augmentation: the largest strength of each change, and how often it happens.
 
     Attributes
     ----------
@@ -83,46 +84,101 @@ class Amounts:
     chance: float = 0.0
 
 
-LEVELS: dict[str, Amounts] = {
-    "none": Amounts(),
-    "light": Amounts(flip=0.5, degrees=12, scale=0.2, shift=0.08, contrast=0.3, noise=0.15),
-    "reference": Amounts(flip=0.5, degrees=15, scale=0.3, shift=0.1, distortion=0.3, blur=1.5, chance=0.5),
-    "strong": Amounts(
-        flip=0.5, degrees=12, scale=0.2, shift=0.08, distortion=0.1, contrast=0.3, noise=0.2, remap=0.35, convolve=0.1,
-        field=0.4, blur=0.8, coarse=2.0, ghosts=0.15, window=0.2, chance=0.15,
-    ),
-}  # fmt: skip
+NONE = Amounts()
+LIGHT = Amounts(flip=0.5, degrees=12, scale=0.2, shift=0.08, contrast=0.3, noise=0.15)
+REFERENCE = Amounts(flip=0.5, degrees=15, scale=0.3, shift=0.1, distortion=0.3, blur=1.5, chance=0.5)
+STRONG = Amounts(
+    flip=0.5, degrees=12, scale=0.2, shift=0.08, distortion=0.1, contrast=0.3, noise=0.2, remap=0.35, convolve=0.1,
+    field=0.4, blur=0.8, coarse=2.0, ghosts=0.15, window=0.2, chance=0.15,
+)  # fmt: skip
 
-# Numbers drawn for a sample, enough for all that may happen to it.
-_DRAWS = 200
 _KNOTS = 7
 _NARROWEST = 0.25
 _GRID = 5
 
 
+class Stream:
+    """Random numbers of one change: a row per sample, from a generator of the sample's seed and the change's name.
+
+    So adding a change does not alter the numbers of the others, and a sample is changed the same way in any batch and
+    process.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+        One per sample.
+    name : str
+        The name of the change.
+    device : torch.device
+        Where numbers are needed. All but noise are drawn on the CPU, so that every device has the same.
+    """
+
+    def __init__(self, seeds: Sequence[int], name: str, device: torch.device) -> None:
+        self._seeds = [seed ^ zlib.crc32(name.encode()) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in self._seeds]
+        self._device = device
+
+    def uniform(self, count: int = 0) -> torch.Tensor:
+        """Draw from 0 to 1: (N,), or (N, count)."""
+        drawn = torch.stack([torch.rand(max(count, 1), generator=one) for one in self._generators]).to(self._device)
+        return drawn if count else drawn.squeeze(1)
+
+    def symmetric(self, count: int = 0) -> torch.Tensor:
+        """Draw from -1 to 1."""
+        return 2 * self.uniform(count) - 1
+
+    def normal(self, count: int) -> torch.Tensor:
+        """Draw from the standard normal distribution, (N, count)."""
+        return math.sqrt(2) * torch.erfinv(self.symmetric(count).clamp(-1 + 1e-6, 1 - 1e-6))
+
+    def happens(self, chance: float) -> torch.Tensor:
+        """Draw whether something happens, bool (N,)."""
+        return self.uniform() < chance
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        """Draw standard normal noise of the images' shape, on their device."""
+        drawn = torch.empty_like(like, memory_format=torch.contiguous_format)
+        generator = torch.Generator(like.device)
+        for sample, seed in zip(drawn, self._seeds, strict=True):
+            sample.normal_(generator=generator.manual_seed(seed ^ 1))
+        return drawn
+
+
+_Streams = Callable[[str], Stream]
+#: Changes images and masks of a batch, see `Augmentation`, at random; returns new tensors of the same shapes.
+Change = Callable[[torch.Tensor, torch.Tensor, Stream], Pair]
+
+
 class Augmentation:
-    """Changes batches at random; each sample by a seed of its own, whatever batch and process it is in.
+    """Changes batches at random, each sample by its own seed and each change by a random stream of its own.
 
     Rotation, scaling, shift, flip, distortion and crop are one interpolation. Contrast comes before coil, resolution
-    and noise, as in a scanner.
+    and noise, as in a scanner; further changes come last.
 
     Parameters
     ----------
     level : str or Amounts
-        ``none``; ``light``: small changes of place and contrast; ``reference``: the set of the reference study;
-        ``strong``: leaves no contrast to memorise.
+        A name in the group ``cspine.augmentations``, or several joined by ``+``: at most one level (``none``,
+        ``light``, ``reference``, ``strong``, or another `Amounts`), and further changes, functions like `Change`.
     crop_hw : tuple of int, optional
         Size of the part of each slice that is kept, see `crop_centres`; shifts then move it, by a share of the whole
-        slice, off what it would hold. It is cut out as the slice is turned, so that what turns into view at its border
-        is the slice itself.
+        slice, away from where it would hold all labels. It is cut out as the slice is rotated, so that its border shows
+        the slice itself.
     labels : int, optional
         How many channels of masks, the first ones, are labels for a crop to hold; all by default.
     """
 
-    def __init__(
-        self, level: Level | Amounts, crop_hw: tuple[int, int] | None = None, labels: int | None = None
-    ) -> None:
-        self.amounts = level if isinstance(level, Amounts) else LEVELS[level]
+    def __init__(self, level: str | Amounts, crop_hw: tuple[int, int] | None = None, labels: int | None = None) -> None:
+        parts = (
+            {"": level}
+            if isinstance(level, Amounts)
+            else {name: load(AUGMENTATIONS, name) for name in level.split("+")}
+        )
+        levels = [part for part in parts.values() if isinstance(part, Amounts)]
+        if len(levels) > 1:
+            raise RunError(f"augmentation {level}: more than one level; choose one, and changes to add to it")
+        self.amounts = levels[0] if levels else NONE
+        self._changes: dict[str, Change] = {name: part for name, part in parts.items() if not isinstance(part, Amounts)}
         self.crop_hw = crop_hw
         self._labels = labels
 
@@ -136,50 +192,58 @@ class Augmentation:
         axes : Tensor
             int64 (N,): the axis that each slice is across.
         seeds : sequence of int
-            One a sample. Numbers are drawn on the CPU, so that every device draws the same, but for noise.
+            One per sample.
 
         Returns
         -------
         images, masks : Tensor
             The same shapes, or (N, C, h, w) and (N, K, h, w) of a crop.
         """
-        draws = _Draws(seeds, images.device)
-        images, masks = self._moved(images, masks, axes.to(images.device), draws)
-        low, high = ends(images)
-        images = self._of_other_contrast(images, low, high, draws)
-        images = self._of_other_acquisition(images, low, draws)
-        return self._of_other_scale(images, low, high, draws), masks
 
-    def _moved(self, images: torch.Tensor, masks: torch.Tensor, axes: torch.Tensor, draws: _Draws) -> Pair:
+        def stream(name: str) -> Stream:
+            return Stream(seeds, name, images.device)
+
+        images, masks = self._moved(images, masks, axes.to(images.device), stream)
+        images, masks = self._windowed(images, masks, stream("window"))
+        low, high = ends(images)
+        images = self._of_other_contrast(images, low, high, stream)
+        images = self._of_other_acquisition(images, low, stream)
+        images = self._of_other_scale(images, stream)
+        for name, change in self._changes.items():
+            images, masks = change(images, masks, stream(name))
+        return images, masks
+
+    def _moved(self, images: torch.Tensor, masks: torch.Tensor, axes: torch.Tensor, stream: _Streams) -> Pair:
+        """Rotate, scale, shift, flip, distort and crop images and masks."""
         amounts, full_hw = self.amounts, (images.shape[2], images.shape[3])
-        crop_hw = self.crop_hw or full_hw
-        radians = math.radians(amounts.degrees) * draws.around()
-        scale = torch.exp(math.log1p(amounts.scale) * draws.around())
-        sizes = torch.tensor(full_hw, device=images.device)
-        centre = amounts.shift * torch.stack([draws.around(), draws.around()], 1) * sizes
-        flip = draws.whether(amounts.flip)
-        where = torch.stack([draws.share(), draws.share()], 1)
-        bent = draws.whether(amounts.chance if amounts.distortion else 0)
-        knots = draws.around(2 * _GRID * _GRID).view(-1, 2, _GRID, _GRID)
-        if self.crop_hw:
-            centre = centre + crop_centres(masks[:, : self._labels], crop_hw, where)
-        elif amounts == Amounts():
+        if amounts == NONE and not self.crop_hw:
             return images, masks
+        crop_hw = self.crop_hw or full_hw
+        radians = math.radians(amounts.degrees) * stream("rotation").symmetric()
+        scale = torch.exp(math.log1p(amounts.scale) * stream("scale").symmetric())
+        centre = amounts.shift * stream("shift").symmetric(2) * torch.tensor(full_hw, device=images.device)
+        flip = stream("flip").happens(amounts.flip)
+        if self.crop_hw:
+            centre = centre + crop_centres(masks[:, : self._labels], crop_hw, stream("crop").uniform(2))
         grid = sampling_grid(full_hw, crop_hw, radians, scale, centre, flip & (axes != 0))
-        if bent.any():
+        if amounts.distortion:
+            distortion = stream("distortion")
+            bent = distortion.happens(amounts.chance)
+            knots = distortion.symmetric(2 * _GRID * _GRID).view(-1, 2, _GRID, _GRID)
             cells = torch.tensor(crop_hw[::-1], device=grid.device) / torch.tensor(full_hw[::-1], device=grid.device)
             reach = (amounts.distortion / (_GRID - 1) * cells).view(1, 2, 1, 1)
-            grid = distorted(grid, knots * reach * bent.view(-1, 1, 1, 1))
+            if bent.any():
+                grid = distorted(grid, knots * reach * bent.view(-1, 1, 1, 1))
         turned = flip & (axes == 0)
         if images.shape[1] > 1 and turned.any():
             images = torch.where(turned.view(-1, 1, 1, 1), images.flip(1), images)
-        return self._windowed(warped(images, grid, beyond="border"), warped(masks, grid, beyond="zeros"), draws)
+        return warped(images, grid, beyond="border"), warped(masks, grid, beyond="zeros")
 
-    def _windowed(self, images: torch.Tensor, masks: torch.Tensor, draws: _Draws) -> Pair:
-        narrow = draws.whether(self.amounts.window)
-        share, place = draws.share(2), draws.share(2)
-        if not narrow.any():
+    def _windowed(self, images: torch.Tensor, masks: torch.Tensor, stream: Stream) -> Pair:
+        """Show a part of some slices only, as where a field of view is small."""
+        if not self.amounts.window:
             return images, masks
+        narrow, share, place = stream.happens(self.amounts.window), stream.uniform(2), stream.uniform(2)
         sizes = torch.tensor(images.shape[2:], device=images.device)
         shown = (sizes * (_NARROWEST + (1 - _NARROWEST) * share)).ceil()
         shown = torch.where(narrow.unsqueeze(1), shown, sizes)
@@ -187,22 +251,26 @@ class Augmentation:
         return torch.where(within, images, images.amin((1, 2, 3), keepdim=True)), masks * within
 
     def _of_other_contrast(
-        self, images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, draws: _Draws
+        self, images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, stream: _Streams
     ) -> torch.Tensor:
+        """Send intensities through a random gamma, map or network."""
         amounts = self.amounts
-        mapped, folded = draws.whether(amounts.remap), draws.whether(amounts.convolve)
-        values = _maps(draws)
-        kernels = draws.normal(sum(map(math.prod, _LAYERS)))
-        blend, zero = 0.7 * draws.share(), draws.share()
-        gamma = torch.exp(amounts.contrast * draws.around())
+        if not (amounts.contrast or amounts.remap or amounts.convolve):
+            return images
+        remap, convolve = stream("remap"), stream("convolve")
+        mapped, folded = remap.happens(amounts.remap), convolve.happens(amounts.convolve)
+        values = _maps(remap)
         if amounts.contrast:
-            # Where intensities are mapped at random, gamma is no news.
+            gamma = torch.exp(amounts.contrast * stream("gamma").symmetric())
+            # A random map replaces gamma.
             values = torch.where(mapped.unsqueeze(1), values, _scale(len(values), values.device) ** gamma.unsqueeze(1))
         elif not (mapped | folded).any():
             return images
         span = (high - low).clamp_min(1e-6)
         shares = (images - low) / span
         changed = remapped(shares, values)
+        kernels = convolve.normal(sum(map(math.prod, _LAYERS)))
+        blend, zero = 0.7 * convolve.uniform(), convolve.uniform()
         for number in folded.nonzero().flatten().tolist():
             weights = [part.view(shape) for part, shape in zip(_parts(kernels[number]), _LAYERS, strict=True)]
             changed[number] = _blended(
@@ -214,43 +282,50 @@ class Augmentation:
             return changed
         return torch.where(again, standardised_like(changed, images, low, high), changed)
 
-    def _of_other_acquisition(self, images: torch.Tensor, low: torch.Tensor, draws: _Draws) -> torch.Tensor:
+    def _of_other_acquisition(self, images: torch.Tensor, low: torch.Tensor, stream: _Streams) -> torch.Tensor:
+        """Add motion ghosts and a coil's field, blur, and make pixels coarser."""
         amounts = self.amounts
-        ghosts, coiled, soft, coarse = (
-            draws.whether(amounts.chance if there else 0)
-            for there in (amounts.ghosts, amounts.field, amounts.blur, amounts.coarse > 1)
-        )
-        strength, place, side = draws.share(), draws.share(), draws.share()
-        deviation, knots = draws.share(), draws.normal(_GRID * _GRID).view(-1, 1, _GRID, _GRID)
-        sigma, factors = draws.share(), draws.share(2)
         if not amounts.chance:
             return images
-        # Written into from here on: they are not the batch that was given, but what it was moved to.
-        for number in ghosts.nonzero().flatten().tolist():
-            dim = 1 + int(side[number] < 0.5)
-            shift = round(float(0.1 + 0.4 * place[number]) * images.shape[1 + dim])
-            images[number] = ghosted(images[number], low[number], amounts.ghosts * float(strength[number]), shift, dim)
-        if coiled.any():
-            log_field = smooth_fields(knots, (images.shape[2], images.shape[3]))
-            log_field = amounts.field * deviation.view(-1, 1, 1, 1) * log_field
-            images = low + (images - low) * torch.exp(torch.where(coiled.view(-1, 1, 1, 1), log_field, 0.0))
-        for number in soft.nonzero().flatten().tolist():
-            images[number] = blurred(images[number], 0.2 + amounts.blur * float(sigma[number]))
-        for number in coarse.nonzero().flatten().tolist():
-            first, second = (1 + (amounts.coarse - 1) * factors[number]).tolist()
-            images[number] = coarsened(images[number], (first, second))
+        # Written into from here on: these are the resampled images, not those that the caller gave.
+        if amounts.ghosts:
+            ghosts = stream("ghosts")
+            chosen, strength, place, side = ghosts.happens(amounts.chance), *ghosts.uniform(3).unbind(1)
+            for number in chosen.nonzero().flatten().tolist():
+                dim = 1 + int(side[number] < 0.5)
+                shift = round(float(0.1 + 0.4 * place[number]) * images.shape[1 + dim])
+                reach = amounts.ghosts * float(strength[number])
+                images[number] = ghosted(images[number], low[number], reach, shift, dim)
+        if amounts.field:
+            field = stream("field")
+            chosen, deviation = field.happens(amounts.chance).view(-1, 1, 1, 1), field.uniform().view(-1, 1, 1, 1)
+            knots = field.normal(_GRID * _GRID).view(-1, 1, _GRID, _GRID)
+            if chosen.any():
+                log_field = amounts.field * deviation * smooth_fields(knots, (images.shape[2], images.shape[3]))
+                images = low + (images - low) * torch.exp(torch.where(chosen, log_field, 0.0))
+        if amounts.blur:
+            blur = stream("blur")
+            chosen, sigma = blur.happens(amounts.chance), blur.uniform()
+            for number in chosen.nonzero().flatten().tolist():
+                images[number] = blurred(images[number], 0.2 + amounts.blur * float(sigma[number]))
+        if amounts.coarse > 1:
+            coarse = stream("coarse")
+            chosen, factors = coarse.happens(amounts.chance), 1 + (amounts.coarse - 1) * coarse.uniform(2)
+            for number in chosen.nonzero().flatten().tolist():
+                first, second = factors[number].tolist()
+                images[number] = coarsened(images[number], (first, second))
         return images
 
-    def _of_other_scale(
-        self, images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, draws: _Draws
-    ) -> torch.Tensor:
+    def _of_other_scale(self, images: torch.Tensor, stream: _Streams) -> torch.Tensor:
+        """Change contrast and brightness, and add noise."""
         amounts = self.amounts
-        gain = (1 + amounts.contrast * draws.around()).view(-1, 1, 1, 1)
-        offset = (amounts.contrast * draws.around()).view(-1, 1, 1, 1)
-        sigma = (amounts.noise * draws.share()).view(-1, 1, 1, 1)
         if amounts.contrast:
-            images = images * gain + offset
-        return images + sigma * draws.noise(images) if amounts.noise else images
+            gain = 1 + amounts.contrast * stream("gain").symmetric().view(-1, 1, 1, 1)
+            images = images * gain + amounts.contrast * stream("offset").symmetric().view(-1, 1, 1, 1)
+        if amounts.noise:
+            noise = stream("noise")
+            images = images + amounts.noise * noise.uniform().view(-1, 1, 1, 1) * noise.noise(images)
+        return images
 
 
 _LAYERS = ((2, 1, 3, 3), (2, 2, 3, 3), (1, 2, 3, 3))
@@ -264,13 +339,13 @@ def _scale(count: int, device: torch.device) -> torch.Tensor:
     return torch.linspace(0, 1, _KNOTS, device=device).expand(count, -1)
 
 
-def _maps(draws: _Draws) -> torch.Tensor:
+def _maps(stream: Stream) -> torch.Tensor:
     """Draw maps of intensities from 0 to 1: a quarter rise, a quarter fall, the rest go anywhere.
 
     Air, the darkest, mostly stays dark.
     """
-    kind, pinned = draws.share(), draws.whether(0.7)
-    values = draws.share(_KNOTS)
+    kind, pinned = stream.uniform(), stream.happens(0.7)
+    values = stream.uniform(_KNOTS)
     ordered = values.sort(1).values
     kind = kind.unsqueeze(1)
     values = torch.where(kind < 0.25, ordered, torch.where(kind < 0.5, ordered.flip(1), values))
@@ -288,41 +363,3 @@ def sample_seeds(seed: int, step: int, count: int) -> list[int]:
     """Return the seeds of a step's samples, in the order of its whole batch."""
     drawn = np.random.SeedSequence([seed, step]).generate_state(count, np.uint64)
     return [int(one) for one in drawn]
-
-
-class _Draws:
-    """Numbers drawn at random, a row a sample, each from a generator of its sample's own seed."""
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        generator = torch.Generator()
-        rows = [torch.rand(_DRAWS, generator=generator.manual_seed(seed)) for seed in seeds]
-        self._rows = torch.stack(rows).to(device)
-        self._seeds = seeds
-        self._taken = 0
-
-    def share(self, count: int = 0) -> torch.Tensor:
-        """Draw from 0 to 1: (N,), or (N, count)."""
-        assert self._taken + max(count, 1) <= _DRAWS  # noqa: S101
-        first, self._taken = self._taken, self._taken + max(count, 1)
-        taken = self._rows[:, first : self._taken]
-        return taken if count else taken.squeeze(1)
-
-    def around(self, count: int = 0) -> torch.Tensor:
-        """Draw from -1 to 1."""
-        return 2 * self.share(count) - 1
-
-    def normal(self, count: int) -> torch.Tensor:
-        """Draw from the normal distribution, (N, count)."""
-        return math.sqrt(2) * torch.erfinv(self.around(count).clamp(-1 + 1e-6, 1 - 1e-6))
-
-    def whether(self, chance: float) -> torch.Tensor:
-        """Draw whether something happens, bool (N,)."""
-        return self.share() < chance
-
-    def noise(self, like: torch.Tensor) -> torch.Tensor:
-        """Draw noise of the images' shape, on their device."""
-        drawn = torch.empty_like(like, memory_format=torch.contiguous_format)
-        generator = torch.Generator(like.device)
-        for sample, seed in zip(drawn, self._seeds, strict=True):
-            sample.normal_(generator=generator.manual_seed(seed ^ 1))
-        return drawn

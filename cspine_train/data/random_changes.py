@@ -1,4 +1,4 @@
-"""What random changes do to a batch of slices: each a function of the batch and of numbers that were drawn.
+"""The changes that augmentation makes: functions of a batch of slices and of random numbers.
 
 Every sample has its own numbers, a tensor of N beside images (N, C, H, W); neighbouring slices (C) change alike.
 """

@@ -1,4 +1,4 @@
-"""Which networks there are, and how one is built, saved and loaded."""
+"""Networks: their names, and how one is built, saved and loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -15,19 +16,21 @@ from torch import nn
 
 from cspine_data.tools import atomic_write, make_folder
 from cspine_train.data.sizes import Sides
-from cspine_train.errors import ModelError, meant
+from cspine_train.errors import ModelError, RunError, meant
+from cspine_train.extensions import ARCHITECTURES, BUILT_IN, load, names
 from cspine_train.models.pretrained import give_weights
 
-REFERENCE_MODELS = ("unet", "fpn", "linknet", "pspnet")
+#: The architectures of the reference study.
+REFERENCE_MODELS = tuple(BUILT_IN[ARCHITECTURES])
 _TIMM_NAME = re.compile(r"tu-[\w.-]+")
 
 
 def architectures() -> tuple[str, ...]:
-    """Return the names of the architectures, those of the reference study first."""
+    """Return the names of the architectures: the project's own, those of plug-ins, and SMP's others."""
     import segmentation_models_pytorch as smp
 
-    others = sorted(name for name in smp.MODEL_ARCHITECTURES_MAPPING if name not in REFERENCE_MODELS)
-    return (*REFERENCE_MODELS, *others)
+    registered = names(ARCHITECTURES)
+    return (*registered, *sorted(name for name in smp.MODEL_ARCHITECTURES_MAPPING if name not in registered))
 
 
 def encoders() -> tuple[str, ...]:
@@ -68,14 +71,14 @@ def build_model(
     """
     network = _create(model, encoder, None, channels, classes)
 
-    def in_colour() -> nn.Module:
-        return cast("nn.Module", _create(model, encoder, "imagenet", 3, classes).encoder)
+    def pretrained() -> nn.Module:
+        return cast("nn.Module", _create(model, encoder, "imagenet", channels, classes).encoder)
 
-    return network, give_weights(cast("nn.Module", network.encoder), encoder, weights, in_colour)
+    return network, give_weights(cast("nn.Module", network.encoder), encoder, weights, pretrained)
 
 
 def check_names(model: str, encoder: str) -> None:
-    """Refuse what is no architecture, and what is no encoder of SMP's own or of timm's, without a network.
+    """Refuse names of no architecture of SMP or an installed plug-in, and of no encoder of SMP or timm, offline.
 
     Raises
     ------
@@ -116,24 +119,32 @@ def sides_of(network: nn.Module) -> Sides:
 
 
 def _create(model: str, encoder: str, weights: str | None, channels: int, classes: int) -> nn.Module:
-    import segmentation_models_pytorch as smp
-
-    # Names come from a run folder of anybody, too.
+    # Names may come from a run folder of unknown origin.
     check_names(model, encoder)
-    options: dict[str, Any] = {"encoder_weights": weights, "in_channels": channels, "classes": classes}
+    options: dict[str, Any] = {"encoder_name": encoder, "encoder_weights": weights}
+    options |= {"in_channels": channels, "classes": classes}
     reason = ""
     for of_any_size in ({"dynamic_img_size": True}, {}) if _of_one_size(encoder) else ({},):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return cast("nn.Module", smp.create_model(model, encoder, **options, **of_any_size))
-        # Architectures, encoders, timm and the hub each raise kinds of their own.
+                return _architecture(model)(**options, **of_any_size)
+        except RunError:
+            raise
+        # Architectures, encoders, timm and the hub each raise errors of their own kinds.
         except Exception as error:  # noqa: BLE001
             reason = " ".join(str(error).split())[:200]
     raise ModelError(
         f"{model} with encoder {encoder!r}: cannot be built ({reason}); choose another --encoder or --model, "
         "cspine-train models lists them"
     )
+
+
+def _architecture(model: str) -> Callable[..., nn.Module]:
+    import segmentation_models_pytorch as smp
+
+    found = load(ARCHITECTURES, model) if model in names(ARCHITECTURES) else smp.MODEL_ARCHITECTURES_MAPPING[model]
+    return cast("Callable[..., nn.Module]", found)
 
 
 def _of_one_size(encoder: str) -> bool:

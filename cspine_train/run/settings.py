@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,14 +22,13 @@ from pydantic import (
     model_validator,
 )
 
+from cspine_train.extensions import AUGMENTATIONS, LOSSES, check_name
 from cspine_train.run.planes import AXES
 
 # A record may come from anybody: beyond these bounds a run needs more memory than any machine has.
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-#: Losses by name; see `SegmentationLoss`.
-LossName = Literal["dice", "dice_bce", "dice_focal", "tversky"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Spelling:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     multiple: bool = False
+
+
+def _check_augmentations(names: str) -> str:
+    return "+".join(check_name(AUGMENTATIONS, name) for name in names.split("+"))
 
 
 def _axes(given: object) -> object:
@@ -146,9 +151,9 @@ class DataSettings(BaseModel):
     """How often slices of CASE are seen, relative to the others; 0 leaves them out. May be given several times."""
     balance: Literal["slices", "cases"] = "slices"
     """What is seen equally often, times its weight: each labelled slice, or each case."""
-    augment: Literal["none", "light", "reference", "strong"] = "light"
-    """Augmentation. light: position, contrast, noise; reference: the 2020 study's; strong: for scans of other scanners
-    and sequences."""
+    augment: Annotated[str, AfterValidator(_check_augmentations), Spelling(metavar="NAME[+NAME]")] = "light"
+    """Augmentation: none; light: position, contrast, noise; reference: the 2020 study's; strong: for scans of other
+    scanners and sequences; or a plug-in's. +NAME adds a plug-in's transform."""
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -179,8 +184,9 @@ class OptimisationSettings(BaseModel):
     schedule: Literal["plateau", "onecycle", "cosine"] = "plateau"
     """Learning-rate schedule. plateau: divide by 3 after 5 epochs without a higher validation Dice, stop after 7;
     onecycle: rise and fall once (Smith and Topin 2018); cosine: rise over the first 5 %, then fall as a cosine."""
-    loss: LossName = "dice_bce"
-    """Dice alone, with cross-entropy or with focal loss; tversky weighs misses more."""
+    loss: Annotated[str, AfterValidator(partial(check_name, LOSSES)), Spelling(metavar="NAME")] = "dice_bce"
+    """Loss: dice, dice_bce (with cross-entropy), dice_focal (with focal loss), tversky (false negatives weigh more), or
+    a plug-in's."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Clip the gradient norm to this; default: no clipping."""
     average: float = Field(default=0, ge=0, lt=1)

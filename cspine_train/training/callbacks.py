@@ -1,4 +1,4 @@
-"""What happens beside the steps of training: which weights are kept, when the rate falls, what is told of an epoch."""
+"""Callbacks of training: learning rate and early stopping, weight averaging, the kept model, curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cspine_train.models.build import save_model
 from cspine_train.reports.figures import draw_curves, never_fatal
@@ -18,61 +19,74 @@ from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MODEL_FOLDER, MON
 from cspine_train.run.record import load_record, save_record
 from cspine_train.training.segmentation_module import THRESHOLD
 
-# Epochs in a row without improvement. Validation Dice improves when it is above every earlier one, by however little:
-# the same rule decides which epoch is kept, when the learning rate falls and when training stops.
+# Epochs in a row without improvement. Validation Dice improves when it exceeds every earlier value by any amount:
+# one rule decides which epoch is kept, when the learning rate falls and when training stops.
 _LOWER_AFTER = 5
 _STOP_AFTER = 7
-_PROGRESS = ("best", "num_bad_epochs", "last_epoch")
-# So that curves cost a run no more than a twentieth of its time.
+# Curves take at most a twentieth of a run's time.
 _DRAW_AFTER = 20
 _log = logging.getLogger("cspine_train")
 
 
-class Plateau(Callback):
-    """Divides the learning rate by 3 after 5 epochs without improvement.
+class Plateau(EarlyStopping):
+    """Divides the learning rate by 3 after 5 epochs without improvement, and stops training after 7.
 
-    Lightning steps a scheduler after it has saved the checkpoint, so that a run that goes on would miss one step; a
-    callback's state is saved as it is.
+    The reduced rate is in the optimiser before the epoch's checkpoint is written. Lightning would step a plateau
+    scheduler after that, so that a resumed run would miss a step.
     """
+
+    def __init__(self) -> None:
+        super().__init__(MONITOR, mode="max", patience=_STOP_AFTER)
 
     @property
     def state_key(self) -> str:
-        """Under which name its state is in a checkpoint; runs that are under way bear this one."""
-        return "_Plateau"
+        """The key of its state in a checkpoint: that of Lightning's class, as in runs that are under way."""
+        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
 
-    def __init__(self) -> None:
-        self._schedule: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
-        self._state: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it."""
-        return self._schedule.state_dict() if self._schedule else self._state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what a checkpoint holds."""
-        self._state = state_dict
-
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin to watch the optimiser's rate."""
-        # PyTorch's patience is the number of epochs that it tolerates: the rate falls after one more.
-        self._schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            trainer.optimizers[0], mode="max", factor=1 / 3, patience=_LOWER_AFTER - 1, threshold=0,
-            threshold_mode="abs",
-        )  # fmt: skip
-        # Only what changes during training: older checkpoints also hold a patience and a threshold of their own.
-        self._schedule.load_state_dict({name: self._state[name] for name in _PROGRESS if name in self._state})
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop a resumed run at once if it was killed after its last epoch."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Lower the rate if it is time to."""
-        if self._schedule:
-            self._schedule.step(float(trainer.callback_metrics[MONITOR]))
+        """Compare the epoch's Dice with the best, and reduce the rate if it is time to."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.wait_count == _LOWER_AFTER:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] /= 3
+
+
+class WeightEMA(WeightAveraging):
+    """Exponential moving average of weights and batch statistics; validation and the kept model use it.
+
+    Parameters
+    ----------
+    decay : float
+        EMA decay. Step n uses (1 + n) / (10 + n) as long as that is less, so that random initial weights are soon
+        forgotten.
+    """
+
+    def __init__(self, decay: float) -> None:
+        def update(averages: Any, values: Any, steps: Any) -> None:
+            warm_up = (1 + float(steps)) / (10 + float(steps))
+            get_ema_multi_avg_fn(min(decay, warm_up))(averages, values, steps)  # type: ignore[no-untyped-call]
+
+        super().__init__(multi_avg_fn=update)
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The averaged network."""
+        assert self._average_model is not None  # noqa: S101
+        network = self._average_model.module.network
+        assert isinstance(network, torch.nn.Module)  # noqa: S101
+        return network
 
 
 class Keep(Callback):
-    """Saves the network that the run keeps, and writes a row an epoch.
+    """Saves the network that the run keeps, and writes one row and one log line per epoch.
 
-    On a plateau schedule that is the network whenever validation improves. The other schedules end with their lowest
-    rate: the last epoch is kept, as a peak on a few validation patients halfway down the slope is mostly luck.
+    With the plateau schedule the network is saved whenever validation improves. The other schedules end at their lowest
+    rate, and the last epoch is kept: an earlier peak on a few validation patients is mostly luck.
 
     Parameters
     ----------
@@ -80,33 +94,35 @@ class Keep(Callback):
         The run folder; its record is there.
     schedule : str
         As in `RunSettings`.
+    average : WeightEMA, optional
+        Where the averaged network is, if the run averages weights.
     """
 
-    @property
-    def state_key(self) -> str:
-        """Under which name its state is in a checkpoint; runs that are under way bear this one."""
-        return "_Keep"
-
-    def __init__(self, run: Path, schedule: str) -> None:
+    def __init__(self, run: Path, schedule: str, average: WeightEMA | None = None) -> None:
         self._run = run
-        self._last = schedule != "plateau"
-        #: A row an epoch, as `metrics.csv` has them.
+        self._keep_last = schedule != "plateau"
+        self._average = average
+        #: One row per epoch, as in `metrics.csv`.
         self.rows: list[dict[str, float]] = []
         self._started = time.perf_counter()
         self._waited_s = 0.0
-        #: What the run's record says of the network that is kept.
+        #: Fields of the run's record that describe the kept network.
         self.kept: dict[str, Any] = {}
 
+    @property
+    def state_key(self) -> str:
+        """The key of its state in a checkpoint, as in runs that are under way."""
+        return "_Keep"
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it."""
+        """Return the state for a checkpoint."""
         times = {"seconds": time.perf_counter() - self._started, "waited_s": self._waited_s}
         return {"rows": self.rows, "kept": self.kept, **times}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what a checkpoint holds."""
-        # Others look at the same list.
-        self.rows[:], self.kept = state_dict["rows"], state_dict["kept"]
-        # An epoch that goes on has taken what it took before.
+        """Restore the state of a checkpoint."""
+        self.rows, self.kept = state_dict["rows"], state_dict["kept"]
+        # A resumed epoch includes the time that it took before.
         self._started = time.perf_counter() - state_dict.get("seconds", 0)
         self._waited_s = state_dict.get("waited_s", 0.0)
 
@@ -118,44 +134,44 @@ class Keep(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Add up how long training waited for batches."""
+        """Add the time that training waited for the batch."""
         loader: Any = trainer.train_dataloader
         self._waited_s += loader.waited_s
         loader.waited_s = 0.0
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the network if it is the one to keep, and the epoch's row; of several processes the first does."""
+        """Save the network if it is the one to keep, and log the epoch, on rank 0 only."""
         if not trainer.is_global_zero:
             return
-        dice = float(trainer.callback_metrics[MONITOR])
-        threshold = round(float(trainer.callback_metrics[THRESHOLD]), 2)
-        if self._last or not self.kept or dice > self.kept["kept_dice"]:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        dice, threshold = metrics[MONITOR], round(metrics[THRESHOLD], 2)
+        if self._keep_last or not self.kept or dice > self.kept["kept_dice"]:
             self.kept = {"kept_epoch": trainer.current_epoch, "kept_dice": dice, "threshold": threshold}
-            save_model(pl_module.kept, self._run / MODEL_FOLDER)
-            # With the model, so that an unfinished run predicts as it was validated.
+            save_model(self._average.network if self._average else pl_module.network, self._run / MODEL_FOLDER)
+            # An unfinished run predicts with the threshold of its validation.
             save_record(self._run, load_record(self._run).model_copy(update=self.kept))
-        self.rows.append(
-            {
-                "epoch": trainer.current_epoch,
-                "train_loss": round(float(trainer.callback_metrics["train_loss"]), 6),
-                MONITOR: round(dice, 6),
-                THRESHOLD: threshold,
-                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-                "seconds": round(time.perf_counter() - self._started, 2),
-                "seconds_waiting": round(self._waited_s, 2),
-            }
-        )
+        row = {
+            "train_loss": round(metrics["train_loss"], 6),
+            MONITOR: round(dice, 6),
+            THRESHOLD: threshold,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "seconds": round(time.perf_counter() - self._started, 2),
+            "seconds_waiting": round(self._waited_s, 2),
+        }
+        self.rows.append({"epoch": trainer.current_epoch, **row})
         _log.info(
             "epoch %d of %d: loss %.3f, validation Dice %.3f, %.0f s",
-            trainer.current_epoch + 1, trainer.max_epochs, trainer.callback_metrics["train_loss"], dice,
-            self.rows[-1]["seconds"],
+            trainer.current_epoch + 1, trainer.max_epochs, metrics["train_loss"], dice, row["seconds"],
         )  # fmt: skip
-        # Rows of a run that an older cspine began know less.
+        # Rows of a run that an older version started have fewer columns.
         write_rows(self._run / METRICS_NAME, self.rows[-1], self.rows)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.current_epoch)
+            logger.save()
 
 
 class Curves(Callback):
-    """Draws the run's curves after an epoch, unless that took long in comparison with the time since it last did.
+    """Draws the run's curves after an epoch, unless the last drawing took long compared with the time since then.
 
     Parameters
     ----------
@@ -169,30 +185,10 @@ class Curves(Callback):
         self._cost_s = 0.0
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Draw them, if it is time to."""
+        """Draw the curves if it is time to."""
         started = time.perf_counter()
         if started - self._drawn >= _DRAW_AFTER * self._cost_s:
             with never_fatal(f"{self._run / CURVES_NAME}"):
                 draw_curves(self._run)
             self._drawn = time.perf_counter()
             self._cost_s = self._drawn - started
-
-
-class Stop(EarlyStopping):
-    """Stops after 7 epochs without improvement.
-
-    A run that was killed after its last epoch trains no other one when it is resumed.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(MONITOR, mode="max", patience=_STOP_AFTER)
-
-    @property
-    def state_key(self) -> str:
-        """Under which name its state is in a checkpoint; runs that are under way bear this one."""
-        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stop at once where it would have stopped already."""
-        if self.wait_count >= self.patience:
-            trainer.should_stop = True

@@ -1,4 +1,4 @@
-"""When a run writes what it can go on from, under which names, and where it goes on."""
+"""Checkpoints: their names, when they are written, and the one to resume from."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NAME = re.compile(r"epoch=(\d+)(?:-batch=(\d+))?\.ckpt")
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """How far a run has come: epochs that are complete, and batches of the one after them."""
+    """How far a run has come: complete epochs, and batches of the epoch after them."""
 
     epochs: int = 0
     batches: int = 0
 
     @property
     def name(self) -> str:
-        """What a checkpoint is called that was written here."""
-        # A whole epoch bears its own number: so were checkpoints called before there were any within epochs.
+        """The name of a checkpoint that is written here."""
+        # At the end of an epoch the name holds the number of that epoch, from 0.
         return f"epoch={self.epochs}-batch={self.batches}.ckpt" if self.batches else f"epoch={self.epochs - 1}.ckpt"
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Place:
 
     @staticmethod
     def of(checkpoint: Path) -> Place | None:
-        """Return where a checkpoint was written, by its name; None for a file that is none."""
+        """Parse the name of a checkpoint; None if the file is no checkpoint."""
         found = _NAME.fullmatch(checkpoint.name)
         if not found:
             return None
@@ -52,23 +52,23 @@ def checkpoints(folder: Path) -> dict[Place, Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Place, Path] | None:
-    """Return the newest checkpoint that is whole."""
+    """Return the newest checkpoint that can be read."""
     for place, path in checkpoints(folder).items():
         try:
             torch.load(path, map_location="cpu", weights_only=True)
-        # A file that was cut short breaks the reader in ways of its own.
+        # A truncated file makes the reader raise errors of many kinds.
         except Exception as error:  # noqa: BLE001
-            warnings.warn(f"{path} is damaged and left out ({type(error).__name__})", stacklevel=2)
+            warnings.warn(f"{path} is damaged and skipped ({type(error).__name__})", stacklevel=2)
         else:
             return place, path
     return None
 
 
 class DurableCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint so that it appears when it is whole and on the disk, and not before.
+    """Writes a checkpoint atomically and durably: it appears once it is complete and on the disk.
 
-    Lightning's own way goes through the folder for temporary files: from there a checkpoint is copied, and what a
-    killed run was writing stays there.
+    Lightning writes to the system's folder for temporary files and copies from there; a killed run would leave its
+    unfinished file behind.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -80,16 +80,16 @@ class DurableCheckpoints(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Writes a checkpoint after every epoch and, within one, whenever some time has passed; the newest stays.
+    """Writes a checkpoint after every epoch and at intervals within one, and keeps the newest only.
 
-    Of several processes the first does, by its own clock, while the others go on.
+    Rank 0 writes, by its own clock; the other ranks do not wait.
 
     Parameters
     ----------
     folder : Path
-        Where they lie.
+        Folder of the checkpoints.
     minutes : float
-        The least time between two of an epoch.
+        Shortest time between two checkpoints within an epoch.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
@@ -98,20 +98,20 @@ class Checkpoints(Checkpoint):
         self._written = monotonic()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Count the time from here."""
+        """Start the clock."""
         self._written = monotonic()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write a checkpoint if it is time to."""
-        # After the last batch comes validation, and then the epoch's own: a run that went on from between the two
-        # would leave validation out.
+        # Validation follows the last batch, then the epoch's own checkpoint. A run resumed from between the two would
+        # skip validation.
         if monotonic() - self._written >= self._seconds and not trainer.is_last_batch:
             self._write(trainer, Place(trainer.current_epoch, batch_idx + 1))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the epoch's checkpoint, after all other callbacks are done with it."""
+        """Write the epoch's checkpoint, after all other callbacks."""
         self._write(trainer, Place(trainer.current_epoch + 1))
 
     def _write(self, trainer: lightning.Trainer, place: Place) -> None:

@@ -1,4 +1,4 @@
-"""How a network's weights move: optimiser, rate, and the average of weights that a run may keep."""
+"""Optimiser and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from cspine_train.run.settings import RunSettings
 
@@ -16,19 +15,19 @@ _WEIGHT_DECAY = 1e-2
 
 
 def optimisation(network: nn.Module, settings: RunSettings, steps: int) -> Any:
-    """Return the optimiser and, where the rate moves by steps, its schedule, as Lightning takes them.
+    """Return what `LightningModule.configure_optimizers` returns: the optimiser, and its schedule if it is per step.
 
     Parameters
     ----------
     network : Module
-        What is trained.
+        The network to train.
     settings : RunSettings
-        What was asked.
+        Learning rate, schedule and gradient clipping.
     steps : int
-        Of the whole run.
+        Number of steps of the whole run.
     """
     rate = settings.learning_rate
-    # A fused step scales gradients itself, out of reach of whoever would shorten them.
+    # A fused step unscales gradients itself, so that they cannot be clipped before it.
     fused = settings.clip_norm is None
     if settings.schedule == "plateau":
         return torch.optim.Adam(network.parameters(), lr=rate, fused=fused)
@@ -42,36 +41,11 @@ def optimisation(network: nn.Module, settings: RunSettings, steps: int) -> Any:
 
 
 def cosine_share(step: int, steps: int) -> float:
-    """Return which share of the largest rate a step has: it rises over the first 20th, then falls as a cosine does.
+    """Return a step's learning rate as a share of the largest: a linear warm-up over 5 % of the steps, then a cosine.
 
-    The fall is SGDR's without restarts (Loshchilov and Hutter 2017), to zero.
+    The cosine falls to zero, as in SGDR without restarts (Loshchilov and Hutter 2017).
     """
     warm_up = max(1, round(_WARM_UP * steps))
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def averaged(network: nn.Module, kept: float) -> AveragedModel:
-    """Return a running average of a network's weights and statistics (Polyak and Juditsky 1992).
-
-    Parameters
-    ----------
-    network : Module
-        Copied; `update_parameters` takes its weights in.
-    kept : float
-        Share of the average that a step leaves as it is. Less in the beginning, or the average would be of weights
-        that were drawn at random.
-    """
-
-    def take_in(averages: Any, values: Any, steps_done: Any) -> None:
-        share = 1 - min(kept, (1 + float(steps_done)) / (10 + float(steps_done)))
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, share)
-            else:
-                average.copy_(value)
-
-    average = AveragedModel(network, multi_avg_fn=take_in, use_buffers=True)
-    # Or several processes would exchange gradients that it never has.
-    return average.requires_grad_(False)

@@ -46,11 +46,11 @@ from cspine_train.run.precision import precision_of
 from cspine_train.run.process_state import quieten, restored_process_state
 from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.run.settings import RunSettings
-from cspine_train.training.callbacks import Curves, Keep, Plateau, Stop
+from cspine_train.training.callbacks import Curves, Keep, Plateau, WeightEMA
 from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
-from cspine_train.training.loggers import Logged, check_loggers
+from cspine_train.training.loggers import check_loggers, open_loggers
 from cspine_train.training.processes import ONE_DEVICE, Machines, ProcessCheck, synchronised, training_errors
-from cspine_train.training.progress import TerminalProgress
+from cspine_train.training.progress import TrainingProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
 from cspine_train.training.step_check import check_steps
 
@@ -224,15 +224,17 @@ def _built(
 
 
 def _listened_to(trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], epochs: int) -> Keep:
-    """Let callbacks hear of an epoch before those that a trainer was made with; one of several processes tells."""
-    keeper = Keep(run, record.settings.schedule)
-    callbacks: list[Callback] = [keeper]
+    """Add the callbacks and loggers of a run: rank 0 alone draws, logs and shows progress."""
+    settings = record.settings
+    average = WeightEMA(settings.average) if settings.average else None
+    keeper = Keep(run, settings.schedule, average)
+    callbacks: list[Callback] = [keeper, average] if average else [keeper]
     if trainer.is_global_zero:
-        if loggers:
-            callbacks.append(Logged(loggers, run, record, keeper.rows, epochs))
+        trainer.loggers = open_loggers(loggers, run, record, epochs)
         callbacks.append(Curves(run))
         if sys.stderr.isatty():
-            callbacks.append(TerminalProgress(keeper.rows, may_stop=record.settings.schedule == "plateau"))
+            callbacks.append(TrainingProgress(may_stop_early=settings.schedule == "plateau"))
+    # Before those that the trainer was made with, so that checkpoints are written last.
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
     return keeper
 
@@ -270,7 +272,7 @@ def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> N
 
 
 def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, devices: dict[str, Any]) -> lightning.Trainer:
-    plateau = [Plateau(), Stop()] if settings.schedule == "plateau" else []
+    plateau = [Plateau()] if settings.schedule == "plateau" else []
     callbacks = [*plateau, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
     trainer = lightning.Trainer(
         max_epochs=settings.epochs,

@@ -18,7 +18,7 @@ from cspine_train.run.folder import MONITOR
 from cspine_train.run.settings import RunSettings
 from cspine_train.training.confusion import confusion, mean_label_dice
 from cspine_train.training.losses import SegmentationLoss
-from cspine_train.training.optimisers import averaged, optimisation
+from cspine_train.training.optimisers import optimisation
 from cspine_train.training.processes import average_batch_statistics
 
 THRESHOLD = "threshold"
@@ -111,7 +111,6 @@ class SliceSegmenter(lightning.LightningModule):
         self._sides = sides_of(network) if settings.coarse_share else USUAL_SIDES
         self._loss = SegmentationLoss(settings.loss, labels)
         self._augment = Augmentation(settings.augment, crop_hw, labels)
-        self._average = averaged(self.network, settings.average) if settings.average else None
         # For each size anew: what is made for all depends on the first, and a run that goes on begins with another.
         compiled = torch.compile(self.network, dynamic=False) if settings.compile else None
         self._forward = self.network.__call__ if compiled is None else compiled
@@ -144,7 +143,7 @@ class SliceSegmenter(lightning.LightningModule):
         logits, masks = self._whole_batch(self._forward(batch.images)), self._whole_batch(batch.masks)
         loss: torch.Tensor = self._loss(logits, masks)
         # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(masks))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(masks), logger=False)
         return loss
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
@@ -169,9 +168,9 @@ class SliceSegmenter(lightning.LightningModule):
             masks, ignored = masks[:, : self._labels], masks[:, self._labels :]
             shown &= ignored == 0
         if self._labels > 1:
-            self._counts += confusion(self.kept(images), masks, numbers, shown, len(self._cases)).cpu()
+            self._counts += confusion(self.network(images), masks, numbers, shown, len(self._cases)).cpu()
             return
-        probabilities = torch.sigmoid(self.kept(images).float())
+        probabilities = torch.sigmoid(self.network(images).float())
         above = torch.bucketize(probabilities, torch.tensor(THRESHOLDS, device=probabilities.device))
         bins = (2 * numbers.view(-1, 1, 1, 1) + (masks > 0.5)) * (len(THRESHOLDS) + 1) + above
         counts = torch.bincount(bins[shown], minlength=self._counts.numel())
@@ -182,8 +181,8 @@ class SliceSegmenter(lightning.LightningModule):
         counts = self.trainer.strategy.reduce(self._counts.to(self.device), reduce_op="sum").cpu()
         several = self._labels > 1
         dice, threshold = (mean_label_dice(counts, self._unknown), 0.5) if several else best_threshold(counts)
-        self.log(MONITOR, dice)
-        self.log(THRESHOLD, threshold)
+        self.log(MONITOR, dice, logger=False)
+        self.log(THRESHOLD, threshold, logger=False)
 
     def _no_counts(self) -> torch.Tensor:
         if self._labels > 1:
@@ -191,16 +190,9 @@ class SliceSegmenter(lightning.LightningModule):
         return torch.zeros(len(self._cases), 2, len(THRESHOLDS) + 1, dtype=torch.int64)
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
-        """Take a step, and update the average of the weights, before a checkpoint is written of both."""
+        """Take a step, then average the running statistics of batch normalisation over the processes."""
         super().optimizer_step(*arguments, **named)
         average_batch_statistics(self.network)
-        if self._average is not None:
-            self._average.update_parameters(self.network)
-
-    @property
-    def kept(self) -> nn.Module:
-        """The network that is validated and saved: the average of its weights, where that is asked for."""
-        return self.network if self._average is None else self._average.module
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule where it is one of steps; a plateau is looked for by a callback."""
