@@ -305,7 +305,7 @@ def test_a_compressed_file_that_goes_on_is_still_held_against_its_checksum(paddi
     (tmp_path / "x.nii.gz").write_bytes(packed)
     np.testing.assert_array_equal(read_volume(tmp_path / "x.nii.gz").array, ARRAY)
     (tmp_path / "x.nii.gz").write_bytes(packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:])
-    assert "it is damaged" in str(outcome(tmp_path / "x.nii.gz"))
+    assert "damaged" in str(outcome(tmp_path / "x.nii.gz"))
 
 
 @pytest.mark.parametrize("size", [0, 8, -1, 2**31 - 1, -(2**31)])

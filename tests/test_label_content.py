@@ -91,6 +91,16 @@ def test_an_image_that_was_enlarged_without_interpolation_is_no_label_map(tmp_pa
     assert "flat regions" in volume.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("values", "noted"), [((85, 170, 255), True), ((20, 21, 22), False), ((41, 42, 43, 92), False)]
+)
+def test_values_with_wide_gaps_get_a_note(values: tuple[int, ...], noted: bool, tmp_path: Path) -> None:
+    label = LABEL.array.astype(np.uint8)
+    for number, part in enumerate(np.array_split(np.flatnonzero(label), len(values))):
+        label.flat[part] = values[number]
+    assert any("scaled to 8 bits" in note for note in loaded(tmp_path, label).notes) == noted
+
+
 def test_large_unsigned_values_are_counted() -> None:
     values, counts = value_counts(np.array([2**63 + 1, 2**63 + 2, 2**63 + 2], np.uint64))
     assert (values.tolist(), counts.tolist()) == ([2**63 + 1, 2**63 + 2], [1, 2])
@@ -123,7 +133,7 @@ def test_what_is_odd_is_noted(tmp_path: Path) -> None:
     tiny = np.zeros_like(LABEL.array)
     tiny[8, 10, 12] = 1
     (note,) = loaded(tmp_path, tiny).notes
-    assert "only 1 voxels" in note
+    assert "only 1 voxel," in note
     air = np.zeros_like(LABEL.array)
     air[:2, :5] = 1
     (note,) = loaded(tmp_path, air).notes
@@ -145,7 +155,7 @@ def test_a_segmentation_that_nobody_drew_is_empty(same_origin: bool, tmp_path: P
     empty_segmentation(tmp_path, same_origin=same_origin)
     done = run_data("scan", tmp_path)
     assert (done.exit_code, "note: P1: label map is empty" in done.stderr) == (0, True)
-    assert "1 cases can be prepared, 1 without a label map; 0 problems" in done.stdout
+    assert "1 case can be prepared, 1 without a label map; 0 problems" in done.stdout
     store = tmp_path / "s.zarr"
     done = run_data("prepare", tmp_path, "--store", store, "--no-n4")
     assert (done.exit_code, "note: P1: label map is empty" in done.stderr) == (0, True)
@@ -199,7 +209,7 @@ def test_a_label_map_is_not_taken_for_a_volume(name: str, tmp_path: Path, run_da
     done = run_data("scan", tmp_path)
     assert done.exit_code == 1
     assert f"{name}.nrrd: looks like a label map of P1.nrrd: same grid, few whole numbers" in done.stderr
-    assert "1 cases can be prepared, 1 without a label map; 1 problems" in done.stdout
+    assert "1 case can be prepared, 1 without a label map; 1 problem" in done.stdout
     # What predict does with every volume.
     with pytest.raises(InputError, match="looks like a label map"):
         preprocess_volume(read_volume(tmp_path / f"{name}.nrrd"), Preprocessing())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cspine_data import find_cases, open_cohort, prepare, remove_cases, volumes_in
-from tests.conftest import write_case
+from cspine_data import find_cases, open_cohort, prepare, remove_cases, volumes_in, write_volume
+from tests.conftest import ball, write_case
 
 NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
 
@@ -112,3 +112,22 @@ def test_a_detached_header_names_its_data_in_either_encoding(tmp_path: Path) -> 
     header = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndata file: {NFC}.raw\n"
     (tmp_path / "x.nhdr").write_text(header, encoding="utf-8")
     assert read_volume(tmp_path / "x.nhdr").array.ravel("F").tolist() == list(range(8))
+
+
+def test_scan_finds_copies_in_another_format_as_prepare_does(tmp_path: Path, run_data) -> None:
+    image, _ = ball()
+    write_volume(tmp_path / "A.nii.gz", image)
+    write_volume(tmp_path / "A_copy.nii", image)
+    scanned = run_data("scan", tmp_path)
+    assert "holds the same volume as case 'A'" in scanned.stderr
+    summary = prepare(tmp_path, tmp_path / "s.zarr", n4=False)
+    assert [problem.case for problem in summary.failed] == ["A_copy"]
+
+
+def test_copies_of_a_refused_file_are_refused_for_its_reason(tmp_path: Path, serially: None) -> None:
+    _, label = ball()
+    for name in ("A", "B", "C"):
+        write_volume(tmp_path / f"{name}.nrrd", label)
+    summary = prepare(tmp_path, tmp_path / "s.zarr", n4=False)
+    assert [problem.case for problem in summary.failed] == ["A", "B", "C"]
+    assert all("looks like a label map" in problem.message for problem in summary.failed)

@@ -84,7 +84,7 @@ def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data) -> No
     assert {path.name for path in (store / "cases").iterdir()} <= {"good", "zarr.json"}
     scanned = run_data("scan", raw)
     assert scanned.exit_code == 1
-    assert "1 cases can be prepared, 0 without a label map; 6 problems" in scanned.output
+    assert "1 case can be prepared, 0 without a label map; 6 problems" in scanned.output
 
 
 @pytest.mark.parametrize(

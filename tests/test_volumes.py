@@ -123,7 +123,7 @@ def test_a_file_that_does_not_say_how_it_lies_is_taken_as_lps_and_says_so(tmp_pa
         (header(line_skip="9999999999") + VOXELS.tobytes(), "has a line skip of 9999999999"),
         (header(line_skip="-1") + VOXELS.tobytes(), "has a line skip of -1"),
         (header(encoding="gzip") + gzip.compress(VOXELS.tobytes())[:-4], "cannot be decompressed"),
-        (header(encoding="gzip") + flipped(gzip.compress(VOXELS.tobytes(), 0), 30), "it is damaged"),
+        (header(encoding="gzip") + flipped(gzip.compress(VOXELS.tobytes(), 0), 30), "the file is damaged"),
         (header(space_directions="(1,0,0) (1,0,0) (0,0,1)") + VOXELS.tobytes(), "that span no volume"),
         (header(space_directions="(nan,0,0) (0,1,0) (0,0,1)") + VOXELS.tobytes(), "no usable space directions"),
         (header() + VOXELS.tobytes()[:-1], "too few for the 240 its header claims"),
@@ -572,6 +572,28 @@ def test_an_sform_with_shear_beside_a_qform_is_kept_and_told(tmp_path: Path) -> 
     assert "sform (code 4)" in volume.notes[0]
     write_volume(tmp_path / "again.nii", volume)
     assert forms_of(tmp_path / "again.nii") == forms_of(path)
+
+
+def test_forms_that_are_mirror_images_or_of_other_voxels_are_told(tmp_path: Path) -> None:
+    mirrored = np.column_stack([np.diag((-1.0, 2.0, 3.0)), (13, 24, 30)])
+    (note,) = read_volume(two_places(tmp_path / "x.nii", (1, 2), srow=mirrored)).notes
+    assert "left and right may be exchanged" in note
+    larger = np.column_stack([np.diag((2.0, 4.0, 6.0)), (10, 20, 30)])
+    (note,) = read_volume(two_places(tmp_path / "x.nii", (1, 2), srow=larger)).notes
+    assert "1 x 2 x 3 and 2 x 4 x 6 mm" in note
+
+
+def test_a_file_whose_name_does_not_say_how_it_is_compressed_is_to_be_renamed(tmp_path: Path) -> None:
+    content = nifti_header().tobytes() + VOXELS.tobytes()
+    (tmp_path / "plain.nii.gz").write_bytes(content)
+    with pytest.raises(InputError, match=r"is not compressed; call it plain\.nii$"):
+        read_volume(tmp_path / "plain.nii.gz")
+    (tmp_path / "packed.nii").write_bytes(gzip.compress(content))
+    with pytest.raises(InputError, match=r"is compressed; call it packed\.nii\.gz$"):
+        read_volume(tmp_path / "packed.nii")
+    (tmp_path / "page.nii.gz").write_bytes(b"<html>")
+    with pytest.raises(InputError, match="is not a gzip file"):
+        read_volume(tmp_path / "page.nii.gz")
 
 
 def test_a_form_whose_axes_lie_in_a_plane_is_no_place(tmp_path: Path) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cspine_data.terminal import CommandGroup, can_go_on, print_notes, print_table, progress_bar, warn_in_one_line
+
+if TYPE_CHECKING:
+    from cspine_data.store.schema import CaseRecord
 
 # Paths are checked where they are used, with a message that names the remedy.
 PATH = click.Path(readable=False, path_type=Path)
@@ -58,7 +62,7 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @TRUST_VOXELS
 def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxels: bool) -> None:
     """List the cases in SOURCE and all problems, without writing anything."""
-    from cspine_data.errors import Problem
+    from cspine_data.errors import Problem, count
     from cspine_data.sources.cases import scan_case
     from cspine_data.sources.pairing import find_cases
 
@@ -81,7 +85,10 @@ def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxel
     print_notes(notes)
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
-    click.echo(f"{len(rows)} cases can be prepared, {unlabelled} without a label map; {len(problems)} problems")
+    click.echo(
+        f"{count(len(rows), 'case')} can be prepared, {unlabelled} without a label map; "
+        f"{count(len(problems), 'problem')}"
+    )
     if problems:
         raise SystemExit(1)
 
@@ -213,6 +220,12 @@ def prepare(
         raise SystemExit(1)
 
 
+def _labels(record: CaseRecord) -> str:
+    labels = [str(value) for value in record.labels]
+    labels += [f"{value} (ignored)" for value in record.ignored_values]
+    return " ".join(labels) or "-"
+
+
 @main.command()
 @STORE
 def info(store: Path) -> None:
@@ -232,7 +245,7 @@ def info(store: Path) -> None:
                 (
                     record.case, variant, " x ".join(map(str, record.size_xyz)),
                     " x ".join(f"{mm:.3g}" for mm in record.spacing_xyz_mm),
-                    "".join(map(str, record.axes)), " ".join(map(str, record.label_voxels)) or "-",
+                    "".join(map(str, record.axes)), _labels(record),
                     part_of.get(record.case, "-"), deviation,
                 )
             )  # fmt: skip

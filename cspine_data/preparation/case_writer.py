@@ -5,7 +5,6 @@ The case is written to a temporary folder, which is then renamed.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.files import make_folder
 from cspine_data.preparation.plan import Job, is_unchanged
 from cspine_data.preprocessing.steps import CorrectedVolume, PreparedVolume, correct_volume, normalise_volume
-from cspine_data.sources.cases import LoadedCase, load_case
+from cspine_data.sources.cases import LoadedCase, load_case, voxels_digest
 from cspine_data.store import schema
 from cspine_data.store.attributes import image_metadata, level_attributes, slice_grid
 from cspine_data.store.publishing import (
@@ -36,7 +35,6 @@ from cspine_data.store.records import read_corrected, stored_record
 from cspine_data.store.schema import CaseRecord
 from cspine_data.store.writer import CaseWriter
 from cspine_data.volumes.geometry import Orientation
-from cspine_data.volumes.io import Volume
 from cspine_data.volumes.label_checks import value_counts
 
 
@@ -198,7 +196,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         volume_digest=job.volume_digest,
         image_sha256=job.image_sha256,
         label_sha256=job.label_sha256 if label is not None else None,
-        voxels_sha256=_voxels_sha256(loaded.image),
+        voxels_sha256=voxels_digest(loaded.image),
         preprocessing=job.preprocessing,
         geometry=corrected.geometry,
         assumed_orientation=loaded.image.assumed_orientation,
@@ -225,11 +223,3 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         ignore_label=job.ignore_label,
         ignored_voxels=ignored_voxels,
     )
-
-
-def _voxels_sha256(image: Volume) -> str:
-    """Return a digest of the voxels in anatomical order, independent of the file format."""
-    array_xyz = np.ascontiguousarray(Orientation.of(image.geometry).to_anatomical(image.array))
-    digest = hashlib.sha256(f"{array_xyz.dtype.name} {array_xyz.shape}".encode())
-    digest.update(array_xyz.data)
-    return digest.hexdigest()

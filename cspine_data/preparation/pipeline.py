@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cspine_data.errors import InputError, Problem
+from cspine_data.errors import InputError, Problem, with_causes
 from cspine_data.parallel.workers import check_workers
 from cspine_data.preparation.case_writer import stored_volume
 from cspine_data.preparation.hashing import digest_files
@@ -179,6 +179,7 @@ def prepare(
     to_do = [job for job in jobs if not is_current(store, job)]
     outcomes = do_jobs(to_do, store, workers, scheduler, progress)
     failed += [outcome for outcome in outcomes.values() if isinstance(outcome, Problem)]
+    failed = with_causes(failed)
     written = {case: outcome for case, outcome in outcomes.items() if not isinstance(outcome, Problem)}
     reused = [job.case.id for job in jobs if job.case.id not in outcomes]
     enrol(

@@ -147,7 +147,7 @@ def files_of(case: Case) -> list[Path]:
 def digest_file(path: Path) -> Digested | Problem:
     """Hash a volume or label map; a problem if it cannot be used."""
     try:
-        if not path.is_file():
+        if not (path.is_file() or path.is_dir()):
             raise InputError(path, "is no file", "check the path")
         return digest_source(path)
     except (InputError, OSError) as error:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from cspine_data.errors import CspineDataError, Problem, describe_problem, printable
 from cspine_data.preprocessing.tissue import tissue_threshold
+from cspine_data.volumes.geometry import Orientation
 from cspine_data.volumes.image_checks import usable_image
-from cspine_data.volumes.io import Volume, content_digest, read_volume
+from cspine_data.volumes.io import Volume, read_volume
 from cspine_data.volumes.label_checks import (
     check_labels,
     check_not_the_image,
@@ -135,7 +139,15 @@ def copy_problem(case: Case, other: str, *, only_in_store: bool = False) -> Prob
         problem = f"is what the store holds as case {other!r}; give it that name again, or make a new store"
     else:
         problem = f"holds the same volume as case {other!r}, and one patient must not be two cases; keep one of them"
-    return Problem(case.id, f"{case.volume}: {problem}")
+    return Problem(case.id, f"{case.volume}: {problem}", copy_of=other)
+
+
+def voxels_digest(image: Volume) -> str:
+    """Return a digest of the voxels in anatomical order, independent of the file format."""
+    array_xyz = np.ascontiguousarray(Orientation.of(image.geometry).to_anatomical(image.array))
+    digest = hashlib.sha256(f"{array_xyz.dtype.name} {array_xyz.shape}".encode())
+    digest.update(array_xyz.data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ def scan_case(
     case : Case
         The case.
     seen : dict
-        The case of each scanned volume's digest; this case is added.
+        The case of each scanned volume, by `voxels_digest`; this case is added.
     ignore_label : int, optional
         The label value of voxels to ignore.
     trust_voxels : bool
@@ -170,7 +182,7 @@ def scan_case(
     """
     try:
         loaded = load_case(case, ignore_label, trust_voxels=trust_voxels)
-        first = seen.setdefault(content_digest(case.volume), case.id)
+        first = seen.setdefault(voxels_digest(loaded.image), case.id)
         if first != case.id:
             return copy_problem(case, first)
     except (CspineDataError, OSError, MemoryError) as error:

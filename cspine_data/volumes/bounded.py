@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 from cspine_data.errors import InputError
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, as_rows, skew
 
+#: First bytes of a gzip file.
+GZIP = b"\x1f\x8b"
+# First field of a NIfTI-1 header: its length.
+_NIFTI_HEADER = 348
 _RAW_PIECE = 1 << 20
 # Deflate expands at most 1032 times, so that a piece of this size gives at most 4 MB.
 _PACKED_PIECE = 1 << 12
@@ -79,10 +83,21 @@ class Source:
         except (OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            problem = "cannot be decompressed (it is damaged, or compressed in another way)"
+            raise InputError(self._path, *_not_decompressed(self._path)) from None
         else:
             return bool(self._rest)
         raise InputError(self._path, problem, "the file is damaged: fetch it again") from None
+
+
+def _not_decompressed(path: Path) -> tuple[str, str]:
+    """Return why a file cannot be decompressed, and what to do; a detached data file is not looked at."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix.lower() == ".gz" and int.from_bytes(start, "little") == _NIFTI_HEADER:
+        return "is not compressed", f"call it {path.stem}"
+    if path.suffix.lower() == ".gz" and not start.startswith(GZIP):
+        return "is not a gzip file", "export it again"
+    return "cannot be decompressed", "the file is damaged: fetch it again"
 
 
 def _raw(file: BinaryIO) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, count
 
 # The largest published label schemes have about 120 structures.
 _MOST_VALUES = 255
@@ -24,6 +24,8 @@ _LARGE_SHARE = 0.5
 # A cervical vertebra has about 8 ml.
 _TINY_ML = 0.05
 _MOSTLY_AIR = 0.9
+# Three vertebrae and their discs in a scheme of 100 structures span nine times their number.
+_GAPPY = 10
 _COUNTED_VALUES, _COUNTED_AT_ONCE = 2**16, 2**13
 # Neighbours are compared within slices, and a few slices are enough.
 _SLICES = 8
@@ -170,14 +172,17 @@ def label_notes(
     if voxels > _LARGE_SHARE * size:
         notes.append(f"labels {voxels / size:.0%} of the volume, more than vertebrae fill; is its background 0?")
     if voxels * voxel_ml < _TINY_ML:
-        notes.append(f"labels only {voxels} voxels, {voxels * voxel_ml:.2g} ml")
+        notes.append(f"labels only {count(voxels, 'voxel')}, {voxels * voxel_ml:.2g} ml")
     labelled = labels != 0
     if ignore_label is not None:
         labelled &= labels != ignore_label
     dark = np.count_nonzero(labelled & (image <= tissue_threshold)) / voxels
     if dark > _MOSTLY_AIR:
         notes.append(f"{dark:.0%} of what it labels is as dark as air; is it this volume's, and turned as it is?")
-    if labels.dtype.kind == "u" and values.size > 1 and values[-1] == np.iinfo(labels.dtype).max:
+    if values.size > 2 and int(values[-1]) - int(values[0]) > _GAPPY * values.size:
+        gaps = f"holds {values.size} values up to {values[-1]}, with gaps between them"
+        notes.append(f"{gaps}; was it interpolated, or scaled to 8 bits?")
+    elif labels.dtype.kind == "u" and values.size > 1 and values[-1] == np.iinfo(labels.dtype).max:
         remedy = f"give --ignore-label {values[-1]} if it marks voxels that must not count"
         notes.append(f"holds {values[-1]} beside other labels; {remedy}")
     return tuple(notes)

@@ -38,6 +38,9 @@ def whole_numbers(label: Volume, image: Volume) -> Volume:
     if missing.any() and array.shape == image.array.shape and np.isnan(image.array[missing]).all():
         array = np.where(missing, 0, array)
         notes = (*notes, "NaN outside the volume's field of view was taken for 0")
+    nan = int(np.count_nonzero(np.isnan(array)))
+    if nan:
+        raise InputError(label.name, f"holds {nan} voxels of NaN", "set them to the background, 0")
     rounded = np.rint(array)
     off = np.abs(rounded - array)
     # With a larger step, different label values could have been stored as the same number.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cspine_data.errors import InputError
-from cspine_data.volumes.bounded import RESAMPLE, Source, check_claim, grid, stored_bytes
+from cspine_data.volumes.bounded import GZIP, RESAMPLE, Source, check_claim, grid, stored_bytes
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, skew
 from cspine_data.volumes.nifti_forms import NiftiForms, rotation
 
@@ -219,6 +219,8 @@ def _fields(path: Path, content: bytes) -> Any:
     """Return the header's fields, in the byte order that gives the right header size."""
     if not content:
         raise InputError(path, "is empty", "fetch it again")
+    if content.startswith(GZIP):
+        raise InputError(path, "is compressed", f"call it {path.name}.gz")
     if len(content) < _HEADER_BYTES:
         raise InputError(path, "is no readable NIfTI file (it ends within its header)", _FETCH)
     for layout in (_HEADER.newbyteorder("<"), _HEADER.newbyteorder(">")):
@@ -330,18 +332,26 @@ def _disagreement(
 
     Records contain the notes, so that another wording would change the bytes of a store.
     """
-    apart = np.inf
+    apart, details = np.inf, []
     if forms is not None:
         corners = np.array(list(itertools.product(*((0, n - 1) for n in size), (1,))), float)
         between = corners @ (forms.qform(spacing) - forms.sform()).T
         # The largest distance of the corners.
         apart = float(np.linalg.norm(between, axis=1).max())
+        steps = forms.qform(spacing)[:, :3], forms.sform()[:, :3]
+        if np.isfinite(apart):
+            if np.linalg.det(steps[0]) * np.linalg.det(steps[1]) < 0:
+                details.append("they are mirror images, so left and right may be exchanged")
+            lengths = [np.linalg.norm(axes, axis=0) for axes in steps]
+            if not np.allclose(lengths[0], lengths[1], rtol=0.01):
+                sizes = " and ".join(" x ".join(f"{mm:.3g}" for mm in one) for one in lengths)
+                details.append(f"their voxels are {sizes} mm")
     if apart <= _APART * spacing.min():
         return ()
     if not np.isfinite(apart):
         return (f"its {other} holds numbers that cannot be meant, so that the {used} was taken",)
-    note = f"its {other} places it up to {apart:.1f} mm away from its {used}, which was taken as ITK does"
-    return (f"{note} (what is written keeps both)",)
+    note = f"its {other} places it up to {apart:.1f} mm away from its {used}; the {used} is used, as ITK does"
+    return ("; ".join([note, *details, "files written keep both"]),)
 
 
 def _check_sform(path: Path, steps: NDArray[Any], spacing: NDArray[Any]) -> None:
