@@ -92,7 +92,7 @@ def test_an_image_that_was_enlarged_without_interpolation_is_no_label_map(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("values", "noted"), [((85, 170, 255), True), ((20, 21, 22), False), ((41, 42, 43, 92), False)]
+    ("values", "noted"), [((85, 170, 255), True), ((20, 21, 22), False), ((41, 42, 43, 92, 95), False)]
 )
 def test_values_with_wide_gaps_get_a_note(values: tuple[int, ...], noted: bool, tmp_path: Path) -> None:
     label = LABEL.array.astype(np.uint8)

@@ -24,8 +24,8 @@ _LARGE_SHARE = 0.5
 # A cervical vertebra has about 8 ml.
 _TINY_ML = 0.05
 _MOSTLY_AIR = 0.9
-# Three vertebrae and their discs in a scheme of 100 structures span nine times their number.
-_GAPPY = 10
+# Three vertebrae and two discs in a scheme of 100 structures span eleven times their number.
+_GAPPY = 12
 _COUNTED_VALUES, _COUNTED_AT_ONCE = 2**16, 2**13
 # Neighbours are compared within slices, and a few slices are enough.
 _SLICES = 8
@@ -179,7 +179,8 @@ def label_notes(
     dark = np.count_nonzero(labelled & (image <= tissue_threshold)) / voxels
     if dark > _MOSTLY_AIR:
         notes.append(f"{dark:.0%} of what it labels is as dark as air; is it this volume's, and turned as it is?")
-    if values.size > 2 and int(values[-1]) - int(values[0]) > _GAPPY * values.size:
+    # The largest value alone may mark voxels to ignore.
+    if values.size > 2 and int(values[-2]) - int(values[0]) > _GAPPY * values.size:
         gaps = f"holds {values.size} values up to {values[-1]}, with gaps between them"
         notes.append(f"{gaps}; was it interpolated, or scaled to 8 bits?")
     elif labels.dtype.kind == "u" and values.size > 1 and values[-1] == np.iinfo(labels.dtype).max:
