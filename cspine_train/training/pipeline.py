@@ -68,32 +68,28 @@ def train(
     loggers: Sequence[str] = (),
     from_command: bool = False,
 ) -> RunRecord:
-    """Train a model on a store's slices; called again, go on where it stopped, or do nothing when it is finished.
+    """Train a model on a store's slices; the same call resumes an unfinished run, and leaves a finished one as it is.
 
-    The run folder holds `run.json` (what was asked, what was fed), `model/` (the weights the run keeps, safetensors),
-    `metrics.csv` (a row an epoch) and `curves.png`, `checkpoints/` (to go on from), and in the end `overlays/`
-    (validation slices) and `MODEL_CARD.md`; a picture or card that cannot be made is warned of, and left out.
-
-    What it sets for the whole process, such as warning filters, random generators and signal handlers, is restored
-    when it returns or raises. One setting cannot be restored, and only commands make it: on a CPU under Linux, training
-    is up to twice as fast after `cspine_train.training.allocator.keep_large_blocks()`.
+    `docs/run-folder.md` lists the files of the run folder. The state of the process, such as warning filters, random
+    generators and signal handlers, is restored at the end. On a CPU under Linux, training is up to twice as fast after
+    `cspine_train.training.allocator.keep_large_blocks()`, which cannot be undone.
 
     Parameters
     ----------
     store : str or Path
         A store that `cspine-data prepare` made, or its URL.
     run : str or Path
-        The run folder to make or to go on with.
+        The run folder, new or to resume.
     settings : RunSettings
-        What to train.
+        The settings.
     workers : int
         Processes that read slices; 0 reads in the training process.
     checkpoint_minutes : float
-        How often, within an epoch, to write what a killed run goes on from; the outcome does not depend on it.
+        Time between checkpoints within an epoch; the outcome does not depend on it.
     machines : Machines
         Devices to train on. Several need the command, torchrun or srun; see ``docs/distributed.md``.
     loggers : sequence of str
-        ``tensorboard``, ``mlflow``: where metrics are logged besides.
+        ``tensorboard`` and ``mlflow``.
     from_command : bool
         Whether this is a process of ``cspine-train run``. Only there may Lightning start the other processes, by
         running the same command line again, and kill this one if another dies.
@@ -106,15 +102,14 @@ def train(
     Raises
     ------
     RunError
-        If another process trains or evaluates the run, the folder holds a run of other settings or data, the cohort is
-        too small to split, the network cannot take the run's steps, or not in the memory that is free, the processes
-        that are asked for cannot share them or have died, or a logger cannot be had.
+        If another process uses the run folder, it holds a run of other settings or data, the cohort is too small, the
+        network or the memory does not allow the steps, a process cannot start or has died, or a logger is unavailable.
     ModelError
-        If the model cannot be built or its weights cannot be had.
+        If the model cannot be built or its weights are unavailable.
     CspineDataError
         If the store cannot be used.
     KeyboardInterrupt
-        At Ctrl-C; the same call goes on where it stopped.
+        At Ctrl-C; the same call resumes the run.
     """
     check_loggers(loggers)
     with ExitStack() as lock:
@@ -132,7 +127,7 @@ def _train(
     from_command: bool,
     lock: ExitStack,
 ) -> RunRecord:
-    """Do what `train` does; of several processes the first holds the run's lock until `lock` is closed."""
+    """Train; rank 0 holds the run's lock until `lock` is closed."""
     cohort = open_cohort(store)
     split = split_of(cohort, settings)
     fed = what_is_fed(cohort, split, settings.variant)
@@ -154,9 +149,9 @@ def _train(
         return earlier
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     place, checkpoint = (newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None) or (Place(), None)
-    # Whoever goes on from a checkpoint has its weights already.
-    first_weights = "none" if checkpoint else settings.weights
-    module, data, made = _built(trainer, cohort, split, settings, first_weights, workers)
+    # A checkpoint holds the weights already.
+    initial_weights = "none" if checkpoint else settings.weights
+    module, data, made = _built(trainer, cohort, split, settings, initial_weights, workers)
     record = RunRecord(settings=settings, **fed, **made, deterministic=machines.deterministic)
     if earlier and checkpoint:
         kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
@@ -166,29 +161,35 @@ def _train(
     data.first_epoch, data.batches_done = place.epochs, place.batches
     if checkpoint:
         _log.info("going on after %s of %d", place, settings.epochs)
-    keeper = _listened_to(trainer, run, record, loggers, place.epochs)
+    keeper = _add_callbacks(trainer, run, record, loggers, place.epochs)
     trainer.callbacks.insert(0, ProcessCheck(f"{place} {record.weights_used} {record.digests}"))  # type: ignore[attr-defined]
+    _fit(trainer, run, module, data, checkpoint)
+    record = record.model_copy(update={"finished": True, **keeper.kept})
+    if trainer.is_global_zero:
+        record = record.model_copy(update=_postprocessing(run, settings, cohort))
+        # The record comes last, so that a finished run is complete.
+        _write_reports(run, record, cohort)
+        save_record(run, record)
+    return record
+
+
+def _fit(
+    trainer: lightning.Trainer, run: Path, module: SliceSegmenter, data: CohortSlices, checkpoint: Path | None
+) -> None:
     try:
         with training_errors(trainer, run):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except SystemExit as end:
         if not trainer.is_global_zero:
             raise
-        # Lightning makes an end of the process of Ctrl-C, and of SIGTERM.
+        # Lightning ends the process at Ctrl-C and SIGTERM.
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None
-    record = record.model_copy(update={"finished": True, **keeper.kept})
-    if trainer.is_global_zero:
-        record = record.model_copy(update=_postprocessing(run, settings, cohort))
-        # Before the record says so: whoever finds a run finished finds all of it.
-        _tell(run, record, cohort)
-        save_record(run, record)
-    return record
 
 
 def _begin(run: Path, record: RunRecord, earlier: RunRecord | None, lock: ExitStack) -> None:
-    """Lock a run, whose folder may be new, and save its record."""
+    """Make and lock the run folder, and save the record."""
     make_folder(run)
     lock.enter_context(only_writer(run))
     if earlier is None and (run / RECORD_NAME).exists():
@@ -199,7 +200,7 @@ def _begin(run: Path, record: RunRecord, earlier: RunRecord | None, lock: ExitSt
 def _built(
     trainer: lightning.Trainer, cohort: Cohort, split: Split, settings: RunSettings, weights: str, workers: int
 ) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
-    """Return what learns, what it learns from, and what the record says of both; refuse what cannot be trained."""
+    """Return the module, its data, and their fields of the record; refuse what cannot be trained."""
     values = label_values(cohort, split, settings)
     outputs = network_classes(values)
     network, weights_used = build_model(settings.model, settings.encoder, weights, settings.channels, outputs)
@@ -223,7 +224,9 @@ def _built(
     return module, data, made | {"processes": world}
 
 
-def _listened_to(trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], epochs: int) -> Keep:
+def _add_callbacks(
+    trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], epochs: int
+) -> Keep:
     """Add the callbacks and loggers of a run: rank 0 alone draws, logs and shows progress."""
     settings = record.settings
     average = WeightEMA(settings.average) if settings.average else None
@@ -240,13 +243,13 @@ def _listened_to(trainer: lightning.Trainer, run: Path, record: RunRecord, logge
 
 
 def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
-    """Return the settings with as many slices a step as share one memory: a GPU's, or that of a node's processes."""
+    """Return the settings with the batch that one memory holds: a GPU's part, or that of a node's processes."""
     sharing = 1 if torch.cuda.is_available() else trainer.num_devices
     return settings.model_copy(update={"batch_size": settings.batch_size * sharing // trainer.world_size})
 
 
 def _postprocessing(run: Path, settings: RunSettings, cohort: Cohort) -> dict[str, Any]:
-    """Return what the record says is done with predictions afterwards: nothing where that cannot be found out."""
+    """Return the postprocessing that validation chose; none if that fails."""
     if settings.largest_components or settings.fill_holes:
         asked = "--largest-components" if settings.largest_components else "--fill-holes"
         with never_fatal(f"{run}: {asked}"), progress_bar("predicting validation volumes") as progress:
@@ -254,8 +257,8 @@ def _postprocessing(run: Path, settings: RunSettings, cohort: Cohort) -> dict[st
     return {}
 
 
-def _tell(run: Path, record: RunRecord, cohort: Cohort) -> None:
-    """Write what people look at first: curves, overlays and the model card."""
+def _write_reports(run: Path, record: RunRecord, cohort: Cohort) -> None:
+    """Write curves, overlays and the model card."""
     with never_fatal(f"{run / CURVES_NAME}"):
         draw_curves(run)
     with never_fatal(f"{run / OVERLAYS_FOLDER}"), progress_bar("drawing overlays") as progress:
