@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from cspine_data import (
     IGNORE_INDEX,
-    Preprocessing,
     Volume,
     open_cohort,
     prepare,
@@ -120,7 +119,7 @@ def test_the_value_stays_with_a_case(tmp_path: Path, serially: None, run_data) -
 
 def test_the_value_holds_for_the_other_variant_and_not_for_another_label_map(tmp_path: Path, serially: None) -> None:
     store = cohort_of(tmp_path, 9, 9, "AB")
-    prepare(tmp_path / "raw", store, preprocessing=Preprocessing(bias=QUICK_N4))
+    prepare(tmp_path / "raw", store, preprocessing=QUICK_N4)
     assert open_cohort(store).record("A", variant="n4").ignored_values == (9,)
     path = tmp_path / "raw" / "A-label.nrrd"
     label = read_volume(path)
@@ -283,8 +282,9 @@ def results(store: Path, run: Path, settings: RunSettings) -> tuple[list[dict[st
     with (run / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in csv.DictReader(file)]
     (summary,) = (run / "evaluation").glob("*.json")
-    figures = json.loads(summary.read_text())["patients"]
-    return rows, figures
+    patients = json.loads(summary.read_text())["patients"]
+    # The note names the ignored value.
+    return rows, [{name: figure for name, figure in row.items() if name != "note"} for row in patients]
 
 
 @pytest.mark.parametrize("labels", ["binary", "stored"])

@@ -137,9 +137,9 @@ def test_a_queue_that_is_done_leaves_nothing_to_do(
         ("done,model,encoder,axis,epochs,batch\nno,unet,resnet50,3,1,1\n", "line 2: axis is '3'; write one of 0, 1, 2"),
         (
             "done,model,encoder,axis,epochs,batch\nno,unet,resnet50,0,many,1\n",
-            "line 2: epochs: Input should be a valid",
+            "line 2: --epochs: Input should be a valid",
         ),
-        ("done,model,encoder,axis,epochs,batch\nno,unet,resnet50,0\n", "line 2: epochs: Input should be a valid"),
+        ("done,model,encoder,axis,epochs,batch\nno,unet,resnet50,0\n", "line 2: --epochs: Input should be a valid"),
     ],
 )
 def test_what_is_no_queue_is_told_by_its_line(content: str, told: str, tmp_path: Path) -> None:

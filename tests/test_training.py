@@ -495,7 +495,7 @@ def test_a_size_that_no_network_takes_is_refused(
     for size in ("0", "32,0", "32,32,32", "-32", "32.5", "a", ""):
         refused = run_train(*common, size)
         assert refused.exit_code == 2
-        assert f"{size!r} is not of the form H,W, such as 256,192, or one number for both" in refused.output
+        assert "--size" in refused.output
     assert not (tmp_path / "run").exists()
 
 

@@ -105,6 +105,9 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
 def _split_classes(values: NDArray[np.float32], darkest: float, brightest: float) -> tuple[float, float]:
     """Return the threshold between a dark and a bright class, and the relative spread of the dark one."""
     span = brightest - darkest
+    if span <= 0:
+        # The two differ by less than single precision resolves.
+        return brightest, 0.0
     levels = np.log(np.clip((values - darkest) / span, 0, 1) + np.float32(_LOG_FLOOR))
     threshold = darkest + (float(np.exp(_otsu(levels))) - _LOG_FLOOR) * span
     dark, bright = values[values <= threshold], values[values > threshold]

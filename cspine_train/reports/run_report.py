@@ -33,7 +33,7 @@ def write_report(run: Path, record: RunRecord) -> Path:
     settings = record.settings
     planes = ", ".join(PLANES[axis] for axis in settings.axes)
     text = page(
-        "reports/report.html.jinja",
+        "report.html.jinja",
         title=f"{settings.model}, {settings.encoder}, {planes} slices, {settings.variant}",
         caveats=record.caveats(),
         parts=[_part(run, name, evaluation) for name, evaluation in recorded_evaluations(run, record)],

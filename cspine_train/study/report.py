@@ -68,7 +68,7 @@ def _page(study: Path, plan: Plan, found: Findings, table: pd.DataFrame) -> str:
     one_each = table.drop_duplicates("cell")
     cells = dict(zip(one_each.cell, _cell_titles(one_each), strict=True))
     return page(
-        "study/study.html.jinja",
+        "study.html.jinja",
         title=f"Study of {counted(len(plan.cells), 'cell')}, {len(cells)} of them done",
         answer=found.answer,
         caveats=found.caveats,
