@@ -551,7 +551,7 @@ def test_tasks_take_a_workers_gpu_in_turns_and_are_lost_when_no_worker_has_any(
         next(doing)
         gpu.kill()
         (((_, told),),) = list(doing)
-        assert told == "no worker process is left to do it, then run it again"
+        assert "no worker process is left" in told
 
 
 @contextmanager
@@ -559,8 +559,10 @@ def worker_process(scheduler: str, name: str, *options: str) -> Iterator[subproc
     told = ("--name", name, "--nthreads", "2", "--no-nanny", "--no-dashboard", *options)
     command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, *told]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def busy(seconds: float) -> tuple[float, float, str]:
