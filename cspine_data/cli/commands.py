@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import cloup
 
 from cspine_data.terminal import CommandGroup, can_go_on, print_notes, print_table, progress_bar, warn_in_one_line
 
@@ -93,52 +94,52 @@ def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxel
         raise SystemExit(1)
 
 
-@main.command()
+@main.command(cls=cloup.Command)
 @SOURCE
-@click.option(
-    "--store",
-    type=PATH,
-    default="data/cspine.zarr",
-    help="Store to create or to add to.",
+@cloup.option_group(
+    "Input and output",
+    cloup.option("--store", type=PATH, default="data/cspine.zarr", help="Store to create or to add to."),
+    PAIRS,
+    cloup.option("--note", help="Description of stand-in data, such as synthetic; shown beside every figure."),
+    cloup.option("--anonymise", is_flag=True, help="Name cases case0001 and so on; the key is STORE.key.csv."),
 )
-@click.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4), or do not (variant raw).")
-@click.option(
-    "--n4-preset",
-    type=click.Choice(["fast", "default", "thorough"]),
-    show_default=False,
-    help="Trade-off between accuracy and time. [default: default]",
+@cloup.option_group(
+    "Preprocessing",
+    cloup.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4), or do not (variant raw)."),
+    cloup.option("--axes", default="012", help="Slice directions: 0 sagittal, 1 coronal, 2 axial."),
+    cloup.option(
+        "--normalisation", type=click.Choice(["zscore", "percentile", "nyul"]), default="zscore",
+        help="Intensity normalisation: mean and standard deviation of tissue, its percentiles, or the cohort's "
+        "histogram.",
+    ),
+    cloup.option("--spacing", default="native", help="Voxel size, mm, of the slices: native, 1 or 0.5,0.5,1."),
+)  # fmt: skip
+@cloup.option_group(
+    "Bias field",
+    cloup.option(
+        "--n4-preset", type=click.Choice(["fast", "default", "thorough"]), show_default=False,
+        help="Trade-off between accuracy and time. [default: default]",
+    ),
+    cloup.option(
+        "--n4-engine", type=click.Choice(["separable", "itk"]),
+        help="N4 implementation: separable, or SimpleITK's filter, which is slow and has no --n4-spacing.",
+    ),
+    cloup.option(
+        "--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, at which the field is estimated."
+    ),
+    cloup.option(
+        "--n4-spacing", "n4_spacing_mm", type=float,
+        help="Distance, mm, between the spline's control points at the finest level.",
+    ),
+    cloup.option("--n4-iterations", help="Maximum number of iterations at each level, such as 200,200,200."),
+)  # fmt: skip
+@cloup.option_group("Label maps", IGNORE_LABEL, TRUST_VOXELS)
+@cloup.option_group(
+    "Machine",
+    cloup.option("--workers", type=int, help="Number of worker processes. [default: one per core]"),
+    cloup.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes."),
+    cloup.option("--rehash", is_flag=True, help="Hash all files again, also those with unchanged size and times."),
 )
-@click.option(
-    "--n4-engine",
-    type=click.Choice(["separable", "itk"]),
-    help="N4 implementation: separable, or SimpleITK's filter, which is slow and has no --n4-spacing.",
-)
-@click.option(
-    "--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, at which the field is estimated."
-)
-@click.option(
-    "--n4-spacing",
-    "n4_spacing_mm",
-    type=float,
-    help="Distance, mm, between the spline's control points at the finest level.",
-)
-@click.option("--n4-iterations", help="Maximum number of iterations at each level, such as 200,200,200.")
-@click.option(
-    "--normalisation",
-    type=click.Choice(["zscore", "percentile", "nyul"]),
-    default="zscore",
-    help="Intensity normalisation: mean and standard deviation of tissue, its percentiles, or the cohort's histogram.",
-)
-@click.option("--spacing", default="native", help="Voxel size, mm, of the slices: native, 1 or 0.5,0.5,1.")
-@click.option("--axes", default="012", help="Slice directions: 0 sagittal, 1 coronal, 2 axial.")
-@click.option("--workers", type=int, help="Number of worker processes. [default: one per core]")
-@click.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes.")
-@PAIRS
-@click.option("--note", help="Description of stand-in data, such as synthetic; shown beside every figure.")
-@IGNORE_LABEL
-@click.option("--anonymise", is_flag=True, help="Name cases case0001 and so on; the key is STORE.key.csv.")
-@TRUST_VOXELS
-@click.option("--rehash", is_flag=True, help="Hash all files again, also those with unchanged size and times.")
 def prepare(
     source: Path,
     store: Path,

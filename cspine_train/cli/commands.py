@@ -121,11 +121,11 @@ def run(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--split", "splits", type=click.Choice(["train", "validation", "test"]), multiple=True, default=("test",),
-    help="Whose volumes; may be given more than once.",
+    help="Split to score; may be given several times.",
 )  # fmt: skip
-@click.option("--store", help="Where the store is, if it has moved or is at a URL.")
+@click.option("--store", help="Store, if it has moved or is at a URL.")
 def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
-    """Score RUN per patient, on whole volumes."""
+    """Score RUN on whole volumes, per patient."""
     from cspine_train.evaluation.scoring import evaluate as evaluate_run
     from cspine_train.metrics.overlap import MEASURES, Measure
     from cspine_train.metrics.statistics import too_few
@@ -163,10 +163,10 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
 
 @main.command()
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", help="Whose volumes.")
-@click.option("--measure", default="dice", help="What is compared, by its column in the runs' evaluation/*.csv.")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", help="Split to compare.")
+@click.option("--measure", default="dice", help="Measure to compare: a column of evaluation/*.csv.")
 def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
-    """Compare evaluated RUNS with the first, patient by patient; runs that differ in their fold are one model."""
+    """Compare evaluated RUNS with the first, per patient; runs that differ only in their fold are one model."""
     from cspine_train.evaluation.comparison import compare as compare_runs
     from cspine_train.metrics.statistics import too_few
 
@@ -193,29 +193,29 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
 @click.argument("volumes", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
     "--run", "runs", type=click.Path(path_type=Path), multiple=True, required=True,
-    help="Trained run; several are fused.",
+    help="Run folder; several runs are fused.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True,
-    help="File, by its ending NRRD, NIfTI or named segments (.seg.nrrd); or folder for several volumes.",
+    help="File (.nrrd, .nii, .nii.gz, or .seg.nrrd with named segments), or folder for several volumes.",
 )  # fmt: skip
-@click.option("--weights", callback=weights_of, metavar="W,W,...", help="What each run counts; alike by default.")
+@click.option("--weights", callback=weights_of, metavar="W,W,...", help="Weight of each run; default: equal weights.")
 @click.option(
-    "--mirror", is_flag=True, help="Average with what is found with left and right exchanged; twice the time."
+    "--mirror", is_flag=True, help="Average with the prediction of the mirrored volume (left-right); twice the time."
 )
 @click.option(
     "--format", "ending", type=click.Choice(["nrrd", "nii.gz", "nii", "seg.nrrd"]),
-    help="Of label maps in a folder; each that of its volume by default.",
+    help="Output format for a folder; default: the input's.",
 )  # fmt: skip
-@click.option("--probability", is_flag=True, help="Write how likely each voxel is vertebra, too.")
-@click.option("--pictures", is_flag=True, help="Draw slices along each axis, and an animation through them, too.")
+@click.option("--probability", is_flag=True, help="Also write the probability of each voxel.")
+@click.option("--pictures", is_flag=True, help="Also draw slices along each axis, and an animation through them.")
 def predict(
     volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path, weights: tuple[float, ...] | None, mirror: bool,
     ending: str | None, probability: bool, pictures: bool,
 ) -> None:  # fmt: skip
-    """Segment VOLUMES, which are in no store and need no label map, each on its own grid.
+    """Segment VOLUMES, each on its own grid.
 
-    NRRD or NIfTI files, folders of them, or folders of DICOM slices. The same command again goes on where it stopped.
+    VOLUMES are NRRD or NIfTI files, folders of them, or folders of DICOM slices. The same command again resumes.
     """
     for path in volumes:
         if not path.exists():
@@ -257,7 +257,7 @@ def _tell_of(done: Predicted) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A name that ends in .onnx.")
 def export(run: Path, output: Path) -> None:
-    """Write RUN's network as ONNX, with what it takes to feed it."""
+    """Write the network of RUN as ONNX, with its preprocessing parameters."""
     from cspine_train.prediction.onnx import export_onnx
     from cspine_train.prediction.predictor import load_run
 
@@ -269,7 +269,7 @@ def export(run: Path, output: Path) -> None:
 
 @main.command()
 def models() -> None:
-    """List the architectures and encoders that can be asked for."""
+    """List the available architectures and encoders."""
     from cspine_train.models.build import architectures, encoders
     from cspine_train.models.pretrained import weights_at_hand
 

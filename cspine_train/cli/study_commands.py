@@ -33,37 +33,50 @@ _LOOK_S, _WRITING_PAUSES = 2.0, 50
 
 
 @click.command(cls=cloup.Command)
-@click.option("--store", default="data/cspine.zarr", help="What to train on: a folder or a URL.")
-@click.option("--models", callback=list_of, default="unet,fpn,linknet,pspnet", help="Architectures.")
-@click.option(
-    "--encoders", callback=list_of, default="random,resnet50,inceptionv4",
-    help="Encoders; NAME:random starts from random weights, and random is resnet50:random.",
+@cloup.option_group(
+    "Grid: what the cells differ in",
+    cloup.option("--models", callback=list_of, default="unet,fpn,linknet,pspnet", help="Architectures."),
+    cloup.option(
+        "--encoders", callback=list_of, default="random,resnet50,inceptionv4",
+        help="Encoders; NAME:random has random initial weights, and random is resnet50:random.",
+    ),
+    cloup.option(
+        "--weights", callback=weights_by_encoder, multiple=True, metavar="imagenet|none|ENCODER=FILE",
+        help="Initial weights of the other encoders; default: imagenet. May be given several times.",
+    ),
+    cloup.option("--variants", callback=list_of, default="n4,raw", help="Bias field corrected, or not."),
+    cloup.option(
+        "--axes", callback=list_of, default="0,1,2", help="0 sagittal, 1 coronal, 2 axial slices; 012: one model for all."
+    ),
+    cloup.option("--folds", callback=folds_of, default="reference", help="reference split, or the number of folds."),
+    cloup.option("--seeds", type=click.IntRange(1), default=1, help="Runs of each cell, from seed 0 on."),
+    cloup.option(
+        "--from", "queue", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="CSV file of the reference study (done,model,encoder,axis,epochs,batch); replaces models, encoders, axes.",
+    ),
 )  # fmt: skip
-@click.option(
-    "--weights", callback=weights_by_encoder, multiple=True, metavar="imagenet|none|ENCODER=FILE",
-    help="What the other encoders start from; imagenet by default. May be given more than once.",
-)  # fmt: skip
-@click.option("--variants", callback=list_of, default="n4,raw", help="Bias field corrected, or not.")
-@click.option("--axes", callback=list_of, default="0,1,2", help="Of the slices; 012 is one model for all three.")
-@click.option("--folds", callback=folds_of, default="reference", help="Cross-validate in so many, or reference split.")
-@click.option("--seeds", type=click.IntRange(1), default=1, help="Runs of each, from seed 0 on.")
-@click.option(
-    "--from", "queue", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A queue of the reference study (done,model,encoder,axis,epochs,batch) instead of models, encoders, axes.",
-)  # fmt: skip
+@cloup.option_group(
+    "Input and output",
+    cloup.option("--store", default="data/cspine.zarr", help="Store to train on: a folder or a URL."),
+    cloup.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the study."),
+    cloup.option("--plan", "only_plan", is_flag=True, help="Show the cells and the expected time, and end."),
+)
+@cloup.option_group(
+    "Machine",
+    cloup.option(
+        "--workers", type=click.IntRange(1), help="Runs at a time; default: one per GPU, or one for four cores."
+    ),
+    cloup.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes."),
+)
 @setting_options(omit=_GRID_FIELDS)
-@click.option("--workers", type=click.IntRange(1), help="Runs at a time; by default one a GPU, or one for four cores.")
-@click.option("--scheduler", help="Address of a running Dask scheduler whose workers do it instead.")
-@click.option("--plan", "only_plan", is_flag=True, help="Show what would be done and what it costs, and end.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The study's folder.")
 def study(
     store: str, models: Sequence[str], encoders: Sequence[str], weights: dict[str, str], variants: Sequence[str],
     axes: Sequence[str], folds: int | None, seeds: int, queue: Path | None, workers: int | None,
     scheduler: str | None, only_plan: bool, output: Path, **recipe: Any,
 ) -> None:  # fmt: skip
-    """Train and evaluate a grid of models; the same command again goes on where it stopped.
+    """Train and evaluate a grid of models; the same command again resumes a study that was stopped.
 
-    A cell that is done is never repeated, and a changed option repeats what it touches. The default grid is the
+    Finished cells are not repeated. A changed option repeats only the cells that it affects. The default grid is the
     reference study's: 72 cells.
     """
     from cspine_data import open_cohort
