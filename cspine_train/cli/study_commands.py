@@ -52,7 +52,7 @@ _LOOK_S, _WRITING_PAUSES = 2.0, 50
     cloup.option("--seeds", type=click.IntRange(1), default=1, help="Runs of each cell, from seed 0 on."),
     cloup.option(
         "--from", "queue", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="CSV file of the reference study (done,model,encoder,axis,epochs,batch); replaces models, encoders, axes.",
+        help="CSV file (done,model,encoder,axis,epochs,batch), as in the reference study; replaces these options.",
     ),
 )  # fmt: skip
 @cloup.option_group(
