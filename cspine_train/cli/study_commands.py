@@ -46,7 +46,7 @@ _LOOK_S, _WRITING_PAUSES = 2.0, 50
     ),
     cloup.option("--variants", callback=list_of, default="n4,raw", help="Bias field corrected, or not."),
     cloup.option(
-        "--axes", callback=list_of, default="0,1,2", help="0 sagittal, 1 coronal, 2 axial slices; 012: one model for all."
+        "--axes", callback=list_of, default="0,1,2", help="0 sagittal, 1 coronal, 2 axial; 012: one model for all."
     ),
     cloup.option("--folds", callback=folds_of, default="reference", help="reference split, or the number of folds."),
     cloup.option("--seeds", type=click.IntRange(1), default=1, help="Runs of each cell, from seed 0 on."),
