@@ -155,12 +155,7 @@ def prepare(
     check_workers(workers, scheduler)
     if ignore_label == 0:
         raise InputError("ignore_label 0", "is the background", "give the label value of voxels to ignore")
-    if preprocessing is None:
-        preprocessing = Preprocessing(bias=None) if n4 is False else Preprocessing()
-    elif n4 not in (None, preprocessing.bias is not None):
-        raise InputError(
-            f"n4={n4}", f"contradicts preprocessing ({preprocessing.description})", "leave out one of them"
-        )
+    preprocessing = _parameters(n4, preprocessing)
     listing = find_cases(source, pairs)
     store = Path(store).resolve()
     if key_file(store).exists() and not anonymise:
@@ -191,18 +186,28 @@ def prepare(
         done=tuple(sorted(written)),
         reused=tuple(reused),
         failed=tuple(sorted(failed, key=lambda problem: problem.case)),
-        replaced=tuple(
-            sorted(
-                job.case.id
-                for job in to_do
-                if job.case.id in written and job.stored_preprocessing not in (None, preprocessing)
-            )
-        ),
+        replaced=_replaced(to_do, written, preprocessing),
         standard_cases=standard.cases if standard else (),
         seconds=time.perf_counter() - started,
         written_bytes=sum(written.values()),
         notes=_notes(store, jobs, written),
     )
+
+
+def _replaced(jobs: Sequence[Job], written: Container[str], preprocessing: Preprocessing) -> tuple[str, ...]:
+    """Return the cases that were stored with other parameters before."""
+    others = (job for job in jobs if job.stored_preprocessing not in (None, preprocessing))
+    return tuple(sorted(job.case.id for job in others if job.case.id in written))
+
+
+def _parameters(n4: bool | None, preprocessing: Preprocessing | None) -> Preprocessing:
+    if preprocessing is None:
+        return Preprocessing(bias=None) if n4 is False else Preprocessing()
+    if n4 not in (None, preprocessing.bias is not None):
+        raise InputError(
+            f"n4={n4}", f"contradicts preprocessing ({preprocessing.description})", "leave out one of them"
+        )
+    return preprocessing
 
 
 def _labelled(store: Path, jobs: Sequence[Job]) -> list[str]:
