@@ -199,9 +199,8 @@ def _timm_encoder_state(encoder: nn.Module, name: str, state: State) -> State:
     own = {_joined(key): key for key in encoder.state_dict()}
     renamed = {own.get(_joined(key), key): tensor for key, tensor in state.items()}
     unknown = renamed.keys() - own.values()
-    return {
-        key: renamed[key] for key in renamed if key not in unknown.intersection(_timm_state(name) if unknown else ())
-    }
+    other_parts = unknown & _timm_state(name).keys() if unknown else set()
+    return {key: tensor for key, tensor in renamed.items() if key not in other_parts}
 
 
 def _joined(key: str) -> str:
