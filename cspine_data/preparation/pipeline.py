@@ -102,8 +102,8 @@ def prepare(
     """Correct, normalise and slice every volume of a folder into a store, once, in parallel.
 
     Cases that the store has already, with the same source bytes and parameters, are reused. A case that fails does not
-    stop the others. If a run is killed at any time and started again, the resulting store is the same. If two files hold
-    the same volume, the one that is published first stays, and the other fails.
+    stop the others. If a run is killed at any time and started again, the resulting store is the same. If two files
+    hold the same volume, the one that is published first stays, and the other fails.
 
     Parameters
     ----------
