@@ -23,8 +23,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from cspine_data import Geometry, InputError, Volume, read_volume
+from cspine_data import Geometry, InputError, Orientation, Volume, read_volume
 from cspine_data.volumes.geometry import as_rows
+from cspine_data.volumes.io import content_digest
 
 Changed = Callable[[int, dict[str, Any]], dict[str, Any]]
 
@@ -136,13 +137,15 @@ def of(index: int, **tags: Any) -> Changed:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (of(2, SeriesInstanceUID="1.2.3"), r"series: holds 2 DICOM series \(6, 1 files\); put each into its own"),
-        (of(2, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "is of another grid than .*; take localisers out"),
-        (of(2, PixelSpacing=[9, 9]), "is of another grid than"),
+        (lambda n, own: own | ({"SeriesInstanceUID": "1.2.3"} if n < 3 else {}),
+         r"series: holds 2 DICOM volumes: #1 .*3 slices.*#2 .*4 slices.*; choose one, as in series#1"),
+        (of(2, SeriesInstanceUID="1.2.3"), "misses slices"),
+        (of(2, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "misses slices"),
+        (of(2, PixelSpacing=[9, 9]), "misses slices"),
         (of(2, ImagePositionPatient=[0, 0]), "dcm: does not give its position in the patient; convert"),
         (of(2, ImagePositionPatient=["1e9", 0, 0]), "misses slices|shifted against each other|that no scanner gives"),
         (of(2, PhotometricInterpretation="MONOCHROME1"), "dcm: is stored inverted .MONOCHROME1.; convert"),
-        (of(2, NumberOfFrames=3), "dcm: holds 3 frames; convert the series to NIfTI"),
+        (of(2, NumberOfFrames=3), "dcm: holds 3 frames without positions; convert"),
     ],
 )  # fmt: skip
 def test_what_is_no_series_is_refused(change: Changed, told: str, tmp_path: Path) -> None:
@@ -158,7 +161,12 @@ def test_slices_missing_or_there_twice_are_refused(series: tuple[Path, Volume]) 
     one = max(paths[:3], key=lambda path: -abs(pydicom.dcmread(path).InstanceNumber - 3))
     copy = folder / "again.dcm"
     copy.write_bytes(one.read_bytes())
-    with pytest.raises(InputError, match="holds 1 slices at places where there is another; give one echo"):
+    (note,) = read_volume(folder).notes
+    assert "1 duplicate file" in note
+    other = pydicom.dcmread(one)
+    other.PixelData = bytes(len(other.PixelData))
+    other.save_as(copy)
+    with pytest.raises(InputError, match="holds 1 slices at places where there is another"):
         read_volume(folder)
     copy.unlink()
     one.unlink()
@@ -182,7 +190,7 @@ def test_damaged_files_are_named(series: tuple[Path, Volume], tmp_path: Path) ->
             read_volume(folder)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match="empty: holds no NRRD, NIfTI or DICOM file; give the folder"):
+    with pytest.raises(InputError, match="empty: holds no .* DICOM image; give the folder"):
         read_volume(empty)
 
 
@@ -286,3 +294,126 @@ def test_axes_off_by_what_headers_round_are_read(tmp_path: Path) -> None:
     volume = volume_of(np.random.default_rng(1), (6, 5, 90))
     write_series(tmp_path, volume, leaning_by(0.03, volume.geometry.spacing_mm[2]))
     assert read_volume(tmp_path).geometry.same_grid(volume.geometry, 0.5)
+
+
+def test_echoes_and_series_of_a_folder_are_chosen_by_number(tmp_path: Path) -> None:
+    """Two echoes in one series, another series, and a scout of three planes."""
+    rng = np.random.default_rng(0)
+    first, other = volume_of(rng, (6, 5, 4)), volume_of(rng, (8, 7, 3))
+    volumes = [first, Volume(first.array[..., ::-1].copy(), first.geometry), other]
+    folder = tmp_path / "all"
+    for number, (volume, series, echo) in enumerate(zip(volumes, (3, 3, 7), (20, 80, 20), strict=True)):
+        tags = {"SeriesInstanceUID": f"1.2.{series}", "SeriesNumber": series, "EchoTime": echo}
+        for path in write_series(tmp_path / str(number), volume, lambda n, own, tags=tags: own | tags):
+            folder.mkdir(exist_ok=True)
+            path.rename(folder / f"{number}-{path.name}")
+    scout = tmp_path / "scout"
+    for number in range(3):
+        for path in write_series(scout, volume_of(rng, (6, 6, 1)), of(0, SeriesInstanceUID="1.2.1")):
+            path.rename(folder / f"scout{number}")
+    with pytest.raises(
+        InputError, match=r"3 DICOM volumes: #1 \(series 3, echo time 20 ms, 4 slices\), #2 .*80 ms.*#3"
+    ):
+        read_volume(folder)
+    for number, volume in enumerate(volumes, start=1):
+        read = read_volume(f"{folder}#{number}")
+        assert read.geometry.same_grid(volume.geometry, 1e-3)
+        np.testing.assert_array_equal(read.array, volume.array)
+        assert "3 localiser slices" in read.notes[0]
+    with pytest.raises(InputError, match="choose one"):
+        read_volume(f"{folder}#4")
+
+
+def test_reports_and_screenshots_are_left_out_and_slices_without_preamble_are_read(
+    series: tuple[Path, Volume],
+) -> None:
+    folder, volume = series
+    slices = sorted(folder.iterdir())
+    report = Dataset()
+    report.file_meta = FileMetaDataset()
+    report.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    report.SOPClassUID, report.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.88.11", generate_uid()
+    report.SeriesInstanceUID, report.PatientName = "1.2.9", "Secret^Name"
+    report.save_as(folder / "SR_0001", enforce_file_format=True)
+    screenshot = pydicom.dcmread(slices[0])
+    screenshot.SOPClassUID = screenshot.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    del screenshot.ImagePositionPatient
+    screenshot.save_as(folder / "SC_0001")
+    bare = slices[1].read_bytes()
+    group_2 = 128 + 4
+    length = int.from_bytes(bare[group_2 + 8 : group_2 + 12], "little")
+    slices[1].write_bytes(bare[group_2 + 12 + length :])
+    read = read_volume(folder)
+    np.testing.assert_array_equal(read.array, volume.array)
+    assert "2 DICOM files left out" in read.notes[0]
+
+
+def enhanced(path: Path, volumes: list[Volume], echoes: list[float]) -> None:
+    """Write volumes of one grid as one multi-frame object, frames in no order."""
+    write_series(path.parent / "single", volumes[0])
+    dataset = pydicom.dcmread(path.parent / "single" / "0000.dcm")
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
+    geometry = volumes[0].geometry
+    shared, orientation, measures = Dataset(), Dataset(), Dataset()
+    orientation.ImageOrientationPatient, measures.PixelSpacing = dataset.ImageOrientationPatient, dataset.PixelSpacing
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [orientation], [measures]
+    frames, pixels = [], []
+    order = [(which, index) for which in range(len(volumes)) for index in range(geometry.size[2])]
+    for which, index in np.random.default_rng(0).permutation(order).tolist():
+        frame, place, echo = Dataset(), Dataset(), Dataset()
+        place.ImagePositionPatient = texts(geometry.positions_mm(np.array([[0, 0, index]]))[0])
+        echo.EffectiveEchoTime = echoes[which]
+        frame.PlanePositionSequence, frame.MREchoSequence = [place], [echo]
+        frames.append(frame)
+        pixels.append(volumes[which].array[:, :, index].T)
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        del dataset[name]
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], frames
+    dataset.set_pixel_data(np.array(pixels), "MONOCHROME2", 16)
+    dataset.NumberOfFrames = len(frames)
+    dataset.save_as(path)
+
+
+def test_a_multi_frame_file_comes_back_as_it_went(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    first = volume_of(rng, (6, 5, 4))
+    second = Volume(first.array[::-1].copy(), first.geometry)
+    enhanced(tmp_path / "one.dcm", [first], [20])
+    read = read_volume(tmp_path / "one.dcm")
+    assert read.geometry.same_grid(first.geometry, 1e-3)
+    np.testing.assert_array_equal(read.array, first.array)
+    enhanced(tmp_path / "two.dcm", [first, second], [20, 80])
+    with pytest.raises(InputError, match="2 DICOM volumes: .*echo time 20 ms.*echo time 80 ms.*as in two.dcm#1"):
+        read_volume(tmp_path / "two.dcm")
+    for number, volume in ((1, first), (2, second)):
+        np.testing.assert_array_equal(read_volume(f"{tmp_path / 'two.dcm'}#{number}").array, volume.array)
+    digests = {content_digest(Path(f"{tmp_path / 'two.dcm'}#{number}")) for number in (1, 2)}
+    assert len(digests) == 2
+
+
+@pytest.mark.realdata
+def test_real_multi_frame_files_are_read_as_dcm2niix_does(realdata: Path) -> None:
+    folder = realdata / "dicom" / "enhanced"
+    for number in (1, 2, 3, 4):
+        assert_as_nifti(folder / f"siemens_xa10_6_{number}.dcm", folder / "siemens_xa10_6.nii", number - 1)
+    assert_as_nifti(folder / "siemens_xa30_b0.dcm", folder / "siemens_xa30_b0.nii", 0)
+    # dcm2niix scales the magnitude by a private slope.
+    assert_as_nifti(Path(f"{folder / 'philips_fieldmap.dcm'}#1"), folder / "philips_fieldmap_hz.nii", 0)
+    assert_as_nifti(Path(f"{folder / 'philips_fieldmap.dcm'}#2"), folder / "philips_fieldmap_e1.nii", 0)
+
+
+def assert_as_nifti(source: Path, nifti: Path, time_point: int) -> None:
+    image = sitk.ReadImage(str(nifti))
+    if image.GetDimension() == 4:
+        image = image[:, :, :, time_point]
+    expected = sitk.DICOMOrient(image, "LPS")
+    volume = read_volume(source)
+    orientation = Orientation.of(volume.geometry)
+    geometry = orientation.geometry_xyz(volume.geometry)
+    array = sitk.GetArrayFromImage(expected).T
+    ours = orientation.to_anatomical(volume.array)
+    ours, array = ours / np.abs(ours).max(), array / np.abs(array).max()
+    np.testing.assert_allclose(ours, array, atol=1e-4)
+    np.testing.assert_allclose(geometry.origin_mm, expected.GetOrigin(), atol=0.01)
+    np.testing.assert_allclose(geometry.spacing_mm, expected.GetSpacing(), rtol=1e-4)
+    np.testing.assert_allclose(geometry.direction_matrix.ravel(), expected.GetDirection(), atol=1e-3)

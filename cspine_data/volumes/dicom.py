@@ -1,63 +1,175 @@
-"""Reading a folder of DICOM slices as one volume.
+"""Reading DICOM: the volumes in a folder of slices, or in a multi-frame file.
 
-pydicom parses the files, without native code unless voxels are compressed. This module checks that the slices form one
-volume: a slice may be missing, duplicated, or from another series.
+pydicom parses the files, without native code unless voxels are compressed. Frames of one series and one grid form a
+volume; they are split by echo time, image type, time point or b-value where two are at one position. This module checks
+that no slice is missing.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.errors import InputError
-from cspine_data.volumes.bounded import RESAMPLE, check_claim, grid, stored_bytes
+from cspine_data.errors import InputError, count
+from cspine_data.volumes.bounded import RESAMPLE, check_claim, grid
+from cspine_data.volumes.dicom_frames import CONVERT, FETCH, Frame, frames_of, is_dicom, transfer_syntax, untrusted
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, skew
 
-_MARK_AT, _MARK = 128, b"DICM"
-# Only these header fields are read, not names, dates and places.
-_TAGS = [
-    "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns",
-    "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "RescaleSlope", "RescaleIntercept",
-    "PhotometricInterpretation",
-]  # fmt: skip
-_DEFLATED = "1.2.840.10008.1.2.1.99"
-# The list of files (DICOMDIR) on a patient's disc.
-_DIRECTORY = "1.2.840.10008.1.3.10"
+#: Separates a folder or file from the number of one of its volumes: ``folder#2``.
+NUMBER_MARK = "#"
 # Positions are rounded; a missing slice doubles a gap.
 _UNEVEN = 0.1
 _TILT_MM = 0.1
+_SAME_PLACE_MM = 1e-3
 _MOST_FILES = 20_000
-_FETCH = "fetch it again or take it out of the folder"
-_CONVERT = "convert the series to NIfTI or NRRD, with dcm2niix for example"
+_MOST_LISTED = 6
+# In the order of `Frame.kinds`.
+_KINDS = ("echo time {:g} ms", "image type {}", "time point {}", "b-value {:g}")
 
 
 @dataclass(frozen=True, eq=False)
-class _Slice:
-    path: Path
-    series: str
-    columns_rows: tuple[int, int]
-    position_mm: NDArray[np.float64]
-    directions: NDArray[np.float64]
-    spacing_mm: NDArray[np.float64]
-    bytes: int
-    scaling: tuple[float, float]
+class DicomVolume:
+    """The frames of one volume, in no order.
+
+    Attributes
+    ----------
+    frames : tuple of Frame
+        Their headers.
+    kind : str
+        What sets it apart from others of its series, such as "echo time 20 ms"; empty without others.
+    """
+
+    frames: tuple[Frame, ...]
+    kind: str = ""
+
+    @property
+    def description(self) -> str:
+        """A description without patient data: number of the series, what sets it apart, number of slices."""
+        parts = [f"series {self.frames[0].series_number}", self.kind, count(len(self.frames), "slice")]
+        return ", ".join(part for part in parts if part)
 
 
-def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
-    """Read the single series in a folder; other files are ignored.
+def exists(path: Path) -> bool:
+    """Return whether a path is a folder, or a DICOM file by its content; ``path#2`` names one of its volumes."""
+    base, _ = split_number(path)
+    return base.is_dir() or (base.is_file() and is_dicom(base))
+
+
+def split_number(path: Path) -> tuple[Path, int | None]:
+    """Split ``folder#2`` into the folder and 2; the number is None where there is none."""
+    name, mark, number = path.name.rpartition(NUMBER_MARK)
+    if mark and name and number.isdecimal() and not path.exists():
+        return path.with_name(name), int(number)
+    return path, None
+
+
+def files(path: Path) -> Iterator[Path]:
+    """Iterate over the DICOM files of a folder, by name, or the one file that is given."""
+    if path.is_file():
+        yield path
+        return
+    home = path.resolve()
+    paths = sorted(path.iterdir())
+    if len(paths) > _MOST_FILES:
+        raise InputError(path, f"holds {len(paths)} files", f"a series has at most {_MOST_FILES}: sort them first")
+    for one in paths:
+        # Links to files outside the folder are ignored.
+        if one.is_file() and one.resolve().is_relative_to(home) and is_dicom(one):
+            yield one
+
+
+def volumes_at(path: Path) -> tuple[list[DicomVolume], tuple[str, ...]]:
+    """List the volumes of a folder of slices or a multi-frame file, sorted by series, and notes on other objects.
 
     Parameters
     ----------
-    folder : Path
-        The folder; subfolders are not searched.
+    path : Path
+        The folder, whose subfolders are not searched, or the file.
+
+    Raises
+    ------
+    InputError
+        If a file is damaged.
+    """
+    frames: dict[tuple[str, int | None], Frame] = {}
+    others = copies = 0
+    for file in files(path):
+        found = frames_of(file)
+        others += not found
+        for frame in found:
+            key = (frame.instance or str(frame.path), frame.index)
+            first = frames.setdefault(key, frame)
+            if first is frame:
+                continue
+            if first.path.read_bytes() == frame.path.read_bytes():
+                copies += 1
+            else:
+                frames[str(frame.path), frame.index] = frame
+    volumes, strays = [], 0
+    for series in _by_series(frames.values()):
+        for same_grid in _by_grid(series):
+            volumes += _split_by_kind(same_grid)
+    # Scouts are recorded as localisers, or as single slices across the volumes.
+    proper = [one for one in volumes if len(one.frames) > 1 and not one.frames[0].localiser]
+    if proper and len(proper) < len(volumes):
+        strays = sum(len(one.frames) for one in volumes) - sum(len(one.frames) for one in proper)
+        volumes = proper
+    notes = [
+        f"{count(number, noun)} left out{why}"
+        for number, noun, why in (
+            (others, "DICOM file", ": no images with a position in the patient"),
+            (copies, "duplicate file", ""),
+            (strays, "localiser slice", ""),
+        )
+        if number
+    ]
+    return volumes, tuple(notes)
+
+
+def chosen(path: Path) -> tuple[DicomVolume, tuple[str, ...]]:
+    """Return the volume that a path names, and notes.
+
+    Raises
+    ------
+    InputError
+        If there is no volume, or there are several and none is chosen.
+    """
+    base, number = split_number(path)
+    volumes, notes = volumes_at(base)
+    if not volumes:
+        remedy = "give the folder with the files; its subfolders are not searched"
+        raise InputError(path, "holds no NRRD, NIfTI, MetaImage or DICOM image", remedy)
+    if number is None and len(volumes) == 1:
+        return volumes[0], notes
+    if number is not None and 1 <= number <= len(volumes):
+        return volumes[number - 1], notes
+    listed = [f"{NUMBER_MARK}{at} ({one.description})" for at, one in enumerate(volumes[:_MOST_LISTED], start=1)]
+    more = [] if len(volumes) <= _MOST_LISTED else [f"{len(volumes) - _MOST_LISTED} more"]
+    problem = f"holds {count(len(volumes), 'DICOM volume')}: {', '.join(listed + more)}"
+    raise InputError(base, problem, f"choose one, as in {base.name}{NUMBER_MARK}1")
+
+
+def files_of(path: Path) -> tuple[list[Path], int | None]:
+    """Return the files of the volume that a path names, sorted by name, and its number if the path has one."""
+    volume, _ = chosen(path)
+    return sorted({frame.path for frame in volume.frames}), split_number(path)[1]
+
+
+def read(path: Path) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
+    """Read a DICOM volume.
+
+    Parameters
+    ----------
+    path : Path
+        A folder of slices or a multi-frame file; ``path#2`` is the second of several volumes. Subfolders are not
+        searched.
 
     Returns
     -------
@@ -65,27 +177,22 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
         Voxels: columns, rows, slices, scaled by the headers' slope and intercept.
     Geometry
         The grid.
+    tuple of str
+        Notes on objects that were left out.
 
     Raises
     ------
     InputError
-        If there is no series or several, slices are missing, duplicated, multi-frame or not parallel, or a file is
-        damaged.
+        If there is no volume or several, slices are missing, duplicated or not parallel, or a file is damaged.
     """
-    slices = [one for path in files(folder) if (one := _header(path))]
-    if not slices:
-        remedy = "give the folder with the files; its subfolders are not searched"
-        raise InputError(folder, "holds no NRRD, NIfTI or DICOM file", remedy)
-    series = Counter(one.series for one in slices)
-    if len(series) > 1:
-        counts = ", ".join(map(str, sorted(series.values(), reverse=True)))
-        raise InputError(folder, f"holds {len(series)} DICOM series ({counts} files)", "put each into its own folder")
-    slices, geometry = _stacked(folder, slices)
-    there = sum(one.path.stat().st_size for one in slices)
-    check_claim(folder, sum(one.bytes for one in slices), there, compressed=True)
+    volume, notes = chosen(path)
+    frames, geometry = _stacked(path, volume.frames)
+    there = sum(file.stat().st_size for file in {one.path for one in frames})
+    check_claim(path, sum(one.bytes for one in frames), there, compressed=True)
+    pixels_of = _pixels(frames)
     array: NDArray[Any] | None = None
-    for number, one in enumerate(slices):
-        pixels = _pixels(one)
+    for number, one in enumerate(frames):
+        pixels = pixels_of(one)
         if array is None:
             array = np.empty(geometry.size, pixels.dtype, order="F")
         elif pixels.dtype != array.dtype:
@@ -93,100 +200,72 @@ def read(folder: Path) -> tuple[NDArray[Any], Geometry]:
             array = array.astype(np.result_type(array, pixels), order="F")
         array[..., number] = pixels
     assert array is not None  # noqa: S101
-    return array, geometry
+    return array, geometry, notes
 
 
-def files(folder: Path) -> Iterator[Path]:
-    """Iterate over the DICOM files of a folder, by name."""
-    home = folder.resolve()
-    paths = sorted(folder.iterdir())
-    if len(paths) > _MOST_FILES:
-        raise InputError(folder, f"holds {len(paths)} files", f"a series has at most {_MOST_FILES}: sort them first")
-    for path in paths:
-        # Links to files outside the folder are ignored.
-        if path.is_file() and path.resolve().is_relative_to(home):
-            with path.open("rb") as file:
-                if file.read(_MARK_AT + len(_MARK))[_MARK_AT:] == _MARK:
-                    yield path
+def _by_series(frames: Iterable[Frame]) -> list[list[Frame]]:
+    groups: dict[str, list[Frame]] = defaultdict(list)
+    for frame in frames:
+        groups[frame.series].append(frame)
+    return sorted(groups.values(), key=lambda group: (group[0].series_number, group[0].series))
 
 
-@contextmanager
-def _untrusted(path: Path, problem: str, remedy: str) -> Iterator[None]:
-    """Convert any exception of the parser to an input error; pydicom parses elements when they are used."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except (InputError, MemoryError):
-            raise
-        except Exception:  # noqa: BLE001
-            raise InputError(path, problem, remedy) from None
+def _by_grid(frames: Iterable[Frame]) -> list[list[Frame]]:
+    groups: list[list[Frame]] = []
+    for frame in frames:
+        group = next((group for group in groups if _same_grid(frame, group[0])), None)
+        if group is None:
+            groups.append([frame])
+        else:
+            group.append(frame)
+    return groups
 
 
-def _header(path: Path) -> _Slice | None:
-    """Return the header of a slice; None for a DICOMDIR."""
-    import pydicom
-
-    length = stored_bytes(path, path)
-    with _untrusted(path, "is no readable DICOM image", _FETCH):
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("MediaStorageSOPClassUID") == _DIRECTORY:
-            return None
-        if meta.TransferSyntaxUID == _DEFLATED:
-            # It would be decompressed without a limit.
-            raise InputError(path, "is deflated", _CONVERT)
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-        frames, colours = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
-        columns, rows, bits = int(header.Columns), int(header.Rows), int(header.BitsAllocated)
-        scaling = float(header.get("RescaleSlope") or 1), float(header.get("RescaleIntercept") or 0)
-        series = str(header.SeriesInstanceUID)
-        compressed = bool(header.file_meta.TransferSyntaxUID.is_compressed)
-        inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
-    if inverted:
-        raise InputError(path, "is stored inverted (MONOCHROME1)", _CONVERT)
-    if frames > 1:
-        raise InputError(path, f"holds {frames} frames", _CONVERT)
-    if colours > 1:
-        raise InputError(path, "is in colour", "give the images as the scanner made them")
-    if min(columns, rows, bits) < 1 or bits % 8 or not np.isfinite(scaling).all():
-        raise InputError(path, "does not say what image it holds", _CONVERT)
-    claimed = columns * rows * bits // 8
-    check_claim(path, claimed, length, compressed=compressed)
-    with _untrusted(path, "does not give its position in the patient", _CONVERT):
-        position, directions, spacing = (
-            _numbers(header, *named)
-            for named in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2))
-        )
-    # In DICOM the distance of rows comes first.
-    return _Slice(path, series, (columns, rows), position, directions.reshape(2, 3), spacing[::-1], claimed, scaling)
+def _same_grid(one: Frame, other: Frame) -> bool:
+    directions = np.allclose(one.directions, other.directions, atol=1e-3)
+    spacing = np.allclose(one.spacing_mm, other.spacing_mm, rtol=1e-3)
+    return one.columns_rows == other.columns_rows and directions and spacing
 
 
-def _numbers(header: Any, name: str, count: int) -> NDArray[np.float64]:
-    numbers = np.array([float(number) for number in header[name].value], np.float64)
-    if len(numbers) != count or not np.isfinite(numbers).all():
-        raise ValueError(name)
-    return numbers
+def _split_by_kind(frames: list[Frame]) -> list[DicomVolume]:
+    """Split frames of one grid so that no two of a part are at one position, by as few attributes as possible."""
+    for number in range(len(_KINDS) + 1):
+        for attributes in combinations(range(len(_KINDS)), number):
+            parts: dict[tuple[Any, ...], list[Frame]] = defaultdict(list)
+            for frame in frames:
+                parts[tuple(frame.kinds[at] for at in attributes)].append(frame)
+            if all(map(_unique_positions, parts.values())):
+                names = [_KINDS[at] for at in attributes]
+                return [DicomVolume(tuple(part), _described(names, key)) for key, part in sorted(parts.items())]
+    return [DicomVolume(tuple(frames))]
 
 
-def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry]:
-    """Sort slices along their normal, and check that they are evenly spaced."""
-    first = slices[0]
-    for one in slices:
-        alike = np.allclose(one.directions, first.directions, atol=1e-3) and np.allclose(
-            one.spacing_mm, first.spacing_mm, rtol=1e-3
-        )
-        if not alike or one.columns_rows != first.columns_rows:
-            raise InputError(
-                one.path, f"is of another grid than {first.path.name}", "take localisers out of the folder"
-            )
-    if len(slices) == 1:
+def _described(names: Sequence[str], values: Sequence[Any]) -> str:
+    return ", ".join(name.format(value) for name, value in zip(names, values, strict=True))
+
+
+def _unique_positions(frames: Sequence[Frame]) -> bool:
+    places = np.sort(_along_normal(frames))
+    return bool((np.diff(places) > _SAME_PLACE_MM).all())
+
+
+def _along_normal(frames: Sequence[Frame]) -> NDArray[np.float64]:
+    positions = np.array([one.position_mm for one in frames])
+    return np.asarray(positions @ np.cross(*frames[0].directions))
+
+
+def _stacked(folder: Path, frames: Sequence[Frame]) -> tuple[list[Frame], Geometry]:
+    """Sort frames along their normal, and check that they are evenly spaced."""
+    first = frames[0]
+    if len(frames) == 1:
         raise InputError(folder, "holds a single DICOM slice", "give the folder with the whole series")
     normal = np.cross(*first.directions)
-    slices = sorted(slices, key=lambda one: float(one.position_mm @ normal))
+    order = np.argsort(_along_normal(frames), kind="stable")
+    slices = [frames[at] for at in order]
     positions = np.array([one.position_mm for one in slices])
     gaps = np.diff(positions @ normal)
     gap = float(np.median(gaps))
-    twice = int(np.count_nonzero(gaps < 1e-3))
+    twice = int(np.count_nonzero(gaps < _SAME_PLACE_MM))
     if twice or gap <= 0:
         raise InputError(
             folder, f"holds {twice} slices at places where there is another", "give one echo or time point a folder"
@@ -212,18 +291,34 @@ def _stacked(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], Geometry
     return slices, grid(folder, size, steps, positions[0], spacing, "PixelSpacing")
 
 
-def _pixels(one: _Slice) -> NDArray[Any]:
-    """Return the voxels of a slice: columns, rows."""
+def _pixels(frames: Sequence[Frame]) -> Callable[[Frame], NDArray[Any]]:
+    """Return a function that returns the voxels of a frame: columns, rows. Multi-frame files are decoded once."""
+    uses = Counter(one.path for one in frames)
+    decoded: dict[Path, NDArray[Any]] = {}
+
+    def pixels(one: Frame) -> NDArray[Any]:
+        stored = decoded.get(one.path)
+        if stored is None:
+            stored = _decode(one.path)
+            if uses[one.path] > 1:
+                decoded[one.path] = stored
+        frame = stored if one.index is None or stored.ndim == 2 else stored[one.index]
+        if frame.shape != one.columns_rows[::-1]:
+            raise InputError(one.path, "holds other voxels than its header claims", FETCH)
+        if one.scaling != (1.0, 0.0):
+            frame = (frame * one.scaling[0] + one.scaling[1]).astype(np.float32)
+        return frame.T
+
+    return pixels
+
+
+def _decode(path: Path) -> NDArray[Any]:
     import pydicom
 
-    with _untrusted(one.path, "is no readable DICOM image", _FETCH):
-        dataset = pydicom.dcmread(one.path)
+    with untrusted(path, "is no readable DICOM image", FETCH):
+        dataset = pydicom.dcmread(path, force=True)
+        dataset.file_meta.TransferSyntaxUID = transfer_syntax(dataset)
         compressed = bool(dataset.file_meta.TransferSyntaxUID.is_compressed)
-    remedy = f"pip install 'cspine[dicom]' brings codecs, or {_CONVERT}" if compressed else _FETCH
-    with _untrusted(one.path, "cannot be decoded", remedy):
-        pixels: NDArray[Any] = np.asarray(dataset.pixel_array)
-    if pixels.shape != one.columns_rows[::-1]:
-        raise InputError(one.path, "holds other voxels than its header claims", _FETCH)
-    if one.scaling != (1.0, 0.0):
-        pixels = (pixels * one.scaling[0] + one.scaling[1]).astype(np.float32)
-    return pixels.T
+    remedy = f"pip install 'cspine[dicom]' brings codecs, or {CONVERT}" if compressed else FETCH
+    with untrusted(path, "cannot be decoded", remedy):
+        return np.asarray(dataset.pixel_array)

@@ -112,8 +112,8 @@ def read_volume(path: str | Path) -> Volume:
     path = Path(path)
     try:
         if _is_series(path):
-            array, geometry = dicom.read(path)
-            return Volume(array, geometry, path)
+            array, geometry, notes = dicom.read(path)
+            return Volume(array, geometry, path, notes=notes)
         path = _existing(path)
         if _is_nifti(path):
             array, header = nifti.read(path)
@@ -171,9 +171,15 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
 
 
 def content_digest(path: Path) -> str:
-    """Return the SHA-256, in hex, of a volume's file, its detached data file included, or of a folder's DICOM files."""
+    """Return the SHA-256, in hex, of a volume's file, its detached data file included, or of a volume's DICOM files."""
     digest = hashlib.sha256()
-    for part in dicom.files(path) if _is_series(path) else _parts(_existing(path)):
+    if _is_series(path):
+        parts, number = dicom.files_of(path)
+        # Several volumes may be in one file.
+        digest.update(f"#{number}".encode() if number else b"")
+    else:
+        parts = _parts(_existing(path))
+    for part in parts:
         stored_bytes(path, part)
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -191,7 +197,8 @@ def source_files(path: Path) -> list[Path]:
         If the folder cannot be read.
     """
     if _is_series(path):
-        return sorted(file for file in path.iterdir() if file.is_file())
+        base, _ = dicom.split_number(path)
+        return sorted(file for file in base.iterdir() if file.is_file()) if base.is_dir() else [base]
     return _parts(_existing(path))
 
 
@@ -212,8 +219,8 @@ def _existing(path: str | Path) -> Path:
 
 
 def _is_series(path: Path) -> bool:
-    """Return whether a path is a folder of DICOM slices; a folder with a volume's suffix is not."""
-    return path.is_dir() and not volume_suffix(path)
+    """Return whether a path names DICOM: a folder or a file, or one volume of it; none with a volume's suffix."""
+    return not volume_suffix(path) and dicom.exists(path)
 
 
 def _is_nifti(path: Path) -> bool:
