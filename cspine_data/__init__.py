@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cspine_data.preprocessing.bias_field import BiasParameters, bias_parameters
     from cspine_data.preprocessing.steps import PreparedVolume, Preprocessing, RecordedPreprocessing, preprocess_volume
     from cspine_data.sources.cases import Case, Listing
-    from cspine_data.sources.pairing import find_cases, volumes_in
+    from cspine_data.sources.listing import find_cases, volumes_in
     from cspine_data.store.garbage import Garbage, collect_garbage
     from cspine_data.store.publishing import remove_cases
     from cspine_data.store.schema import CaseRecord
@@ -60,7 +60,7 @@ _HOME = {
     "volumes.geometry": ("Geometry", "Orientation"),
     "volumes.image_checks": ("usable_image",),
     "preparation.repair": ("RepairSummary", "repair"),
-    "sources.pairing": ("find_cases", "volumes_in"),
+    "sources.listing": ("find_cases", "volumes_in"),
     "preparation.pipeline": ("PrepareSummary", "parse_axes", "prepare"),
     "preprocessing.steps": ("PreparedVolume", "Preprocessing", "RecordedPreprocessing", "preprocess_volume"),
     "store.publishing": ("remove_cases",),

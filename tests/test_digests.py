@@ -18,7 +18,7 @@ from cspine_data.preparation.hashing import digest_files
 from cspine_data.preparation.plan import Job, plan_jobs
 from cspine_data.preparation.source_digests import DigestCache, digest_source
 from cspine_data.preprocessing.steps import Preprocessing
-from cspine_data.sources.pairing import find_cases
+from cspine_data.sources.listing import find_cases
 from cspine_data.store.publishing import create_store
 from cspine_data.volumes.io import content_digest
 from tests.conftest import write_case

@@ -65,7 +65,7 @@ def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxel
     """List the cases in SOURCE and all problems, without writing anything."""
     from cspine_data.errors import Problem, count
     from cspine_data.sources.cases import scan_case
-    from cspine_data.sources.pairing import find_cases
+    from cspine_data.sources.listing import find_cases
 
     listing = find_cases(source, pairs)
     rows, problems, notes = [], list(listing.problems), []

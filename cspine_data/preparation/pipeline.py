@@ -19,7 +19,7 @@ from cspine_data.preprocessing.normalisation import standard_landmarks
 from cspine_data.preprocessing.steps import Preprocessing, correct_volume
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import Case, Listing, cohort_note
-from cspine_data.sources.pairing import find_cases
+from cspine_data.sources.listing import find_cases
 from cspine_data.store.publishing import (
     create_store,
     enrol,

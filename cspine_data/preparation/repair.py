@@ -17,7 +17,7 @@ from cspine_data.preparation.source_digests import Digested
 from cspine_data.preprocessing.steps import Preprocessing
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import Case
-from cspine_data.sources.pairing import find_cases
+from cspine_data.sources.listing import find_cases
 from cspine_data.store.publishing import repair_root
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import CaseRecord, RootRecord

@@ -35,29 +35,53 @@ _LONGEST_ID_BYTES = 200
 
 @dataclass(frozen=True)
 class Case:
-    """One patient's volume and, where there is one, its label map.
+    """A volume and, where there is one, its label map.
 
     Attributes
     ----------
     id : str
-        The volume's file name without suffixes, or the name in a list of pairs.
+        Unique name, from the names of file and folders or from a list of pairs.
     volume : Path
         The image.
     label : Path or None
         The label map.
+    patient : str
+        The patient; by default the case is the patient's only one. Data are split by patient.
+    site : str or None
+        The hospital or scanner, if a list of pairs names it.
+    sequence : str or None
+        The MRI sequence, such as T2w, if it is known.
     """
 
     id: str
     volume: Path
     label: Path | None = None
+    patient: str = ""
+    site: str | None = None
+    sequence: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.patient:
+            object.__setattr__(self, "patient", self.id)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The cases of a source, sorted by id, and problems with other files."""
+    """The cases of a source.
+
+    Attributes
+    ----------
+    cases : tuple of Case
+        The cases, sorted by id.
+    problems : tuple of Problem
+        Files that cannot be used.
+    notes : tuple of str
+        Notes on the source: which layout it has and why, what was left out.
+    """
 
     cases: tuple[Case, ...]
     problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

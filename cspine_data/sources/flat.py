@@ -1,0 +1,58 @@
+"""The flat layout: volumes and label maps in one folder, paired by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cspine_data.sources.cases import Case
+from cspine_data.sources.file_names import (
+    is_plain_label_name,
+    is_visible_volume,
+    label_maps,
+    name_of,
+    patient_and_sequence,
+)
+from cspine_data.sources.layout import Found, Layout, Wanted, pair, volume_files
+
+
+def pair_in_folder(files: list[Path]) -> tuple[dict[Path, str], dict[Path, str], list[str]]:
+    """Part the files of a folder into volumes and label maps by their names.
+
+    A label map without a name of its own, as 3D Slicer's ``Segmentation.seg.nrrd``, belongs to the only volume.
+
+    Returns
+    -------
+    dict
+        The name of each volume.
+    dict
+        The name of each label map's volume.
+    list of str
+        Notes.
+    """
+    owners = label_maps(files)
+    volumes = {path: name_of(path) for path in files if path not in owners}
+    plain = [path for path in (*volumes, *owners) if is_plain_label_name(name_of(path))]
+    others = [path for path in volumes if path not in plain]
+    if len(plain) == len(others) == 1 and len(files) == 2:
+        (label,), (volume,) = plain, others
+        note = f"{label.name} is taken for the label map of {volume.name}: there is no other"
+        return {volume: name_of(volume)}, {label: name_of(volume)}, [note]
+    return volumes, owners, []
+
+
+def _recognise(folder: Path) -> str | None:
+    return "it holds volumes" if any(map(is_visible_volume, folder.iterdir())) else None
+
+
+def _find(folder: Path, wanted: Wanted) -> Found:
+    files, problems = volume_files(folder, wanted)
+    volumes, owners, notes = pair_in_folder(files)
+    pairs, unpaired = pair(volumes, owners, "put {}.nrrd beside it")
+    found = Found(problems=[*problems, *unpaired], notes=notes)
+    for volume, label in pairs:
+        patient, sequence = patient_and_sequence(volumes[volume])
+        found.cases.append(Case(volumes[volume], volume, label, patient, sequence=sequence))
+    return found
+
+
+FLAT = Layout("flat", _recognise, _find)

@@ -1,0 +1,87 @@
+"""Volumes in subfolders: one folder per patient, or images beside labels, or both."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from cspine_data.sources.cases import Case
+from cspine_data.sources.file_names import (
+    is_plain_image_name,
+    is_visible_volume,
+    name_of,
+    patient_and_sequence,
+    without_label_ending,
+)
+from cspine_data.sources.flat import pair_in_folder
+from cspine_data.sources.layout import Found, Layout, Wanted, folders_in, pair, volume_files
+
+_LABELS = {
+    "label", "labels", "mask", "masks", "seg", "segs", "segmentation", "segmentations", "gt", "ground_truth",
+    "groundtruth", "annotations",
+}  # fmt: skip
+# CSpineSeg calls the folder of its images "annotation".
+_IMAGES = {"image", "images", "img", "imgs", "volume", "volumes", "scan", "scans", "annotation"}
+_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def _recognise(folder: Path) -> str | None:
+    homes = [home.relative_to(folder) for home in folders_in(folder) if home != folder and _holds_volumes(home)]
+    if not homes:
+        return None
+    labels = sorted({part for home in homes for part in home.parts if part.lower() in _LABELS})
+    if labels:
+        return f"it holds volumes in {len(homes)} subfolders, label maps in {' and '.join(labels)}"
+    return f"it holds volumes in {len(homes)} subfolders"
+
+
+def _holds_volumes(folder: Path) -> bool:
+    return any(map(is_visible_volume, folder.iterdir()))
+
+
+def _find(folder: Path, wanted: Wanted) -> Found:
+    found = Found()
+    groups: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
+    for home in folders_in(folder):
+        files, problems = volume_files(home, wanted)
+        found.problems += problems
+        parts = home.relative_to(folder).parts
+        names = {part.lower() for part in parts}
+        images, labels = groups[tuple(part for part in parts if part.lower() not in _LABELS | _IMAGES)]
+        (labels if names & _LABELS else images).extend(files)
+    for place, (images, labels) in groups.items():
+        _add_group(found, place, images, labels)
+    return found
+
+
+def _add_group(found: Found, place: tuple[str, ...], images: list[Path], labels: list[Path]) -> None:
+    """Add the cases of one patient's folder, or of a pair of folders with images and labels."""
+    volumes, owners, notes = pair_in_folder(images)
+    names = set(volumes.values())
+    for path in labels:
+        name = name_of(path)
+        owners[path] = name if name in names else without_label_ending(name)
+    if place and len(volumes) == 1 and len(owners) == 1:
+        # The only two files of a patient.
+        owners = dict.fromkeys(owners, *volumes.values())
+    pairs, problems = pair(volumes, owners, "put {} with the images")
+    found.problems += problems
+    found.notes += notes
+    own = [part for part in place if part.lower() not in _PARTS]
+    for volume, label in pairs:
+        patient, sequence = patient_and_sequence(volumes[volume])
+        found.cases.append(
+            Case(_case_id(own, volumes[volume]), volume, label, own[0] if own else patient, sequence=sequence)
+        )
+
+
+def _case_id(place: list[str], name: str) -> str:
+    """Return a case id: the folders' names and the file's, without what it repeats or what says nothing."""
+    if place and is_plain_image_name(name):
+        return "_".join(place)
+    while place and name.startswith(place[-1]):
+        place = place[:-1]
+    return "_".join([*place, name])
+
+
+FOLDERS = Layout("folders", _recognise, _find)

@@ -1,0 +1,151 @@
+"""Find the cases of a cohort: in any supported layout, or in a list of pairs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from cspine_data.errors import InputError, Problem, count
+from cspine_data.sources.bids import BIDS
+from cspine_data.sources.cases import Case, Listing, is_case_id
+from cspine_data.sources.dicom_tree import DICOM
+from cspine_data.sources.flat import FLAT
+from cspine_data.sources.folders import FOLDERS
+from cspine_data.sources.layout import Found, Wanted
+from cspine_data.sources.nnunet import MSD, NNUNET
+from cspine_data.sources.pair_lists import read_pairs
+
+#: Detection tries them in this order.
+LAYOUTS = (NNUNET, MSD, BIDS, FLAT, FOLDERS, DICOM)
+LAYOUT_NAMES = ("auto", *(layout.name for layout in LAYOUTS))
+_MOST_NAMED = 3
+
+
+def find_cases(
+    source: str | Path,
+    pairs: str | Path | None = None,
+    *,
+    layout: str = "auto",
+    sequence: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Listing:
+    """List the cases of a folder: volumes, label maps, patients, sequences and problems.
+
+    NRRD, NIfTI and MetaImage files are not opened, DICOM headers are read. Names are compared, and become case ids, in
+    Unicode's composed form (NFC).
+
+    Parameters
+    ----------
+    source : str or Path
+        The folder.
+    pairs : str or Path, optional
+        A CSV file that lists the cases instead, see `read_pairs`.
+    layout : str
+        How the folder is arranged: ``flat``, ``folders``, ``bids``, ``nnunet``, ``msd``, ``dicom``, or ``auto`` to
+        detect it. docs/layouts.md describes them.
+    sequence : str, optional
+        Use only volumes of this sequence, such as ``T2w``; capitals do not matter.
+    include, exclude : sequence of str
+        Patterns such as ``sub-0*``, compared with case ids, file names and paths in the folder. Files that match one of
+        `exclude` are ignored; cases must match one of `include`, if there is any.
+
+    Returns
+    -------
+    Listing
+        The cases, problems and notes.
+
+    Raises
+    ------
+    InputError
+        If the source or the list is missing, there is no volume, or nothing is selected.
+    """
+    if pairs is not None:
+        source = Path(pairs)
+        home, found = source.parent, read_pairs(source)
+    else:
+        source = home = Path(source)
+        if not source.is_dir():
+            raise InputError(source, "is no folder", "give the folder that holds the volumes")
+        found = _find(source, layout, lambda path: not _matches(exclude, home, path))
+    cases = found.cases
+    if sequence is not None:
+        cases = _of_sequence(source, [*found.cases, *found.others], sequence)
+    cases = [case for case in cases if not _matches(exclude, home, case.volume, case.id)]
+    if include:
+        cases = [case for case in cases if _matches(include, home, case.volume, case.id)]
+    if (include or exclude) and found.cases and not cases:
+        raise InputError(source, "holds no case that --include and --exclude select", "change the patterns")
+    return _checked(source, cases, found)
+
+
+def volumes_in(folder: str | Path) -> list[Path]:
+    """Return the volumes of a folder, sorted by case, without label maps, as in `find_cases`."""
+    listing = find_cases(folder)
+    return [case.volume for case in listing.cases]
+
+
+def _find(folder: Path, name: str, wanted: Wanted) -> Found:
+    if name != "auto":
+        chosen = next((layout for layout in LAYOUTS if layout.name == name), None)
+        if chosen is None:
+            raise InputError(f"layout {name!r}", "is not known", f"choose one of {', '.join(LAYOUT_NAMES)}")
+        return chosen.find(folder, wanted)
+    for layout in LAYOUTS:
+        reason = layout.recognise(folder)
+        if reason is not None:
+            found = layout.find(folder, wanted)
+            found.notes.insert(0, f"layout {layout.name}: {reason}")
+            return found
+    return Found()
+
+
+def _matches(patterns: Iterable[str], home: Path, path: Path, case_id: str = "") -> bool:
+    inside = path.relative_to(home).as_posix() if path.is_relative_to(home) else ""
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in (path.name, inside, case_id))
+
+
+def _of_sequence(source: Path, cases: list[Case], sequence: str) -> list[Case]:
+    wanted = sequence.casefold()
+    of_sequence = [case for case in cases if (case.sequence or "").casefold() == wanted]
+    if not of_sequence:
+        known = sorted({case.sequence for case in cases if case.sequence}) or ["none"]
+        raise InputError(source, f"holds no volume of sequence {sequence!r}", f"known are {', '.join(known)}")
+    return of_sequence
+
+
+def _checked(source: Path, cases: Iterable[Case], found: Found) -> Listing:
+    """Return a listing in which each case id is usable and unique."""
+    by_id: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        by_id[case.id].append(case)
+    kept, problems = [], list(found.problems)
+    for case_id, claims in sorted(by_id.items()):
+        if len(claims) > 1:
+            names = " and ".join(str(claim.volume) for claim in claims)
+            problems.append(Problem(case_id, f"{names}: claim the same case {case_id!r}; keep one of them"))
+        elif not is_case_id(case_id):
+            message = f"{claims[0].volume}: {case_id!r} is no usable case id; rename the file"
+            problems.append(Problem(case_id, message))
+        else:
+            kept.append(claims[0])
+    if not kept and not problems:
+        remedy = "put .nrrd or .nii.gz files there, or give --pairs"
+        raise InputError(source, "holds no volume", remedy)
+    return Listing(tuple(kept), tuple(problems), (*found.notes, *_patient_notes(kept)))
+
+
+def _patient_notes(cases: Iterable[Case]) -> list[str]:
+    """Return a note on patients with several cases, since they are inferred from names."""
+    by_patient: dict[str, list[str]] = defaultdict(list)
+    for case in cases:
+        by_patient[case.patient].append(case.id)
+    several = {patient: ids for patient, ids in by_patient.items() if len(ids) > 1}
+    if not several:
+        return []
+    named = "; ".join(
+        f"{patient}: {', '.join(ids[:_MOST_NAMED])}" for patient, ids in list(several.items())[:_MOST_NAMED]
+    )
+    return [f"{count(len(several), 'patient')} with several cases ({named}): data are split by patient"]

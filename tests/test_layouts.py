@@ -1,0 +1,260 @@
+"""Which files form a cohort: every supported layout, lists of pairs, selections, patients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cspine_data import InputError, find_cases, volumes_in
+from cspine_data.sources.file_names import patient_and_sequence
+from cspine_data.sources.pair_lists import write_pairs
+from tests.test_dicom import volume_of, write_series
+
+
+def tree(folder: Path, *names: str) -> Path:
+    """Make empty files; listing a source does not open volumes."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def listed(folder: Path, **options: object) -> dict[str, tuple[str, str | None, str, str | None]]:
+    """Return volume, label map, patient and sequence of each case, paths in the folder."""
+    listing = find_cases(folder, **options)
+    assert listing.problems == ()
+    return {
+        case.id: (
+            case.volume.relative_to(folder).as_posix(),
+            case.label and case.label.relative_to(folder).as_posix(),
+            case.patient,
+            case.sequence,
+        )
+        for case in listing.cases
+    }
+
+
+LAYOUTS = {
+    "flat": (
+        ("P1_T1w.nii.gz", "P1_T1w_seg.nii.gz", "P2_T1w.nrrd", "P2_T1w-gt.nii", ".P3.nii"),
+        {
+            "P1_T1w": ("P1_T1w.nii.gz", "P1_T1w_seg.nii.gz", "P1", "T1w"),
+            "P2_T1w": ("P2_T1w.nrrd", "P2_T1w-gt.nii", "P2", "T1w"),
+        },
+    ),
+    "flat with 3D Slicer's name": (
+        ("P1.nii.gz", "Segmentation.seg.nrrd"),
+        {"P1": ("P1.nii.gz", "Segmentation.seg.nrrd", "P1", None)},
+    ),
+    "folders": (
+        ("P1/T2.nii.gz", "P1/seg.nii.gz", "P2/T2.nii.gz", "P2/T2_mask.nii.gz", "P2/T1.nii.gz", "P3/image.nii"),
+        {
+            "P1_T2": ("P1/T2.nii.gz", "P1/seg.nii.gz", "P1", "T2"),
+            "P2_T1": ("P2/T1.nii.gz", None, "P2", "T1"),
+            "P2_T2": ("P2/T2.nii.gz", "P2/T2_mask.nii.gz", "P2", "T2"),
+            "P3": ("P3/image.nii", None, "P3", None),
+        },
+    ),
+    "folders of images and labels": (
+        ("images/train/P1.nii.gz", "labels/train/P1.nii.gz", "images/test/P2.nii.gz", "labels/test/P2_seg.nii.gz"),
+        {
+            "P1": ("images/train/P1.nii.gz", "labels/train/P1.nii.gz", "P1", None),
+            "P2": ("images/test/P2.nii.gz", "labels/test/P2_seg.nii.gz", "P2", None),
+        },
+    ),
+    "folders in each patient's": (
+        ("P1/images/T2.nii.gz", "P1/masks/T2.nii.gz", "P2/images/T2.nii.gz"),
+        {
+            "P1_T2": ("P1/images/T2.nii.gz", "P1/masks/T2.nii.gz", "P1", "T2"),
+            "P2_T2": ("P2/images/T2.nii.gz", None, "P2", "T2"),
+        },
+    ),
+    "CSpineSeg": (
+        ("annotation/593974-000001.nii.gz", "annotation/593974-000002.nii.gz",
+         "segmentation/593974-000001_SEG.nii.gz", "segmentation/593974-000002_SEG.nii.gz"),
+        {
+            f"593974-00000{number}": (
+                f"annotation/593974-00000{number}.nii.gz", f"segmentation/593974-00000{number}_SEG.nii.gz", "593974",
+                None,
+            )
+            for number in (1, 2)
+        },
+    ),
+    "SPIDER": (
+        ("images/1_t1.nrrd", "images/1_t2.nrrd", "masks/1_t1.nrrd", "masks/1_t2.nrrd", "images/2_t2_SPACE.nrrd"),
+        {
+            "1_t1": ("images/1_t1.nrrd", "masks/1_t1.nrrd", "1", "t1"),
+            "1_t2": ("images/1_t2.nrrd", "masks/1_t2.nrrd", "1", "t2"),
+            "2_t2_SPACE": ("images/2_t2_SPACE.nrrd", None, "2", "t2"),
+        },
+    ),
+    "bids": (
+        ("dataset_description.json", "sub-01/ses-a/anat/sub-01_ses-a_T2w.nii.gz",
+         "sub-01/ses-b/anat/sub-01_ses-b_T2w.nii.gz", "sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz",
+         "sub-02/anat/sub-02_T2w.nii.gz", "sub-02/func/sub-02_bold.nii.gz",
+         "derivatives/manual/sub-01/ses-a/anat/sub-01_ses-a_T2w_label-vertebrae_dseg.nii.gz",
+         "derivatives/manual/sub-01/ses-a/anat/sub-01_ses-a_T2w_label-discs_dseg.nii.gz",
+         "derivatives/manual/sub-02/anat/sub-02_seg-vert_msk.nii.gz",
+         "derivatives/preprocessed/sub-02/anat/sub-02_desc-denoised_T2w.nii.gz"),
+        {
+            "sub-01_ses-a_T2w": (
+                "sub-01/ses-a/anat/sub-01_ses-a_T2w.nii.gz",
+                "derivatives/manual/sub-01/ses-a/anat/sub-01_ses-a_T2w_label-vertebrae_dseg.nii.gz", "sub-01", "T2w",
+            ),
+            "sub-01_ses-b_T1w": ("sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz", None, "sub-01", "T1w"),
+            "sub-01_ses-b_T2w": ("sub-01/ses-b/anat/sub-01_ses-b_T2w.nii.gz", None, "sub-01", "T2w"),
+            "sub-02_T2w": (
+                "sub-02/anat/sub-02_T2w.nii.gz", "derivatives/manual/sub-02/anat/sub-02_seg-vert_msk.nii.gz",
+                "sub-02", "T2w",
+            ),
+        },
+    ),
+    "bids of VerSe": (
+        ("rawdata/sub-v004/sub-v004_ct.nii.gz", "derivatives/sub-v004/sub-v004_seg-vert_msk.nii.gz"),
+        {
+            "sub-v004_ct": (
+                "rawdata/sub-v004/sub-v004_ct.nii.gz", "derivatives/sub-v004/sub-v004_seg-vert_msk.nii.gz",
+                "sub-v004", "ct",
+            ),
+        },
+    ),
+    "nnunet": (
+        ("imagesTr/A_0000.nii.gz", "imagesTr/A_0001.nii.gz", "labelsTr/A.nii.gz", "imagesTs/B_0000.nii.gz"),
+        {
+            "A": ("imagesTr/A_0000.nii.gz", "labelsTr/A.nii.gz", "A", None),
+            "B": ("imagesTs/B_0000.nii.gz", None, "B", None),
+        },
+    ),
+    "msd": (
+        ("imagesTr/la_003.nii.gz", "imagesTr/._la_003.nii.gz", "labelsTr/la_003.nii.gz", "imagesTs/la_004.nii.gz"),
+        {
+            "la_003": ("imagesTr/la_003.nii.gz", "labelsTr/la_003.nii.gz", "la_003", None),
+            "la_004": ("imagesTs/la_004.nii.gz", None, "la_004", None),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_recognised_and_read(name: str, tmp_path: Path) -> None:
+    files, expected = LAYOUTS[name]
+    folder = tree(tmp_path, *files)
+    assert listed(folder) == expected
+    layout = name.partition(" ")[0]
+    layout = "folders" if layout in ("CSpineSeg", "SPIDER") else layout
+    assert f"layout {layout}: " in find_cases(folder).notes[0]
+    assert listed(folder, layout=layout) == expected
+    assert volumes_in(folder) == [folder / volume for volume, *_ in expected.values()]
+    write_pairs(tmp_path / "list.csv", find_cases(folder).cases)
+    assert find_cases(folder, tmp_path / "list.csv").cases == find_cases(folder).cases
+
+
+def test_the_channels_of_nnunet_are_offered_by_name(tmp_path: Path) -> None:
+    folder = tree(tmp_path, *LAYOUTS["nnunet"][0])
+    assert any("--sequence" in note and "0001" in note for note in find_cases(folder).notes)
+    assert listed(folder, sequence="0001") == {"A": ("imagesTr/A_0001.nii.gz", "labelsTr/A.nii.gz", "A", "0001")}
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T2", "1": "T1"}}))
+    assert [case.volume.name for case in find_cases(folder, sequence="t1").cases] == ["A_0001.nii.gz"]
+    (folder / "imagesTr" / "C_0001.nii.gz").touch()
+    assert "C_0000" in find_cases(folder).problems[0].message
+
+
+def test_several_label_maps_of_a_volume_are_a_problem_that_exclude_solves(tmp_path: Path) -> None:
+    names = ("sub-01_T2w_label-vertebrae_dseg", "sub-01_T2w_desc-b_label-vertebrae_dseg")
+    folder = tree(tmp_path, "sub-01/anat/sub-01_T2w.nii.gz", *(f"derivatives/a/sub-01/{name}.nii.gz" for name in names))
+    listing = find_cases(folder)
+    assert listing.cases == ()
+    assert "--exclude" in listing.problems[0].message
+    (label,) = [case.label for case in find_cases(folder, exclude=["*desc-b*"]).cases]
+    assert label is not None
+    assert label.name == f"{names[0]}.nii.gz"
+
+
+def test_cases_are_selected_by_pattern_and_sequence(tmp_path: Path) -> None:
+    folder = tree(tmp_path, "sub-1/T1.nii.gz", "sub-1/T2.nii.gz", "sub-2/T2.nii.gz", "other/T2.nii.gz")
+    assert sorted(listed(folder, include=["sub-*"])) == ["sub-1_T1", "sub-1_T2", "sub-2_T2"]
+    assert sorted(listed(folder, include=["sub-*"], exclude=["*1*"])) == ["sub-2_T2"]
+    assert sorted(listed(folder, sequence="t2")) == ["other_T2", "sub-1_T2", "sub-2_T2"]
+    with pytest.raises(InputError, match=r"sequence 'STIR'.*T1, T2"):
+        find_cases(folder, sequence="STIR")
+    with pytest.raises(InputError, match="--include"):
+        find_cases(folder, include=["none*"])
+    with pytest.raises(InputError, match="layout 'xnat'.*bids"):
+        find_cases(folder, layout="xnat")
+
+
+def test_a_tree_of_dicom_series_with_label_maps(tmp_path: Path) -> None:
+    volume = volume_of(np.random.default_rng(0), (6, 5, 4))
+    for number, series in enumerate(("1", "2")):
+        tags = {"SeriesInstanceUID": f"1.2.{series}", "SeriesNumber": number, "SeriesDescription": f"t{series}_tse_sag"}
+        for path in write_series(tmp_path / series, volume, lambda n, own, tags=tags: own | tags):
+            (tmp_path / "P1" / "exam").mkdir(parents=True, exist_ok=True)
+            path.rename(tmp_path / "P1" / "exam" / f"{series}-{path.name}")
+        (tmp_path / series).rmdir()
+    write_series(tmp_path / "P2", volume)
+    (tmp_path / "P2-label.nii.gz").touch()
+    listing = find_cases(tmp_path, layout="dicom")
+    assert listing.problems == ()
+    assert [(case.id, case.patient, case.sequence, case.label and case.label.name) for case in listing.cases] == [
+        ("P1_exam-1", "P1", "t1", None), ("P1_exam-2", "P1", "t2", None), ("P2", "P2", None, "P2-label.nii.gz"),
+    ]  # fmt: skip
+    assert [case.volume.name for case in listing.cases] == ["exam#1", "exam#2", "P2"]
+    (tmp_path / "P2-label.nii.gz").unlink()
+    assert find_cases(tmp_path).notes[0].startswith("layout dicom:")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("case,volume,label,patient\nA,a.nii,,p\n", "utf-8"),
+        ("sep=;\nCase ; Volume;LABEL;Patient\n A ;a.nii; ; p\n;;;\n", "utf-8-sig"),
+        ("case\tvolume\tlabel\tpatient\r\nA\ta.nii\t\tp\r\n", "utf-16"),
+        ("patient,label,volume,case,\np,,a.nii,A,\n", "utf-8"),
+    ],
+)
+def test_lists_as_spreadsheets_write_them(text: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes(text.encode(encoding))
+    (case,) = find_cases(tmp_path, tmp_path / "list.csv").cases
+    assert (case.id, case.volume, case.label, case.patient) == ("A", tmp_path / "a.nii", None, "p")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("case,volume,label,pateint\nA,a.nii,,p\n", "unknown column 'pateint'"),
+        ("case,volume\nA,a.nii\n", "lacks the column label"),
+        ("case,volume,label\nA,a,b.nii,c.nii\n", "line 2 has 4 fields"),
+        ('case,volume,label\n"A,a.nii,\n', "line 2"),
+        ("case,volume,label,case\n", "twice"),
+        ("", "lacks the column case"),
+    ],
+)
+def test_the_cause_and_line_of_a_bad_list_are_named(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(InputError, match=words):
+        find_cases(tmp_path, tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "patient", "sequence"),
+    [
+        ("sub-07_T2w", "sub-07", "T2w"), ("sub-1_ses-2_acq-sag_T1w", "sub-1", "T1w"), ("1_t2_SPACE", "1", "t2"),
+        ("T2_001", "001", "T2"), ("VB2_02", "VB2_02", None), ("CS_01", "CS_01", None), ("T2", "T2", "T2"),
+        ("P3_visit2", "P3", None), ("SE_01", "SE_01", None), ("T2_participant1", "participant1", "T2"),
+        ("593974-000002", "593974", None),
+    ],
+)  # fmt: skip
+def test_patients_and_sequences_in_names(name: str, patient: str, sequence: str | None) -> None:
+    assert patient_and_sequence(name) == (patient, sequence)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30))
+def test_any_name_has_a_patient(name: str) -> None:
+    patient, _ = patient_and_sequence(name)
+    assert patient
+    assert patient in name
