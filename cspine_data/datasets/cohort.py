@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.datasets.slices import Labels, SliceDataset, VolumeDataset
-from cspine_data.datasets.splits import TEST, TRAIN, VALIDATION, Split, fold_split, leave_one_out, reference_split
+from cspine_data.datasets.splits import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Split,
+    by_patient,
+    fold_split,
+    leave_one_out,
+    reference_split,
+)
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.names import as_known
 from cspine_data.preprocessing.steps import PreparedVolume, normalise_volume
@@ -21,6 +31,9 @@ from cspine_data.store.records import read_corrected, read_label_xyz, read_root,
 from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.volumes.geometry import Orientation
 from cspine_data.volumes.io import Volume
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _SPLIT_NAMES = {TRAIN: TRAIN, VALIDATION: VALIDATION, "valid": VALIDATION, "val": VALIDATION, TEST: TEST}
 
@@ -71,6 +84,40 @@ class Cohort:
         """Descriptions of stand-in data, to be shown beside every figure."""
         return self._root.notes
 
+    @cached_property
+    def patients(self) -> dict[str, str]:
+        """The patient of each case."""
+        return {case: self._root.identity(case).patient for case in self.cases}
+
+    def table(self, variant: str | None = None) -> DataFrame:
+        """Return a pandas table of a variant, one row per case: identity, part of the split, grid, labels, bias field.
+
+        Raises
+        ------
+        ImportError
+            If pandas is not installed.
+        """
+        from pandas import DataFrame
+
+        variant = self._variant(variant)
+        split = self.split(variant=variant)
+        part_of = {case: part for part in (TRAIN, VALIDATION, TEST) for case in split.cases(part)}
+        rows = [
+            {
+                "case": record.case,
+                **self._root.identity(record.case).model_dump(),
+                "split": part_of.get(record.case),
+                "size_xyz": record.size_xyz,
+                "spacing_xyz_mm": record.spacing_xyz_mm,
+                "labels": record.labels,
+                "log_bias_deviation": record.log_bias_deviation,
+                "tissue_fraction": record.tissue_fraction,
+                "warnings": record.warnings,
+            }
+            for record in records(self.path, self._root, variant)
+        ]
+        return DataFrame(rows).set_index("case")
+
     def record(self, case: str, variant: str | None = None) -> CaseRecord:
         """Return the record of a case: geometry, parameters, statistics, labels.
 
@@ -97,7 +144,7 @@ class Cohort:
         fold : int
             The fold for testing.
         leave_out : str, optional
-            Test on this case, and train on all others but one.
+            Test on this patient, given by its name or one of its cases, and train on all others but one.
         variant : str, optional
             The variant; cases without labels are in no part.
 
@@ -116,16 +163,21 @@ class Cohort:
         if fold and folds is None:
             raise InputError(f"fold={fold}", "needs a number of folds", "give folds too")
         variant = self._variant(variant)
+        patient_of = {case: self._root.identity(case).patient for batch in self._batches for case in batch}
+        patients = by_patient(self._batches, patient_of)
         if leave_out is not None:
-            split = leave_one_out(self._batches, as_known(leave_out, self._root.cases))
+            name = as_known(leave_out, self._root.cases)
+            split = leave_one_out(patients, patient_of.get(name, name))
         elif folds is not None:
-            split = fold_split(self._batches, folds, fold)
+            split = fold_split(patients, folds, fold)
         else:
-            split = reference_split(self._batches)
+            split = reference_split(patients)
         held, _ = self._read_label_maps(variant)
-        return Split(
-            *(tuple(case for case in part if case in held) for part in (split.train, split.validation, split.test))
-        )
+        cases_of: dict[str, list[str]] = defaultdict(list)
+        for case in sorted(held & patient_of.keys()):
+            cases_of[patient_of[case]].append(case)
+        parts = (split.train, split.validation, split.test)
+        return Split(*(tuple(case for patient in part for case in cases_of[patient]) for part in parts))
 
     def slices(
         self,

@@ -6,7 +6,7 @@ prepared at once this is the reference study's split by sorted name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cspine_data.errors import InputError
@@ -36,6 +36,17 @@ class Split:
         if part not in parts:
             raise InputError(f"split {part!r}", "is not known", f"choose one of {', '.join(parts)}")
         return parts[part]
+
+
+def by_patient(batches: Iterable[Sequence[str]], patient_of: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Return the patients of batches of cases; a patient is in the first batch that contains one of its cases."""
+    seen: set[str] = set()
+    patients = []
+    for batch in batches:
+        new = {patient_of[case] for case in batch} - seen
+        patients.append(tuple(sorted(new)))
+        seen |= new
+    return patients
 
 
 def reference_split(batches: Iterable[Sequence[str]]) -> Split:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from cspine_data.names import as_known
 from cspine_data.store import schema
 from cspine_data.store.location import refuse_url
 from cspine_data.store.records import ROOT_COPY, read_metadata, read_root, stored_record
-from cspine_data.store.schema import CaseRecord, RootRecord, Standard
+from cspine_data.store.schema import CaseRecord, Identity, RootRecord, Standard
 from cspine_data.store.writer import METADATA
 
 #: Prefixes of hidden files and folders: being written, temporary, and renamed before deletion.
@@ -220,10 +220,12 @@ def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -
     _update_root(path, without)
 
 
-def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
+def enrol(
+    path: Path, labelled: Iterable[str], note: str | None = None, identities: Mapping[str, Identity] | None = None
+) -> None:
     """Add the new labelled cases as one batch, so that later additions do not change their splits.
 
-    A note describes stand-in data.
+    A note describes stand-in data. The identities of cases are added or replaced.
     """
     wanted = set(labelled)
 
@@ -232,7 +234,11 @@ def enrol(path: Path, labelled: Iterable[str], note: str | None = None) -> None:
         batch = tuple(sorted(wanted - known))
         notes = tuple(sorted({*root.notes, note})) if note else root.notes
         enrolled = (*root.enrolled, batch) if batch else root.enrolled
-        return root.model_copy(update={"enrolled": enrolled, "notes": notes})
+        known_identities = root.identities | {
+            case: identity for case, identity in (identities or {}).items() if identity != root.identity(case)
+        }
+        ordered = dict(sorted(known_identities.items()))
+        return root.model_copy(update={"enrolled": enrolled, "notes": notes, "identities": ordered})
 
     root = read_root(path)
     # Without a change no lock is needed, so that the store may be read-only.

@@ -47,6 +47,7 @@ CASES = "cases"
 #: Highest compression ratio of Blosc's LZ4 (about 255): a smaller file cannot hold the array that it claims.
 LONGEST_RUN = 260
 _LONGEST_AXIS = 1 << 20
+_LONGEST_NAME = 200
 DIGEST = re.compile("[0-9a-f]{32}")
 NEUTRAL_ID = re.compile(r"case(\d{4}|[1-9]\d{4,})")
 
@@ -58,6 +59,26 @@ class Standard(BaseModel):
 
     landmarks: tuple[float, ...]
     cases: tuple[str, ...]
+
+
+class Identity(BaseModel):
+    """Who and what a case shows. These are ids, neutral in an anonymised store.
+
+    Attributes
+    ----------
+    patient : str
+        The patient; splits are by patient.
+    site : str or None
+        The hospital or scanner.
+    sequence : str or None
+        The MRI sequence.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    patient: str = Field(min_length=1, max_length=_LONGEST_NAME)
+    site: str | None = Field(None, max_length=_LONGEST_NAME)
+    sequence: str | None = Field(None, max_length=_LONGEST_NAME)
 
 
 class RootRecord(BaseModel):
@@ -82,6 +103,8 @@ class RootRecord(BaseModel):
         The `voxels_sha256` of each listed digest, to detect copies of a volume.
     neutral_ids : bool
         Whether the case ids are neutral numbers, with a key outside the store.
+    identities : dict
+        The identity of each case, except of those that are their patient's only one, without a site or sequence.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -94,6 +117,17 @@ class RootRecord(BaseModel):
     standards: dict[str, Standard] = Field(default_factory=dict)
     voxels: dict[str, str] = Field(default_factory=dict)
     neutral_ids: bool = False
+    identities: dict[str, Identity] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: Callable[[RootRecord], dict[str, Any]]) -> dict[str, Any]:
+        # Stores without identities keep their bytes.
+        content = handler(self)
+        return {name: value for name, value in content.items() if name != "identities" or value}
+
+    def identity(self, case: str) -> Identity:
+        """Return the identity of a case."""
+        return self.identities.get(case) or Identity(patient=case)
 
     @field_validator("cases")
     @classmethod
