@@ -44,12 +44,23 @@ class Workers:
         Threads of numeric libraries in each local worker; 1 if parallelism is over cases.
     resource : str or None
         Resource that each task needs one unit of, if a worker of the scheduler offers it (``dask worker --resources``).
+
+    Raises
+    ------
+    InputError
+        If the number is less than one, or given together with a scheduler.
     """
 
     number: int | None = None
     scheduler: str | None = None
     threads: int = 1
     resource: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.number is not None and self.scheduler is not None:
+            raise InputError("workers and scheduler", "exclude each other", "a scheduler has its own workers: give one")
+        if self.number is not None and self.number < 1:
+            raise InputError(f"workers {self.number}", "are too few", "give 1 or more")
 
 
 def side_by_side(
@@ -155,20 +166,6 @@ def _as_completed(
         elif checked - without_workers_since > _PATIENCE_S:
             yield [(task, lost(task, _NO_WORKER)) for task in futures.values()]
             return
-
-
-def check_workers(workers: int | None, scheduler: str | None = None) -> None:
-    """Check the number of worker processes, which excludes a scheduler.
-
-    Raises
-    ------
-    InputError
-        If it is less than one, or given together with a scheduler.
-    """
-    if workers is not None and scheduler is not None:
-        raise InputError("workers and scheduler", "exclude each other", "a scheduler has its own workers: give one")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers {workers}", "are too few", "give 1 or more")
 
 
 def _outcome(future: Any, task: Task, lost: Callable[[Task, str | Exception], Any]) -> Any:

@@ -13,7 +13,8 @@ from cspine_data.files import atomic_write, make_folder
 from cspine_data.phantom.anatomy import PhantomCase, make_case
 from cspine_data.sources.cases import NOTE_FILE, cohort_note
 from cspine_data.volumes.geometry import Geometry, Orientation, as_rows
-from cspine_data.volumes.io import Volume, volume_stem, volume_suffix, write_volume
+from cspine_data.volumes.io import volume_stem, volume_suffix, write_volume
+from cspine_data.volumes.volume import Volume
 
 #: Folder, beside the volumes, of the natural logarithms of the true bias fields.
 TRUTH_FOLDER = "truth"

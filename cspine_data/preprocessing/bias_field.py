@@ -6,14 +6,13 @@ All functions depend only on the image and need no label map, so that prediction
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 
-from cspine_data.errors import InputError
-from cspine_data.preprocessing.n4 import N4Parameters, SplineField, fit_log_bias, itk_log_bias
+from cspine_data.preprocessing.n4 import SplineField, fit_log_bias, itk_log_bias
+from cspine_data.preprocessing.parameters import BiasParameters
 from cspine_data.preprocessing.tissue import (
     TISSUE_MM,
     average_down,
@@ -26,74 +25,6 @@ from cspine_data.volumes.geometry import Triple
 # Where the signal of median tissue is this many standard deviations of the noise, the gain is halved. Below 1, since
 # networks average neighbours; docs/bias-field.md has the Dice for 1, 0.5 and 0.25.
 _LEAST_SNR = 0.5
-
-
-class BiasParameters(N4Parameters):
-    """Parameters of the bias field estimate; each is part of a case's digest.
-
-    Attributes
-    ----------
-    engine : str
-        ``separable``: N4 as matrix products on a regular grid. ``itk``: SimpleITK's filter, which is slow and ignores
-        `spline_mm` and `stride`.
-    resolution_mm : float
-        Approximate voxel size of the working grid; the image is only averaged, never interpolated.
-    mask_passes : int
-        Number of updates of the tissue mask, each on an image corrected by a coarser estimate, before the final one.
-    """
-
-    engine: Literal["separable", "itk"] = "separable"
-    resolution_mm: float = Field(default=6.0, gt=0)
-    mask_passes: int = Field(default=3, ge=0)
-
-    @property
-    def coarser(self) -> BiasParameters:
-        """Coarser parameters for the tissue mask."""
-        update = {"engine": "separable", "resolution_mm": max(self.resolution_mm, 9.0)}
-        return self.model_copy(update=update)
-
-
-#: Presets of `--n4-preset`; docs/bias-field.md has their accuracy and time.
-PRESETS = {
-    "fast": BiasParameters(iterations=(100, 100, 100, 100), width=0.3, mask_passes=2),
-    "default": BiasParameters(),
-    "thorough": BiasParameters(resolution_mm=4.0, iterations=(400, 400, 400, 400), mask_passes=5),
-}
-
-
-def bias_parameters(preset: str = "default", **changes: Any) -> BiasParameters:
-    """Return the parameters of a preset with some changes.
-
-    Parameters
-    ----------
-    preset : str
-        ``fast``, ``default`` or ``thorough``.
-    **changes
-        Attributes of `BiasParameters`; iterations may be a text such as ``200,200,200``.
-
-    Raises
-    ------
-    InputError
-        If there is no such preset, or a value is out of range.
-    """
-    if preset not in PRESETS:
-        raise InputError(f"N4 preset {preset!r}", "is not known", f"give one of {', '.join(PRESETS)}")
-    iterations = changes.get("iterations")
-    if isinstance(iterations, str):
-        changes["iterations"] = iterations.split(",")
-    if changes.get("engine") == "itk":
-        if "spline_mm" in changes:
-            raise InputError(
-                "N4 parameter spline_mm", "is not supported by SimpleITK's filter, which doubles them each level",
-                "leave it out",
-            )  # fmt: skip
-        changes["spline_mm"] = 0.0
-    try:
-        return BiasParameters.model_validate({**PRESETS[preset].model_dump(), **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name, value = first["loc"][0], changes.get(str(first["loc"][0]))
-        raise InputError(f"N4 parameter {name} {value!r}", "is out of range", first["msg"].lower()) from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,47 +14,11 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+
+from cspine_data.preprocessing.parameters import N4Parameters
 
 Array = NDArray[np.float64]
 Real = TypeVar("Real", np.float32, np.float64)
-
-
-class N4Parameters(BaseModel):
-    """Parameters of N4; docs/bias-field.md has the comparisons behind the defaults.
-
-    Attributes
-    ----------
-    iterations : tuple of int
-        Maximum number of iterations at each level. Each level has twice as many elements as the one before, limited by
-        `spline_mm`.
-    threshold : float
-        A level ends when the field's coefficient of variation changes by less than this in one iteration.
-    control_points : int
-        Number of control points along each axis at the first level; 4 are one cubic element.
-    spline_mm : float
-        Approximate length of the finest elements; 0 doubles their number at every level, as ITK does.
-    bins : int
-        Number of bins of the histogram of log intensities.
-    width : float
-        Full width at half maximum of the Gaussian, in log intensity, that the histogram is deconvolved by.
-    noise : float
-        Noise parameter of the Wiener filter for deconvolution; a larger value sharpens less.
-    stride : float
-        Step length in iterations: consecutive iterations of N4 have similar directions, so a longer step saves time. A
-        step that goes too far is undone and halved. 1 is N4 as published.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    iterations: tuple[NonNegativeInt, ...] = Field(default=(200, 200, 200, 200), min_length=1)
-    threshold: float = Field(default=1e-6, gt=0)
-    control_points: int = Field(default=4, ge=4)
-    spline_mm: float = Field(default=60.0, ge=0)
-    bins: int = Field(default=200, ge=2)
-    width: float = Field(default=0.2, gt=0)
-    noise: float = Field(default=0.1, gt=0)
-    stride: float = Field(default=8.0, ge=1)
 
 
 @dataclass(frozen=True, eq=False)

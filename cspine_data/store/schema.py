@@ -25,7 +25,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics
-from cspine_data.preprocessing.steps import Preprocessing, RecordedPreprocessing, doubts
+from cspine_data.preprocessing.parameters import Preprocessing, RecordedPreprocessing
+from cspine_data.preprocessing.steps import doubts
 from cspine_data.sources.cases import is_case_id
 from cspine_data.volumes.geometry import Geometry, Triple
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
 from cspine_data.volumes.geometry import Geometry
-from cspine_data.volumes.io import SEGMENTATION_SUFFIX, Volume
+from cspine_data.volumes.nrrd_writer import SEGMENTATION_SUFFIX
+from cspine_data.volumes.volume import Volume
 
 # Rounding error of whole numbers in single precision.
 _ROUNDED = 1e-3
