@@ -24,9 +24,10 @@ if TYPE_CHECKING:
         StoreError,
     )
     from cspine_data.preparation.options import PrepareOptions, parse_axes
-    from cspine_data.preparation.pipeline import PrepareSummary, prepare
+    from cspine_data.preparation.pipeline import prepare
     from cspine_data.preparation.repair import RepairSummary, repair
     from cspine_data.preparation.source_digests import Digested, digest_source
+    from cspine_data.preparation.summary import PrepareSummary
     from cspine_data.preprocessing.parameters import (
         BiasParameters,
         Preprocessing,
@@ -68,7 +69,8 @@ _HOME = {
     "preparation.repair": ("RepairSummary", "repair"),
     "sources.pairing": ("find_cases", "volumes_in"),
     "preparation.options": ("PrepareOptions", "parse_axes"),
-    "preparation.pipeline": ("PrepareSummary", "prepare"),
+    "preparation.pipeline": ("prepare",),
+    "preparation.summary": ("PrepareSummary",),
     "preprocessing.steps": ("PreparedVolume", "preprocess_volume"),
     "store.publishing": ("remove_cases",),
     "store.schema": ("CaseRecord",),

@@ -73,26 +73,10 @@ def side_by_side(
 ) -> Iterator[list[tuple[Task, Result]]]:
     """Run tasks on a Dask cluster and yield finished tasks with their results.
 
-    Tasks start in the given order. A task whose worker died is repeated alone after all others have finished.
-
-    Parameters
-    ----------
-    work : callable
-        Runs one task in a worker. The function and the task are sent there. It returns a small result and never
-        raises.
-    tasks : sequence
-        The tasks.
-    lost : callable
-        Returns the result of a task that could not be run, given the task and the reason: a sentence or an exception.
-    workers : Workers
-        The processes.
-    ticks : bool
-        Also yield an empty list about twice a second while no task finishes.
-
-    Raises
-    ------
-    InputError
-        If the scheduler cannot be reached or has no workers, or if local workers cannot be started.
+    `work` runs one task in a worker. The function and the task are sent there; it returns a small result and never
+    raises. `lost` returns the result of a task that could not be run, given the task and the reason: a sentence or
+    an exception. Tasks start in the given order. A task whose worker died is repeated alone after all others have
+    finished. With `ticks`, an empty list is yielded about twice a second while no task finishes.
     """
     if not tasks:
         return

@@ -49,17 +49,7 @@ class LabelMap:
 def prepare_case(job: Job, store: Path) -> Stored:
     """Run one job: load, correct, slice and write a case. It is then complete in the store, but not published.
 
-    Returns
-    -------
-    Stored
-        The case; its `written_bytes` are 0 if it was already written and only not published.
-
-    Raises
-    ------
-    InputError
-        If the case's files cannot be used, or have changed since the job was planned.
-    OSError
-        If the store cannot be written.
+    Raises `InputError` if the case's files cannot be used, or have changed since the job was planned.
     """
     written = None if job.overwrite else stored_record(store, job.case.id, job.digest)
     if written is not None:
@@ -100,18 +90,8 @@ def write_case(
 ) -> None:
     """Write one case to the folder of its digest, completely or not at all; it is not published yet.
 
-    Parameters
-    ----------
-    path : Path
-        The store.
-    record : CaseRecord
-        The record of the case; its `files` are filled in here.
-    prepared : PreparedVolume
-        The image.
-    label : LabelMap or None
-        The label map.
-    overwrite : bool
-        Replace an existing folder, because it is damaged, even if its record is not.
+    The `files` of the record are filled in. With `overwrite` an existing folder is replaced, because it is damaged,
+    even if its record is not.
     """
     target = path / schema.case_path(record.case, record.digest)
     case_folder, cases_folder = target.parent, target.parent.parent

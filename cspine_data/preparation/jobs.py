@@ -74,23 +74,8 @@ def run_jobs(
 ) -> Iterator[list[tuple[Job, Result | Problem]]]:
     """Run jobs in parallel, the largest file first, and yield finished jobs with their results or problems.
 
-    Parameters
-    ----------
-    work : callable
-        Runs one job in a worker: takes the job and the store, returns a small result or a problem, and never raises.
-    jobs : sequence of Job
-        The jobs.
-    store : Path
-        The store, as the workers see it.
-    workers : Workers
-        The processes.
-    ticks : bool
-        See `side_by_side`.
-
-    Raises
-    ------
-    InputError
-        If the scheduler cannot be reached or has no workers, or if local workers cannot be started.
+    `work` runs one job in a worker: it takes the job and the store, returns a small result or a problem, and never
+    raises.
     """
     ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
 

@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cspine_data.errors import InputError, Problem, with_causes
+from cspine_data.errors import InputError
 from cspine_data.preparation.jobs import do_jobs
 from cspine_data.preparation.options import PrepareOptions
-from cspine_data.preparation.plan import Job, Stored, plan_jobs
+from cspine_data.preparation.plan import plan_jobs
 from cspine_data.preparation.pseudonyms import key_file, listed_neutrally
 from cspine_data.preparation.source_digests import digest_files
-from cspine_data.preparation.standard import cohort_standard
+from cspine_data.preparation.standard import with_standard
+from cspine_data.preparation.summary import PrepareSummary, summarise
 from cspine_data.preprocessing.parameters import checked
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import cohort_note
 from cspine_data.sources.pairing import find_cases
 from cspine_data.store.publishing import create_store, enrol
-
-
-@dataclass(frozen=True)
-class PrepareSummary:
-    """The result of `prepare`.
-
-    Attributes
-    ----------
-    done : tuple of str
-        Cases that were computed.
-    reused : tuple of str
-        Cases that were stored already.
-    failed : tuple of Problem
-        Cases and files that could not be used, with the reasons.
-    replaced : tuple of str
-        Computed cases that replaced a case with other parameters.
-    standard_cases : tuple of str
-        The cases whose mean histogram Nyul's method matches all others to.
-    seconds : float
-        Run time.
-    written_bytes : int
-        Size of the computed cases on disk.
-    notes : dict
-        Notes on each case that was computed or reused, see `Volume`.
-    labelled : tuple of str
-        Cases with labelled voxels that were computed or reused.
-    """
-
-    done: tuple[str, ...]
-    reused: tuple[str, ...]
-    failed: tuple[Problem, ...]
-    replaced: tuple[str, ...]
-    standard_cases: tuple[str, ...] = ()
-    seconds: float = 0.0
-    written_bytes: int = 0
-    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    labelled: tuple[str, ...] = ()
 
 
 def prepare(
@@ -101,32 +64,10 @@ def prepare(
     sources = digest_files(listing.cases, store, chosen.processes, rehash=chosen.rehash)
     if chosen.anonymise:
         listing = listed_neutrally(listing, store, sources)
-    preprocessing = chosen.parameters
-    standard = cohort_standard(listing.cases, store, preprocessing, chosen.processes, sources)
-    if standard is not None:
-        preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks})
-    jobs, failed = plan_jobs(listing.cases, store, preprocessing, chosen.axes, sources, chosen.ignore_label)
+    jobs, failed = plan_jobs(listing.cases, store, chosen.parameters, chosen.axes, sources, chosen.ignore_label)
+    jobs, standard_cases = with_standard(jobs, store, chosen.processes)
     to_do = [replace(job, trust_voxels=chosen.trust_voxels) for job in jobs if not job.is_current]
     outcomes = do_jobs(to_do, store, chosen.processes, progress)
-    summary = _summary(jobs, outcomes, [*listing.problems, *failed])
+    summary = summarise(jobs, outcomes, [*listing.problems, *failed])
     enrol(store, summary.labelled, note)
-    return replace(summary, standard_cases=standard.cases if standard else (), seconds=time.perf_counter() - started)
-
-
-def _summary(
-    jobs: Sequence[Job], outcomes: Mapping[str, Stored | Problem], failed: Sequence[Problem]
-) -> PrepareSummary:
-    """Return the summary of a run; cases without an outcome are reused."""
-    stored = {job.case.id: outcomes.get(job.case.id, job.stored) for job in jobs}
-    usable = {case: one for case, one in sorted(stored.items()) if isinstance(one, Stored)}
-    others = {job.case.id for job in jobs if job.stored and job.stored.preprocessing != job.preprocessing}
-    failed = with_causes([*failed, *(one for one in outcomes.values() if isinstance(one, Problem))])
-    return PrepareSummary(
-        done=tuple(case for case in usable if case in outcomes),
-        reused=tuple(job.case.id for job in jobs if job.case.id not in outcomes),
-        failed=tuple(sorted(failed, key=lambda problem: problem.case)),
-        replaced=tuple(case for case in usable if case in outcomes and case in others),
-        written_bytes=sum(one.written_bytes for one in usable.values()),
-        notes={case: one.notes for case, one in usable.items() if one.notes},
-        labelled=tuple(case for case, one in usable.items() if one.labelled),
-    )
+    return replace(summary, standard_cases=standard_cases, seconds=time.perf_counter() - started)

@@ -188,13 +188,7 @@ def new_job(
 
 
 def is_unchanged(job: Job) -> bool:
-    """Return whether a job's files are unchanged since it was planned.
-
-    Raises
-    ------
-    InputError, OSError
-        If one of them cannot be read.
-    """
+    """Return whether a job's files are unchanged since it was planned."""
     of_image, of_label = job.states
     planned = Digested(job.image_sha256, of_image), Digested(job.label_sha256 or "", of_label)
     return all(digested.is_still(path) for digested, path in zip(planned, files_of(job.case), strict=False))

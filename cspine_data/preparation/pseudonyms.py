@@ -33,13 +33,7 @@ def key_file(store: str | Path) -> Path:
 
 
 def listed_neutrally(listing: Listing, store: Path, sources: Mapping[Path, Digested | Problem]) -> Listing:
-    """Replace the case ids of a listing by the neutral ids of an anonymised store.
-
-    Raises
-    ------
-    InputError
-        If the store has cases and their key is missing or damaged, so that other cases could get their ids.
-    """
+    """Replace the case ids of a listing by the neutral ids of an anonymised store."""
     return with_neutral_ids(listing, existing_key(store, read_root(store)), sources)
 
 
@@ -54,31 +48,9 @@ def existing_key(store: Path, root: RootRecord) -> Path:
 def with_neutral_ids(listing: Listing, key: Path, sources: Mapping[Path, Digested | Problem] | None = None) -> Listing:
     """Replace the case ids of a listing by neutral ids; new cases are added to the key.
 
-    Parameters
-    ----------
-    listing : Listing
-        From `find_cases`.
-    key : Path
-        The CSV file with the ids, created with its folder if necessary. Several processes may use it at once.
-    sources : dict, optional
-        Digest of each volume; by default, new volumes are hashed here.
-
-    Returns
-    -------
-    Listing
-        The cases with neutral ids, in order of these. Problems keep their message, which names the file for the user,
-        but their case is the neutral id or empty.
-
-    Raises
-    ------
-    InputError
-        If the key is damaged, or cannot be read or written.
-
-    Examples
-    --------
-    >>> listing = with_neutral_ids(find_cases("data/raw"), Path("key.csv"))  # doctest: +SKIP
-    >>> [case.id for case in listing.cases]  # doctest: +SKIP
-    ['case0001', 'case0002']
+    The key is a CSV file, created with its folder if necessary; several processes may use it at once. New volumes
+    are hashed here unless `sources` has their digests. The cases are in order of their ids. Problems keep their
+    message, which names the file for the user, but their case is the neutral id or empty.
     """
     # If the key is a link, the file behind it is replaced.
     key = Path(key).resolve()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cspine_data.errors import Problem
 from cspine_data.parallel.workers import Workers
 from cspine_data.preparation.case_writer import stored_volume
 from cspine_data.preparation.jobs import run_in_worker, run_jobs
-from cspine_data.preparation.plan import Job, plan_jobs
-from cspine_data.preparation.source_digests import Digested
+from cspine_data.preparation.plan import Job
 from cspine_data.preprocessing.normalisation import standard_landmarks
-from cspine_data.preprocessing.parameters import Preprocessing
 from cspine_data.preprocessing.steps import correct_volume
-from cspine_data.sources.cases import Case
 from cspine_data.store.publishing import keep_standard
 from cspine_data.store.records import read_root
 from cspine_data.store.schema import Standard, standard_key
@@ -24,31 +23,28 @@ from cspine_data.volumes.io import read_volume
 _STANDARD_CASES = 32
 
 
-def cohort_standard(
-    cases: Sequence[Case],
-    store: Path,
-    preprocessing: Preprocessing,
-    workers: Workers,
-    sources: Mapping[Path, Digested | Problem],
-) -> Standard | None:
-    """Return the standard in the store, or one computed from a few cases, spread evenly; None where none is needed.
+def with_standard(jobs: Sequence[Job], store: Path, workers: Workers) -> tuple[list[Job], tuple[str, ...]]:
+    """Return jobs with the standard, if they need one, and the cases that it was computed from.
 
-    None also if none of these cases can be used.
+    It is the one in the store, or computed from a few cases, spread evenly. If none of them can be used there is none,
+    and the jobs fail.
     """
-    if preprocessing.normalisation != "nyul" or preprocessing.standard is not None:
-        return None
+    if not jobs or jobs[0].preprocessing.normalisation != "nyul" or jobs[0].preprocessing.standard is not None:
+        return list(jobs), ()
+    preprocessing = jobs[0].preprocessing
     key = standard_key(preprocessing)
-    known = read_root(store).standards.get(key)
-    if known is not None:
-        return known
-    jobs, _ = plan_jobs(cases[:: max(1, -(-len(cases) // _STANDARD_CASES))], store, preprocessing, (), sources)
-    outcomes = run_jobs(_landmarks, jobs, store, workers)
-    of_cases = {job.case.id: found for ended in outcomes for job, found in ended if isinstance(found, tuple) and found}
-    if not of_cases:
-        return None
-    cases_used = tuple(sorted(of_cases))
-    landmarks = standard_landmarks([of_cases[case] for case in cases_used])
-    return keep_standard(store, key, Standard(landmarks=landmarks, cases=cases_used))
+    standard = read_root(store).standards.get(key)
+    if standard is None:
+        some = jobs[:: math.ceil(len(jobs) / _STANDARD_CASES)]
+        outcomes = [outcome for finished in run_jobs(_landmarks, some, store, workers) for outcome in finished]
+        landmarks = {job.case.id: found for job, found in outcomes if isinstance(found, tuple) and found}
+        if not landmarks:
+            return list(jobs), ()
+        cases = tuple(sorted(landmarks))
+        mean = standard_landmarks([landmarks[case] for case in cases])
+        standard = keep_standard(store, key, Standard(landmarks=mean, cases=cases))
+    preprocessing = preprocessing.model_copy(update={"standard": standard.landmarks})
+    return [replace(job, preprocessing=preprocessing) for job in jobs], standard.cases
 
 
 def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:

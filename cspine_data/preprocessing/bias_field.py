@@ -63,18 +63,9 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     """Estimate a volume's bias field by N4 (Tustison et al. 2010); no label map is needed.
 
     The intensity of air is subtracted first, since the field multiplies only the signal. Where the field is weak,
-    tissue is below a global threshold, so the tissue mask is updated a few times on the image corrected by a coarser
-    estimate. Voxels that are not above the noise before correction are excluded: far from a weak coil the correction
-    makes noise as bright as tissue.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities, any real dtype, (x, y, z).
-    spacing_mm : tuple of float
-        Voxel spacing along x, y and z.
-    parameters : BiasParameters
-        The parameters.
+    tissue is below a global threshold, so the tissue mask is updated a few times on the image corrected by a
+    coarser estimate. Voxels that are not above the noise before correction are excluded: far from a weak coil the
+    correction makes noise as bright as tissue.
     """
     factors = working_factors(spacing_mm, min(TISSUE_MM, parameters.resolution_mm))
     averaged = average_down(image_xyz, factors)
@@ -140,26 +131,10 @@ def estimate_log_bias(
     spacing_mm: Triple,
     parameters: BiasParameters,
 ) -> NDArray[np.float32]:
-    """Estimate the natural logarithm of the bias field within a given tissue mask, on the image's own grid.
+    """Return the logarithm of the bias field within a tissue mask, with mean zero over the tissue.
 
     The field is estimated on a grid of about the working resolution and evaluated on the image's: it is smooth, and
-    most of N4's time is proportional to the number of voxels.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities above air, (x, y, z).
-    tissue_xyz : ndarray of bool
-        Where the image is tissue, same shape. Voxels that are not positive are left out.
-    spacing_mm : tuple of float
-        Voxel spacing along x, y and z.
-    parameters : BiasParameters
-        The parameters.
-
-    Returns
-    -------
-    ndarray
-        float32, (x, y, z), mean zero over the tissue.
+    most of N4's time is proportional to the number of voxels. Voxels that are not positive are left out.
     """
     inside = tissue_xyz & (image_xyz > 0)
     log_bias = _estimate(image_xyz, inside, spacing_mm, parameters).on_grid(image_xyz.shape)
@@ -171,25 +146,9 @@ def correct(
 ) -> NDArray[np.float32]:
     """Divide intensities above air by the bias field, with a gain bounded by the noise; others are unchanged.
 
-    The gain is that of a Wiener filter, ``b / (b**2 + r**2)`` of the field `b`: 1 / b where tissue is above the noise,
-    half of that where the signal of median tissue is half a standard deviation of the noise, and nearly 0 where there
-    is only noise.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities, any real dtype, (x, y, z).
-    log_bias_xyz : ndarray
-        Natural logarithm of the field, same shape.
-    air : float
-        Intensity of air.
-    noise_ratio : float
-        Standard deviation of the noise divided by the median of corrected tissue; 0 for an unbounded gain.
-
-    Returns
-    -------
-    ndarray
-        float32, (x, y, z).
+    The gain is that of a Wiener filter, ``b / (b**2 + r**2)`` of the field `b`: 1 / b where tissue is above the
+    noise, half of that where the signal of median tissue is half a standard deviation of the noise, and nearly 0
+    where there is only noise. A `noise_ratio` of 0 does not bound the gain.
     """
     corrected = np.empty(image_xyz.shape, dtype=np.float32)
     level = np.float32(air)

@@ -34,18 +34,7 @@ class SplineField:
     lattice: Array
 
     def at(self, *positions: Array) -> NDArray[np.float32]:
-        """Evaluate the field on a regular grid.
-
-        Parameters
-        ----------
-        *positions : ndarray
-            Grid positions along each axis, from 0 to 1.
-
-        Returns
-        -------
-        ndarray
-            float32, one size an axis.
-        """
+        """Evaluate the field on a regular grid, given by its positions along each axis, from 0 to 1."""
         weights = [_weights(p, n - 3).T for p, n in zip(positions, self.lattice.shape, strict=True)]
         return _product(self.lattice.astype(np.float32), [weight.astype(np.float32) for weight in weights])
 
@@ -76,18 +65,10 @@ class SplineField:
 def fit_log_bias(
     log_image: Array, weights: NDArray[Any], extent_mm: Sequence[float], parameters: N4Parameters
 ) -> SplineField:
-    """Estimate the logarithm of a bias field.
+    """Estimate the logarithm of a bias field from that of the intensities.
 
-    Parameters
-    ----------
-    log_image : ndarray
-        Natural logarithm of the intensities, 3-D; used only where the weights are positive.
-    weights : ndarray
-        Weight of each voxel in the spline fit, same shape: a mask, or a confidence of 0 or more.
-    extent_mm : sequence of float
-        Distance between the first and the last voxel along each axis.
-    parameters : N4Parameters
-        The parameters.
+    `weights` are the weights of the voxels in the spline fit: a mask, or a confidence of 0 or more. `extent_mm` is
+    the distance between the first and the last voxel along each axis.
     """
     first = parameters.control_points - 3
     # N4 converges slowly with one cubic element, so at least two.
@@ -107,19 +88,7 @@ def fit_log_bias(
 def itk_log_bias(
     image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: Sequence[float], parameters: N4Parameters
 ) -> NDArray[Any]:
-    """Estimate with SimpleITK's filter on the image's grid; it ignores `spline_mm` and `stride`.
-
-    Parameters
-    ----------
-    image : ndarray
-        Intensities, 3-D, positive within the mask.
-    mask : ndarray of bool
-        Where to estimate, same shape.
-    spacing_mm : sequence of float
-        Voxel spacing along each axis.
-    parameters : N4Parameters
-        The parameters.
-    """
+    """Estimate with SimpleITK's filter on the image's grid; it ignores `spline_mm` and `stride`."""
     import SimpleITK as sitk  # noqa: N813
 
     volumes = [sitk.GetImageFromArray(np.ascontiguousarray(a.transpose())) for a in (image, mask.astype(np.uint8))]

@@ -122,14 +122,8 @@ class TissueStatistics(BaseModel):
     def of(cls, image: NDArray[Any], tissue: NDArray[np.bool_]) -> TissueStatistics:
         """Return the statistics of the voxels of an image that are tissue.
 
-        Voxels twelve deviations away from the densest part are outliers: a mask of which half is wrong changes little.
-
-        Parameters
-        ----------
-        image : ndarray
-            Intensities, any shape.
-        tissue : ndarray of bool
-            Which voxels are tissue, same shape.
+        Voxels twelve deviations away from the densest part are outliers: a mask of which half is wrong changes
+        little.
         """
         fraction = np.count_nonzero(tissue) / max(tissue.size, 1)
         if image.ndim == 3 and image.size > _MANY_VOXELS:
@@ -182,21 +176,9 @@ def normalisation_of(
 ) -> Normalisation:
     """Return the normalisation of an image from the intensity statistics of its tissue.
 
-    Parameters
-    ----------
-    tissue : TissueStatistics
-        Statistics of the image.
-    method : str
-        ``zscore``, ``percentile``, ``nyul``, or the name of a plug-in's.
-    standard : tuple of float, optional
-        For ``nyul``, the `standard_landmarks` of a cohort.
-    name : str
-        Name of the image in messages.
+    For ``nyul``, `standard` are the `standard_landmarks` of a cohort. `name` is that of the image, for messages.
 
-    Raises
-    ------
-    InputError
-        If the tissue has no contrast, there is no such method, or ``nyul`` has no standard.
+    Raises `InputError` if the tissue has no contrast, there is no such method, or ``nyul`` has no standard.
     """
     intensities, values = NORMALISATIONS.load(method)(tissue, standard)
     # The lines are single precision, and less than its smallest step makes them steeper than it can say.

@@ -341,17 +341,7 @@ def group_bytes(attributes: dict[str, Any]) -> bytes:
 def array_metadata(
     shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...], axes: str, attributes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the metadata of an array with one shard and the index at its end.
-
-    Parameters
-    ----------
-    shape, dtype, chunks
-        Shape and data type of the array, and shape of the inner chunks.
-    axes : str
-        One letter of ``xyz`` per axis.
-    attributes : dict
-        Further attributes.
-    """
+    """Return the metadata of an array with one shard and its index at the end; `axes` has one letter per axis."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = {
         "chunk_shape": list(chunks),

@@ -132,15 +132,7 @@ def content_digest(path: Path) -> str:
 
 
 def source_files(path: Path) -> list[Path]:
-    """Return the files of a volume; of a folder of DICOM slices all files in it.
-
-    Raises
-    ------
-    InputError
-        If it is not a file, or its header cannot be read.
-    OSError
-        If the folder cannot be read.
-    """
+    """Return the files of a volume; of a folder of DICOM slices all files in it."""
     if _is_series(path):
         return sorted(file for file in path.iterdir() if file.is_file())
     return _parts(path)

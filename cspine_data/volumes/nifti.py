@@ -84,13 +84,7 @@ class NiftiHeader:
 
 
 def read(path: Path) -> Volume:
-    """Read a volume in one pass; its intensities are scaled by slope and intercept.
-
-    Raises
-    ------
-    InputError
-        If it is not a NIfTI-1 file with a 3-D scalar volume, truncated or damaged.
-    """
+    """Read a volume in one pass; its intensities are scaled by slope and intercept."""
     compressed = path.suffix.lower() == ".gz"
     there = stored_bytes(path, path)
     with path.open("rb") as file:
@@ -127,11 +121,6 @@ def write(path: Path, volume: Volume, _segments: Mapping[int, str]) -> None:
     """Write a volume, compressed if the name ends in ``.gz``.
 
     The header keeps both forms of the header that the grid was read from.
-
-    Raises
-    ------
-    InputError
-        If NIfTI does not support the data type, an axis is too long, or the position cannot be represented.
     """
     array_ijk, geometry = volume.array, volume.geometry
     kind = array_ijk.dtype.newbyteorder("=").str[1:]

@@ -101,14 +101,7 @@ class NrrdHeader:
 
 
 def read(path: Path) -> Volume:
-    """Read a volume.
-
-    Raises
-    ------
-    InputError
-        If the header is refused (see `read_header`), or the voxels are missing, fewer than it claims, or cannot be
-        decoded.
-    """
+    """Read a volume."""
     header = read_header(path)
     return Volume(_read_array(path, header), header.geometry, path, header.assumed_orientation, header.notes)
 
@@ -119,13 +112,7 @@ def files(path: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> NrrdHeader:
-    """Read and check a header, attached or detached.
-
-    Raises
-    ------
-    InputError
-        If it is not an NRRD header, does not describe a 3-D scalar volume, or names a data file outside its folder.
-    """
+    """Read and check a header, attached or detached; a data file outside its folder is refused."""
     with path.open("rb") as file:
         fields = _read_fields(path, file)
         offset = file.tell()

@@ -24,13 +24,7 @@ _COLOURS = (
 
 
 def write(path: Path, volume: Volume, segments: Mapping[int, str]) -> None:
-    """Write a volume; with the suffix ``.seg.nrrd`` a label map with the names of its segments.
-
-    Raises
-    ------
-    InputError
-        If it would have segments and is no label map.
-    """
+    """Write a volume; with the suffix ``.seg.nrrd`` a label map with the names of its segments."""
     import nrrd
 
     geometry = volume.geometry
