@@ -25,6 +25,7 @@ _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 #: Largest cosine between two axes of a grid: 0.06 degrees off a right angle, for headers with three decimals. Distances
 #: assume right angles; the error at a corner of a spine volume is then at most 0.3 mm.
 MOST_SKEW = 1e-3
+_COSINE_DIGITS = 6
 
 
 class NiftiForms(BaseModel):
@@ -260,7 +261,8 @@ def as_rows(matrix: NDArray[Any]) -> tuple[Triple, Triple, Triple]:
 def _nearest_axes(
     directions: NDArray[np.float64],
 ) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    cosines = np.abs(directions)
+    # Each file format rounds directions differently, and all must choose alike at 45 degrees.
+    cosines = np.abs(directions).round(_COSINE_DIGITS)
     axes, flips = [0, 0, 0], [False, False, False]
     for _ in range(3):
         # The last of equal cosines, as in ITK.
