@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
 
 from cspine_data.errors import InputError
+from cspine_data.extensions import NORMALISATIONS
 from cspine_data.parallel.workers import Workers
 from cspine_data.preprocessing.parameters import Preprocessing
 
@@ -70,6 +71,7 @@ class PrepareOptions(BaseModel):
         if preprocessing and self.n4 not in (None, preprocessing.bias is not None):
             problem = f"contradicts preprocessing ({preprocessing.description})"
             raise InputError(f"n4={self.n4}", problem, "leave out one of them")
+        NORMALISATIONS.load(self.parameters.normalisation)
         _ = self.processes
         return self
 
