@@ -23,11 +23,18 @@ if TYPE_CHECKING:
         Problem,
         StoreError,
     )
-    from cspine_data.preparation.pipeline import PrepareSummary, parse_axes, prepare
+    from cspine_data.preparation.options import PrepareOptions, parse_axes
+    from cspine_data.preparation.pipeline import prepare
     from cspine_data.preparation.repair import RepairSummary, repair
     from cspine_data.preparation.source_digests import Digested, digest_source
-    from cspine_data.preprocessing.bias_field import BiasParameters, bias_parameters
-    from cspine_data.preprocessing.steps import PreparedVolume, Preprocessing, RecordedPreprocessing, preprocess_volume
+    from cspine_data.preparation.summary import PrepareSummary
+    from cspine_data.preprocessing.parameters import (
+        BiasParameters,
+        Preprocessing,
+        RecordedPreprocessing,
+        bias_parameters,
+    )
+    from cspine_data.preprocessing.steps import PreparedVolume, preprocess_volume
     from cspine_data.sources.cases import Case, Listing
     from cspine_data.sources.listing import find_cases, volumes_in
     from cspine_data.store.garbage import Garbage, collect_garbage
@@ -37,7 +44,6 @@ if TYPE_CHECKING:
     from cspine_data.volumes.geometry import Geometry, Orientation
     from cspine_data.volumes.image_checks import usable_image
     from cspine_data.volumes.io import (
-        Volume,
         content_digest,
         label_name,
         read_volume,
@@ -45,9 +51,10 @@ if TYPE_CHECKING:
         volume_suffix,
         write_volume,
     )
+    from cspine_data.volumes.volume import Volume
 
 _HOME = {
-    "preprocessing.bias_field": ("BiasParameters", "bias_parameters"),
+    "preprocessing.parameters": ("BiasParameters", "Preprocessing", "RecordedPreprocessing", "bias_parameters"),
     "sources.cases": ("Case", "Listing"),
     "datasets.cohort": ("Cohort", "open_cohort"),
     "datasets.slices": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
@@ -61,15 +68,16 @@ _HOME = {
     "volumes.image_checks": ("usable_image",),
     "preparation.repair": ("RepairSummary", "repair"),
     "sources.listing": ("find_cases", "volumes_in"),
-    "preparation.pipeline": ("PrepareSummary", "parse_axes", "prepare"),
-    "preprocessing.steps": ("PreparedVolume", "Preprocessing", "RecordedPreprocessing", "preprocess_volume"),
+    "preparation.options": ("PrepareOptions", "parse_axes"),
+    "preparation.pipeline": ("prepare",),
+    "preparation.summary": ("PrepareSummary",),
+    "preprocessing.steps": ("PreparedVolume", "preprocess_volume"),
     "store.publishing": ("remove_cases",),
     "store.schema": ("CaseRecord",),
     "datasets.splits": ("Split",),
     "store.verification": ("Damage", "verify"),
-    "volumes.io": (
-        "Volume", "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_volume",
-    ),
+    "volumes.io": ("content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_volume"),
+    "volumes.volume": ("Volume",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -90,6 +98,7 @@ __all__ = [
     "NewerSchemaError",
     "NotInStoreError",
     "Orientation",
+    "PrepareOptions",
     "PrepareSummary",
     "PreparedVolume",
     "Preprocessing",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,17 +99,6 @@ class Problem:
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def with_causes(problems: Sequence[Problem]) -> list[Problem]:
-    """Return problems in which a copy of a case that failed has that case's cause: keeping one would not help."""
-    causes = {problem.case: problem.message for problem in problems if problem.copy_of is None}
-    return [
-        Problem(problem.case, f"{problem.case}: is a copy of {causes[problem.copy_of]}")
-        if problem.copy_of in causes
-        else problem
-        for problem in problems
-    ]
 
 
 def describe_problem(case_id: str, error: BaseException) -> Problem:

@@ -1,4 +1,4 @@
-"""Helpers for programs built on `cspine_data`: parallel tasks, atomic files, locks and one-line messages.
+"""Helpers for programs built on `cspine_data`: parallel tasks, extension points, atomic files and locks.
 
 `cspine_train` uses them for run and study folders. They need neither NumPy nor Dask at import.
 """
@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from cspine_data.errors import describe_problem
+from cspine_data.extensions import ExtensionPoint
 from cspine_data.extras import install_hint
 from cspine_data.files import atomic_write, exclusive_lock, make_folder, remove_unfinished
 from cspine_data.parallel.workers import Workers, side_by_side, usable_cores
 
 __all__ = [
+    "ExtensionPoint",
     "Workers",
     "atomic_write",
     "describe_problem",

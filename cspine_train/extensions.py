@@ -6,12 +6,12 @@ point in the group of the same name. CONTRIBUTING.md shows both.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from cspine_train.errors import RunError, meant
+from cspine_data import CspineDataError
+from cspine_data.tools import ExtensionPoint
+from cspine_train.errors import RunError
 
 LOSSES = "cspine.losses"
 AUGMENTATIONS = "cspine.augmentations"
@@ -39,13 +39,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     },
 }
 
-# A name becomes part of folder names.
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-
 
 def names(group: str) -> tuple[str, ...]:
     """Return the names in a group: the project's own, then those of installed plug-ins."""
-    return tuple(_registered(group))
+    return _point(group).names()
 
 
 def check_name(group: str, name: str) -> str:
@@ -56,12 +53,7 @@ def check_name(group: str, name: str) -> str:
     ValueError
         If it is not.
     """
-    # Plug-ins are looked up only for other names: that reads the metadata of every installed package.
-    if name not in BUILT_IN[group] and name not in names(group):
-        raise ValueError(
-            f"{name!r} is unknown{meant(name, names(group))}; choose {', '.join(names(group))}, or install its plug-in"
-        )
-    return name
+    return _point(group).check(name)
 
 
 def load(group: str, name: str) -> Any:
@@ -73,20 +65,10 @@ def load(group: str, name: str) -> Any:
         If there is no such name, or its plug-in cannot be imported.
     """
     try:
-        return _registered(group)[check_name(group, name)].load()
-    except ValueError as error:
-        raise RunError(f"{group}: {error}") from None
-    # A plug-in may raise anything as it is imported.
-    except Exception as error:
-        if name in BUILT_IN[group]:
-            raise
-        raise RunError(f"plug-in {name!r} of {group}: cannot be imported ({error}); correct or remove it") from error
+        return _point(group).load(name)
+    except CspineDataError as error:
+        raise RunError(str(error)) from error
 
 
-def _registered(group: str) -> dict[str, EntryPoint]:
-    found = {name: EntryPoint(name, value, group) for name, value in BUILT_IN[group].items()}
-    for plug_in in entry_points(group=group):
-        if _NAME.fullmatch(plug_in.name):
-            # A plug-in cannot replace what the project itself has.
-            found.setdefault(plug_in.name, plug_in)
-    return found
+def _point(group: str) -> ExtensionPoint:
+    return ExtensionPoint(group, BUILT_IN[group])

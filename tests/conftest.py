@@ -116,7 +116,7 @@ def do_serially(patches: pytest.MonkeyPatch) -> None:
         for job in jobs:
             yield [(job, work(job, str(store)))]
 
-    for module in ("jobs", "pipeline"):
+    for module in ("jobs", "standard"):
         patches.setattr(f"cspine_data.preparation.{module}.run_jobs", run_jobs)
 
 

@@ -8,13 +8,8 @@ from scipy import ndimage
 
 from cspine_data.errors import InputError
 from cspine_data.phantom.anatomy import make_case
-from cspine_data.preprocessing.bias_field import (
-    BiasParameters,
-    bias_parameters,
-    correct,
-    estimate_bias,
-    estimate_log_bias,
-)
+from cspine_data.preprocessing.bias_field import correct, estimate_bias, estimate_log_bias
+from cspine_data.preprocessing.parameters import BiasParameters, bias_parameters
 from cspine_data.preprocessing.resampling import resample_image
 from cspine_data.preprocessing.tissue import average_down, tissue_threshold, working_factors
 

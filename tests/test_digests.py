@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from cspine_data import InputError, open_cohort, prepare
+from cspine_data.parallel.workers import Workers
 from cspine_data.preparation.case_writer import prepare_case
-from cspine_data.preparation.hashing import digest_files
 from cspine_data.preparation.plan import Job, plan_jobs
-from cspine_data.preparation.source_digests import DigestCache, digest_source
-from cspine_data.preprocessing.steps import Preprocessing
+from cspine_data.preparation.source_digests import DigestCache, digest_files, digest_source
+from cspine_data.preprocessing.parameters import Preprocessing
 from cspine_data.sources.listing import find_cases
 from cspine_data.store.publishing import create_store
 from cspine_data.volumes.io import content_digest
@@ -175,7 +175,7 @@ def test_every_file_of_a_source_is_part_of_its_state(tmp_path: Path) -> None:
 def planned(raw: Path, store: Path) -> Job:
     create_store(store)
     cases = find_cases(raw).cases
-    jobs, problems = plan_jobs(cases, store, RAW, (0,), sources=digest_files(cases, store, None, None))
+    jobs, problems = plan_jobs(cases, store, RAW, (0,), digest_files(cases, store, Workers()))
     assert not problems
     return jobs[0]
 
@@ -192,7 +192,7 @@ def test_what_changed_since_it_was_hashed_is_refused(raw: Path, tmp_path: Path) 
 def test_what_was_only_touched_since_it_was_hashed_is_prepared(raw: Path, tmp_path: Path) -> None:
     job = planned(raw, tmp_path / "s.zarr")
     (raw / "A.nrrd").touch()
-    assert prepare_case(job, tmp_path / "s.zarr") > 0
+    assert prepare_case(job, tmp_path / "s.zarr").written_bytes > 0
 
 
 def test_files_are_hashed_side_by_side(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_files_are_hashed_side_by_side(raw: Path, tmp_path: Path, monkeypatch: p
         return file_digest(*arguments)
 
     monkeypatch.setattr(hashlib, "file_digest", waiting)
-    found = digest_files(find_cases(raw).cases, tmp_path / "s.zarr", 2, None)
+    found = digest_files(find_cases(raw).cases, tmp_path / "s.zarr", Workers(2))
     monkeypatch.undo()
     assert {path.name: held.sha256 for path, held in found.items()} == {
         path.name: content_digest(path) for path in raw.iterdir()

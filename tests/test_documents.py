@@ -38,6 +38,7 @@ def test_every_command_in_the_readme_exists() -> None:
             if match:
                 used.add(match.groups()[:2])
                 command = (data_main if match[1] == "cspine-data" else train_main).commands[match[2]]
+                command = getattr(command, "complete", command)
                 known = {
                     option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
                 }

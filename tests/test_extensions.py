@@ -8,11 +8,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
 from pydantic import ValidationError
 
+from cspine_data import (
+    InputError,
+    Preprocessing,
+    find_cases,
+    label_name,
+    open_cohort,
+    prepare,
+    preprocess_volume,
+    read_volume,
+    write_volume,
+)
 from cspine_train import RunError, RunSettings, load_run, train
 from cspine_train.data.augmentation import Augmentation, Stream, sample_seeds
 from cspine_train.errors import ModelError
@@ -20,12 +32,26 @@ from cspine_train.extensions import ARCHITECTURES, AUGMENTATIONS, BUILT_IN, LOSS
 from cspine_train.models.build import architectures, build_model, load_model, save_model
 from cspine_train.run.record import load_record
 from cspine_train.training.losses import SegmentationLoss
+from tests.conftest import ball, write_case
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 PLUG_IN = """
 import functools
+import numpy as np
 import segmentation_models_pytorch as smp
+from cspine_data import Geometry, Volume
+
+class Npy:
+    @staticmethod
+    def read(path):
+        array = np.load(path, allow_pickle=False)
+        directions = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+        grid = Geometry(size=array.shape, spacing_mm=(1, 1, 1), directions=directions, origin_mm=(0, 0, 0))
+        return Volume(array, grid, path)
+
+def robust(tissue, standard):
+    return tissue.at((2, 98)), (0.0, 1.0)
 
 def squared_error(logits, shares, counted):
     return ((logits.sigmoid() - shares) ** 2).mean()
@@ -36,6 +62,14 @@ def offset(images, masks, stream):
 unet_scse = functools.partial(smp.Unet, decoder_attention_type="scse")
 """
 ENTRY_POINTS = """
+[cspine.formats]
+npy = cspine_plug_in:Npy
+nrrd = cspine_plug_in:Npy
+
+[cspine.normalisations]
+robust = cspine_plug_in:robust
+zscore = cspine_plug_in:robust
+
 [cspine.losses]
 squared_error = cspine_plug_in:squared_error
 dice = cspine_plug_in:squared_error
@@ -169,3 +203,54 @@ def test_a_misspelt_name_is_refused_with_the_nearest(phantom_store: Path, run_tr
         assert result.exit_code == 2
         assert option in result.stderr
         assert f"did you mean {nearest}?" in result.stderr
+
+
+def test_a_format_is_read_and_found_by_its_suffix(install: Callable[[], None], tmp_path: Path) -> None:
+    path, (ours, _) = tmp_path / "raw" / "A.npy", ball()
+    path.parent.mkdir()
+    np.save(path, ours.array)
+    with pytest.raises(InputError, match="neither NRRD nor NIfTI by its name"):
+        read_volume(path)
+    install()
+    volume = read_volume(path)
+    np.testing.assert_array_equal(volume.array, ours.array)
+    assert volume.geometry.orientation_code == "LPS"
+    (case,) = find_cases(path.parent).cases
+    assert (case.id, case.volume) == ("A", path)
+    assert label_name(path) == "A-label.nrrd"
+    with pytest.raises(InputError, match="no name for a volume"):
+        write_volume(tmp_path / "B.npy", volume)
+    # Its other format has the suffix of one of the project's, which stays.
+    write_volume(tmp_path / "B.nrrd", volume)
+    np.testing.assert_array_equal(read_volume(tmp_path / "B.nrrd").array, ours.array)
+
+
+def test_a_store_with_a_plug_ins_normalisation_is_read_without_it(
+    install: Callable[[], None], serially: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_case(tmp_path / "raw", "A")
+    store, robust = tmp_path / "s.zarr", Preprocessing(bias=None, normalisation="robust")
+    with pytest.raises(InputError, match=r"'robust' is unknown.*install its plug-in"):
+        prepare(tmp_path / "raw", store, preprocessing=robust)
+    assert not store.exists()
+    with monkeypatch.context() as patches:
+        patches.setattr(sys, "path", list(sys.path))
+        install()
+        assert prepare(tmp_path / "raw", store, preprocessing=robust).done == ("A",)
+        volume = read_volume(tmp_path / "raw" / "A.nrrd")
+        expected = preprocess_volume(volume, robust)
+        site = sys.path[0]
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != site])
+    cohort = open_cohort(store)
+    assert cohort.record("A").preprocessing == robust
+    assert cohort.record("A").normalisation.values == (0.0, 1.0)
+    np.testing.assert_array_equal(cohort.prepared("A").levels_xyz, expected.levels_xyz)
+    with pytest.raises(InputError, match="'robust' is unknown"):
+        preprocess_volume(volume, robust)
+
+
+def test_a_misspelt_normalisation_is_refused_with_the_nearest(tmp_path: Path, run_data: Callable[..., Result]) -> None:
+    write_case(tmp_path / "raw", "A")
+    result = run_data("prepare", tmp_path / "raw", "--store", tmp_path / "s.zarr", "--normalisation", "z-score")
+    assert result.exit_code == 1
+    assert "did you mean zscore?" in result.stderr

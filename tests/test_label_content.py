@@ -20,7 +20,7 @@ from cspine_data import (
     usable_image,
     write_volume,
 )
-from cspine_data.preprocessing.steps import Preprocessing
+from cspine_data.preprocessing.parameters import Preprocessing
 from cspine_data.sources.cases import Case, LoadedCase, load_case
 from cspine_data.volumes.label_checks import looks_like_labels, value_counts
 from tests.conftest import ball, geometry, write_case

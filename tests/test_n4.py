@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cspine_data.phantom.anatomy import make_case
-from cspine_data.preprocessing.bias_field import BiasParameters, estimate_log_bias
-from cspine_data.preprocessing.n4 import N4Parameters, SplineField, fit_log_bias, itk_log_bias
+from cspine_data.preprocessing.bias_field import estimate_log_bias
+from cspine_data.preprocessing.n4 import SplineField, fit_log_bias, itk_log_bias
+from cspine_data.preprocessing.parameters import BiasParameters, N4Parameters
 from cspine_data.preprocessing.tissue import average_down, tissue_threshold, working_factors
 
 

@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 from cspine_data import BiasParameters, InputError, Preprocessing, Volume, preprocess_volume
+from cspine_data.extensions import NORMALISATIONS
 from cspine_data.preprocessing.normalisation import (
-    METHODS,
-    NYUL_PERCENTILES,
     Levels,
-    Method,
     Normalisation,
     TissueStatistics,
     normalisation_of,
     standard_landmarks,
 )
+from cspine_data.preprocessing.parameters import NYUL_PERCENTILES
 from cspine_data.volumes.geometry import Orientation
 from tests.conftest import ball
 
@@ -55,8 +54,8 @@ def test_zscore_is_over_the_tissue_only() -> None:
     np.testing.assert_allclose(found.apply(np.array([12.0, 14.0, 10.0])), [0, 1, -1])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_image_without_contrast_is_refused(method: Method) -> None:
+@pytest.mark.parametrize("method", NORMALISATIONS.built_in)
+def test_an_image_without_contrast_is_refused(method: str) -> None:
     image = np.array([0.0, 0.0, 10.0, 10.0])
     standard = tuple(np.linspace(0, 1, len(NYUL_PERCENTILES)))
     for tissue in (image > 5, image > 99):
@@ -64,10 +63,10 @@ def test_an_image_without_contrast_is_refused(method: Method) -> None:
             normalisation_of(TissueStatistics.of(image, tissue), method, standard, "x")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NORMALISATIONS.built_in)
 @pytest.mark.parametrize(("share", "tolerance"), [(0.002, 0.02), (0.5, 0.15)])
 @pytest.mark.parametrize("brighter", [10, 1000])
-def test_outliers_do_not_move_the_normalisation(method: Method, share: float, tolerance: float, brighter: int) -> None:
+def test_outliers_do_not_move_the_normalisation(method: str, share: float, tolerance: float, brighter: int) -> None:
     """Half of the mask may be noise that a field made many times as bright as tissue."""
     rng = np.random.default_rng(0)
     image = np.maximum(rng.normal(100, 20, 20_000), 1)

@@ -35,9 +35,12 @@ from cspine_data import (
     read_volume,
     write_volume,
 )
+from cspine_data.extensions import NORMALISATIONS
+from cspine_data.parallel.workers import Workers
 from cspine_data.preparation.case_writer import prepare_case
 from cspine_data.preparation.plan import Job, plan_jobs
-from cspine_data.preprocessing.normalisation import NYUL_PERCENTILES
+from cspine_data.preparation.source_digests import digest_files
+from cspine_data.preprocessing.parameters import NYUL_PERCENTILES
 from cspine_data.preprocessing.tissue import tissue_threshold
 from cspine_data.store import schema as schema_module
 from cspine_data.store.attributes import slice_grid
@@ -60,7 +63,8 @@ NOTHING_TO_SEE = (
 
 def planned(source: Path, store: Path, axes: str = "012", pairs: Path | None = None) -> list[Job]:
     create_store(store)
-    jobs, problems = plan_jobs(find_cases(source, pairs).cases, store, RAW, parse_axes(axes))
+    cases = find_cases(source, pairs).cases
+    jobs, problems = plan_jobs(cases, store, RAW, parse_axes(axes), digest_files(cases, store, Workers()))
     assert not problems
     return jobs
 
@@ -220,6 +224,8 @@ def values_of(model: type[BaseModel], name: str, like: Any = None) -> st.SearchS
         return st.none() | ascending.map(lambda values: tuple(map(float, values)))
     if name == "spacing_mm":
         return st.none() | st.tuples(*[st.floats(0.1, 9)] * 3)
+    if name == "normalisation":
+        return st.sampled_from(NORMALISATIONS.names())
     if name == "bias":
         return st.none() | parameters_of(BiasParameters, like)
     field = model.model_fields[name]
@@ -328,7 +334,8 @@ def test_one_flipped_bit_of_any_file_matters(name: str, detached: Path, spot: in
         (job,) = planned(detached, store)
         try:
             (detached / name).write_bytes(flipped)
-            jobs, problems = plan_jobs(find_cases(detached).cases, store, RAW, (0, 1, 2))
+            cases = find_cases(detached).cases
+            jobs, problems = plan_jobs(cases, store, RAW, (0, 1, 2), digest_files(cases, store, Workers()))
         finally:
             (detached / name).write_bytes(before)
     # A header that is broken so that it cannot be read has no digest at all.

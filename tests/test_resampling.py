@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from cspine_data import InputError
+from cspine_data.preprocessing.parameters import parse_spacing
 from cspine_data.preprocessing.resampling import resample_image, resample_label, resampled_size
-from cspine_data.preprocessing.steps import parse_spacing
 
 SPACINGS = st.tuples(*[st.sampled_from([0.5, 0.7, 1.0, 1.3, 3.5])] * 3)
 SIZES = st.tuples(*[st.integers(1, 12)] * 3)

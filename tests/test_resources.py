@@ -19,6 +19,7 @@ import pytest
 
 from cspine_data import InputError, Preprocessing, Volume, open_cohort, prepare, verify, write_volume
 from cspine_data.errors import Problem
+from cspine_data.parallel.workers import Workers
 from cspine_data.preparation.jobs import run_jobs
 from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
@@ -133,10 +134,10 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
             pytest.warns(UserWarning, match=f"scheduler {address}: has no workers yet; waiting for one"),
             pytest.raises(InputError, match=f"scheduler {address}: has no workers; start some, then run it again"),
         ):
-            list(run_jobs(wait, [job], tmp_path, None, address))
+            list(run_jobs(wait, [job], tmp_path, Workers(scheduler=address)))
         cluster.scale(1)
         threading.Timer(3, cluster.scale, (0,)).start()
-        (((_, problem),),) = run_jobs(wait, [job], tmp_path, None, address)
+        (((_, problem),),) = run_jobs(wait, [job], tmp_path, Workers(scheduler=address))
         assert isinstance(problem, Problem)
         assert "A.nrrd: no worker process is left to do it" in problem.message
 

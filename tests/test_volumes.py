@@ -233,7 +233,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cspine_data.volumes.io._write_nrrd", full)
+    monkeypatch.setattr("cspine_data.volumes.nrrd.write", full)
     with pytest.raises(OSError, match="No space"):
         write_volume(path, ball(seed=1)[0])
     assert path.read_bytes() == before

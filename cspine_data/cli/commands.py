@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
@@ -18,20 +20,34 @@ if TYPE_CHECKING:
 PATH = click.Path(readable=False, path_type=Path)
 SOURCE = click.argument("source", type=PATH, default="data/raw")
 STORE = click.argument("store", type=PATH, default="data/cspine.zarr")
-PAIRS = click.option(
-    "--pairs",
-    type=PATH,
-    help="CSV file with the columns case,volume,label; replaces SOURCE.",
-)
-TRUST_VOXELS = click.option(
-    "--trust-voxels",
-    is_flag=True,
-    help="Assume that a label map without a position in its header is on its volume's grid, voxel for voxel.",
-)
-IGNORE_LABEL = click.option(
-    "--ignore-label", type=int, metavar="V", help="Label value of voxels to ignore, such as -1."
-)
 VARIANT = click.option("--variant", help="n4 or raw; optional if the store has only one.")
+
+
+class FieldCommand(click.Command):
+    """A command whose options are made from typed fields when it is used; a list of commands does without them.
+
+    Parameters
+    ----------
+    fields : tuple of str
+        The fields of `PrepareOptions`; empty for all options of `prepare`.
+    """
+
+    def __init__(self, callback: Callable[..., Any], fields: tuple[str, ...] = (), **attributes: Any) -> None:
+        super().__init__(callback=callback, **attributes)
+        self._function = callback
+        self._fields = fields
+
+    @cached_property
+    def complete(self) -> click.Command:
+        """The command with all its options."""
+        from cspine_data.cli.options import field_options, prepare_options
+
+        decorate = field_options(*self._fields) if self._fields else prepare_options
+        return cloup.command(self.name, params=list(self.params), help=self.help)(decorate(self._function))
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """Parse the arguments of the command with all its options."""
+        return self.complete.make_context(*args, **more)
 
 
 @click.group(cls=CommandGroup, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -56,11 +72,8 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
     )
 
 
-@main.command()
+@main.command(cls=FieldCommand, fields=("pairs", "ignore_label", "trust_voxels"))
 @SOURCE
-@PAIRS
-@IGNORE_LABEL
-@TRUST_VOXELS
 def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxels: bool) -> None:
     """List the cases in SOURCE and all problems, without writing anything."""
     from cspine_data.errors import Problem, count
@@ -94,110 +107,26 @@ def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxel
         raise SystemExit(1)
 
 
-@main.command(cls=cloup.Command)
+@main.command(cls=FieldCommand)
 @SOURCE
-@cloup.option_group(
-    "Input and output",
-    cloup.option("--store", type=PATH, default="data/cspine.zarr", help="Store to create or to add to."),
-    PAIRS,
-    cloup.option("--note", help="Description of stand-in data, such as synthetic; shown beside every figure."),
-    cloup.option("--anonymise", is_flag=True, help="Name cases case0001 and so on; the key is STORE.key.csv."),
-)
-@cloup.option_group(
-    "Preprocessing",
-    cloup.option("--n4/--no-n4", default=True, help="Correct the bias field (variant n4), or do not (variant raw)."),
-    cloup.option("--axes", default="012", help="Slice directions: 0 sagittal, 1 coronal, 2 axial."),
-    cloup.option(
-        "--normalisation", type=click.Choice(["zscore", "percentile", "nyul"]), default="zscore",
-        help="Intensity normalisation: mean and standard deviation of tissue, its percentiles, or the cohort's "
-        "histogram.",
-    ),
-    cloup.option("--spacing", default="native", help="Voxel size, mm, of the slices: native, 1 or 0.5,0.5,1."),
-)  # fmt: skip
-@cloup.option_group(
-    "Bias field",
-    cloup.option(
-        "--n4-preset", type=click.Choice(["fast", "default", "thorough"]), show_default=False,
-        help="Trade-off between accuracy and time. [default: default]",
-    ),
-    cloup.option(
-        "--n4-engine", type=click.Choice(["separable", "itk"]),
-        help="N4 implementation: separable, or SimpleITK's filter, which is slow and has no --n4-spacing.",
-    ),
-    cloup.option(
-        "--n4-resolution", "n4_resolution_mm", type=float, help="Voxel size, mm, at which the field is estimated."
-    ),
-    cloup.option(
-        "--n4-spacing", "n4_spacing_mm", type=float,
-        help="Distance, mm, between the spline's control points at the finest level.",
-    ),
-    cloup.option("--n4-iterations", help="Maximum number of iterations at each level, such as 200,200,200."),
-)  # fmt: skip
-@cloup.option_group("Label maps", IGNORE_LABEL, TRUST_VOXELS)
-@cloup.option_group(
-    "Machine",
-    cloup.option("--workers", type=int, help="Number of worker processes. [default: one per core]"),
-    cloup.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes."),
-    cloup.option("--rehash", is_flag=True, help="Hash all files again, also those with unchanged size and times."),
-)
 def prepare(
     source: Path,
     store: Path,
     n4: bool,
     n4_preset: str | None,
-    n4_engine: str | None,
-    n4_resolution_mm: float | None,
-    n4_spacing_mm: float | None,
-    n4_iterations: str | None,
     normalisation: str,
-    spacing: str,
-    axes: str,
-    workers: int | None,
-    scheduler: str | None,
-    pairs: Path | None,
-    note: str | None,
-    ignore_label: int | None,
-    anonymise: bool,
-    trust_voxels: bool,
-    rehash: bool,
+    spacing: str | None,
+    **others: Any,
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; cases that are stored already are reused."""
-    from cspine_data.errors import InputError
-    from cspine_data.preparation.pipeline import key_file
+    from cspine_data.cli.options import preprocessing_of
     from cspine_data.preparation.pipeline import prepare as prepare_cohort
-    from cspine_data.preprocessing.bias_field import bias_parameters
-    from cspine_data.preprocessing.steps import Preprocessing, parse_spacing
+    from cspine_data.preparation.pseudonyms import key_file
 
-    changes = {
-        "engine": n4_engine,
-        "resolution_mm": n4_resolution_mm,
-        "spline_mm": n4_spacing_mm,
-        "iterations": n4_iterations,
-    }
-    given = {name: value for name, value in changes.items() if value is not None}
-    if (given or n4_preset) and not n4:
-        raise InputError("--no-n4", "contradicts the other --n4 options", "leave them out")
-    preprocessing = Preprocessing(
-        bias=bias_parameters(n4_preset or "default", **given) if n4 else None,
-        normalisation=normalisation,
-        spacing_mm=parse_spacing(spacing),
-    )
+    bias = {name: others.pop(name) for name in list(others) if name.startswith("n4_")}
+    preprocessing = preprocessing_of(n4, n4_preset, normalisation, spacing, **bias)
     with can_go_on(store), progress_bar("preparing") as progress:
-        summary = prepare_cohort(
-            source,
-            store,
-            preprocessing=preprocessing,
-            axes=axes,
-            pairs=pairs,
-            workers=workers,
-            scheduler=scheduler,
-            note=note,
-            ignore_label=ignore_label,
-            anonymise=anonymise,
-            trust_voxels=trust_voxels,
-            rehash=rehash,
-            progress=progress,
-        )
+        summary = prepare_cohort(source, store, preprocessing=preprocessing, progress=progress, **others)
     print_notes(summary.notes.items())
     for problem in summary.failed:
         click.echo(f"failed: {problem.message}", err=True)
@@ -209,7 +138,7 @@ def prepare(
         click.echo(
             f"{len(summary.replaced)} of them replace cases with other parameters; now: {preprocessing.description}"
         )
-    if anonymise:
+    if others["anonymise"]:
         click.echo(f"the key to the case names is {key_file(store)}; keep it safe and confidential")
     if summary.standard_cases:
         click.echo(
@@ -263,16 +192,9 @@ def info(store: Path) -> None:
     click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
 
 
-@main.command()
+@main.command(cls=FieldCommand, fields=("pairs", "workers"))
 @STORE
-@click.option(
-    "--repair",
-    "source",
-    type=PATH,
-    help="Prepare damaged cases again from the volumes in this folder.",
-)
-@PAIRS
-@click.option("--workers", type=int, help="Number of worker processes for --repair. [default: one per core]")
+@click.option("--repair", "source", type=PATH, help="Prepare damaged cases again from the volumes in this folder.")
 def verify(store: Path, source: Path | None, pairs: Path | None, workers: int | None) -> None:
     """Check all files of a store against their checksums."""
     from cspine_data.errors import InputError
@@ -368,13 +290,7 @@ def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
 @click.argument("case")
 @VARIANT
 @click.option("--label", is_flag=True, help="Export the label map instead of the image.")
-@click.option(
-    "-o",
-    "--output",
-    type=PATH,
-    required=True,
-    help=".nrrd, .nii or .nii.gz file.",
-)
+@click.option("-o", "--output", type=PATH, required=True, help=".nrrd, .nii or .nii.gz file.")
 def export(store: Path, case: str, variant: str | None, label: bool, output: Path) -> None:
     """Write CASE of STORE to a file, on the grid of its source file."""
     from cspine_data.datasets.cohort import open_cohort

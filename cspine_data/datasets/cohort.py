@@ -30,7 +30,7 @@ from cspine_data.store.location import is_local, location
 from cspine_data.store.records import read_corrected, read_label_xyz, read_root, read_volume_xyz, record_of, records
 from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.volumes.geometry import Orientation
-from cspine_data.volumes.io import Volume
+from cspine_data.volumes.volume import Volume
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -35,32 +35,12 @@ class SliceArray(Protocol):
     def read_into(self, position: int, out: NDArray[Any]) -> None:
         """Read one slice into a C-contiguous array, (H, W), of the slices' own dtype.
 
-        Raises
-        ------
-        DamagedStoreError
-            If the slice is damaged; `out` is then undefined.
-        OSError
-            If it cannot be read.
+        Raises `DamagedStoreError` if the slice is damaged; `out` is then undefined.
         """
 
 
 class DirectSlices:
-    """Slices in the layout of `schema`: an array is one shard, a slice one inner chunk.
-
-    Parameters
-    ----------
-    path : Path
-        The array's folder.
-    metadata : dict
-        Its metadata.
-
-    Raises
-    ------
-    ShardError
-        If its shard or the shard's index is damaged.
-    OSError
-        If it is missing or cannot be opened.
-    """
+    """Slices in the layout of `schema`: an array is one shard, a slice one inner chunk."""
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self._path = path
@@ -104,22 +84,7 @@ class ForeignSlices:
 
 
 def open_slices(path: Path, metadata_sha256: str | None = None) -> SliceArray:
-    """Open an array of slices.
-
-    Parameters
-    ----------
-    path : Path
-        The array's folder, or its URL.
-    metadata_sha256 : str, optional
-        Checksum of the array's metadata in the case's record.
-
-    Raises
-    ------
-    DamagedStoreError
-        If its metadata, shard or index is missing, damaged, or of an unsupported layout.
-    OSError
-        If it cannot be opened for another reason.
-    """
+    """Open an array of slices, whose metadata have the checksum in the case's record; damage raises an error."""
     try:
         metadata = read_array_metadata(path, metadata_sha256)
         shape = metadata["shape"]

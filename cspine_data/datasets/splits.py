@@ -52,13 +52,8 @@ def by_patient(batches: Iterable[Sequence[str]], patient_of: Mapping[str, str]) 
 def reference_split(batches: Iterable[Sequence[str]]) -> Split:
     """Split as the reference study did, 12 : 1 : 1 by sorted name, scaled to the cohort's size.
 
-    The last cases of each batch go to the test part and those before them to validation, as many as the cohort lacks up
-    to this batch: one in 14 each, and at least one each from three cases on.
-
-    Parameters
-    ----------
-    batches : iterable of sequences of str
-        Case ids in batches.
+    The last cases of each batch go to the test part and those before them to validation, as many as the cohort
+    lacks up to this batch: one in 14 each, and at least one each from three cases on.
     """
     train: list[str] = []
     validation: list[str] = []
@@ -81,34 +76,14 @@ def reference_split(batches: Iterable[Sequence[str]]) -> Split:
 def fold_split(batches: Iterable[Sequence[str]], folds: int, fold: int) -> Split:
     """Return one split of a k-fold cross-validation: this fold for testing, the next for validation.
 
-    Cases are assigned to the folds in turn, in the order of their batches, so that fold sizes differ by at most one and
-    an added case does not move others. With as many folds as cases this is leave-one-out.
-
-    Parameters
-    ----------
-    batches : iterable of sequences of str
-        Case ids in batches.
-    folds : int
-        Number of folds, from 3 to the number of cases.
-    fold : int
-        The fold, from 0.
-
-    Raises
-    ------
-    InputError
-        If there are fewer than three folds, more folds than cases, or no such fold.
+    Cases are assigned to the folds in turn, in the order of their batches, so that fold sizes differ by at most one
+    and an added case does not move others. With as many folds as cases this is leave-one-out.
     """
     return _deal(_order(batches), folds, fold)
 
 
 def leave_one_out(batches: Iterable[Sequence[str]], case: str) -> Split:
-    """Return the split that tests one case and validates on the next; the others are for training.
-
-    Raises
-    ------
-    InputError
-        If the case is not labelled, or there are fewer than three cases.
-    """
+    """Return the split that tests one case and validates on the next; the others are for training."""
     order = _order(batches)
     if case not in order:
         raise InputError(f"case {case!r}", "is no labelled case of the store", "cspine-data info lists them")

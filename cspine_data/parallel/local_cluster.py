@@ -28,11 +28,6 @@ def local_cluster(workers: int) -> Any:
 
     They listen on loopback and require TLS with a certificate made for this cluster. Its key is passed to the
     processes through pipes, so that other users cannot read it.
-
-    Raises
-    ------
-    OSError, RuntimeError
-        If the processes cannot be started.
     """
     security = Security.temporary()
     options = {"host": "127.0.0.1", "protocol": "tls://", "security": security}

@@ -44,12 +44,23 @@ class Workers:
         Threads of numeric libraries in each local worker; 1 if parallelism is over cases.
     resource : str or None
         Resource that each task needs one unit of, if a worker of the scheduler offers it (``dask worker --resources``).
+
+    Raises
+    ------
+    InputError
+        If the number is less than one, or given together with a scheduler.
     """
 
     number: int | None = None
     scheduler: str | None = None
     threads: int = 1
     resource: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.number is not None and self.scheduler is not None:
+            raise InputError("workers and scheduler", "exclude each other", "a scheduler has its own workers: give one")
+        if self.number is not None and self.number < 1:
+            raise InputError(f"workers {self.number}", "are too few", "give 1 or more")
 
 
 def side_by_side(
@@ -62,26 +73,10 @@ def side_by_side(
 ) -> Iterator[list[tuple[Task, Result]]]:
     """Run tasks on a Dask cluster and yield finished tasks with their results.
 
-    Tasks start in the given order. A task whose worker died is repeated alone after all others have finished.
-
-    Parameters
-    ----------
-    work : callable
-        Runs one task in a worker. The function and the task are sent there. It returns a small result and never
-        raises.
-    tasks : sequence
-        The tasks.
-    lost : callable
-        Returns the result of a task that could not be run, given the task and the reason: a sentence or an exception.
-    workers : Workers
-        The processes.
-    ticks : bool
-        Also yield an empty list about twice a second while no task finishes.
-
-    Raises
-    ------
-    InputError
-        If the scheduler cannot be reached or has no workers, or if local workers cannot be started.
+    `work` runs one task in a worker. The function and the task are sent there; it returns a small result and never
+    raises. `lost` returns the result of a task that could not be run, given the task and the reason: a sentence or
+    an exception. Tasks start in the given order. A task whose worker died is repeated alone after all others have
+    finished. With `ticks`, an empty list is yielded about twice a second while no task finishes.
     """
     if not tasks:
         return
@@ -155,20 +150,6 @@ def _as_completed(
         elif checked - without_workers_since > _PATIENCE_S:
             yield [(task, lost(task, _NO_WORKER)) for task in futures.values()]
             return
-
-
-def check_workers(workers: int | None, scheduler: str | None = None) -> None:
-    """Check the number of worker processes, which excludes a scheduler.
-
-    Raises
-    ------
-    InputError
-        If it is less than one, or given together with a scheduler.
-    """
-    if workers is not None and scheduler is not None:
-        raise InputError("workers and scheduler", "exclude each other", "a scheduler has its own workers: give one")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers {workers}", "are too few", "give 1 or more")
 
 
 def _outcome(future: Any, task: Task, lost: Callable[[Task, str | Exception], Any]) -> Any:

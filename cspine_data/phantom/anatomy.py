@@ -361,23 +361,11 @@ def _paint_neck(rng: Rng, grid: Points, height_mm: float) -> tuple[Field, Labels
 def make_case(
     seed: int, index: int, spacing_mm: Triple | None = None, extent_mm: Triple = (72, 120, 136)
 ) -> PhantomCase:
-    """Make one labelled neck, fully decided by ``seed`` and ``index``.
+    """Make one labelled neck, fully decided by ``seed`` and ``index``, however many others are made.
 
-    Parameters
-    ----------
-    seed, index : int
-        Non-negative; they alone seed this case, however many others are made.
-    spacing_mm : tuple of float, optional
-        Voxel size along x, y, z in millimetres; drawn per case when None.
-        Another spacing samples the same anatomy and bias; only the noise differs.
-    extent_mm : tuple of float
-        Nominal field of view along x, y, z in millimetres, varied by up to 4 % per
-        axis and at most 250.  C7 rests just above its lower edge.
-
-    Returns
-    -------
-    PhantomCase
-        Image, labels and log bias field, each of shape (nx, ny, nz).
+    The voxel size is drawn per case when `spacing_mm` is None. Another spacing samples the same anatomy and bias;
+    only the noise differs. `extent_mm`, the nominal field of view, is varied by up to 4 % per axis and at most 250.
+    C7 rests just above its lower edge.
     """
     rng = np.random.default_rng([seed, index])
     dx, dy, dz = rng.uniform([1.2, 0.98, 0.98], [1.7, 1.22, 1.22]).round(3).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ from scipy.spatial.transform import Rotation
 from cspine_data.errors import InputError
 from cspine_data.files import atomic_write, make_folder
 from cspine_data.phantom.anatomy import PhantomCase, make_case
+from cspine_data.progress import Progress
 from cspine_data.sources.cases import NOTE_FILE, cohort_note
 from cspine_data.volumes.geometry import Geometry, Orientation, as_rows
-from cspine_data.volumes.io import Volume, volume_stem, volume_suffix, write_volume
+from cspine_data.volumes.io import volume_stem, volume_suffix, write_volume
+from cspine_data.volumes.volume import Volume
 
 #: Folder, beside the volumes, of the natural logarithms of the true bias fields.
 TRUTH_FOLDER = "truth"
@@ -30,33 +32,14 @@ _STORED_AS = (
 
 
 def make_phantom_cohort(
-    folder: str | Path, cases: int = 14, seed: int = 0, progress: Callable[[int, int, str], None] | None = None
+    folder: str | Path, cases: int = 14, seed: int = 0, progress: Progress | None = None
 ) -> tuple[Path, ...]:
-    """Write a synthetic labelled T2-weighted cohort in the naming of the reference study.
+    """Write a synthetic labelled T2-weighted cohort in the naming of the reference study; return the volumes.
 
     `CS_01.nrrd` and `CS_01S-label.nrrd` (1 to 7 for C1 to C7), and `truth/CS_01-log-bias.nrrd`. Anatomy, contrast,
-    noise, bias field, spacing and orientation vary from case to case. A case depends on the seed and its number only.
-
-    Parameters
-    ----------
-    folder : str or Path
-        The folder. It must not contain other volumes, so that real and synthetic data are not mixed.
-    cases : int
-        Number of volumes.
-    seed : int
-        Random seed.
-    progress : callable, optional
-        Called with (cases written, cases, case id).
-
-    Returns
-    -------
-    tuple of Path
-        The volumes.
-
-    Raises
-    ------
-    InputError
-        If a number is out of range, or the folder holds other volumes.
+    noise, bias field, spacing and orientation vary from case to case. A case depends on the seed and its number
+    only. `progress` is called with (cases written, cases, case id). The folder must not contain other volumes, so
+    that real and synthetic data are not mixed.
     """
     folder = Path(folder)
     if not 1 <= cases <= 9999:
@@ -65,15 +48,7 @@ def make_phantom_cohort(
         raise InputError(f"seed {seed}", "is negative", "give 0 or more")
     digits = max(2, len(str(cases)))
     names = [f"CS_{number:0{digits}d}" for number in range(1, cases + 1)]
-    if folder.is_dir():
-        known = {name for number in names for name in (number, f"{number}S-label")}
-        others = [file for file in folder.iterdir() if volume_suffix(file) and volume_stem(file) not in known]
-        if others:
-            raise InputError(folder, f"holds other volumes ({sorted(others)[0].name})", "choose an empty folder")
-        if any(map(volume_suffix, folder.iterdir())) and not (cohort_note(folder) or "").startswith(_NOTE):
-            raise InputError(folder, "holds volumes that are no cspine phantoms", "choose an empty folder")
-    elif folder.exists():
-        raise InputError(folder, "is a file", "choose a folder")
+    _refuse_other_volumes(folder, names)
     make_folder(folder)
     with atomic_write(folder / NOTE_FILE) as temporary:
         temporary.write_text(f"{_NOTE} (seed {seed})\n", encoding="utf-8")
@@ -92,6 +67,19 @@ def make_phantom_cohort(
         if progress:
             progress(number + 1, cases, name)
     return tuple(paths)
+
+
+def _refuse_other_volumes(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a folder with volumes that are no phantoms of these names."""
+    if folder.is_dir():
+        known = {name for number in names for name in (number, f"{number}S-label")}
+        others = [file for file in folder.iterdir() if volume_suffix(file) and volume_stem(file) not in known]
+        if others:
+            raise InputError(folder, f"holds other volumes ({sorted(others)[0].name})", "choose an empty folder")
+        if any(map(volume_suffix, folder.iterdir())) and not (cohort_note(folder) or "").startswith(_NOTE):
+            raise InputError(folder, "holds volumes that are no cspine phantoms", "choose an empty folder")
+    elif folder.exists():
+        raise InputError(folder, "is a file", "choose a folder")
 
 
 def _scanner_grid(case: PhantomCase, seed: int, number: int) -> tuple[Geometry, Orientation]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.files import make_folder
-from cspine_data.preparation.plan import Job, is_unchanged
+from cspine_data.preparation.plan import Job, Stored, is_unchanged
 from cspine_data.preprocessing.steps import CorrectedVolume, PreparedVolume, correct_volume, normalise_volume
 from cspine_data.sources.cases import LoadedCase, load_case, voxels_digest
 from cspine_data.store import schema
@@ -46,26 +46,17 @@ class LabelMap:
     sliced_xyz: NDArray[Any]
 
 
-def prepare_case(job: Job, store: Path) -> int:
+def prepare_case(job: Job, store: Path) -> Stored:
     """Run one job: load, correct, slice and write a case. It is then complete in the store, but not published.
 
-    Returns
-    -------
-    int
-        Bytes written; 0 if the case was already written and only not published.
-
-    Raises
-    ------
-    InputError
-        If the case's files cannot be used, or have changed since the job was planned.
-    OSError
-        If the store cannot be written.
+    Raises `InputError` if the case's files cannot be used, or have changed since the job was planned.
     """
-    if not job.overwrite and stored_record(store, job.case.id, job.digest) is not None:
+    written = None if job.overwrite else stored_record(store, job.case.id, job.digest)
+    if written is not None:
         mark_in_use(store, job.case.id, job.digest)
         # The run that wrote it may have been killed before it synchronised the folders to disk.
         sync_above(store, job.case.id)
-        return 0
+        return Stored.of(written)
     loaded = load_case(job.case, job.ignore_label, trust_voxels=job.trust_voxels)
     if not is_unchanged(job):
         raise InputError(
@@ -77,9 +68,10 @@ def prepare_case(job: Job, store: Path) -> int:
     prepared = normalise_volume(corrected, job.preprocessing)
     label_xyz = _label_xyz(loaded)
     label = None if label_xyz is None else LabelMap(label_xyz, prepared.label_on_network_grid(label_xyz))
-    write_case(store, _record(job, loaded, prepared, label), prepared, label, overwrite=job.overwrite)
+    record = _record(job, loaded, prepared, label)
+    write_case(store, record, prepared, label, overwrite=job.overwrite)
     folder = store / schema.case_path(job.case.id, job.digest)
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Stored.of(record, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 def stored_volume(job: Job, store: Path) -> CorrectedVolume | None:
@@ -98,18 +90,8 @@ def write_case(
 ) -> None:
     """Write one case to the folder of its digest, completely or not at all; it is not published yet.
 
-    Parameters
-    ----------
-    path : Path
-        The store.
-    record : CaseRecord
-        The record of the case; its `files` are filled in here.
-    prepared : PreparedVolume
-        The image.
-    label : LabelMap or None
-        The label map.
-    overwrite : bool
-        Replace an existing folder, because it is damaged, even if its record is not.
+    The `files` of the record are filled in. With `overwrite` an existing folder is replaced, because it is damaged,
+    even if its record is not.
     """
     target = path / schema.case_path(record.case, record.digest)
     case_folder, cases_folder = target.parent, target.parent.parent

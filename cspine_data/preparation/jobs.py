@@ -9,7 +9,7 @@ from pathlib import Path
 from cspine_data.errors import Problem, describe_problem
 from cspine_data.parallel.workers import Result, Workers, side_by_side
 from cspine_data.preparation.case_writer import prepare_case
-from cspine_data.preparation.plan import Job, planned_anew
+from cspine_data.preparation.plan import Job, Stored, planned_anew
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import copy_problem
 from cspine_data.store.publishing import Refused, publish
@@ -21,21 +21,21 @@ _PUBLISH_EVERY_S, _PUBLISH_SHARE = 2.0, 0.05
 
 
 def do_jobs(
-    jobs: Sequence[Job], store: Path, workers: int | None, scheduler: str | None, progress: Progress | None
-) -> dict[str, int | Problem]:
-    """Run jobs and publish their results; return the bytes written for each case, or its problem.
+    jobs: Sequence[Job], store: Path, workers: Workers, progress: Progress | None
+) -> dict[str, Stored | Problem]:
+    """Run jobs and publish their results; return what is stored of each case, or its problem.
 
     If a concurrent run has published the same case, for example with other axes, the job is planned and run again, so
     that neither run undoes the other. Results are published every few seconds, and also when an exception or Ctrl-C
     ends the run. Results that a killed run has not published are published by the next run without recomputing them.
     """
     total = len(jobs)
-    outcomes: dict[str, int | Problem] = {}
-    waiting: dict[str, tuple[Job, int]] = {}
+    outcomes: dict[str, Stored | Problem] = {}
+    waiting: dict[str, tuple[Job, Stored]] = {}
     duplicates: dict[str, str] = {}
     rounds = 0
 
-    def finish(case: str, outcome: int | Problem) -> None:
+    def finish(case: str, outcome: Stored | Problem) -> None:
         outcomes[case] = outcome
         if progress:
             progress(len(outcomes), total, case)
@@ -43,22 +43,22 @@ def do_jobs(
     while jobs:
         rounds += 1
         overtaken: list[Job] = []
-        for finished in _batches_by_time(run_jobs(_prepare_in_worker, jobs, store, workers, scheduler, True)):
-            made = {job.case.id: (job, size) for job, size in finished if not isinstance(size, Problem)} | waiting
+        for finished in _batches_by_time(run_jobs(_prepare_in_worker, jobs, store, workers, True)):
+            made = {job.case.id: (job, done) for job, done in finished if not isinstance(done, Problem)} | waiting
             refused = publish(store, [job.replacement for job, _ in made.values()]) if made else Refused(set(), {})
             # Two cases whose volumes were swapped can only be published together.
             waiting, duplicates = {case: made[case] for case in refused.duplicates}, refused.duplicates
             for job, outcome in finished:
                 if isinstance(outcome, Problem):
                     finish(job.case.id, outcome)
-            for case, (job, size) in made.items():
+            for case, (job, done) in made.items():
                 if case in waiting:
                     continue
                 problem = _final_problem(job, store, rounds) if case in refused.overtaken else None
                 if case in refused.overtaken and problem is None:
                     overtaken.append(job)
                 else:
-                    finish(case, problem or size)
+                    finish(case, problem or done)
         jobs = planned_anew(overtaken, store)
     for case, (job, _) in waiting.items():
         finish(case, copy_problem(job.case, duplicates[case]))
@@ -69,36 +69,20 @@ def run_jobs(
     work: Callable[[Job, str], Result | Problem],
     jobs: Sequence[Job],
     store: Path,
-    workers: int | None,
-    scheduler: str | None,
+    workers: Workers,
     ticks: bool = False,
 ) -> Iterator[list[tuple[Job, Result | Problem]]]:
     """Run jobs in parallel, the largest file first, and yield finished jobs with their results or problems.
 
-    Parameters
-    ----------
-    work : callable
-        Runs one job in a worker: takes the job and the store, returns a small result or a problem, and never raises.
-    jobs : sequence of Job
-        The jobs.
-    store : Path
-        The store, as the workers see it.
-    workers, scheduler
-        See `Workers`.
-    ticks : bool
-        See `side_by_side`.
-
-    Raises
-    ------
-    InputError
-        If the scheduler cannot be reached or has no workers, or if local workers cannot be started.
+    `work` runs one job in a worker: it takes the job and the store, returns a small result or a problem, and never
+    raises.
     """
     ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
 
     def do(job: Job) -> Result | Problem:
         return work(job, str(store))
 
-    yield from side_by_side(do, ordered, _lost_job, Workers(workers, scheduler), ticks=ticks)
+    yield from side_by_side(do, ordered, _lost_job, workers, ticks=ticks)
 
 
 def run_in_worker(job: Job, function: Callable[[], Result]) -> Result | Problem:
@@ -112,7 +96,7 @@ def run_in_worker(job: Job, function: Callable[[], Result]) -> Result | Problem:
         return describe_problem(job.case.id, error)
 
 
-def _prepare_in_worker(job: Job, store: str) -> int | Problem:
+def _prepare_in_worker(job: Job, store: str) -> Stored | Problem:
     return run_in_worker(job, lambda: prepare_case(job, Path(store)))
 
 
@@ -123,10 +107,10 @@ def _lost_job(job: Job, reason: str | Exception) -> Problem:
 
 
 def _batches_by_time(
-    results: Iterator[list[tuple[Job, int | Problem]]],
-) -> Iterator[list[tuple[Job, int | Problem]]]:
+    results: Iterator[list[tuple[Job, Stored | Problem]]],
+) -> Iterator[list[tuple[Job, Stored | Problem]]]:
     """Collect results and yield them every few seconds, and once more when the iteration ends or fails."""
-    held: list[tuple[Job, int | Problem]] = []
+    held: list[tuple[Job, Stored | Problem]] = []
     due = time.monotonic()
     try:
         for finished in results:

@@ -6,13 +6,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cspine_data.errors import InputError, Problem, describe_problem
-from cspine_data.preparation.source_digests import Digested, digest_source
-from cspine_data.preprocessing.steps import Preprocessing
+from cspine_data.errors import Problem
+from cspine_data.preparation.source_digests import Digested, files_of
+from cspine_data.preprocessing.parameters import Preprocessing
 from cspine_data.sources.cases import Case, copy_problem
 from cspine_data.store.publishing import Replacement
 from cspine_data.store.records import read_root, stored_record
-from cspine_data.store.schema import case_digest, case_path, volume_digest
+from cspine_data.store.schema import CaseRecord, case_digest, case_path, volume_digest
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the summary of a run needs of a stored case, without its record.
+
+    Attributes
+    ----------
+    preprocessing : Preprocessing
+        Its parameters.
+    notes : tuple of str
+        The notes on it.
+    labelled : bool
+        Whether any voxel has a label.
+    written_bytes : int
+        Its size on disk, if this run has written it; else 0.
+    """
+
+    preprocessing: Preprocessing
+    notes: tuple[str, ...]
+    labelled: bool
+    written_bytes: int = 0
+
+    @classmethod
+    def of(cls, record: CaseRecord, written_bytes: int = 0) -> Stored:
+        """Return what is needed of a record."""
+        return cls(record.preprocessing, record.warnings, bool(record.labels), written_bytes)
 
 
 @dataclass(frozen=True)
@@ -31,14 +58,12 @@ class Job:
         The axes to slice along.
     current : str or None
         The case's digest in the store.
-    stored_preprocessing : Preprocessing or None
-        The parameters of the case in the store.
+    stored : Stored or None
+        The case in the store; None if there is none, or its record is damaged.
     overwrite : bool
         Prepare the case although the store has it, because it is damaged.
     trust_voxels : bool
         See `load_case`. It does not change the result, only whether files are refused.
-    notes : tuple of str
-        The notes on the case in the store.
     ignore_label : int or None
         The label value of voxels to ignore.
     states : tuple
@@ -51,10 +76,9 @@ class Job:
     preprocessing: Preprocessing
     axes: tuple[int, ...]
     current: str | None = None
-    stored_preprocessing: Preprocessing | None = None
+    stored: Stored | None = None
     overwrite: bool = False
     trust_voxels: bool = False
-    notes: tuple[str, ...] = ()
     ignore_label: int | None = None
     states: tuple[str | None, ...] = (None, None)
 
@@ -69,6 +93,11 @@ class Job:
         return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes, self.ignore_label)
 
     @property
+    def is_current(self) -> bool:
+        """Whether the store already has the result."""
+        return self.current == self.digest and self.stored is not None
+
+    @property
     def replacement(self) -> Replacement:
         """The change to publish when the job is finished."""
         return Replacement(self.case.id, self.preprocessing.variant, self.digest, self.current)
@@ -79,10 +108,10 @@ def plan_jobs(
     store: Path,
     preprocessing: Preprocessing,
     axes: tuple[int, ...],
+    sources: Mapping[Path, Digested | Problem],
     ignore_label: int | None = None,
-    sources: Mapping[Path, Digested | Problem] | None = None,
 ) -> tuple[list[Job], list[Problem]]:
-    """Return a job for each case, or a problem; files without a digest in `sources` are hashed here."""
+    """Return a job for each case, or a problem; `sources` has the digest of each file."""
     published = read_root(store).cases
     jobs, problems = [], []
     # A listed case may have another file now, so only the other cases of the store are searched for copies.
@@ -112,14 +141,15 @@ def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -
     """Add the case's state in the store to a job; its stored axes and ignored value are kept."""
     current = published.get(job.case.id, {}).get(job.preprocessing.variant)
     record = stored_record(store, job.case.id, current) if current else None
-    kept, stored = (record.axes, record.preprocessing) if record else ((), None)
+    kept = record.axes if record else ()
     if current and record is None:
         # The record is damaged, so the axes are taken from the folders.
         kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
-    job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, stored_preprocessing=stored)
+    stored = Stored.of(record) if record else None
+    job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, stored=stored)
     if job.label_sha256 and job.ignore_label is None:
         job = replace(job, ignore_label=_ignored_before(job, store, published))
-    return replace(job, notes=record.warnings) if record else job
+    return job
 
 
 def _ignored_before(job: Job, store: Path, published: dict[str, dict[str, str]]) -> int | None:
@@ -139,31 +169,16 @@ def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[st
     return {record.image_sha256: case for case, record in found if record}
 
 
-def files_of(case: Case) -> list[Path]:
-    """Return the volume of a case, and its label map if there is one."""
-    return [case.volume, case.label] if case.label else [case.volume]
-
-
-def digest_file(path: Path) -> Digested | Problem:
-    """Hash a volume or label map; a problem if it cannot be used."""
-    try:
-        if not (path.is_file() or path.is_dir()):
-            raise InputError(path, "is no file", "check the path")
-        return digest_source(path)
-    except (InputError, OSError) as error:
-        return describe_problem("", error)
-
-
 def new_job(
     case: Case,
     preprocessing: Preprocessing,
     axes: tuple[int, ...],
-    sources: Mapping[Path, Digested | Problem] | None = None,
+    sources: Mapping[Path, Digested | Problem],
 ) -> Job | Problem:
     """Return the job for a case, regardless of the store, or the first problem with its files."""
     digested: list[Digested] = []
     for path in files_of(case):
-        one = sources[path] if sources is not None else digest_file(path)
+        one = sources[path]
         if isinstance(one, Problem):
             return replace(one, case=case.id)
         digested.append(one)
@@ -173,18 +188,7 @@ def new_job(
 
 
 def is_unchanged(job: Job) -> bool:
-    """Return whether a job's files are unchanged since it was planned.
-
-    Raises
-    ------
-    InputError, OSError
-        If one of them cannot be read.
-    """
+    """Return whether a job's files are unchanged since it was planned."""
     of_image, of_label = job.states
     planned = Digested(job.image_sha256, of_image), Digested(job.label_sha256 or "", of_label)
     return all(digested.is_still(path) for digested, path in zip(planned, files_of(job.case), strict=False))
-
-
-def is_current(store: Path, job: Job) -> bool:
-    """Return whether the store already has the result of a job."""
-    return job.current == job.digest and stored_record(store, job.case.id, job.digest) is not None

@@ -16,44 +16,41 @@ from pathlib import Path
 from cspine_data.errors import InputError, Problem
 from cspine_data.files import exclusive_lock, make_folder, replace_file
 from cspine_data.names import normalised
-from cspine_data.preparation.plan import digest_file
-from cspine_data.preparation.source_digests import Digested
+from cspine_data.preparation.source_digests import Digested, digest_file
 from cspine_data.sources.cases import Case, Listing
-from cspine_data.store.schema import NEUTRAL_ID
+from cspine_data.store.records import read_root
+from cspine_data.store.schema import NEUTRAL_ID, RootRecord
 
 COLUMNS = ("id", "case")
 _PATIENCE_S = 60
 _RESTORE = "correct it by hand or restore a copy; a new key would give other ids"
 
 
+def key_file(store: str | Path) -> Path:
+    """Return the key of an anonymised store: the file beside it that maps neutral ids to case names."""
+    store = Path(store).resolve()
+    return store.with_name(f"{store.name}.key.csv")
+
+
+def listed_neutrally(listing: Listing, store: Path, sources: Mapping[Path, Digested | Problem]) -> Listing:
+    """Replace the case ids of a listing by the neutral ids of an anonymised store."""
+    return with_neutral_ids(listing, existing_key(store, read_root(store)), sources)
+
+
+def existing_key(store: Path, root: RootRecord) -> Path:
+    """Return the key of an anonymised store; it must exist if any ids have been given out."""
+    key = key_file(store)
+    if (root.cases or root.enrolled or root.standards) and not key.exists():
+        raise InputError(key, "is missing, and without it the cases cannot be identified", "restore it there")
+    return key
+
+
 def with_neutral_ids(listing: Listing, key: Path, sources: Mapping[Path, Digested | Problem] | None = None) -> Listing:
     """Replace the case ids of a listing by neutral ids; new cases are added to the key.
 
-    Parameters
-    ----------
-    listing : Listing
-        From `find_cases`.
-    key : Path
-        The CSV file with the ids, created with its folder if necessary. Several processes may use it at once.
-    sources : dict, optional
-        Digest of each volume; by default, new volumes are hashed here.
-
-    Returns
-    -------
-    Listing
-        The cases with neutral ids, in order of these. Problems keep their message, which names the file for the user,
-        but their case is the neutral id or empty.
-
-    Raises
-    ------
-    InputError
-        If the key is damaged, or cannot be read or written.
-
-    Examples
-    --------
-    >>> listing = with_neutral_ids(find_cases("data/raw"), Path("key.csv"))  # doctest: +SKIP
-    >>> [case.id for case in listing.cases]  # doctest: +SKIP
-    ['case0001', 'case0002']
+    The key is a CSV file, created with its folder if necessary; several processes may use it at once. New volumes
+    are hashed here unless `sources` has their digests. The cases are in order of their ids. Problems keep their
+    message, which names the file for the user, but their case is the neutral id or empty.
     """
     # If the key is a link, the file behind it is replaced.
     key = Path(key).resolve()

@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.errors import DamagedStoreError, InputError, Problem, describe_problem
-from cspine_data.parallel.workers import check_workers
-from cspine_data.preparation.hashing import digest_files
+from cspine_data.parallel.workers import Workers
 from cspine_data.preparation.jobs import do_jobs
-from cspine_data.preparation.pipeline import existing_key
-from cspine_data.preparation.plan import Job, new_job
-from cspine_data.preparation.pseudonyms import read_key
-from cspine_data.preparation.source_digests import Digested
-from cspine_data.preprocessing.steps import Preprocessing
+from cspine_data.preparation.plan import Job, Stored, new_job
+from cspine_data.preparation.pseudonyms import existing_key, read_key
+from cspine_data.preparation.source_digests import Digested, digest_files
+from cspine_data.preprocessing.parameters import Preprocessing
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import Case
 from cspine_data.sources.listing import find_cases
@@ -76,7 +74,7 @@ def repair(
     StoreError
         If there is no store, its root is damaged, or it cannot be written to.
     """
-    check_workers(workers, scheduler)
+    processes = Workers(workers, scheduler)
     store = Path(store).resolve()
     lost = _lost_root(store)
     verified = read_root(store)
@@ -86,33 +84,16 @@ def repair(
     root = read_root(store)
     files = _files(store, root, find_cases(source, pairs).cases)
     repair_groups(store)
-    damaged = [files[case] for case in {damage.case for damage in damages if damage.variant} if case in files]
-    sources = digest_files(damaged, store, workers, scheduler, rehash=True)
-    candidates = {variant: _all_parameters(store, root, variant) for variant in {damage.variant for damage in damages}}
-    jobs, failed = [], []
-    strays = {(damage.case, damage.variant): damage for damage in damages if damage.problem == STRAY}
-    for case, variant in sorted({(damage.case, damage.variant) for damage in damages if damage.variant}):
-        if (case, variant) in strays:
-            failed.append(Problem(case, f"{strays[case, variant]}; move it away, then repair the case"))
-            continue
-        if root.cases.get(case, {}).get(variant) != verified.cases.get(case, {}).get(variant):
-            failed.append(
-                Problem(case, f"{store}: {case} was prepared again or removed during the repair; verify again")
-            )
-            continue
-        try:
-            job = _job(store, root, files, sources, case, variant, candidates[variant])
-        except InputError as error:
-            job = describe_problem(case, error)
-        if isinstance(job, Problem):
-            failed.append(job)
-        else:
-            jobs.append(job)
+    in_source = [files[case] for case in {damage.case for damage in damages if damage.variant} if case in files]
+    sources = digest_files(in_source, store, processes, rehash=True)
+    planned = _plan(store, verified, root, files, sources, damages)
+    jobs = [job for job in planned if isinstance(job, Job)]
+    failed = [problem for problem in planned if isinstance(problem, Problem)]
     mended, differing = [], []
     for variant in sorted({job.preprocessing.variant for job in jobs}):
         of_variant = [job for job in jobs if job.preprocessing.variant == variant]
         before = {job.digest: stored_record(store, job.case.id, job.digest) for job in of_variant}
-        outcomes = do_jobs(of_variant, store, workers, scheduler, progress)
+        outcomes = do_jobs(of_variant, store, processes, progress)
         for job in of_variant:
             problem = _problem_after(store, job, outcomes[job.case.id])
             if problem:
@@ -125,7 +106,33 @@ def repair(
     return RepairSummary(damages, tuple(sorted(mended)), tuple(sorted(differing)), tuple(failed))
 
 
-def _problem_after(store: Path, job: Job, outcome: int | Problem) -> Problem | None:
+def _plan(
+    store: Path,
+    verified: RootRecord,
+    root: RootRecord,
+    files: dict[str, Case],
+    sources: Mapping[Path, Digested | Problem],
+    damages: Sequence[Damage],
+) -> list[Job | Problem]:
+    """Return a job for each damaged case and variant, or why it cannot be repaired."""
+    candidates = {variant: _all_parameters(store, root, variant) for variant in {damage.variant for damage in damages}}
+    strays = {(damage.case, damage.variant): damage for damage in damages if damage.problem == STRAY}
+    planned: list[Job | Problem] = []
+    for case, variant in sorted({(damage.case, damage.variant) for damage in damages if damage.variant}):
+        if (case, variant) in strays:
+            planned.append(Problem(case, f"{strays[case, variant]}; move it away, then repair the case"))
+        elif root.cases.get(case, {}).get(variant) != verified.cases.get(case, {}).get(variant):
+            problem = f"{store}: {case} was prepared again or removed during the repair; verify again"
+            planned.append(Problem(case, problem))
+        else:
+            try:
+                planned.append(_job(store, root, files, sources, case, variant, candidates[variant]))
+            except InputError as error:
+                planned.append(describe_problem(case, error))
+    return planned
+
+
+def _problem_after(store: Path, job: Job, outcome: Stored | Problem) -> Problem | None:
     """Return why a repaired case is still not sound; None if it is."""
     if isinstance(outcome, Problem):
         return outcome
@@ -171,14 +178,7 @@ def _job(
         if isinstance(job, Problem):
             return job
         # The damaged case was prepared from the same files, so a label map without a position was accepted.
-        job = replace(
-            job,
-            current=digest,
-            stored_preprocessing=preprocessing,
-            overwrite=True,
-            trust_voxels=True,
-            ignore_label=ignored,
-        )
+        job = replace(job, current=digest, overwrite=True, trust_voxels=True, ignore_label=ignored)
         if job.digest == digest:
             return job
     raise InputError(

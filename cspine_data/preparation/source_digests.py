@@ -1,4 +1,4 @@
-"""SHA-256 of source files, with a cache: a file is hashed again only if its size or times have changed.
+"""SHA-256 of source files, in parallel and with a cache: a file is hashed again only if its size or times change.
 
 The rule is git's: a file with the same size, times and inode is considered unchanged. A file that was written shortly
 before it was hashed could change again without changing its times, so it is not cached.
@@ -11,13 +11,17 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cspine_data.errors import InputError, Problem, describe_problem
 from cspine_data.files import replace_file
+from cspine_data.parallel.workers import Workers, side_by_side, usable_cores
+from cspine_data.sources.cases import Case
 from cspine_data.store.schema import record_checksum
 from cspine_data.volumes.io import content_digest, source_files
 
@@ -140,3 +144,58 @@ def _state(files: Sequence[Path]) -> str:
         for one in [file.stat()]
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def files_of(case: Case) -> list[Path]:
+    """Return the volume of a case, and its label map if there is one."""
+    return [case.volume, case.label] if case.label else [case.volume]
+
+
+def digest_file(path: Path) -> Digested | Problem:
+    """Hash a volume or label map; a problem if it cannot be used."""
+    try:
+        if not (path.is_file() or path.is_dir()):
+            raise InputError(path, "is no file", "check the path")
+        return digest_source(path)
+    except (InputError, OSError) as error:
+        return describe_problem("", error)
+
+
+def digest_files(
+    cases: Iterable[Case], store: Path, workers: Workers, *, rehash: bool = False
+) -> dict[Path, Digested | Problem]:
+    """Return the digest of each file of the cases, or its problem; unchanged files are not read.
+
+    The cache is a hidden file beside the store.
+    """
+    cache = DigestCache(store.with_name(f".{store.name}.digests.json"))
+    paths = list(dict.fromkeys(path for case in cases for path in files_of(case)))
+    found: dict[Path, Digested | Problem] = {}
+    if not rehash:
+        found |= {path: known for path in paths if (known := cache.find(path))}
+    try:
+        for path, digested in _hash([path for path in paths if path not in found], workers):
+            found[path] = digested
+            if isinstance(digested, Digested):
+                cache.add(path, digested)
+    finally:
+        cache.save()
+    return found
+
+
+def _hash(paths: Sequence[Path], workers: Workers) -> Iterator[tuple[Path, Digested | Problem]]:
+    """Hash files in parallel, on the workers of a scheduler or in threads."""
+    if workers.scheduler is not None:
+
+        def lost(path: Path, reason: str | Exception) -> Problem:
+            return describe_problem("", reason) if isinstance(reason, Exception) else Problem("", f"{path}: {reason}")
+
+        for finished in side_by_side(digest_file, paths, lost, workers):
+            yield from finished
+        return
+    # Reading and hashing release the interpreter lock: threads are as fast as processes and start at once.
+    pool = ThreadPoolExecutor(workers.number or usable_cores())
+    try:
+        yield from zip(paths, pool.map(digest_file, paths), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -6,14 +6,13 @@ All functions depend only on the image and need no label map, so that prediction
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 
-from cspine_data.errors import InputError
-from cspine_data.preprocessing.n4 import N4Parameters, SplineField, fit_log_bias, itk_log_bias
+from cspine_data.preprocessing.n4 import SplineField, fit_log_bias, itk_log_bias
+from cspine_data.preprocessing.parameters import BiasParameters
 from cspine_data.preprocessing.tissue import (
     TISSUE_MM,
     average_down,
@@ -26,74 +25,6 @@ from cspine_data.volumes.geometry import Triple
 # Where the signal of median tissue is this many standard deviations of the noise, the gain is halved. Below 1, since
 # networks average neighbours; docs/bias-field.md has the Dice for 1, 0.5 and 0.25.
 _LEAST_SNR = 0.5
-
-
-class BiasParameters(N4Parameters):
-    """Parameters of the bias field estimate; each is part of a case's digest.
-
-    Attributes
-    ----------
-    engine : str
-        ``separable``: N4 as matrix products on a regular grid. ``itk``: SimpleITK's filter, which is slow and ignores
-        `spline_mm` and `stride`.
-    resolution_mm : float
-        Approximate voxel size of the working grid; the image is only averaged, never interpolated.
-    mask_passes : int
-        Number of updates of the tissue mask, each on an image corrected by a coarser estimate, before the final one.
-    """
-
-    engine: Literal["separable", "itk"] = "separable"
-    resolution_mm: float = Field(default=6.0, gt=0)
-    mask_passes: int = Field(default=3, ge=0)
-
-    @property
-    def coarser(self) -> BiasParameters:
-        """Coarser parameters for the tissue mask."""
-        update = {"engine": "separable", "resolution_mm": max(self.resolution_mm, 9.0)}
-        return self.model_copy(update=update)
-
-
-#: Presets of `--n4-preset`; docs/bias-field.md has their accuracy and time.
-PRESETS = {
-    "fast": BiasParameters(iterations=(100, 100, 100, 100), width=0.3, mask_passes=2),
-    "default": BiasParameters(),
-    "thorough": BiasParameters(resolution_mm=4.0, iterations=(400, 400, 400, 400), mask_passes=5),
-}
-
-
-def bias_parameters(preset: str = "default", **changes: Any) -> BiasParameters:
-    """Return the parameters of a preset with some changes.
-
-    Parameters
-    ----------
-    preset : str
-        ``fast``, ``default`` or ``thorough``.
-    **changes
-        Attributes of `BiasParameters`; iterations may be a text such as ``200,200,200``.
-
-    Raises
-    ------
-    InputError
-        If there is no such preset, or a value is out of range.
-    """
-    if preset not in PRESETS:
-        raise InputError(f"N4 preset {preset!r}", "is not known", f"give one of {', '.join(PRESETS)}")
-    iterations = changes.get("iterations")
-    if isinstance(iterations, str):
-        changes["iterations"] = iterations.split(",")
-    if changes.get("engine") == "itk":
-        if "spline_mm" in changes:
-            raise InputError(
-                "N4 parameter spline_mm", "is not supported by SimpleITK's filter, which doubles them each level",
-                "leave it out",
-            )  # fmt: skip
-        changes["spline_mm"] = 0.0
-    try:
-        return BiasParameters.model_validate({**PRESETS[preset].model_dump(), **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name, value = first["loc"][0], changes.get(str(first["loc"][0]))
-        raise InputError(f"N4 parameter {name} {value!r}", "is out of range", first["msg"].lower()) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,18 +63,9 @@ def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasP
     """Estimate a volume's bias field by N4 (Tustison et al. 2010); no label map is needed.
 
     The intensity of air is subtracted first, since the field multiplies only the signal. Where the field is weak,
-    tissue is below a global threshold, so the tissue mask is updated a few times on the image corrected by a coarser
-    estimate. Voxels that are not above the noise before correction are excluded: far from a weak coil the correction
-    makes noise as bright as tissue.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities, any real dtype, (x, y, z).
-    spacing_mm : tuple of float
-        Voxel spacing along x, y and z.
-    parameters : BiasParameters
-        The parameters.
+    tissue is below a global threshold, so the tissue mask is updated a few times on the image corrected by a
+    coarser estimate. Voxels that are not above the noise before correction are excluded: far from a weak coil the
+    correction makes noise as bright as tissue.
     """
     factors = working_factors(spacing_mm, min(TISSUE_MM, parameters.resolution_mm))
     averaged = average_down(image_xyz, factors)
@@ -209,26 +131,10 @@ def estimate_log_bias(
     spacing_mm: Triple,
     parameters: BiasParameters,
 ) -> NDArray[np.float32]:
-    """Estimate the natural logarithm of the bias field within a given tissue mask, on the image's own grid.
+    """Return the logarithm of the bias field within a tissue mask, with mean zero over the tissue.
 
     The field is estimated on a grid of about the working resolution and evaluated on the image's: it is smooth, and
-    most of N4's time is proportional to the number of voxels.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities above air, (x, y, z).
-    tissue_xyz : ndarray of bool
-        Where the image is tissue, same shape. Voxels that are not positive are left out.
-    spacing_mm : tuple of float
-        Voxel spacing along x, y and z.
-    parameters : BiasParameters
-        The parameters.
-
-    Returns
-    -------
-    ndarray
-        float32, (x, y, z), mean zero over the tissue.
+    most of N4's time is proportional to the number of voxels. Voxels that are not positive are left out.
     """
     inside = tissue_xyz & (image_xyz > 0)
     log_bias = _estimate(image_xyz, inside, spacing_mm, parameters).on_grid(image_xyz.shape)
@@ -240,25 +146,9 @@ def correct(
 ) -> NDArray[np.float32]:
     """Divide intensities above air by the bias field, with a gain bounded by the noise; others are unchanged.
 
-    The gain is that of a Wiener filter, ``b / (b**2 + r**2)`` of the field `b`: 1 / b where tissue is above the noise,
-    half of that where the signal of median tissue is half a standard deviation of the noise, and nearly 0 where there
-    is only noise.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities, any real dtype, (x, y, z).
-    log_bias_xyz : ndarray
-        Natural logarithm of the field, same shape.
-    air : float
-        Intensity of air.
-    noise_ratio : float
-        Standard deviation of the noise divided by the median of corrected tissue; 0 for an unbounded gain.
-
-    Returns
-    -------
-    ndarray
-        float32, (x, y, z).
+    The gain is that of a Wiener filter, ``b / (b**2 + r**2)`` of the field `b`: 1 / b where tissue is above the
+    noise, half of that where the signal of median tissue is half a standard deviation of the noise, and nearly 0
+    where there is only noise. A `noise_ratio` of 0 does not bound the gain.
     """
     corrected = np.empty(image_xyz.shape, dtype=np.float32)
     level = np.float32(air)

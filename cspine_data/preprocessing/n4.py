@@ -14,47 +14,11 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+
+from cspine_data.preprocessing.parameters import N4Parameters
 
 Array = NDArray[np.float64]
 Real = TypeVar("Real", np.float32, np.float64)
-
-
-class N4Parameters(BaseModel):
-    """Parameters of N4; docs/bias-field.md has the comparisons behind the defaults.
-
-    Attributes
-    ----------
-    iterations : tuple of int
-        Maximum number of iterations at each level. Each level has twice as many elements as the one before, limited by
-        `spline_mm`.
-    threshold : float
-        A level ends when the field's coefficient of variation changes by less than this in one iteration.
-    control_points : int
-        Number of control points along each axis at the first level; 4 are one cubic element.
-    spline_mm : float
-        Approximate length of the finest elements; 0 doubles their number at every level, as ITK does.
-    bins : int
-        Number of bins of the histogram of log intensities.
-    width : float
-        Full width at half maximum of the Gaussian, in log intensity, that the histogram is deconvolved by.
-    noise : float
-        Noise parameter of the Wiener filter for deconvolution; a larger value sharpens less.
-    stride : float
-        Step length in iterations: consecutive iterations of N4 have similar directions, so a longer step saves time. A
-        step that goes too far is undone and halved. 1 is N4 as published.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    iterations: tuple[NonNegativeInt, ...] = Field(default=(200, 200, 200, 200), min_length=1)
-    threshold: float = Field(default=1e-6, gt=0)
-    control_points: int = Field(default=4, ge=4)
-    spline_mm: float = Field(default=60.0, ge=0)
-    bins: int = Field(default=200, ge=2)
-    width: float = Field(default=0.2, gt=0)
-    noise: float = Field(default=0.1, gt=0)
-    stride: float = Field(default=8.0, ge=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +34,7 @@ class SplineField:
     lattice: Array
 
     def at(self, *positions: Array) -> NDArray[np.float32]:
-        """Evaluate the field on a regular grid.
-
-        Parameters
-        ----------
-        *positions : ndarray
-            Grid positions along each axis, from 0 to 1.
-
-        Returns
-        -------
-        ndarray
-            float32, one size an axis.
-        """
+        """Evaluate the field on a regular grid, given by its positions along each axis, from 0 to 1."""
         weights = [_weights(p, n - 3).T for p, n in zip(positions, self.lattice.shape, strict=True)]
         return _product(self.lattice.astype(np.float32), [weight.astype(np.float32) for weight in weights])
 
@@ -112,18 +65,10 @@ class SplineField:
 def fit_log_bias(
     log_image: Array, weights: NDArray[Any], extent_mm: Sequence[float], parameters: N4Parameters
 ) -> SplineField:
-    """Estimate the logarithm of a bias field.
+    """Estimate the logarithm of a bias field from that of the intensities.
 
-    Parameters
-    ----------
-    log_image : ndarray
-        Natural logarithm of the intensities, 3-D; used only where the weights are positive.
-    weights : ndarray
-        Weight of each voxel in the spline fit, same shape: a mask, or a confidence of 0 or more.
-    extent_mm : sequence of float
-        Distance between the first and the last voxel along each axis.
-    parameters : N4Parameters
-        The parameters.
+    `weights` are the weights of the voxels in the spline fit: a mask, or a confidence of 0 or more. `extent_mm` is
+    the distance between the first and the last voxel along each axis.
     """
     first = parameters.control_points - 3
     # N4 converges slowly with one cubic element, so at least two.
@@ -143,19 +88,7 @@ def fit_log_bias(
 def itk_log_bias(
     image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: Sequence[float], parameters: N4Parameters
 ) -> NDArray[Any]:
-    """Estimate with SimpleITK's filter on the image's grid; it ignores `spline_mm` and `stride`.
-
-    Parameters
-    ----------
-    image : ndarray
-        Intensities, 3-D, positive within the mask.
-    mask : ndarray of bool
-        Where to estimate, same shape.
-    spacing_mm : sequence of float
-        Voxel spacing along each axis.
-    parameters : N4Parameters
-        The parameters.
-    """
+    """Estimate with SimpleITK's filter on the image's grid; it ignores `spline_mm` and `stride`."""
     import SimpleITK as sitk  # noqa: N813
 
     volumes = [sitk.GetImageFromArray(np.ascontiguousarray(a.transpose())) for a in (image, mask.astype(np.uint8))]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cspine_data.errors import InputError
+from cspine_data.extensions import NAME, NORMALISATIONS
+from cspine_data.preprocessing.parameters import NYUL_PERCENTILES
 from cspine_data.preprocessing.tissue import densest_core
 
-Method = Literal["zscore", "percentile", "nyul"]
-METHODS: tuple[Method, ...] = ("zscore", "percentile", "nyul")
-#: The percentiles of the tissue that Nyul's method matches (Nyul and Udupa 1999: the ends, and the deciles).
-NYUL_PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
+#: Points of a normalisation: ascending intensities, and their ascending normalised values.
+Points = tuple[tuple[float, ...], tuple[float, ...]]
 _ENDS = (NYUL_PERCENTILES[0], NYUL_PERCENTILES[-1])
 #: The percentiles of the tissue that are kept of every volume.
 TISSUE_PERCENTILES = tuple(sorted({2, 10, 25, 50, 75, 90, 98, *NYUL_PERCENTILES}))
@@ -46,7 +46,7 @@ class Normalisation(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    method: Method = "zscore"
+    method: str = Field(default="zscore", pattern=NAME)
     intensities: tuple[float, ...]
     values: tuple[float, ...]
 
@@ -122,14 +122,8 @@ class TissueStatistics(BaseModel):
     def of(cls, image: NDArray[Any], tissue: NDArray[np.bool_]) -> TissueStatistics:
         """Return the statistics of the voxels of an image that are tissue.
 
-        Voxels twelve deviations away from the densest part are outliers: a mask of which half is wrong changes little.
-
-        Parameters
-        ----------
-        image : ndarray
-            Intensities, any shape.
-        tissue : ndarray of bool
-            Which voxels are tissue, same shape.
+        Voxels twelve deviations away from the densest part are outliers: a mask of which half is wrong changes
+        little.
         """
         fraction = np.count_nonzero(tissue) / max(tissue.size, 1)
         if image.ndim == 3 and image.size > _MANY_VOXELS:
@@ -178,41 +172,37 @@ def _inlying(values: NDArray[Any]) -> tuple[float, float]:
 
 
 def normalisation_of(
-    tissue: TissueStatistics, method: Method, standard: tuple[float, ...] | None, name: str
+    tissue: TissueStatistics, method: str, standard: tuple[float, ...] | None, name: str
 ) -> Normalisation:
     """Return the normalisation of an image from the intensity statistics of its tissue.
 
-    Parameters
-    ----------
-    tissue : TissueStatistics
-        Statistics of the image.
-    method : str
-        ``zscore``, ``percentile`` or ``nyul``.
-    standard : tuple of float, optional
-        For ``nyul``, the `standard_landmarks` of a cohort.
-    name : str
-        Name of the image in messages.
+    For ``nyul``, `standard` are the `standard_landmarks` of a cohort. `name` is that of the image, for messages.
 
-    Raises
-    ------
-    InputError
-        If the tissue has no contrast.
+    Raises `InputError` if the tissue has no contrast, there is no such method, or ``nyul`` has no standard.
     """
-    values: tuple[float, ...] = (0.0, 1.0)
-    if method == "nyul":
-        intensities = tissue.at(NYUL_PERCENTILES)
-    elif method == "percentile":
-        intensities = tissue.at(_ENDS)
-    else:
-        intensities = (tissue.mean, tissue.mean + tissue.deviation)
+    intensities, values = NORMALISATIONS.load(method)(tissue, standard)
     # The lines are single precision, and less than its smallest step makes them steeper than it can say.
     if not intensities[-1] - intensities[0] > float(np.finfo(np.float32).tiny):
         raise InputError(name, "has no contrast within its tissue", "is it a mask or a label map? leave it out")
-    if method == "nyul":
-        if standard is None:
-            raise InputError(name, "cannot be matched without a cohort's landmarks", "prepare it with its cohort")
-        intensities, values = _distinct(intensities, standard)
+    if not values:
+        raise InputError(name, "cannot be matched without a cohort's landmarks", "prepare it with its cohort")
+    intensities, values = _distinct(intensities, values)
     return Normalisation(method=method, intensities=intensities, values=values)
+
+
+def zscore(tissue: TissueStatistics, _standard: tuple[float, ...] | None) -> Points:
+    """Return the points where the mean of the tissue becomes 0 and its standard deviation 1."""
+    return (tissue.mean, tissue.mean + tissue.deviation), (0.0, 1.0)
+
+
+def percentile(tissue: TissueStatistics, _standard: tuple[float, ...] | None) -> Points:
+    """Return the points where the 1st percentile of the tissue becomes 0 and its 99th becomes 1."""
+    return tissue.at(_ENDS), (0.0, 1.0)
+
+
+def nyul(tissue: TissueStatistics, standard: tuple[float, ...] | None) -> Points:
+    """Return the points where the percentiles of the tissue become a cohort's (Nyul and Udupa 1999)."""
+    return tissue.at(NYUL_PERCENTILES), standard or ()
 
 
 def standard_landmarks(of_images: list[tuple[float, ...]]) -> tuple[float, ...]:

@@ -39,30 +39,12 @@ def resampled_size(size: Size, spacing_mm: Triple, new_spacing_mm: Triple) -> Si
 def resample_image(
     image_xyz: NDArray[Any], spacing_mm: Triple, size: Size, new_spacing_mm: Triple, *, order: int = 3
 ) -> NDArray[np.float32]:
-    """Resample an image by a spline, smoothed first along axes that lose resolution.
+    """Resample an image by a spline, smoothed first along axes that lose resolution; the centre stays.
 
-    Where voxels grow, the image is smoothed by the Gaussian that turns the old voxel's point spread into the new one's
-    (Cardoso et al. 2015, "Scale factor point spread function matching"), so that nothing finer than the new grid
-    comes back as a pattern. A cubic spline swings beyond what it runs through; what leaves the image's own range is
-    put back to its ends.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities, any real dtype, (x, y, z).
-    spacing_mm : tuple of float
-        Its voxel spacing.
-    size : tuple of int
-        Voxels of the new grid.
-    new_spacing_mm : tuple of float
-        Voxel spacing of the new grid, which has the same centre.
-    order : int
-        Of the spline: 3, cubic; 1, linear.
-
-    Returns
-    -------
-    ndarray
-        float32, of the new size.
+    Where voxels grow, the image is smoothed by the Gaussian that turns the old voxel's point spread into the new
+    one's (Cardoso et al. 2015, "Scale factor point spread function matching"), so that nothing finer than the new
+    grid comes back as a pattern. A cubic spline (`order` 3; 1 is linear) swings beyond what it runs through; what
+    leaves the image's own range is put back to its ends.
     """
     image = np.asarray(image_xyz, dtype=np.float32)
     matrices = _matrices(image.shape, spacing_mm, size, new_spacing_mm, partial(_spline_matrix, order=order))
@@ -72,22 +54,10 @@ def resample_image(
 
 
 def resample_label(label_xyz: NDArray[Any], spacing_mm: Triple, size: Size, new_spacing_mm: Triple) -> NDArray[Any]:
-    """Resample a label map: each new voxel takes the value that fills most of it, so that no value is invented.
+    """Resample a label map: each new voxel takes the value that fills most of it.
 
     Where two values fill it alike, as along every flat border at half the resolution, it takes that of the voxel
     nearest to it, always on the same side: what one border of a structure loses, the opposite one gains.
-
-    Parameters
-    ----------
-    label_xyz : ndarray of int
-        Label values, (x, y, z).
-    spacing_mm, size, new_spacing_mm
-        As for `resample_image`.
-
-    Returns
-    -------
-    ndarray
-        Of the same dtype, of the new size.
     """
     matrices = _matrices(label_xyz.shape, spacing_mm, size, new_spacing_mm, _share_matrix)
     if not any(matrix is not None for matrix in matrices):

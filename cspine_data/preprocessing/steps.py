@@ -5,41 +5,29 @@ The same functions with the same recorded parameters are used for the store and 
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
 
 from cspine_data.errors import InputError
-from cspine_data.preprocessing.bias_field import PRESETS, BiasParameters, estimate_bias
-from cspine_data.preprocessing.normalisation import (
-    NYUL_PERCENTILES,
-    Levels,
-    Method,
-    Normalisation,
-    TissueStatistics,
-    normalisation_of,
-)
+from cspine_data.preprocessing.bias_field import estimate_bias
+from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics, normalisation_of
+from cspine_data.preprocessing.parameters import BiasParameters, Preprocessing
 from cspine_data.preprocessing.resampling import resample_image, resample_label, resampled_size
 from cspine_data.preprocessing.threads import one_blas_thread
 from cspine_data.preprocessing.tissue import air_level, looks_like_ct, tissue_threshold
 from cspine_data.volumes.geometry import Geometry, Orientation, Triple
 from cspine_data.volumes.image_checks import usable_image
-from cspine_data.volumes.io import Volume
+from cspine_data.volumes.volume import Volume
 
 # About 4 GB per worker, at 14 to 20 bytes per voxel: a mistyped spacing must not exhaust memory.
 _MOST_VOXELS = 2**28
 # Resampling needs a matrix of old by new voxels for each axis.
 _MOST_ALONG_AXIS = 2**13
 _SHOWN_PERCENTILES = (2, 10, 25, 50, 75, 90, 98)
-#: Changed when equal parameters give another result. 2: noise is excluded from tissue, and bounds the gain. 3: air of
-#: whole grey values.
-REVISION = 3
 # Limits of plausible estimates: the log field of real scans has a standard deviation of 0.2 to 1.0, that of a simulated
 # coil with a range of 25 mm 1.2; see docs/bias-field.md.
 _LARGEST_LOG_DEVIATION = 1.5
@@ -47,83 +35,6 @@ _LEAST_TISSUE_FRACTION = 0.03
 _LARGEST_NOISE_SHARE = 0.25
 # With fewer voxels nothing is visible; the unit is probably wrong.
 _FEWEST_ALONG_AXIS = 4
-
-
-class Preprocessing(BaseModel):
-    """Preprocessing parameters of a variant; each is part of a case's digest.
-
-    Attributes
-    ----------
-    bias : BiasParameters or None
-        Parameters of the bias field estimate; None for no correction (the variant ``raw``).
-    normalisation : str
-        ``zscore``, ``percentile`` or ``nyul``; see `Normalisation`.
-    standard : tuple of float or None
-        For ``nyul``: the cohort's histogram landmarks.
-    spacing_mm : tuple of float or None
-        Voxel spacing of the slices along x, y and z; None for that of each volume.
-    revision : int
-        Revision of the algorithm. Volumes can only be prepared with the current one.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    bias: BiasParameters | None = BiasParameters()
-    normalisation: Method = "zscore"
-    standard: tuple[float, ...] | None = None
-    spacing_mm: Triple | None = None
-    revision: int = REVISION
-
-    @field_validator("spacing_mm")
-    @classmethod
-    def _positive(cls, spacing_mm: Triple | None) -> Triple | None:
-        if spacing_mm is not None and not all(0 < mm < math.inf for mm in spacing_mm):
-            raise ValueError("spacing_mm: give three positive sizes in mm")
-        return spacing_mm
-
-    @model_validator(mode="after")
-    def _standard_fits(self) -> Preprocessing:
-        standard = self.standard
-        if standard is None:
-            return self
-        ascending = all(low <= high for low, high in itertools.pairwise(standard))
-        if self.normalisation != "nyul" or len(standard) != len(NYUL_PERCENTILES) or not ascending:
-            raise ValueError(f"standard: give {len(NYUL_PERCENTILES)} ascending values, with nyul only")
-        if not standard[0] < standard[-1] < math.inf:
-            raise ValueError("standard: its first value is not below its last")
-        return self
-
-    @property
-    def variant(self) -> str:
-        """The name of the variant: ``n4`` or ``raw``."""
-        return "raw" if self.bias is None else "n4"
-
-    @property
-    def description(self) -> str:
-        """A short description: ``N4 default, zscore, native voxels``; different for different parameters."""
-        names = [f"N4 {name}" for name, preset in PRESETS.items() if preset == self.bias]
-        bias = "no N4" if self.bias is None else names[0] if names else f"N4 with {_changed_parameters(self.bias)}"
-        method: str = self.normalisation
-        if self.standard is not None:
-            method += f" (standard {hashlib.sha256(repr(self.standard).encode()).hexdigest()[:6]})"
-        spacing = (
-            "native voxels" if self.spacing_mm is None else f"{' x '.join(f'{mm:g}' for mm in self.spacing_mm)} mm"
-        )
-        before = "" if self.revision == REVISION else f", revision {self.revision} of {REVISION}"
-        return f"{bias}, {method}, {spacing}{before}"
-
-
-def _with_revision(recorded: Any) -> Any:
-    return {"revision": 1, **recorded} if isinstance(recorded, dict) else recorded
-
-
-#: As in records, where a missing revision means 1.
-RecordedPreprocessing = Annotated[Preprocessing, BeforeValidator(_with_revision)]
-
-
-def _changed_parameters(bias: BiasParameters) -> str:
-    default = PRESETS["default"].model_dump()
-    return ", ".join(f"{name} {value}" for name, value in bias.model_dump().items() if value != default[name])
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,27 +154,6 @@ class PreparedVolume:
         """Return an array on the source's grid, (x, y, z), as a volume in the file's order."""
         geometry = self.corrected.geometry
         return Volume(array=np.ascontiguousarray(Orientation.of(geometry).to_file(array_xyz)), geometry=geometry)
-
-
-def parse_spacing(text: str) -> Triple | None:
-    """Convert ``native``, ``1`` or ``0.5,0.5,1`` to the voxel spacing along x, y and z in mm; None for ``native``.
-
-    Raises
-    ------
-    InputError
-        If it is none of these, or not positive.
-    """
-    if text.strip().lower() == "native":
-        return None
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) == 1:
-        values *= 3
-    if len(values) != 3 or not all(0 < value < math.inf for value in values):
-        raise InputError(f"spacing {text!r}", "is not known", "give native, one size in mm, or three as in 0.5,0.5,1")
-    return values[0], values[1], values[2]
 
 
 def preprocess_volume(volume: Volume, parameters: Preprocessing) -> PreparedVolume:

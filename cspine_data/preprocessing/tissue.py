@@ -37,20 +37,7 @@ _DARKEST_MRI = -500.0
 
 
 def average_down(array: NDArray[Any], factors: tuple[int, ...]) -> NDArray[np.float32]:
-    """Average blocks of voxels; the last block of an axis repeats the edge where the size is no multiple.
-
-    Parameters
-    ----------
-    array : ndarray
-        Any real array.
-    factors : tuple of int
-        Voxels to a block, along each axis; at most the whole axis.
-
-    Returns
-    -------
-    ndarray
-        float32, each size divided by its factor and rounded up.
-    """
+    """Average blocks of voxels; the last block of an axis repeats the edge where the size is no multiple."""
     # Tiny voxels, or a header with wrong units, ask for blocks far larger than the image.
     factors = tuple(min(factor, size) for size, factor in zip(array.shape, factors, strict=True))
     padding = [(0, -size % factor) for size, factor in zip(array.shape, factors, strict=True)]
@@ -73,16 +60,9 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
 
     Otsu's threshold (Otsu 1979) of the *logarithm* of intensity above the darkest percentile, on an image averaged
     to about 3 mm. Otsu's threshold of the intensity itself parts bright fat from everything else and leaves most
-    tissue, vertebrae included, with the air; where fat is so bright that the logarithm does too, the darker class is
-    parted once more. Where the darker class is not flat, as air is, the volume is a crop without air, and the
+    tissue, vertebrae included, with the air; where fat is so bright that the logarithm does too, the darker class
+    is parted once more. Where the darker class is not flat, as air is, the volume is a crop without air, and the
     threshold is below every voxel.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities, any real dtype, any axis order.
-    spacing_mm : tuple of float
-        Voxel spacing along each axis.
     """
     averaged = average_down(image_xyz, working_factors(spacing_mm, TISSUE_MM))
     darkest, brightest = (float(value) for value in np.percentile(averaged, (1, 99)))
@@ -170,19 +150,9 @@ def noise_floor(
 ) -> NoiseFloor:
     """Estimate level and deviation of the noise from the voxels that are not tissue.
 
-    Weak tissue and artefacts are among them. Noise is the narrow peak, so the estimate starts from the densest part
-    and excludes outliers. Margins that a scanner or a program filled with one value are left out.
-
-    Parameters
-    ----------
-    image_xyz : ndarray
-        Intensities, (x, y, z).
-    averaged_xyz : ndarray
-        The same image after `average_down`.
-    factors : tuple of int
-        What it was averaged by.
-    threshold : float
-        Intensity above which a voxel is tissue.
+    `averaged_xyz` is the image after `average_down` by `factors`. Weak tissue and artefacts are among the voxels.
+    Noise is the narrow peak, so the estimate starts from the densest part and excludes outliers. Margins that a
+    scanner or a program filled with one value are left out.
     """
     dark = (averaged_xyz <= threshold) & (averaged_xyz > averaged_xyz.min())
     values = averaged_xyz[dark]
@@ -205,12 +175,8 @@ def densest_core(values: NDArray[Any]) -> tuple[float, float]:
     """Return centre and standard deviation of the shortest interval that holds two fifths of the values.
 
     Up to half of the values may be outliers (compare the "shorth", half of them, of Rousseeuw and Leroy 1988). The
-    deviation is that of a normal distribution with such an interval.
-
-    Parameters
-    ----------
-    values : ndarray
-        At least one value. Of very many, every so many are looked at.
+    deviation is that of a normal distribution with such an interval. Of very many values, every so many are looked
+    at.
     """
     ordered = np.sort(values.ravel()[:: max(1, values.size // _ENOUGH_VALUES)])
     core = int(_CORE * ordered.size)

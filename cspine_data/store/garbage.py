@@ -44,25 +44,13 @@ class Garbage:
 
 
 def find_garbage(path: str | Path) -> list[Garbage]:
-    """Find unused data of a store, except for data that may just be written.
-
-    Raises
-    ------
-    StoreError
-        If there is no store, or it is damaged.
-    """
+    """Find unused data of a store, except for data that may just be written."""
     path = Path(path)
     return [Garbage(place, _size(place), unused_s) for place, unused_s in _unused(path, read_root(path)).items()]
 
 
 def unused_for(found: Iterable[Garbage], grace_s: float) -> list[Garbage]:
-    """Return the data that have been unused for a grace period in seconds.
-
-    Raises
-    ------
-    InputError
-        If it is negative or NaN.
-    """
+    """Return the data that have been unused for a grace period in seconds."""
     if not grace_s >= 0:
         raise InputError(f"grace {grace_s:g} s", "is no valid time", "give 0 or more")
     return [one for one in found if one.unused_s >= grace_s]

@@ -10,13 +10,7 @@ from cspine_data.errors import StoreError
 
 
 def location(path: str | Path) -> Path:
-    """Return the path of a store: a folder, or a path of fsspec for ``scheme://...``.
-
-    Raises
-    ------
-    StoreError
-        If it cannot be reached, or a package for the scheme is not installed.
-    """
+    """Return the path of a store: a folder, or a path of fsspec for ``scheme://...``."""
     if "://" not in str(path):
         return Path(path)
     try:
@@ -37,12 +31,6 @@ def is_local(path: Path) -> bool:
 
 
 def refuse_url(path: Path) -> None:
-    """Raise an error for a URL where a folder is needed; `Path` has removed one of its slashes.
-
-    Raises
-    ------
-    StoreError
-        If it is one.
-    """
+    """Raise an error for a URL where a folder is needed; `Path` has removed one of its slashes."""
     if is_local(path) and re.search("(^|/)[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise StoreError(f"{path}: is a URL, which only open_cohort and cspine-train can read; give a folder")

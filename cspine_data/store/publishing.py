@@ -54,13 +54,7 @@ class Refused(NamedTuple):
 
 
 def create_store(path: Path, *, neutral_ids: bool = False) -> None:
-    """Create an empty store; an existing store is not changed.
-
-    Raises
-    ------
-    StoreError
-        If the path exists and is not a store, or its case ids are of the other kind.
-    """
+    """Create an empty store; an existing one is not changed, and must have case ids of the same kind."""
     refuse_url(path)
     if not _is_a_store(path):
         could = not path.exists() or _could_become_a_store(path, neutral_ids=neutral_ids)
@@ -96,13 +90,7 @@ def _could_become_a_store(path: Path, *, neutral_ids: bool) -> bool:
 
 
 def refuse_links(*folders: Path) -> None:
-    """Raise an error for a link, through which nothing is written.
-
-    Raises
-    ------
-    StoreError
-        If one of them is a link.
-    """
+    """Raise an error for a link, through which nothing is written."""
     for folder in folders:
         if folder.is_symlink():
             raise StoreError(f"{folder}: is a link; replace it by the folder itself")
@@ -115,13 +103,7 @@ def sync_above(path: Path, case: str) -> None:
 
 
 def publish(path: Path, made: Iterable[Replacement]) -> Refused:
-    """Make written digests the current ones of their cases, in one step.
-
-    Returns
-    -------
-    Refused
-        The cases that were not changed.
-    """
+    """Make written digests the current ones of their cases, in one step; return the unchanged cases."""
     wanted = list(made)
     overtaken: set[str] = set()
     duplicates: dict[str, str] = {}
@@ -270,13 +252,7 @@ def write_empty_group(folder: Path, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lock a store for writing; the kernel releases the lock when its holder dies.
-
-    Raises
-    ------
-    StoreError
-        If the store cannot be written to, or another run has held the lock for a minute.
-    """
+    """Lock a store for writing, waiting up to a minute; the kernel releases the lock when its holder dies."""
     try:
         held = exclusive_lock(path / _LOCK, _PATIENCE_S)
     except TimeoutError:
@@ -293,11 +269,6 @@ def repair_root(path: Path) -> None:
     """Write the root's metadata again, from its copy if it is damaged.
 
     The copy may be one publication older; the next `prepare` finds unlisted cases by their digests.
-
-    Raises
-    ------
-    StoreError
-        If the copy cannot be read either.
     """
     with locked(path):
         try:

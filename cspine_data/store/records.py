@@ -44,23 +44,10 @@ def repair_hint(path: Path) -> str:
 
 
 def read_root(path: Path, name: str = METADATA) -> RootRecord:
-    """Read the record of a store's root.
+    """Read the record of a store's root, or of its copy.
 
-    Parameters
-    ----------
-    path : Path
-        The store.
-    name : str
-        File name of the root's metadata, or of its copy.
-
-    Raises
-    ------
-    StoreError
-        If there is no store.
-    NewerSchemaError
-        If a newer version has written it.
-    DamagedStoreError
-        If its metadata are damaged.
+    Raises `StoreError` if there is no store, `NewerSchemaError` if a newer version has written it, and
+    `DamagedStoreError` if its metadata are damaged.
     """
     refuse_url(path)
     try:
@@ -91,14 +78,8 @@ def records(path: Path, root: RootRecord, variant: str) -> Iterable[CaseRecord]:
 def record_of(path: Path, root: RootRecord, case: str, variant: str) -> CaseRecord:
     """Read the record of one variant of a case.
 
-    Raises
-    ------
-    NotInStoreError
-        If the root does not list it.
-    StoreError
-        If it has been replaced since the root was read, and collected as garbage.
-    DamagedStoreError
-        If its record is missing or damaged.
+    Raises `NotInStoreError` if the root does not list it, `StoreError` if it has been replaced since the root was
+    read and collected as garbage, and `DamagedStoreError` if its record is missing or damaged.
     """
     case = as_known(case, root.cases)
     variants = root.cases.get(case)
@@ -126,24 +107,12 @@ def stored_record(path: Path, case: str, digest: str) -> CaseRecord | None:
 
 
 def read_volume_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
-    """Read the image of a case, (x, y, z), in the units of its source.
-
-    Raises
-    ------
-    DamagedStoreError
-        If its bytes do not match their checksums.
-    """
+    """Read the image of a case, (x, y, z), in the units of its source."""
     return _read_array(path, record, schema.VOLUME_IMAGE)
 
 
 def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
-    """Read the volume of a case with its statistics, for normalisation.
-
-    Raises
-    ------
-    DamagedStoreError
-        If its bytes do not match their checksums.
-    """
+    """Read the volume of a case with its statistics, for normalisation."""
     image_xyz = read_volume_xyz(path, record)
     return CorrectedVolume(
         image_xyz=image_xyz,
@@ -159,15 +128,7 @@ def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
 
 
 def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
-    """Read the label map of a case, (x, y, z), with the label values of its source.
-
-    Raises
-    ------
-    NotInStoreError
-        If it has none.
-    DamagedStoreError
-        If its bytes do not match their checksums.
-    """
+    """Read the label map of a case, (x, y, z), with the label values of its source."""
     if not record.labelled:
         raise NotInStoreError(f"{path}: case {record.case!r} has no label map")
     return _read_array(path, record, schema.VOLUME_LABEL)
@@ -196,15 +157,7 @@ def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
 
 
 def read_metadata(folder: Path, name: str = METADATA) -> bytes:
-    """Read a metadata file of an untrusted store: not through a link or pipe, and only up to a limit.
-
-    Raises
-    ------
-    ValueError
-        If it is not a file, or too long.
-    OSError
-        If it is missing or cannot be read.
-    """
+    """Read a metadata file of an untrusted store: not through a link or pipe, and only up to a limit."""
     with os.fdopen(open_file(folder / name), "rb") if is_local(folder) else (folder / name).open("rb") as file:
         if file.seek(0, os.SEEK_END) > _MOST_METADATA_BYTES:
             raise ValueError("is far too long for metadata")
@@ -213,15 +166,7 @@ def read_metadata(folder: Path, name: str = METADATA) -> bytes:
 
 
 def read_array_metadata(folder: Path, sha256: str | None) -> Any:
-    """Read the metadata of an array and check them against the checksum in the case's record, if given.
-
-    Raises
-    ------
-    ValueError
-        If they do not match the checksum.
-    OSError
-        If they are missing or cannot be read.
-    """
+    """Read the metadata of an array and check them against the checksum in the case's record, if given."""
     content = read_metadata(folder)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("its metadata is not what was written")

@@ -25,7 +25,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics
-from cspine_data.preprocessing.steps import Preprocessing, RecordedPreprocessing, doubts
+from cspine_data.preprocessing.parameters import Preprocessing, RecordedPreprocessing
+from cspine_data.preprocessing.steps import doubts
 from cspine_data.sources.cases import is_case_id
 from cspine_data.volumes.geometry import Geometry, Triple
 
@@ -374,17 +375,7 @@ def group_bytes(attributes: dict[str, Any]) -> bytes:
 def array_metadata(
     shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...], axes: str, attributes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the metadata of an array with one shard and the index at its end.
-
-    Parameters
-    ----------
-    shape, dtype, chunks
-        Shape and data type of the array, and shape of the inner chunks.
-    axes : str
-        One letter of ``xyz`` per axis.
-    attributes : dict
-        Further attributes.
-    """
+    """Return the metadata of an array with one shard and its index at the end; `axes` has one letter per axis."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = {
         "chunk_shape": list(chunks),

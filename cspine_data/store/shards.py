@@ -34,15 +34,7 @@ class ShardError(ValueError):
 
 
 def open_file(path: Path) -> int:
-    """Open a regular file of a store, not a link, pipe or folder.
-
-    Raises
-    ------
-    ShardError
-        If it is not a regular file.
-    OSError
-        If it is missing or cannot be opened.
-    """
+    """Open a regular file of a store, not a link, pipe or folder."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -56,22 +48,7 @@ def open_file(path: Path) -> int:
 
 
 def read_index(descriptor: int, chunks: int, chunk_bytes: int) -> bytes:
-    """Read the index of a shard, for `place_of`.
-
-    Parameters
-    ----------
-    descriptor : int
-        The open shard.
-    chunks : int
-        Number of chunks.
-    chunk_bytes : int
-        Size of a decoded chunk.
-
-    Raises
-    ------
-    ShardError
-        If the index is damaged, or the file is too small.
-    """
+    """Read the index of a shard, for `place_of`; an index that leads out of the file is refused."""
     entries = chunks * _ENTRY.size
     size = os.fstat(descriptor).st_size
     start = size - entries - CHECKSUM_BYTES
@@ -95,21 +72,7 @@ def place_of(index: bytes, chunk: int) -> tuple[int, int]:
 def read_chunk(descriptor: int, place: tuple[int, int], out: NDArray[Any]) -> None:
     """Read one chunk and decode it into a C-contiguous array; about 5 us more than reading and Blosc.
 
-    Parameters
-    ----------
-    descriptor : int
-        The open shard.
-    place : tuple of int
-        From `place_of`.
-    out : ndarray
-        An array of the chunk's size.
-
-    Raises
-    ------
-    ShardError
-        If it has another size, does not match its checksum, or does not decode to this array.
-    OSError
-        If it cannot be read.
+    Raises `ShardError` if it has another size, does not match its checksum, or does not decode to this array.
     """
     offset, size = place
     if offset == ABSENT:
@@ -132,15 +95,7 @@ def read_chunk(descriptor: int, place: tuple[int, int], out: NDArray[Any]) -> No
 
 
 def read_whole(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: tuple[int, ...]) -> NDArray[Any]:
-    """Read the whole array from its only shard.
-
-    Raises
-    ------
-    ShardError
-        If it is damaged.
-    OSError
-        If it is missing or cannot be read.
-    """
+    """Read the whole array from its only shard."""
     descriptor = open_file(path)
     try:
         grid = chunk_grid(shape, chunks)

@@ -83,13 +83,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> list[Damage]:
 
 
 def repair_groups(path: Path) -> None:
-    """Write damaged metadata of the root and of the groups around cases again.
-
-    Raises
-    ------
-    StoreError
-        If one of their folders is a link.
-    """
+    """Write damaged metadata of the root and of the groups around cases again; links are refused."""
     for damage in _damaged_groups(path, read_root(path)):
         folder = (path / damage.where).parent
         if folder == path:

@@ -23,15 +23,8 @@ METADATA = "zarr.json"
 class CaseWriter:
     """Writes the groups and arrays of a new folder.
 
-    Parameters
-    ----------
-    folder : Path
-        A folder that does not exist.
-
-    Attributes
-    ----------
-    checksums : dict
-        SHA-256, in hex, of every file, by path within the folder; of the data in memory, not read back from disk.
+    `checksums` are the SHA-256, in hex, of every file, by path within the folder; of the data in memory, not read
+    back from disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,21 +39,7 @@ class CaseWriter:
     def write_array(
         self, name: str, values: NDArray[Any], chunks: tuple[int, ...], axes: str, attributes: dict[str, Any]
     ) -> None:
-        """Write an array as one shard.
-
-        Parameters
-        ----------
-        name : str
-            Its path within the folder.
-        values : ndarray
-            Any numeric dtype.
-        chunks : tuple of int
-            Shape of the inner chunks.
-        axes : str
-            One letter per axis.
-        attributes : dict
-            Further attributes.
-        """
+        """Write an array as one shard with inner chunks of this shape; `axes` has one letter per axis."""
         metadata = schema.array_metadata(values.shape, values.dtype.name, chunks, axes, attributes)
         self._write(f"{name}/{METADATA}", [json.dumps(metadata, indent=1).encode()])
         self._write("/".join((name, "c", *"0" * values.ndim)), _shard(values, chunks))

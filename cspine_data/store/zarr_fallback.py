@@ -28,21 +28,9 @@ _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 
 class ForeignArray:
-    """An array read by zarr-python.
+    """An array read by zarr-python, at a path or URL.
 
-    Parameters
-    ----------
-    path : Path
-        The array's folder, or its URL.
-    metadata : dict
-        Its metadata.
-
-    Raises
-    ------
-    ShardError
-        If its chunks have no checksums, zarr-python cannot open it, or its layout is not supported.
-    OSError
-        If it cannot be reached.
+    Raises `ShardError` if its chunks have no checksums, zarr-python cannot open it, or its layout is not supported.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -62,15 +50,7 @@ class ForeignArray:
             raise self._failed(error, "cannot be opened") from None
 
     def read(self, position: int | None = None) -> NDArray[Any]:
-        """Return one slice of the array, or all of it.
-
-        Raises
-        ------
-        ShardError
-            If it is damaged.
-        OSError
-            If it cannot be read.
-        """
+        """Return one slice of the array, or all of it; a damaged one raises `ShardError`."""
         self._check_chunks(position)
         try:
             return np.asarray(self._array[... if position is None else position])

@@ -36,17 +36,7 @@ RESAMPLE = "resample it, and its label map alike, to a grid with right angles"
 
 
 class Source:
-    """The bytes of an open file from its current position, decompressed on demand.
-
-    Parameters
-    ----------
-    path : Path
-        Name of the file in messages.
-    file : binary file
-        The open file.
-    encoding : str
-        ``raw``, ``gzip`` or ``bzip2``.
-    """
+    """The bytes of an open file from its current position, decompressed (``gzip``, ``bzip2``) on demand."""
 
     def __init__(self, path: Path, file: BinaryIO, encoding: str) -> None:
         self._path = path
@@ -131,13 +121,7 @@ _PIECES: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {"raw": _raw, "gzip"
 
 
 def stored_bytes(path: Path, part: Path) -> int:
-    """Return the size of a file or data file; a sparse file may be larger than any disk.
-
-    Raises
-    ------
-    InputError
-        If it is larger than the maximum.
-    """
+    """Return the size of a file, at most the maximum: a sparse file may be larger than any disk."""
     length = part.stat().st_size
     if length > _MOST:
         raise InputError(path, f"is {length} bytes long", f"at most {_MOST >> 30} GiB are read: crop it")
@@ -145,13 +129,7 @@ def stored_bytes(path: Path, part: Path) -> int:
 
 
 def check_claim(path: Path, claimed: int, there: int, *, compressed: bool) -> None:
-    """Check that a file of this size can contain the bytes that its header claims.
-
-    Raises
-    ------
-    InputError
-        If it cannot.
-    """
+    """Check that a file of this size can contain the bytes that its header claims."""
     if claimed > (max(_MOST_FROM_LITTLE, _DENSEST * there) if compressed else there):
         raise InputError(
             path, f"holds {there} bytes, too few for the {claimed} its header claims",
@@ -167,27 +145,11 @@ def grid(
     spacing_mm: NDArray[Any] | None = None,
     units_field: str = "units",
 ) -> Geometry:
-    """Return the grid that a header describes, if it is plausible.
+    """Return the grid that a header describes, if it is plausible and its axes are at right angles.
 
-    Parameters
-    ----------
-    path : Path
-        Name of the file in messages.
-    size : tuple of int
-        Voxels along each index axis.
-    steps_mm : ndarray
-        (3, 3); column c is the vector, in LPS, from a voxel to its neighbour along index axis c.
-    origin_mm : ndarray
-        LPS position of the first voxel.
-    spacing_mm : ndarray, optional
-        Lengths of the columns, if the header gives them more exactly.
-    units_field : str
-        Header field with the unit of length.
-
-    Raises
-    ------
-    InputError
-        If the numbers are not finite or not plausible, the axes span no volume, or are not at right angles.
+    Column c of `steps_mm`, (3, 3), is the vector, in LPS, from a voxel to its neighbour along index axis c;
+    `spacing_mm` are the lengths of the columns, if the header gives them more exactly. `units_field` is the header
+    field with the unit of length, for messages.
     """
     if steps_mm.shape != (3, 3) or origin_mm.shape != (3,) or not np.isfinite([*steps_mm, origin_mm]).all():
         raise InputError(path, "has no usable space directions", "export the volume again with its geometry")

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
-from cspine_data.volumes.io import Volume, label_name, read_volume, volume_stem, volume_suffix
+from cspine_data.volumes.io import label_name, read_volume, volume_stem, volume_suffix
 from cspine_data.volumes.label_checks import has_few_values, looks_like_labels
+from cspine_data.volumes.volume import Volume
 
 # Within these limits, single-precision statistics and their reciprocals do not overflow.
 _LARGEST, _LEAST_SPAN = 1e30, 1e-30

@@ -35,13 +35,7 @@ CountedValues = tuple[NDArray[Any], NDArray[np.int64]]
 
 
 def value_counts(array: NDArray[Any]) -> CountedValues:
-    """Return the values of an array, ascending, and their counts; faster than `np.unique`, which sorts.
-
-    Parameters
-    ----------
-    array : ndarray
-        Any real dtype and shape.
-    """
+    """Return the values of an array, ascending, and their counts; faster than `np.unique`, which sorts."""
     # Differences of unsigned 64-bit values overflow.
     if array.dtype.kind not in "iu" or array.dtype == np.uint64 or not array.size:
         return np.unique(array, return_counts=True)
@@ -69,13 +63,7 @@ def labelled_values(counted_values: CountedValues, ignore_label: int | None = No
 
 
 def looks_like_labels(array: NDArray[Any]) -> bool:
-    """Return whether an array contains labels rather than intensities: few whole numbers in flat regions.
-
-    Parameters
-    ----------
-    array : ndarray
-        Any real dtype, three axes.
-    """
+    """Return whether an array contains labels rather than intensities: few whole numbers in flat regions."""
     if array.size < _FEWEST_VOXELS:
         return False
     if array.dtype.kind == "f":
@@ -98,24 +86,7 @@ def has_few_values(array: NDArray[Any]) -> bool:
 def check_labels(
     name: Path | str, labels: NDArray[Any], counted_values: CountedValues, ignore_label: int | None = None
 ) -> None:
-    """Check that the values of a label map can be labels.
-
-    Parameters
-    ----------
-    name : Path or str
-        Name in messages.
-    labels : ndarray of int
-        The label map.
-    counted_values : tuple of ndarray
-        Its `value_counts`.
-    ignore_label : int, optional
-        The label value of voxels to ignore.
-
-    Raises
-    ------
-    InputError
-        If it is an image, has a negative value other than the ignored one, or labels all voxels.
-    """
+    """Refuse values that cannot be labels: an image's, negative ones that are not ignored, or no background."""
     values, _ = counted_values
     counted = values != (0 if ignore_label is None else ignore_label)
     lowest = int(values[counted].min(initial=0)) if ignore_label is not None else int(values.min())
@@ -131,13 +102,7 @@ def check_labels(
 
 
 def check_not_the_image(name: Path | str, labels: NDArray[Any], image: NDArray[Any]) -> None:
-    """Check that a label map is not a copy of its volume.
-
-    Raises
-    ------
-    InputError
-        If all voxels are equal.
-    """
+    """Refuse a label map that is a copy of its volume."""
     if np.array_equal(labels, image):
         raise InputError(name, "holds the same voxels as its volume", "put the label map there, or leave this file out")
 
@@ -150,21 +115,7 @@ def label_notes(
     voxel_ml: float,
     ignore_label: int | None = None,
 ) -> tuple[str, ...]:
-    """Return notes on suspicious properties of a valid label map.
-
-    Parameters
-    ----------
-    labels, image : ndarray
-        On one grid.
-    counted_values : tuple of ndarray
-        The label map's `value_counts`.
-    tissue_threshold : float
-        Intensity of the image above which a voxel is tissue.
-    voxel_ml : float
-        Volume of a voxel.
-    ignore_label : int, optional
-        The label value of voxels to ignore.
-    """
+    """Return notes on suspicious properties of a valid label map on the grid of its image."""
     values, counts = labelled_values(counted_values, ignore_label)
     voxels = int(counts.sum())
     size = labels.size - int(counted_values[1][counted_values[0] == ignore_label].sum())

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
 from cspine_data.volumes.geometry import Geometry
-from cspine_data.volumes.io import SEGMENTATION_SUFFIX, Volume
+from cspine_data.volumes.nrrd_writer import SEGMENTATION_SUFFIX
+from cspine_data.volumes.volume import Volume
 
 # Rounding error of whole numbers in single precision.
 _ROUNDED = 1e-3
@@ -18,18 +19,7 @@ _RESAMPLE = "resample it to the volume"
 
 
 def whole_numbers(label: Volume, image: Volume) -> Volume:
-    """Return a label map as whole numbers, with notes on changes.
-
-    Parameters
-    ----------
-    label, image : Volume
-        The label map and its volume, from `read_volume`.
-
-    Raises
-    ------
-    InputError
-        If it has values that are no whole numbers.
-    """
+    """Return a label map as whole numbers, with notes on changes; other values are refused."""
     array = label.array
     if array.dtype.kind in "iu":
         return label
@@ -56,21 +46,9 @@ def whole_numbers(label: Volume, image: Volume) -> Volume:
 
 
 def on_volume_grid(label: Volume, image: Volume, *, trust_voxels: bool = False) -> Volume:
-    """Return a label map on its volume's grid, with notes on changes.
+    """Return a label map on its volume's grid, with notes on changes; another grid is refused.
 
-    Parameters
-    ----------
-    label : Volume
-        The label map, in whole numbers.
-    image : Volume
-        The volume.
-    trust_voxels : bool
-        Assume that a label map without a position in its header is on the volume's grid, voxel for voxel.
-
-    Raises
-    ------
-    InputError
-        If it is on another grid.
+    With `trust_voxels`, one without a position in its header is taken to be on the volume's grid, voxel for voxel.
     """
     values, notes = label.array, label.notes
     if label.path and label.path.name.lower().endswith(SEGMENTATION_SUFFIX):

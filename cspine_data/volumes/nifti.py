@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from pydantic import ValidationError
 
 from cspine_data.errors import InputError
 from cspine_data.volumes.bounded import GZIP, RESAMPLE, Source, check_claim, grid, stored_bytes
-from cspine_data.volumes.geometry import MOST_SKEW, Geometry, skew
-from cspine_data.volumes.nifti_forms import NiftiForms, rotation
+from cspine_data.volumes.geometry import MOST_SKEW, Geometry, NiftiForms, rotation, skew
+from cspine_data.volumes.volume import Volume
 
 _FETCH = "fetch it again or export it again"
 _EXPORT = "the header is wrong: export the volume again"
@@ -82,21 +83,8 @@ class NiftiHeader:
         return abs(self.slope) if scaled else 0.0
 
 
-def read(path: Path) -> tuple[NDArray[Any], NiftiHeader]:
-    """Read a file in one pass.
-
-    Returns
-    -------
-    ndarray
-        Voxels (i, j, k) in the file's index order, scaled by slope and intercept.
-    NiftiHeader
-        The header.
-
-    Raises
-    ------
-    InputError
-        If it is not a NIfTI-1 file with a 3-D scalar volume, truncated or damaged.
-    """
+def read(path: Path) -> Volume:
+    """Read a volume in one pass; its intensities are scaled by slope and intercept."""
     compressed = path.suffix.lower() == ".gz"
     there = stored_bytes(path, path)
     with path.open("rb") as file:
@@ -119,26 +107,22 @@ def read(path: Path) -> tuple[NDArray[Any], NiftiHeader]:
             "the file is truncated or its header is wrong: fetch it again",
         )  # fmt: skip
     stored = np.frombuffer(payload, dtype=header.dtype).reshape(size, order="F")
-    return _scaled(stored.astype(header.dtype.newbyteorder("="), copy=False), header), header
+    array = _scaled(stored.astype(header.dtype.newbyteorder("="), copy=False), header)
+    return Volume(array, header.geometry, path, header.assumed_orientation, header.notes, header.intensity_step)
 
 
-def read_header(path: Path) -> NiftiHeader:
-    """Read and check a file's header."""
+def _read_header(path: Path) -> NiftiHeader:
     with path.open("rb") as file:
         source = Source(path, file, "gzip" if path.suffix.lower() == ".gz" else "raw")
         return _header(path, bytes(source.read(_HEADER_BYTES)))
 
 
-def write(path: Path, array_ijk: NDArray[Any], geometry: Geometry) -> None:
-    """Write a volume (i, j, k), compressed if the name ends in ``.gz``.
+def write(path: Path, volume: Volume, _segments: Mapping[int, str]) -> None:
+    """Write a volume, compressed if the name ends in ``.gz``.
 
     The header keeps both forms of the header that the grid was read from.
-
-    Raises
-    ------
-    InputError
-        If NIfTI does not support the data type, or an axis is too long.
     """
+    array_ijk, geometry = volume.array, volume.geometry
     kind = array_ijk.dtype.newbyteorder("=").str[1:]
     code = next((code for code, name in _DTYPES.items() if name == kind), None)
     if code is None:
@@ -163,6 +147,8 @@ def write(path: Path, array_ijk: NDArray[Any], geometry: Geometry) -> None:
         packed.write(voxels.data.cast("B"))
         if packed is not file:
             packed.close()
+    if not _read_header(path).geometry.same_grid(geometry):
+        raise InputError(path, "cannot represent the position: its numbers are rounded too far", "write .nrrd")
 
 
 def _put_forms(path: Path, header: NDArray[Any], geometry: Geometry, forms: NiftiForms) -> bool:

@@ -20,6 +20,8 @@ from cspine_data.errors import InputError
 from cspine_data.names import on_disk
 from cspine_data.volumes.bounded import Source, check_claim, grid, stored_bytes
 from cspine_data.volumes.geometry import Geometry
+from cspine_data.volumes.nrrd_writer import write as write
+from cspine_data.volumes.volume import Volume
 
 _MAX_HEADER_BYTES = 1 << 20
 _LONGEST_VALUE = 2000
@@ -98,14 +100,19 @@ class NrrdHeader:
     notes: tuple[str, ...]
 
 
-def read_header(path: Path) -> NrrdHeader:
-    """Read and check a header, attached or detached.
+def read(path: Path) -> Volume:
+    """Read a volume."""
+    header = read_header(path)
+    return Volume(_read_array(path, header), header.geometry, path, header.assumed_orientation, header.notes)
 
-    Raises
-    ------
-    InputError
-        If it is not an NRRD header, does not describe a 3-D scalar volume, or names a data file outside its folder.
-    """
+
+def files(path: Path) -> list[Path]:
+    """Return the file, and the data file of a detached header."""
+    return list(dict.fromkeys((path, read_header(path).data_file)))
+
+
+def read_header(path: Path) -> NrrdHeader:
+    """Read and check a header, attached or detached; a data file outside its folder is refused."""
     with path.open("rb") as file:
         fields = _read_fields(path, file)
         offset = file.tell()
@@ -132,19 +139,8 @@ def read_header(path: Path) -> NrrdHeader:
     )
 
 
-def read_array(path: Path, header: NrrdHeader) -> NDArray[Any]:
-    """Read the voxels that a checked header describes.
-
-    Returns
-    -------
-    ndarray
-        Voxels (i, j, k) in the file's index order, in native byte order.
-
-    Raises
-    ------
-    InputError
-        If the voxels are missing, fewer than the header claims, or cannot be decoded.
-    """
+def _read_array(path: Path, header: NrrdHeader) -> NDArray[Any]:
+    """Read the voxels that a checked header describes: (i, j, k), in native byte order."""
     size = header.geometry.size
     voxels = size[0] * size[1] * size[2]
     # In a text file a voxel takes at least a digit and a separator.

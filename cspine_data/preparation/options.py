@@ -1,0 +1,86 @@
+"""Options of `prepare`, each defined once: type, default, and its help as the text below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
+
+from cspine_data.errors import InputError
+from cspine_data.extensions import NORMALISATIONS
+from cspine_data.parallel.workers import Workers
+from cspine_data.preprocessing.parameters import Preprocessing
+
+
+def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
+    """Convert ``"012"`` or ``[0, 1, 2]`` to sorted axis numbers.
+
+    Raises
+    ------
+    InputError
+        If there is no axis, or one that is not 0, 1 or 2.
+    """
+    known = {"0": 0, "1": 1, "2": 2}
+    digits = [str(axis) for axis in axes]
+    if not digits or any(digit not in known for digit in digits):
+        raise InputError(f"axes {''.join(digits)!r}", "are not known", "give some of 0, 1 and 2, as in 012")
+    return tuple(sorted({known[digit] for digit in digits}))
+
+
+class PrepareOptions(BaseModel):
+    """Options of `prepare`; `cspine-data prepare --help` lists them too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    pairs: Path | None = None
+    """CSV file with the columns case,volume,label; replaces SOURCE."""
+    note: str | None = None
+    """Description of stand-in data, such as synthetic; shown beside every figure. Default: the first line of COHORT.txt
+    in SOURCE."""
+    anonymise: bool = False
+    """Name cases case0001 and so on; the key is STORE.key.csv."""
+    n4: bool | None = None
+    """Correct the bias field (variant n4), or do not (variant raw)."""
+    preprocessing: Preprocessing | None = None
+    """Parameters other than the default ones; they include `n4`."""
+    axes: Annotated[tuple[int, ...], BeforeValidator(parse_axes)] = (0, 1, 2)
+    """Slice directions: 0 sagittal, 1 coronal, 2 axial. Stored axes of a case are kept."""
+    ignore_label: int | None = None
+    """Label value of voxels to ignore, such as -1; default: the value stored with the case."""
+    trust_voxels: bool = False
+    """Assume that a label map without a position in its header is on its volume's grid, voxel for voxel."""
+    workers: int | None = None
+    """Number of worker processes; default: one per core."""
+    scheduler: str | None = None
+    """Address of a running Dask scheduler to use instead of local processes; its workers must see the same paths."""
+    rehash: bool = False
+    """Hash all files again, also those with unchanged size and times."""
+
+    @field_validator("ignore_label")
+    @classmethod
+    def _is_no_background(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise InputError("ignore_label 0", "is the background", "give the label value of voxels to ignore")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> PrepareOptions:
+        preprocessing = self.preprocessing
+        if preprocessing and self.n4 not in (None, preprocessing.bias is not None):
+            problem = f"contradicts preprocessing ({preprocessing.description})"
+            raise InputError(f"n4={self.n4}", problem, "leave out one of them")
+        NORMALISATIONS.load(self.parameters.normalisation)
+        _ = self.processes
+        return self
+
+    @property
+    def parameters(self) -> Preprocessing:
+        """The preprocessing parameters."""
+        return self.preprocessing or (Preprocessing(bias=None) if self.n4 is False else Preprocessing())
+
+    @property
+    def processes(self) -> Workers:
+        """The processes that do the work."""
+        return Workers(self.workers, self.scheduler)
