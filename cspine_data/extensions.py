@@ -94,6 +94,8 @@ FORMATS = ExtensionPoint(
         "nrrd": "cspine_data.volumes.nrrd",
         "nhdr": "cspine_data.volumes.nrrd",
         "nii": "cspine_data.volumes.nifti",
+        "mha": "cspine_data.volumes.metaimage",
+        "mhd": "cspine_data.volumes.metaimage",
     },
 )
 #: Intensity normalisations; see `cspine_data.preprocessing.normalisation`.
@@ -103,5 +105,17 @@ NORMALISATIONS = ExtensionPoint(
         "zscore": "cspine_data.preprocessing.normalisation:zscore",
         "percentile": "cspine_data.preprocessing.normalisation:percentile",
         "nyul": "cspine_data.preprocessing.normalisation:nyul",
+    },
+)
+#: Cohort layouts, in the order in which detection tries them; see `cspine_data.sources.layout`.
+LAYOUTS = ExtensionPoint(
+    "cspine.layouts",
+    {
+        "nnunet": "cspine_data.sources.nnunet:NNUNET",
+        "msd": "cspine_data.sources.nnunet:MSD",
+        "bids": "cspine_data.sources.bids:BIDS",
+        "flat": "cspine_data.sources.flat:FLAT",
+        "folders": "cspine_data.sources.folders:FOLDERS",
+        "dicom": "cspine_data.sources.dicom_tree:DICOM",
     },
 )

@@ -72,15 +72,23 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
     )
 
 
-@main.command(cls=FieldCommand, fields=("pairs", "ignore_label", "trust_voxels"))
+@main.command(
+    cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "ignore_label", "trust_voxels")
+)
 @SOURCE
-def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxels: bool) -> None:
+@click.option("--write-pairs", type=PATH, metavar="FILE.csv", help="Write a list of the cases, for --pairs.")
+def scan(
+    source: Path, write_pairs: Path | None, ignore_label: int | None, trust_voxels: bool, **selection: Any
+) -> None:
     """List the cases in SOURCE and all problems, without writing anything."""
-    from cspine_data.errors import Problem, count
+    from cspine_data.errors import Problem, count, printable
     from cspine_data.sources.cases import scan_case
     from cspine_data.sources.listing import find_cases
+    from cspine_data.sources.pair_lists import write_pairs as write_list
 
-    listing = find_cases(source, pairs)
+    listing = find_cases(source, **selection)
+    for note in listing.notes:
+        click.echo(printable(f"note: {note}"))
     rows, problems, notes = [], list(listing.problems), []
     unlabelled = 0
     seen: dict[str, str] = {}
@@ -99,6 +107,9 @@ def scan(source: Path, pairs: Path | None, ignore_label: int | None, trust_voxel
     print_notes(notes)
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
+    if write_pairs is not None:
+        write_list(write_pairs, listing.cases)
+        click.echo(f"wrote {write_pairs}: {count(len(listing.cases), 'case')}; correct it and give it as --pairs")
     click.echo(
         f"{count(len(rows), 'case')} can be prepared, {unlabelled} without a label map; "
         f"{count(len(problems), 'problem')}"
@@ -120,6 +131,7 @@ def prepare(
 ) -> None:
     """Correct, normalise and slice the volumes in SOURCE into a store; cases that are stored already are reused."""
     from cspine_data.cli.options import preprocessing_of
+    from cspine_data.errors import printable
     from cspine_data.preparation.pipeline import prepare as prepare_cohort
     from cspine_data.preparation.pseudonyms import key_file
 
@@ -127,6 +139,8 @@ def prepare(
     preprocessing = preprocessing_of(n4, n4_preset, normalisation, spacing, **bias)
     with can_go_on(store), progress_bar("preparing") as progress:
         summary = prepare_cohort(source, store, preprocessing=preprocessing, progress=progress, **others)
+    for note in summary.source_notes:
+        click.echo(printable(f"note: {note}"))
     print_notes(summary.notes.items())
     for problem in summary.failed:
         click.echo(f"failed: {problem.message}", err=True)

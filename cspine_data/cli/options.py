@@ -12,9 +12,11 @@ import cloup
 from pydantic import BaseModel
 
 from cspine_data.errors import InputError
-from cspine_data.preparation.options import PrepareOptions
+from cspine_data.preparation.options import PrepareOptions, Selection
 from cspine_data.preprocessing.parameters import PRESETS, BiasParameters, Preprocessing, bias_parameters, checked
 
+#: The options that select cases.
+SELECTION = tuple(Selection.model_fields)
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(readable=False, path_type=Path)
 # By the name of the option's value, the field of the bias field's parameters. Their defaults depend on the preset.
@@ -29,7 +31,7 @@ def prepare_options(command: Command) -> Command:
     preset = cloup.option("--n4-preset", type=click.Choice(list(PRESETS)), help="Accuracy or speed; default: default.")
     parameters = [field_option("normalisation", Preprocessing), field_option("spacing_mm", Preprocessing, "spacing")]
     groups = {
-        "Input and output": [store, *map(field_option, ("pairs", "note", "anonymise"))],
+        "Input and output": [store, *map(field_option, (*SELECTION, "note", "anonymise"))],
         "Preprocessing": [field_option("n4"), field_option("axes"), *parameters],
         "Bias field": [preset, *(_option(BiasParameters, field, name, None) for name, field in _BIAS.items())],
         "Label maps": list(map(field_option, ("ignore_label", "trust_voxels"))),
@@ -67,6 +69,8 @@ def _option(model: type[BaseModel], field: str, name: str, default: Any) -> Call
         # A flag that is neither on nor off by default has two spellings.
         more |= {"is_flag": True, "default": default is None}
         spelling += f"/--no-{name}" if default is None else ""
+    elif default == ():
+        more |= {"multiple": True, "metavar": "PATTERN"}
     elif isinstance(default, tuple):
         more["default"] = "".join(map(str, default))
     else:

@@ -12,6 +12,8 @@ from cspine_data.errors import InputError
 from cspine_data.extensions import NORMALISATIONS
 from cspine_data.parallel.workers import Workers
 from cspine_data.preprocessing.parameters import Preprocessing
+from cspine_data.sources.cases import Listing
+from cspine_data.sources.listing import find_cases
 
 
 def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
@@ -29,13 +31,30 @@ def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({known[digit] for digit in digits}))
 
 
-class PrepareOptions(BaseModel):
-    """Options of `prepare`; `cspine-data prepare --help` lists them too."""
+class Selection(BaseModel):
+    """Which cases of a source to use; see `find_cases`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    layout: str = "auto"
+    """How SOURCE is arranged: flat, folders, bids, nnunet, msd, dicom, or auto to recognise it."""
     pairs: Path | None = None
-    """CSV file with the columns case,volume,label; replaces SOURCE."""
+    """CSV file with the columns case,volume,label and, if wanted, patient,site,sequence; replaces SOURCE."""
+    sequence: str | None = None
+    """Use only volumes of this sequence, such as T2w."""
+    include: tuple[str, ...] = ()
+    """Use only cases that match this pattern, such as 'sub-0*'; can be repeated."""
+    exclude: tuple[str, ...] = ()
+    """Ignore files that match this pattern, such as '*disc*'; can be repeated."""
+
+    def find_cases(self, source: str | Path) -> Listing:
+        """List the selected cases of a source."""
+        return find_cases(source, **{name: getattr(self, name) for name in Selection.model_fields})
+
+
+class PrepareOptions(Selection):
+    """Options of `prepare`; `cspine-data prepare --help` lists them too."""
+
     note: str | None = None
     """Description of stand-in data, such as synthetic; shown beside every figure. Default: the first line of COHORT.txt
     in SOURCE."""

@@ -18,8 +18,8 @@ from cspine_data.preparation.summary import PrepareSummary, summarise
 from cspine_data.preprocessing.parameters import checked
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import cohort_note
-from cspine_data.sources.listing import find_cases
 from cspine_data.store.publishing import create_store, enrol
+from cspine_data.store.schema import identity_of
 
 
 def prepare(
@@ -55,7 +55,7 @@ def prepare(
     """
     started = time.perf_counter()
     chosen = checked(PrepareOptions, "", options)
-    listing = find_cases(source, chosen.pairs)
+    listing = chosen.find_cases(source)
     note = chosen.note or cohort_note(chosen.pairs.parent if chosen.pairs else source)
     store = Path(store).resolve()
     if key_file(store).exists() and not chosen.anonymise:
@@ -69,5 +69,7 @@ def prepare(
     to_do = [replace(job, trust_voxels=chosen.trust_voxels) for job in jobs if not job.is_current]
     outcomes = do_jobs(to_do, store, chosen.processes, progress)
     summary = summarise(jobs, outcomes, [*listing.problems, *failed])
-    enrol(store, summary.labelled, note)
-    return replace(summary, standard_cases=standard_cases, seconds=time.perf_counter() - started)
+    stored = {*summary.done, *summary.reused}
+    enrol(store, summary.labelled, note, {case.id: identity_of(case) for case in listing.cases if case.id in stored})
+    seconds = time.perf_counter() - started
+    return replace(summary, standard_cases=standard_cases, seconds=seconds, source_notes=listing.notes)

@@ -1,7 +1,8 @@
 """Neutral case ids for anonymised stores, since file names may contain patient names.
 
-The key is a CSV file with the columns ``id,case``, kept outside the store and readable by its owner only. A case in the
-key keeps its id. New cases are numbered in the order of their volumes' digests, which do not depend on names or dates.
+The key is a CSV file with the columns ``id,case,patient,site``, outside the store and readable by its owner only. A
+case in it keeps its id. New cases are numbered in the order of their volumes' digests, which do not depend on names
+or dates. A patient's id is that of the patient's first case, and so is a site's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_data.errors import InputError, Problem
@@ -18,12 +19,22 @@ from cspine_data.files import exclusive_lock, make_folder, replace_file
 from cspine_data.names import normalised
 from cspine_data.preparation.source_digests import Digested, digest_file
 from cspine_data.sources.cases import Case, Listing
+from cspine_data.sources.file_names import is_contrast
 from cspine_data.store.records import read_root
 from cspine_data.store.schema import NEUTRAL_ID, RootRecord
 
-COLUMNS = ("id", "case")
+COLUMNS = ("id", "case", "patient", "site")
 _PATIENCE_S = 60
 _RESTORE = "correct it by hand or restore a copy; a new key would give other ids"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a key says of a case: its neutral id, its patient unless this is the case, and its site if it is known."""
+
+    id: str
+    patient: str = ""
+    site: str = ""
 
 
 def key_file(store: str | Path) -> Path:
@@ -57,31 +68,67 @@ def with_neutral_ids(listing: Listing, key: Path, sources: Mapping[Path, Digeste
     cases = [case for case in listing.cases if _is_utf8(case)]
     others = [case for case in listing.cases if not _is_utf8(case)]
     try:
-        ids = _enter(key, cases, sources)
+        entries = _enter(key, cases, sources)
     except OSError as error:
         problem = f"cannot be used as a key ({error.strerror or error})"
         raise InputError(key, problem, "choose another place, or fix this") from None
-    named = sorted((replace(case, id=ids[case.id]) for case in cases), key=lambda case: case.id)
+    patients, sites = _first_ids(entries)
+    named = [
+        replace(
+            case,
+            id=entries[case.id].id,
+            patient=patients[case.patient],
+            site=case.site and f"site of {sites[case.site]}",
+            # A list of pairs may hold any text here.
+            sequence=case.sequence if case.sequence and is_contrast(case.sequence) else None,
+        )
+        for case in cases
+    ]
+    ids = {case: entry.id for case, entry in entries.items()}
     problems = [Problem(ids.get(problem.case, ""), problem.message) for problem in listing.problems]
-    return Listing(tuple(named), (*problems, *map(_not_utf8, others)))
+    in_order = tuple(sorted(named, key=lambda case: case.id))
+    return Listing(in_order, (*problems, *map(_not_utf8, others)), listing.notes)
 
 
-def _enter(key: Path, cases: Iterable[Case], sources: Mapping[Path, Digested | Problem] | None) -> dict[str, str]:
-    """Add new cases to a key; return the id of every case in it."""
+def _first_ids(entries: Mapping[str, _Entry]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the id of the first case of each patient and of each site."""
+    patients: dict[str, str] = {}
+    sites: dict[str, str] = {}
+    for case, entry in sorted(entries.items(), key=lambda item: _number(item[1].id)):
+        patients.setdefault(entry.patient or case, entry.id)
+        sites.setdefault(entry.site, entry.id)
+    return patients, sites
+
+
+def _enter(key: Path, cases: Iterable[Case], sources: Mapping[Path, Digested | Problem] | None) -> dict[str, _Entry]:
+    """Add new cases to a key, and changed patients and sites; return its entries by case."""
     # Hashing takes long and needs no lock, since the key is replaced in one step.
-    before = read_key(key)
+    before = _read_entries(key)
+    cases = list(cases)
     in_order = _in_order((case for case in cases if case.id not in before), sources)
-    if not in_order:
+    if not in_order and _with_identities(before, cases) == before:
         return before
     make_folder(key.parent)
     with exclusive_lock(key.with_name(f".{key.name}.lock"), _PATIENCE_S):
-        ids = read_key(key)
-        last = max(map(_number, ids.values()), default=0)
-        new = [case for case in in_order if case not in ids]
-        ids |= {case: f"case{number:04d}" for number, case in enumerate(new, start=last + 1)}
-        if new:
-            _write(key, ids)
-    return ids
+        old = _read_entries(key)
+        last = max((_number(entry.id) for entry in old.values()), default=0)
+        new = [case for case in in_order if case not in old]
+        numbered = {case: _Entry(f"case{number:04d}") for number, case in enumerate(new, start=last + 1)}
+        entries = _with_identities(old | numbered, cases)
+        if entries != old:
+            _write(key, entries)
+    return entries
+
+
+def _with_identities(entries: Mapping[str, _Entry], cases: Iterable[Case]) -> dict[str, _Entry]:
+    """Return entries with the patients and sites of cases."""
+    known = {case.id: case for case in cases}
+    return {
+        name: replace(entry, patient=case.patient if case.patient != name else "", site=case.site or "")
+        if (case := known.get(name))
+        else entry
+        for name, entry in entries.items()
+    }
 
 
 def _in_order(cases: Iterable[Case], sources: Mapping[Path, Digested | Problem] | None) -> list[str]:
@@ -95,7 +142,12 @@ def _in_order(cases: Iterable[Case], sources: Mapping[Path, Digested | Problem] 
 
 
 def read_key(key: Path) -> dict[str, str]:
-    """Read the neutral id of every case in a key; empty if there is no key yet.
+    """Read the neutral id of every case in a key; empty if there is no key yet."""
+    return {case: entry.id for case, entry in _read_entries(key).items()}
+
+
+def _read_entries(key: Path) -> dict[str, _Entry]:
+    """Read a key; empty if there is none yet.
 
     Messages give the line number and not its content, which may be a name.
     """
@@ -109,38 +161,42 @@ def read_key(key: Path) -> dict[str, str]:
         raise InputError(key, "is not UTF-8", "save it as CSV in UTF-8") from None
     except csv.Error as error:
         raise InputError(key, f"is no readable CSV file ({error})", _RESTORE) from None
-    if not rows or tuple(rows[0]) != COLUMNS:
+    if not rows or tuple(rows[0]) not in (COLUMNS, COLUMNS[:2]):
         raise InputError(key, f"does not start with the columns {','.join(COLUMNS)}", _RESTORE)
     if not text.endswith(("\n", "\r")):
         raise InputError(key, "ends within a line", "if it is complete, end the line; else restore a copy")
-    ids: dict[str, str] = {}
+    entries: dict[str, _Entry] = {}
     given: set[str] = set()
     for number, row in enumerate(rows[1:], start=2):
-        problem = _row_problem(row, ids, given)
+        problem = _row_problem(row, len(rows[0]), entries, given)
         if problem:
             raise InputError(key, f"{problem} in row {number}", _RESTORE)
-        ids[normalised(row[1])] = row[0]
-        given.add(row[0])
-    return ids
+        neutral, case, *identity = row
+        entries[normalised(case)] = _Entry(neutral, *map(normalised, identity))
+        given.add(neutral)
+    return entries
 
 
-def _row_problem(row: list[str], ids: Mapping[str, str], given: set[str]) -> str | None:
-    if len(row) != len(COLUMNS) or not row[1]:
+def _row_problem(row: list[str], length: int, entries: Mapping[str, _Entry], given: set[str]) -> str | None:
+    if len(row) != length or not row[1]:
         return "has not an id and a case"
-    neutral, case = row
+    neutral, case, *_ = row
     if not NEUTRAL_ID.fullmatch(neutral):
         return "has an id unlike case0001"
     if neutral in given:
         return f"gives {neutral} a second time,"
-    return "names a case a second time" if normalised(case) in ids else None
+    return "names a case a second time" if normalised(case) in entries else None
 
 
-def _write(key: Path, ids: Mapping[str, str]) -> None:
+def _write(key: Path, entries: Mapping[str, _Entry]) -> None:
     """Replace a key in one step, durably; the caller holds its lock."""
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows((ids[case], case) for case in sorted(ids, key=lambda case: _number(ids[case])))
+    in_order = sorted(entries.items(), key=lambda item: _number(item[1].id))
+    rows = [COLUMNS, *((entry.id, case, entry.patient, entry.site) for case, entry in in_order)]
+    # Two columns are enough where all cases are of different patients.
+    columns = 4 if any(entry.patient or entry.site for entry in entries.values()) else 2
+    table.writerows(row[:columns] for row in rows)
     temporary = key.with_name(f".{key.name}.new")
     # A killed process may have left one.
     temporary.unlink(missing_ok=True)

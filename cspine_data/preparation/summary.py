@@ -33,6 +33,8 @@ class PrepareSummary:
         Notes on each case that was computed or reused, see `Volume`.
     labelled : tuple of str
         Cases with labelled voxels that were computed or reused.
+    source_notes : tuple of str
+        Notes on the source, see `Listing`.
     """
 
     done: tuple[str, ...]
@@ -44,6 +46,7 @@ class PrepareSummary:
     written_bytes: int = 0
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     labelled: tuple[str, ...] = ()
+    source_notes: tuple[str, ...] = ()
 
 
 def summarise(

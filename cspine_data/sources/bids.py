@@ -109,4 +109,4 @@ def _entities(path: Path) -> dict[str, str]:
     return {key: value for key, mark, value in words if mark and key not in _LABEL_ENTITIES}
 
 
-BIDS = Layout("bids", _recognise, _find)
+BIDS = Layout(_recognise, _find)

@@ -71,4 +71,4 @@ def _with_label(case: Case, label: Path | None) -> Case:
     return Case(case.id, case.volume, label, case.patient, case.site, case.sequence)
 
 
-DICOM = Layout("dicom", _recognise, _find)
+DICOM = Layout(_recognise, _find)

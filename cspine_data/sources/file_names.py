@@ -74,6 +74,11 @@ def label_maps(files: Iterable[Path]) -> dict[Path, str]:
     return found
 
 
+def is_contrast(name: str) -> bool:
+    """Return whether a name is that of an MRI contrast, such as ``T2w``."""
+    return _CONTRAST.fullmatch(name) is not None
+
+
 def patient_and_sequence(name: str) -> tuple[str, str | None]:
     """Return the patient and the sequence that a name gives.
 

@@ -55,4 +55,4 @@ def _find(folder: Path, wanted: Wanted) -> Found:
     return found
 
 
-FLAT = Layout("flat", _recognise, _find)
+FLAT = Layout(_recognise, _find)

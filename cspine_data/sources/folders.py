@@ -84,4 +84,4 @@ def _case_id(place: list[str], name: str) -> str:
     return "_".join([*place, name])
 
 
-FOLDERS = Layout("folders", _recognise, _find)
+FOLDERS = Layout(_recognise, _find)

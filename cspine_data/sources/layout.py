@@ -46,15 +46,12 @@ class Layout:
 
     Attributes
     ----------
-    name : str
-        Name for ``--layout``.
     recognise : callable
         Takes a folder; returns why it has this layout, or None.
     find : callable
         Takes a folder and a function that tells which files to use; returns the cases.
     """
 
-    name: str
     recognise: Callable[[Path], str | None]
     find: Callable[[Path, Wanted], Found]
 

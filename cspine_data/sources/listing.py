@@ -8,18 +8,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cspine_data.errors import InputError, Problem, count
-from cspine_data.sources.bids import BIDS
+from cspine_data.extensions import LAYOUTS
 from cspine_data.sources.cases import Case, Listing, is_case_id
-from cspine_data.sources.dicom_tree import DICOM
-from cspine_data.sources.flat import FLAT
-from cspine_data.sources.folders import FOLDERS
-from cspine_data.sources.layout import Found, Wanted
-from cspine_data.sources.nnunet import MSD, NNUNET
+from cspine_data.sources.layout import Found, Layout, Wanted
 from cspine_data.sources.pair_lists import read_pairs
 
-#: Detection tries them in this order.
-LAYOUTS = (NNUNET, MSD, BIDS, FLAT, FOLDERS, DICOM)
-LAYOUT_NAMES = ("auto", *(layout.name for layout in LAYOUTS))
+AUTO = "auto"
 _MOST_NAMED = 3
 
 
@@ -27,7 +21,7 @@ def find_cases(
     source: str | Path,
     pairs: str | Path | None = None,
     *,
-    layout: str = "auto",
+    layout: str = AUTO,
     sequence: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -88,16 +82,15 @@ def volumes_in(folder: str | Path) -> list[Path]:
 
 
 def _find(folder: Path, name: str, wanted: Wanted) -> Found:
-    if name != "auto":
-        chosen = next((layout for layout in LAYOUTS if layout.name == name), None)
-        if chosen is None:
-            raise InputError(f"layout {name!r}", "is not known", f"choose one of {', '.join(LAYOUT_NAMES)}")
-        return chosen.find(folder, wanted)
-    for layout in LAYOUTS:
+    if name != AUTO:
+        layout: Layout = LAYOUTS.load(name)
+        return layout.find(folder, wanted)
+    for one in LAYOUTS.names():
+        layout = LAYOUTS.load(one)
         reason = layout.recognise(folder)
         if reason is not None:
             found = layout.find(folder, wanted)
-            found.notes.insert(0, f"layout {layout.name}: {reason}")
+            found.notes.insert(0, f"layout {one}: {reason}")
             return found
     return Found()
 

@@ -105,5 +105,5 @@ def _channel_names(folder: Path) -> dict[str, str]:
         return {}
 
 
-NNUNET = Layout("nnunet", _recognise_nnunet, _find_nnunet)
-MSD = Layout("msd", _recognise_msd, _find_msd)
+NNUNET = Layout(_recognise_nnunet, _find_nnunet)
+MSD = Layout(_recognise_msd, _find_msd)

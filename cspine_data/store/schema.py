@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics
 from cspine_data.preprocessing.parameters import Preprocessing, RecordedPreprocessing
 from cspine_data.preprocessing.steps import doubts
-from cspine_data.sources.cases import is_case_id
+from cspine_data.sources.cases import Case, is_case_id
 from cspine_data.volumes.geometry import Geometry, Triple
 
 #: Part of every digest: raise it when the bytes for the same source and parameters change.
@@ -80,6 +80,11 @@ class Identity(BaseModel):
     patient: str = Field(min_length=1, max_length=_LONGEST_NAME)
     site: str | None = Field(None, max_length=_LONGEST_NAME)
     sequence: str | None = Field(None, max_length=_LONGEST_NAME)
+
+
+def identity_of(case: Case) -> Identity:
+    """Return the identity of a listed case."""
+    return Identity(patient=case.patient, site=case.site, sequence=case.sequence)
 
 
 class RootRecord(BaseModel):
