@@ -184,7 +184,7 @@ def test_cases_are_selected_by_pattern_and_sequence(tmp_path: Path) -> None:
         find_cases(folder, sequence="STIR")
     with pytest.raises(InputError, match="--include"):
         find_cases(folder, include=["none*"])
-    with pytest.raises(InputError, match="layout 'xnat'.*bids"):
+    with pytest.raises(InputError, match="'xnat'.*bids"):
         find_cases(folder, layout="xnat")
 
 
