@@ -172,7 +172,7 @@ def test_a_weight_of_no_case_is_refused(phantom_store: Path, tmp_path: Path) -> 
     common = {"weights": "none", "pixel_mm": 12.0}
     with pytest.raises(RunError, match=r"case 'CS_1': has a weight and is not in the store \(did you mean CS_\d+\?\)"):
         train(phantom_store, tmp_path / "run", RunSettings(**common, case_weights={"CS_1": 2}))
-    with pytest.raises(RunError, match="no slice to train on is labelled .* choose another --case-weight"):
+    with pytest.raises(RunError, match="no training slice is labelled .* choose another --case-weight"):
         train(phantom_store, tmp_path / "run", RunSettings(**common, case_weights={"CS_01": 0, "CS_02": 0}))
     assert not (tmp_path / "run").exists()
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cspine_data import RecordedPreprocessing, Split
 from cspine_train.errors import RunError
 from cspine_train.run.cohort_range import CohortLooks
-from cspine_train.run.folder import RECORD_NAME, write_text
+from cspine_train.run.folder import RECORD_NAME, is_in_use, write_text
 from cspine_train.run.settings import RunSettings
 
 RECORD_VERSION = 1
@@ -155,3 +155,36 @@ def load_record(run: Path) -> RunRecord:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
         raise RunError(f"{run / RECORD_NAME}: is damaged ({where}: {first['msg']}); train it anew") from None
+
+
+def record_to_resume(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:
+    """Return the record of the run that a folder holds; None if there is none yet.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    settings : RunSettings
+        Settings of the run to train.
+    digests : dict
+        Digests of its cases.
+    first : bool
+        Whether this process has rank 0. The others may find files that rank 0 is about to write.
+
+    Raises
+    ------
+    RunError
+        If the folder holds a run of other settings or data, or something else.
+    """
+    if not (run / RECORD_NAME).exists():
+        if first and is_in_use(run):
+            raise RunError(f"{run}: is there and is no run folder; choose another with -o")
+        return None
+    record = load_record(run)
+    wanted, found = settings.model_dump(), record.settings.model_dump()
+    other = [f"{name} {value}, not {wanted[name]}" for name, value in found.items() if value != wanted[name]]
+    if other:
+        raise RunError(f"{run}: holds a run of other settings ({'; '.join(other)}); choose another folder with -o")
+    if record.digests != digests:
+        raise RunError(f"{run}: was trained on other data than the store holds now; choose another folder with -o")
+    return record

@@ -18,9 +18,9 @@ from cspine_train.errors import CspineTrainError, ModelError
 from cspine_train.models.build import build_model, sides_of
 from cspine_train.run.label_classes import label_values, network_classes
 from cspine_train.run.patient_split import split_of
-from cspine_train.run.precision import precision_of
 from cspine_train.run.settings import RunSettings
 from cspine_train.study.plan import Cell
+from cspine_train.training.processes import precision_of
 from cspine_train.training.step_check import check_steps
 
 # The first step is slower, and other work on the machine makes a step longer, never shorter: the fastest counts.
@@ -91,7 +91,7 @@ def _cost(
     what = settings.model, settings.encoder, settings.channels, network_classes(values)
     network = build(*what)
     data = CohortSlices(cohort, split, settings, 0, sides_of(network), values)
-    shape = min(settings.batch_size, data.slices_of_an_epoch()), settings.channels, *data.sizes.trained_hw[0]
+    shape = data.smallest_batch, settings.channels, *data.sizes.trained_hw[0]
     key = *what, settings.precision, shape
     if key not in timed:
         half = "bf16" in precision_of(settings.precision)

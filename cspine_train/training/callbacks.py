@@ -1,4 +1,4 @@
-"""Callbacks of training: learning rate and early stopping, weight averaging, the kept model, curves."""
+"""Callbacks of training: plateau schedule and early stopping, weight averaging, the kept model, curves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Plateau(EarlyStopping):
 
     @property
     def state_key(self) -> str:
-        """The key of its state in a checkpoint: that of Lightning's class, as in runs that are under way."""
+        """The key of its state in a checkpoint: that of Lightning's class, as in checkpoints of older versions."""
         return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -111,7 +111,7 @@ class Keep(Callback):
 
     @property
     def state_key(self) -> str:
-        """The key of its state in a checkpoint, as in runs that are under way."""
+        """The key of its state in a checkpoint, as in checkpoints of older versions."""
         return "_Keep"
 
     def state_dict(self) -> dict[str, Any]:
