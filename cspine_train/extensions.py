@@ -1,7 +1,7 @@
-"""Extension points: losses, augmentations and architectures by name, the project's own and those of plug-ins.
+"""Extension points: losses, augmentations, architectures and metrics by name, the project's own and those of plug-ins.
 
-Inside the project, a new one is a function and a line in `BUILT_IN`. Outside it, an installed package declares an entry
-point in the group of the same name. CONTRIBUTING.md shows both.
+Inside the project, a new one is a function and a line in `BUILT_IN`, or for metrics in `MEASURES`. Outside it, an
+installed package declares an entry point in the group. CONTRIBUTING.md shows both.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from cspine_train.errors import RunError, meant
 LOSSES = "cspine.losses"
 AUGMENTATIONS = "cspine.augmentations"
 ARCHITECTURES = "cspine.architectures"
+METRICS = "cspine.metrics"
 
-#: By group and name, where each is: imported only when it is used.
+#: Where each is, by group and name; imported when it is first used. All metrics are used, see `MEASURES`.
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
     LOSSES: {
         "dice": "cspine_train.training.losses:dice",
@@ -37,6 +38,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "linknet": "segmentation_models_pytorch:Linknet",
         "pspnet": "segmentation_models_pytorch:PSPNet",
     },
+    METRICS: {},
 }
 
 # A name becomes part of folder names.
@@ -56,7 +58,7 @@ def check_name(group: str, name: str) -> str:
     ValueError
         If it is not.
     """
-    # Plug-ins are looked up only for other names: that reads the metadata of every installed package.
+    # Looking up plug-ins reads the metadata of every installed package.
     if name not in BUILT_IN[group] and name not in names(group):
         raise ValueError(
             f"{name!r} is unknown{meant(name, names(group))}; choose {', '.join(names(group))}, or install its plug-in"
@@ -65,7 +67,7 @@ def check_name(group: str, name: str) -> str:
 
 
 def load(group: str, name: str) -> Any:
-    """Import what a name in a group stands for.
+    """Import the object of a name.
 
     Raises
     ------
@@ -87,6 +89,6 @@ def _registered(group: str) -> dict[str, EntryPoint]:
     found = {name: EntryPoint(name, value, group) for name, value in BUILT_IN[group].items()}
     for plug_in in entry_points(group=group):
         if _NAME.fullmatch(plug_in.name):
-            # A plug-in cannot replace what the project itself has.
+            # A plug-in cannot replace one of the project's own.
             found.setdefault(plug_in.name, plug_in)
     return found

@@ -26,7 +26,13 @@ from cspine_train.data.transforms import masks_to_network
 from cspine_train.metrics.overlap import MEASURES, Overlap, agreement, label_agreements, mean_over_labels, overlap
 from cspine_train.prediction.files import predict_files
 from cspine_train.prediction.predictor import LoadedRun
-from cspine_train.run.label_classes import class_numbers, label_values, stored_values, unknown_labels, unknown_told
+from cspine_train.run.label_classes import (
+    class_numbers,
+    label_values,
+    stored_values,
+    unknown_labels,
+    unknown_labels_note,
+)
 from cspine_train.run.record import RunRecord, load_record
 from cspine_train.training.confusion import confusion, mean_label_dice
 from tests.conftest import ball
@@ -87,7 +93,7 @@ def test_labels_that_cannot_be_told_apart_are_refused(values: tuple[int, ...], t
 
 
 def test_unknown_labels_are_told_in_one_line() -> None:
-    told = unknown_told({"C": (8, 9), "D": (9,), "E": (9,), "F": (9,), "G": (9,)})
+    told = unknown_labels_note({"C": (8, 9), "D": (9,), "E": (9,), "F": (9,), "G": (9,)})
     assert told.startswith("labels that no training case has count as missed (C has 8, 9;")
     assert "E has 9; 2 more cases)" in told
 

@@ -180,8 +180,8 @@ def tilted(volume: Volume) -> Volume:
         (lambda v: changed(v, spacing_mm=along(v, 9.0)), "voxels measure 9 mm left-right, in training"),
         (lambda v: Volume(*thin(v)), "it reaches over .* mm left-right, in training"),
         (tilted, "its grid is tilted by 29 degrees, in training by at most"),
-        (inverted, "its tissue's intensities are distributed otherwise than in training"),
-        (lambda v: Volume(v.array - 1000, v.geometry), "it is dark as CT is dark, and training volumes are not"),
+        (inverted, "its tissue's intensities have another distribution than in training"),
+        (lambda v: Volume(v.array - 1000, v.geometry), "its air is as dark as in CT, unlike training volumes"),
         (lambda v: replace(v, assumed_orientation=True), "it does not say how it lies in the patient, and was taken"),
     ],
 )  # fmt: skip
@@ -390,7 +390,7 @@ def test_what_contradicts_itself_is_refused_at_once(
     volume = write_case(tmp_path / "raw", "A", label=False)
     for asked, told in (
         ((volume, "--run", run, "--run", f"{run}/", "-o", "o"), "a --run is given twice; --weights says what each"),
-        ((tmp_path / "no.nrrd", "--run", run, "-o", "o"), "no.nrrd: is not there; check the path"),
+        ((tmp_path / "no.nrrd", "--run", run, "-o", "o"), "no.nrrd: does not exist; check the path"),
         ((volume, "--run", run, "--format", "seg.nrrd", "-o", tmp_path / "m.nrrd"),
          "m.nrrd: is not called as --format seg.nrrd asks; leave that out, or change the name"),
     ):  # fmt: skip

@@ -26,6 +26,7 @@ from scipy.stats import wilcoxon
 from cspine_data import Preprocessing
 from cspine_train.metrics.overlap import MEASURES
 from cspine_train.metrics.statistics import MeanInterval, counted
+from cspine_train.run.evaluations import patient_measures
 from cspine_train.run.folder import write_rows
 from cspine_train.run.record import RunRecord, save_record
 from cspine_train.run.settings import RunSettings
@@ -33,7 +34,7 @@ from cspine_train.study.plan import Cell, Plan, load_plan, save_plan
 from cspine_train.study.published import published_percent
 from cspine_train.study.ranking import contrasts, levels, n4_answer, ranked
 from cspine_train.study.report import write_outcome
-from cspine_train.study.results import CONDITION, FIGURES, scores, study_table, tidy
+from cspine_train.study.results import CONDITION, scores, study_table, tidy
 from cspine_train.study.runner import is_done
 from cspine_train.study.tables import Findings, findings, rendered
 from tests.browser import CHROMIUM, browser
@@ -60,7 +61,7 @@ def row(
         "cell": f"{model}-{variant}",
         "note": "data: synthetic",
     }
-    figures = dict.fromkeys(FIGURES, dice)
+    figures = {measure.name: dice for measure in patient_measures()}
     return known | figures | {"model": model, "variant": variant, "patient": patient} | other
 
 
@@ -377,7 +378,8 @@ def study_of(folder: Path, weights: str = "none", note: str = "synthetic") -> Pa
             [{"epoch": n, "valid_dice": 0.5 + n / 10, "seconds": 30} for n in range(2)],
         )
         patients = [
-            {"case": p, "split": "test", **dict.fromkeys(FIGURES, 0.9 - n / 100)} for n, p in enumerate(PATIENTS)
+            {"case": p, "split": "test", **{m.name: 0.9 - n / 100 for m in patient_measures()}}
+            for n, p in enumerate(PATIENTS)
         ]
         (run / "evaluation" / "test.json").write_text(json.dumps({"patients": patients, "kept_epoch": 1}))
         write_rows(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_train.errors import RunError
-from cspine_train.metrics.overlap import MEASURES, Measure
+from cspine_train.metrics.overlap import Measure, measures
 from cspine_train.metrics.statistics import (
     FEWEST_PATIENTS,
     MeanInterval,
@@ -80,7 +80,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
     split : str
         ``train``, ``validation`` or ``test``.
     measure : str
-        One of `MEASURES`, by name.
+        Name of one of `measures`.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
         If a run was not evaluated on that part, a fold is given twice, there is one model alone, or no patient is
         common to all.
     """
-    known = {one.name: one for one in MEASURES}
+    known = {one.name: one for one in measures()}
     if measure not in known:
         raise RunError(f"{measure}: no measure; choose from {', '.join(known)}")
     records = {Path(run): load_record(Path(run)) for run in runs}

@@ -16,13 +16,13 @@ from cspine_data import Cohort, CspineDataError, Problem, open_cohort
 from cspine_data.tools import make_folder
 from cspine_train.errors import RunError
 from cspine_train.metrics.overlap import (
-    MEASURES,
     Agreement,
     Overlap,
     agreement,
     batch_averaged_dice,
     label_agreements,
     mean_over_labels,
+    measures,
 )
 from cspine_train.metrics.statistics import MeanInterval, mean_interval
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, Gallery
@@ -106,7 +106,7 @@ class Evaluation:
     files : tuple of Path
         Where they were written.
     means : dict
-        By split, as validation patients chose epoch and threshold: each of `MEASURES`, the batch-averaged Dice and,
+        By split, as validation patients chose epoch and threshold: each of `measures`, the batch-averaged Dice and,
         for a run that tells labels apart, Dice and IoU over labels, averaged over patients, by name.
     failed : tuple of Problem
         Patients whose volumes could not be read from the store, and are in no figure.
@@ -149,7 +149,7 @@ class Evaluation:
 
 def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
     """Return the means of the patients of one split."""
-    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores], m.within) for m in MEASURES}
+    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores], m.within) for m in measures()}
     # Of a run on binary labels there are none.
     shares = {name: [getattr(score, name) for score in scores] for name in _SHARES}
     return means | {name: mean_interval(known, (0.0, 1.0)) for name, known in shares.items() if None not in known}
@@ -386,7 +386,7 @@ def _slice_rows(score: PatientScore) -> Iterator[dict[str, Any]]:
 
 def _figures(of: Agreement) -> dict[str, Any]:
     counts = _counts(of.voxels)
-    return counts | {measure.name: round(getattr(of, measure.name), 6) for measure in MEASURES}
+    return counts | {measure.name: round(getattr(of, measure.name), 6) for measure in measures()}
 
 
 def _counts(voxels: Overlap) -> dict[str, Any]:

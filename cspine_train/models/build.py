@@ -86,7 +86,9 @@ def check_names(model: str, encoder: str) -> None:
         If SMP and plug-ins have no such architecture, or SMP and timm no such encoder.
     """
     if model not in architectures():
-        raise ModelError(f"model {model!r}: is not known{meant(model, architectures())}; cspine-train models lists them")
+        raise ModelError(
+            f"model {model!r}: is not known{meant(model, architectures())}; cspine-train models lists them"
+        )
     import segmentation_models_pytorch as smp
 
     if encoder.startswith("tu-"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cspine_train.metrics.overlap import MEASURES
+from cspine_train.metrics.overlap import measures
 from cspine_train.metrics.statistics import mean_interval, too_few
 from cspine_train.run.evaluations import mean_over_patients, recorded_evaluations
 from cspine_train.run.folder import CARD_NAME, write_text
@@ -86,10 +86,10 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
 
 def _measures(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
     """Return a table of the means of all short measures except Dice: its head, then a row for each split."""
-    measures = [measure for measure in MEASURES if measure.brief and measure.name != "dice"]
-    rows = [["part", *(measure.heading for measure in measures)]]
+    shown = [measure for measure in measures() if measure.brief and measure.name != "dice"]
+    rows = [["part", *(measure.heading for measure in shown)]]
     for part, patients in scores.items():
-        means = [(measure, mean_over_patients(patients, measure)) for measure in measures]
+        means = [(measure, mean_over_patients(patients, measure)) for measure in shown]
         rows.append([part, *("" if mean is None else mean.told(one.digits) for one, mean in means)])
     return rows
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import too_few
-from cspine_train.run.evaluations import SHOWN, mean_over_patients, recorded_evaluations
+from cspine_train.run.evaluations import mean_over_patients, patient_measures, recorded_evaluations
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
@@ -62,13 +62,13 @@ def page(template: str, **known: Any) -> str:
 def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     folder = run / EVALUATION_FOLDER
     patients = [
-        {"case": row["case"], "figures": [_told(measure, row.get(measure.name)) for measure in SHOWN]}
+        {"case": row["case"], "figures": [_told(measure, row.get(measure.name)) for measure in patient_measures()]}
         for row in evaluation["patients"]
     ]
     plots = sorted(slice_plots(folder / f"{name}-slices.csv"), key=lambda plot: plot["lowest"])
     return {
         "title": f"{name.replace('-', ' and ')} patients".capitalize(),
-        "headings": [measure.heading for measure in SHOWN],
+        "headings": [measure.heading for measure in patient_measures()],
         "patients": patients,
         "splits": list(_splits(evaluation["patients"])),
         "confusion": _confusion(folder / f"{name}-confusion.csv"),
@@ -84,12 +84,17 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Iterate over the means of each split: validation patients chose epoch and threshold, and are kept apart."""
     for split in dict.fromkeys(row["split"] for row in rows):
         patients = [row for row in rows if row["split"] == split]
-        known = [mean_over_patients(patients, measure) for measure in SHOWN]
+        known = [mean_over_patients(patients, measure) for measure in patient_measures()]
         yield {
             "title": f"mean of {len(patients)} {split} patient{'s' if len(patients) > 1 else ''}",
             "few": too_few(len(patients), split),
-            "means": [_told(measure, one.mean if one else None) for measure, one in zip(SHOWN, known, strict=True)],
-            "intervals": [one.between(m.digits) if one else "" for m, one in zip(SHOWN, known, strict=True)],
+            "means": [
+                _told(measure, one.mean if one else None)
+                for measure, one in zip(patient_measures(), known, strict=True)
+            ],
+            "intervals": [
+                one.between(m.digits) if one else "" for m, one in zip(patient_measures(), known, strict=True)
+            ],
         }
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cspine_data import open_cohort
 from cspine_data.tools import Workers, make_folder, side_by_side, usable_cores
-from cspine_train.errors import CspineTrainError, RunError, error_told
+from cspine_train.errors import CspineTrainError, RunError, error_message
 from cspine_train.run.evaluations import recorded_evaluations
 from cspine_train.run.folder import METRICS_NAME, is_in_use, only_writer, read_rows, write_rows
 from cspine_train.run.record import RunRecord, load_record, save_record
@@ -281,7 +281,7 @@ def do_cell(request: dict[str, Any]) -> str | None:
         import traceback
 
         traceback.print_exc()
-        return error_told(run.name, error)
+        return error_message(run.name, error)
 
 
 @contextmanager
@@ -327,7 +327,7 @@ def _tell_where_weights_are(run: Path, settings: RunSettings) -> str | None:
 
 
 def _lost(cell: Cell, reason: str | Exception) -> Outcome:
-    return Outcome(cell, 0.0, reason if isinstance(reason, str) else error_told(cell.name, reason))
+    return Outcome(cell, 0.0, reason if isinstance(reason, str) else error_message(cell.name, reason))
 
 
 def _record_failures(study: Path, outcomes: Sequence[Outcome]) -> None:

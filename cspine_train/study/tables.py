@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from cspine_train.metrics.overlap import MEASURES
+from cspine_train.metrics.overlap import measures
 from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, counted, mean_interval, too_few
 from cspine_train.run.planes import PLANES
 from cspine_train.study.plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_TOLD
@@ -55,7 +55,7 @@ class Findings:
     answer : str
         Whether N4 helps, in a sentence.
     conditions : DataFrame
-        A row a condition, in the plan's order: `MeanInterval` of each of `MEASURES` and of ``batch_averaged_percent``,
+        A row a condition, in the plan's order: `MeanInterval` of each of `measures` and of ``batch_averaged_percent``,
         ``published_percent`` (NaN where nothing was published) and ``difference_percent``.
     cells : tuple of Table
         For each axis its conditions beside the figures that the reference study published.
@@ -134,7 +134,7 @@ def _caveats(table: pd.DataFrame, dice: pd.DataFrame, unfinished: Sequence[str])
 def _figures(table: pd.DataFrame, dice: pd.DataFrame) -> pd.DataFrame:
     """Return the means of each condition, see `Findings`."""
     found = {"patients": dice.count()}
-    for measure in MEASURES:
+    for measure in measures():
         found[measure.name] = _means(scores(table, measure.name), dice, measure.within)
     found["batch_averaged_percent"] = _means(100 * scores(table, "batch_averaged_dice"), dice, (0.0, 100.0))
     figures = dice.columns.to_frame(index=False)
@@ -190,13 +190,16 @@ def _cells(axes: str, figures: pd.DataFrame, shown: Sequence[str]) -> Table:
 
 
 def _measures(figures: pd.DataFrame, shown: Sequence[str]) -> Table:
-    told = _condition_columns(figures, shown)
-    for measure in MEASURES:
-        if measure.brief:
-            told[measure.heading] = [_told(one, measure.digits) for one in figures[measure.name]]
-    return Table(
-        "All measures", told, ("Means over patients of whole volumes, in brackets 95 % confidence intervals.",)
+    text = _condition_columns(figures, shown)
+    brief = [measure for measure in measures() if measure.brief]
+    for measure in brief:
+        text[measure.heading] = [_told(one, measure.digits) for one in figures[measure.name]]
+    lower = ", ".join(measure.title for measure in brief if measure.better == "lower")
+    notes = (
+        "Means over patients of whole volumes, in brackets 95 % confidence intervals.",
+        f"Lower is better: {lower}.",
     )
+    return Table("All measures", text, notes)
 
 
 def _levels(found: pd.DataFrame) -> Table:

@@ -32,7 +32,13 @@ from cspine_train.prediction.predictor import load_run
 from cspine_train.reports.figures import draw_curves, never_fatal
 from cspine_train.reports.model_card import write_card
 from cspine_train.run.folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME, only_writer
-from cspine_train.run.label_classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
+from cspine_train.run.label_classes import (
+    label_meaning,
+    label_values,
+    network_classes,
+    unknown_labels,
+    unknown_labels_note,
+)
 from cspine_train.run.patient_split import split_of, what_is_fed
 from cspine_train.run.process_state import quieten, restored_process_state
 from cspine_train.run.record import RunRecord, record_to_resume, save_record
@@ -210,7 +216,7 @@ def _built(
     values = label_values(cohort, split, settings)
     unknown = unknown_labels(cohort, split, settings, values)
     if unknown:
-        warnings.warn(unknown_told(unknown), stacklevel=3)
+        warnings.warn(unknown_labels_note(unknown), stacklevel=3)
     network, weights_used = build_model(
         settings.model, settings.encoder, weights, settings.channels, network_classes(values)
     )
