@@ -574,7 +574,7 @@ def test_the_command_line_evaluates_and_predicts(
     assert sorted(file.name for file in (tmp_path / "out").glob("[!.]*")) == predicted
     again = run_train("predict", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path / "out")
     assert again.exit_code == 1
-    assert "CS_02-label.nrrd: is there already, and not of these runs; remove it or choose another -o" in again.output
+    assert "CS_02-label.nrrd: exists already, and is not of these runs" in again.output
     twice = run_train(
         "predict", phantom_folder / "CS_02.nrrd", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path
     )
@@ -634,9 +634,9 @@ def test_what_cannot_hold_a_prediction_is_refused(
 ) -> None:
     volumes = [phantom_folder / "CS_02.nrrd", phantom_folder / "CS_03.nrrd"]
     one = run_train("predict", volumes[0], "--run", trained, "-o", tmp_path / "mask.png")
-    assert "mask.png: cannot hold what is predicted; give a name that ends in .nrrd, .nii, .nii.gz" in one.output
+    assert "mask.png: is no name for a label map; give a name that ends in .nrrd, .nii, .nii.gz" in one.output
     several = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "mask.nii.gz")
-    assert "mask.nii.gz: cannot hold what is predicted; give a folder for several volumes" in several.output
+    assert "mask.nii.gz: is a file; give a folder" in several.output
     assert one.exit_code == several.exit_code == 1
     assert not list(tmp_path.iterdir())
     dotted = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "masks_v1.2")

@@ -190,10 +190,10 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
     columns = ["model", "patients", f"mean {of.heading}", "difference", "higher", "lower", "p"]
     rows = []
     for model in comparison.models:
-        row = [model.name, str(len(model.scores)), model.mean.told(of.digits)]
+        row = [model.name, str(len(model.scores)), model.mean.text(of.digits)]
         if model.difference is not None:
             p = "" if model.p is None else f"{model.p:.2g}"
-            row += [model.difference.told(of.digits, sign=True), str(model.higher), str(model.lower), p]
+            row += [model.difference.text(of.digits, sign=True), str(model.higher), str(model.lower), p]
         rows.append(row + [""] * (len(columns) - len(row)))
     print_table(columns, rows)
     if too_few(len(comparison.patients)) is None:

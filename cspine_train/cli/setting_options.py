@@ -1,4 +1,4 @@
-"""Options of commands, made from the typed fields of settings."""
+"""Command-line options generated from the fields of `RunSettings`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, Optimisation
 
 
 def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Give a command one option for each field of `RunSettings`, grouped as its parts are.
+    """Add an option for each field of `RunSettings` to a command, grouped by its parts.
 
     Parameters
     ----------
     omit : collection of str
-        Fields that the command has no option for.
+        Fields without an option.
     """
 
     def decorate(command: Command) -> Command:
@@ -46,7 +46,7 @@ def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
 
 
 def settings_of(**options: Any) -> RunSettings:
-    """Return settings with the values of a command's options.
+    """Return the settings of a command's options.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A predicted volume at a glance: slices through it along each axis, as a picture and as an animation."""
+"""Pictures and animations of the slices of a predicted volume."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from cspine_train.reports.figures import BORDERS, as_seen, window_of
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-# Okabe and Ito (2008), as in the other pictures: what was found, and what is true.
+# Colours of Okabe and Ito (2008), as in the other pictures.
 _FOUND, _TRUTH = (230, 159, 0), (86, 180, 233)
 _FILL = 0.4
 _LONGEST_SIDE = 320
 _ROWS, _COLUMNS = 3, 4
 _MOST_FRAMES = 100
 _FRAME_MS = 80
-# Around what is marked, so that it is seen where it lies.
+# Margin of slices around the labelled ones.
 _MARGIN_MM = 15.0
 
 
 def draw_overview(stem: Path, volume: Volume, label: Volume, truth: Volume | None = None) -> tuple[Path, ...]:
-    """Write ``<stem>-axis<a>.png``, slices through what was found, and ``.gif``, all slices, for each axis.
+    """Write ``<stem>-axis<a>.png``, some labelled slices, and ``.gif``, all of them, for each axis.
 
-    What was found is filled; the truth, where there is one, is a line. Slices are turned as radiologists see them.
+    The prediction is filled; the true label map, if given, is an outline. Slices are in radiological orientation.
 
     Parameters
     ----------
     stem : Path
-        What the names begin with.
+        Start of the names.
     volume, label : Volume
-        The image, and the label map that was found, on the same grid.
+        The image and its predicted label map, on the same grid.
     truth : Volume, optional
-        The label map that is true, on the same grid.
+        The true label map, on the same grid.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def draw_overview(stem: Path, volume: Volume, label: Volume, truth: Volume | Non
 
 
 class _Shown:
-    """A volume with what is marked in it, (x, y, z), and its slices as pictures."""
+    """A volume with its masks, (x, y, z), and pictures of its slices."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class _Shown:
         self._spacing_mm, self._window = spacing_mm, window
 
     def indices(self, axis: int) -> NDArray[np.int64]:
-        """Return the slices through what is marked, and a margin; all of them where nothing is."""
+        """Return the labelled slices and a margin; all slices if none is labelled."""
         others = tuple(a for a in range(3) if a != axis)
         marked: NDArray[np.bool_] = np.any(self._found, axis=others)
         if self._truth is not None:
@@ -91,7 +91,7 @@ class _Shown:
         return np.arange(max(0, at[0] - margin), min(len(marked), at[-1] + margin + 1))
 
     def frame(self, axis: int, index: int) -> Picture:
-        """Return a slice as a picture, its sides in the ratio that they have in the patient."""
+        """Return a picture of a slice, with the aspect ratio of the patient."""
         from PIL import Image, ImageDraw
 
         low, high = self._window

@@ -1,4 +1,4 @@
-"""Checks of a study's networks and first weights, before any cell is trained."""
+"""Checks of a study's networks and initial weights, before training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_weights(cells: Sequence[Cell]) -> None:
         try:
             build_model(model, encoder, "none", channels)
         except ModelError:
-            # The weights are not at fault; the cell will fail with this message.
+            # Not a problem of weights; the cell will fail with this message.
             continue
         try:
             build_model(model, encoder, weights, channels)

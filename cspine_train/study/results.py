@@ -12,12 +12,12 @@ from cspine_data.tools import atomic_write
 from cspine_train.run.evaluations import patient_measures
 from cspine_train.run.folder import METRICS_NAME, read_rows, write_text
 from cspine_train.run.record import RunRecord
-from cspine_train.study.plan import Cell, Plan, start_told
-from cspine_train.study.runner import RUNS_FOLDER, what_came_out
+from cspine_train.study.plan import Cell, Plan, weights_name
+from cspine_train.study.runner import RUNS_FOLDER, cell_result
 
 #: The tidy table as text, and with its types.
 RESULTS_NAME, PARQUET_NAME = "results.csv", "results.parquet"
-#: A condition is what a study compares. Its folds and seeds are one condition.
+#: Columns of a condition, which a study compares; runs of its folds and seeds belong to it.
 CONDITION = ["model", "encoder", "variant", "axes", "epochs", "batch_size"]
 _WORDS, _INTEGERS = "string", "Int64"
 _RUN_COLUMNS = {
@@ -29,7 +29,7 @@ _RUN_COLUMNS = {
 
 def study_table(study: Path, plan: Plan) -> pd.DataFrame:
     """Return the tidy table: every measure of every test patient of the finished cells, in the plan's order."""
-    found = ((cell, what_came_out(study, cell)) for cell in plan.cells)
+    found = ((cell, cell_result(study, cell)) for cell in plan.cells)
     rows = [row for cell, known in found if known for row in _rows(study / RUNS_FOLDER / cell.name, cell, *known)]
     return tidy(rows)
 
@@ -46,7 +46,7 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
     known = {
         "model": settings.model,
         "encoder": settings.encoder,
-        "weights": start_told(settings),
+        "weights": weights_name(settings),
         "variant": settings.variant,
         "axes": settings.axes_name,
         "folds": settings.folds,
@@ -74,8 +74,8 @@ def conditions(table: pd.DataFrame) -> pd.DataFrame:
     return table[CONDITION].assign(encoder=table.encoder + " (" + table.weights + ")")
 
 
-def condition_told(condition: tuple[Any, ...]) -> str:
-    """Return a condition as text."""
+def condition_name(condition: tuple[Any, ...]) -> str:
+    """Return the name of a condition."""
     model, encoder, variant, axes, epochs, batch_size = condition
     return f"{model}, {encoder}, {variant}, axis {axes}, epochs {epochs}, batch {batch_size}"
 
