@@ -51,13 +51,7 @@ def names(group: str) -> tuple[str, ...]:
 
 
 def check_name(group: str, name: str) -> str:
-    """Return a name that is in a group.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
+    """Return a name that is in a group; a `ValueError` if it is not."""
     # Looking up plug-ins reads the metadata of every installed package.
     if name not in BUILT_IN[group] and name not in names(group):
         raise ValueError(
@@ -67,13 +61,7 @@ def check_name(group: str, name: str) -> str:
 
 
 def load(group: str, name: str) -> Any:
-    """Import the object of a name.
-
-    Raises
-    ------
-    RunError
-        If there is no such name, or its plug-in cannot be imported.
-    """
+    """Import the object of a name; a `RunError` if the name is unknown, or its plug-in cannot be imported."""
     try:
         return _registered(group)[check_name(group, name)].load()
     except ValueError as error:

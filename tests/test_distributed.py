@@ -326,7 +326,7 @@ def test_algorithms_are_deterministic_where_that_is_asked_for(
         train(phantom_store, tmp_path / "other", SETTINGS, machines=machines)
 
 
-def test_several_processes_are_not_encoder_and_weights_python(phantom_store: Path, tmp_path: Path) -> None:
+def test_several_processes_are_not_started_from_python(phantom_store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     before = dict(os.environ)
     with pytest.raises(RunError, match="cspine-train run --devices 2.*torchrun"):

@@ -27,13 +27,7 @@ _PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, Optimisation
 
 
 def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Add an option for each field of `RunSettings` to a command, grouped by its parts.
-
-    Parameters
-    ----------
-    omit : collection of str
-        Fields without an option.
-    """
+    """Add an option for each field of `RunSettings` to a command, grouped by parts, except those in `omit`."""
 
     def decorate(command: Command) -> Command:
         for part in reversed(_PARTS):
@@ -46,13 +40,7 @@ def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
 
 
 def settings_of(**options: Any) -> RunSettings:
-    """Return the settings of a command's options.
-
-    Raises
-    ------
-    click.UsageError
-        If a value is out of bounds or contradicts another one.
-    """
+    """Return the settings of a command's options; a `click.UsageError` for values that are invalid or contradict."""
     try:
         return RunSettings(**options)
     except ValidationError as error:

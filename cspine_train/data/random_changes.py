@@ -89,14 +89,9 @@ def smooth_fields(knots: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor
 
 
 def distorted(grid: torch.Tensor, knots: torch.Tensor) -> torch.Tensor:
-    """Distort a sampling grid by shifts on a coarse grid.
+    """Distort a sampling grid, (N, h, w, 2), by shifts on a coarse grid.
 
-    Parameters
-    ----------
-    grid : Tensor
-        (N, h, w, 2), see `sampling_grid`.
-    knots : Tensor
-        (N, 2, rows, columns): shifts along columns and rows, as shares of the slice's width and height.
+    `knots`, (N, 2, rows, columns), are shifts along columns and rows, as shares of the slice's width and height.
     """
     shifts = smooth_fields(2 * knots, (grid.shape[1], grid.shape[2]))
     return grid + shifts.movedim(1, -1)
@@ -110,14 +105,8 @@ def warped(images: torch.Tensor, grid: torch.Tensor, *, beyond: str) -> torch.Te
 def window(shown: torch.Tensor, place: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
     """Return which pixels are in a window, one for each slice, bool (N, 1, H, W).
 
-    Parameters
-    ----------
-    shown : Tensor
-        (N, 2): height and width of the windows, in pixels.
-    place : Tensor
-        (N, 2): position, from 0 at the first row and column to 1 at the last.
-    size_hw : tuple of int
-        Size of the slices.
+    `shown`, (N, 2), are height and width of the windows in pixels; `place`, (N, 2), is their position, from 0 at the
+    first row and column to 1 at the last.
     """
     sizes = torch.tensor(size_hw, device=shown.device)
     return rectangles(torch.floor(place * (sizes - shown + 1)), shown, size_hw)
@@ -133,14 +122,9 @@ def ends(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def remapped(images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Map intensities by piecewise linear functions.
+    """Map intensities (N, C, H, W) by piecewise linear functions; those outside 0 to 1 keep their distance from 0 or 1.
 
-    Parameters
-    ----------
-    images : Tensor
-        (N, C, H, W), from 0 to 1; intensities outside keep their distance from 0 or 1.
-    values : Tensor
-        (N, K): values of the functions at K equally spaced intensities from 0 to 1.
+    `values`, (N, K), are the values of the functions at K equally spaced intensities from 0 to 1.
     """
     last = values.shape[1] - 1
     slopes = torch.diff(values, dim=1) * last

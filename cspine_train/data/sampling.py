@@ -17,21 +17,10 @@ _BLOCK = 4096
 
 
 def weights_of(cases: Sequence[str], given: Mapping[str, float], known: Sequence[str]) -> NDArray[np.float64]:
-    """Return the weight of each case, 1 by default.
+    """Return the weight of each training case, 1 by default.
 
-    Parameters
-    ----------
-    cases : sequence of str
-        The training cases.
-    given : mapping
-        Weights by case.
-    known : sequence of str
-        All cases of the store; those that do not train in this fold may have a weight, too.
-
-    Raises
-    ------
-    RunError
-        If a weight is given to an unknown case.
+    `known` are all cases of the store: those that do not train in this fold may have a weight, too. Raises `RunError`
+    if a weight is given to any other case.
     """
     composed = {_composed(case) for case in known}
     given = {_composed(case): weight for case, weight in given.items()}

@@ -171,12 +171,7 @@ def _check_size(records: Iterable[CaseRecord], settings: RunSettings, size_hw: t
 def labelled_pixels(voxels: Sequence[int], size: int) -> tuple[int, int] | None:
     """Return the first and the last pixel that a labelled voxel contributes to; None if no voxel is labelled.
 
-    Parameters
-    ----------
-    voxels : sequence of int
-        Number of labelled voxels at each position along an axis.
-    size : int
-        Number of pixels that these positions are resampled to.
+    `voxels` are the numbers of labelled voxels at each position along an axis, which is resampled to `size` pixels.
     """
     labelled = np.flatnonzero(voxels)
     if not labelled.size:

@@ -45,19 +45,9 @@ def _middle(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def inside(shapes_hw: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
-    """Return which pixels of images are not padding of `fit`.
+    """Return which pixels of images are not padding of `fit`, bool (N, 1, H, W).
 
-    Parameters
-    ----------
-    shapes_hw : Tensor
-        int64 (N, 2): sizes before `fit`.
-    size_hw : tuple of int
-        Size after it.
-
-    Returns
-    -------
-    Tensor
-        bool (N, 1, H, W).
+    `shapes_hw`, int64 (N, 2), are the sizes before `fit`, and `size_hw` is the size after it.
     """
     sizes = torch.tensor(size_hw, device=shapes_hw.device)
     own = torch.minimum(shapes_hw, sizes)
@@ -67,12 +57,7 @@ def inside(shapes_hw: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
 def rectangles(first: torch.Tensor, sides: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
     """Return which pixels are in a rectangle, one for each image, bool (N, 1, H, W).
 
-    Parameters
-    ----------
-    first, sides : Tensor
-        (N, 2): first row and column of each rectangle; number of its rows and columns.
-    size_hw : tuple of int
-        Size of the images.
+    `first` and `sides`, (N, 2), are the first row and column of each rectangle, and the number of its rows and columns.
     """
     rows, columns = (
         (pixels >= first[:, axis, None]) & (pixels < (first + sides)[:, axis, None])

@@ -184,10 +184,7 @@ MEASURES = (
 def measures() -> tuple[MaskMeasure, ...]:
     """Return all measures, in the order of tables: `MEASURES`, then those of plug-ins.
 
-    Raises
-    ------
-    RunError
-        If a plug-in cannot be imported.
+    Raises `RunError` if a plug-in cannot be imported.
     """
     own = {measure.name for measure in MEASURES}
     return *MEASURES, *(replace(load(METRICS, name), name=name) for name in names(METRICS) if name not in own)
@@ -251,13 +248,7 @@ def _value(measure: MaskMeasure, pair: MaskPair) -> float:
 
 
 def overlap(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Overlap:
-    """Count the overlap of two masks of one shape.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
-    """
+    """Count the overlap of two masks; a `ValueError` if their shapes differ."""
     if predicted.shape != truth.shape:
         raise ValueError(f"masks of shapes {predicted.shape} and {truth.shape} cannot be compared")
     both = int(np.count_nonzero(predicted & truth))
@@ -277,13 +268,7 @@ def slice_overlaps(found: NDArray[np.bool_], truth: NDArray[np.bool_], axis: int
 def label_agreements(
     found: NDArray[Any], truth: NDArray[Any], spacing_mm: tuple[float, float, float]
 ) -> dict[int, Agreement]:
-    """Compare two label maps for each label value of either, without 0.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
-    """
+    """Compare two label maps of one shape for each label value of either, without 0."""
     values = np.union1d(np.unique(found), np.unique(truth))
     return {int(value): agreement(found == value, truth == value, spacing_mm) for value in values if value}
 

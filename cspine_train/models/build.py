@@ -78,13 +78,7 @@ def build_model(
 
 
 def check_names(model: str, encoder: str) -> None:
-    """Refuse unknown architectures and encoders, without network access.
-
-    Raises
-    ------
-    ModelError
-        If SMP and plug-ins have no such architecture, or SMP and timm no such encoder.
-    """
+    """Refuse, with a `ModelError`, architectures and encoders that SMP, timm and plug-ins lack; needs no network."""
     if model not in architectures():
         raise ModelError(
             f"model {model!r}: is not known{meant(model, architectures())}; cspine-train models lists them"
@@ -173,10 +167,7 @@ def save_model(network: Any, folder: Path) -> None:
 def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classes: int = 1) -> nn.Module:
     """Build a network and load the weights that `save_model` saved.
 
-    Raises
-    ------
-    ModelError
-        If the weights are missing, damaged, or of another network.
+    Raises `ModelError` if the weights are missing, damaged, or of another network.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

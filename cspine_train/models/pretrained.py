@@ -81,12 +81,8 @@ def weights_at_hand(encoders: Iterable[str]) -> tuple[str, ...]:
 def packaged_state(name: str) -> State | None:
     """Return an encoder's ImageNet weights from their package, with timm's tensor names; None without a package.
 
-    The package has other names for the same tensors. They are matched by order, and their shapes are checked.
-
-    Raises
-    ------
-    ModelError
-        If the package holds other tensors.
+    The package has other names for the same tensors. They are matched by order; a `ModelError` is raised if their
+    shapes differ.
     """
     # In timm's names, the training data follow a dot.
     package, inside = _PACKAGED.get(name.partition(".")[0], ("", ""))
@@ -107,15 +103,8 @@ def packaged_state(name: str) -> State | None:
 def read_state(path: Path) -> State:
     """Read the tensors of a file by name; only tensors are unpickled.
 
-    Parameters
-    ----------
-    path : Path
-        safetensors, a state dict written by `torch.save`, or a checkpoint of timm or Lightning that holds one.
-
-    Raises
-    ------
-    ModelError
-        If the file is none of these.
+    The file is safetensors, a state dict written by `torch.save`, or a checkpoint of timm or Lightning that holds one;
+    for others a `ModelError` is raised.
     """
     if not path.is_file():
         raise ModelError(f"{path}: is no file; give auto, imagenet, none or a file of weights")

@@ -65,16 +65,7 @@ class Gallery:
     def draw(self, folder: Path, stem: str, of: str, notes: Sequence[str]) -> tuple[Path, ...]:
         """Write a picture for each kind that has slices, ``<stem><kind>.png``, with a row for each axis.
 
-        Parameters
-        ----------
-        folder : Path
-            Folder of the pictures, created if needed.
-        stem : str
-            Start of their names.
-        of : str
-            The patients, for the title.
-        notes : sequence of str
-            Notes below each picture.
+        `of` names the patients in the title; notes stand below the picture. The folder is created if needed.
         """
         files = []
         for kind in self._kinds:
@@ -97,28 +88,10 @@ class Gallery:
 def save_overlays(
     loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[Path, ...]:
-    """Predict volumes of validation patients, and draw their best and worst slices along each axis.
+    """Predict validation patients, and draw their best and worst slices: `overlays/best.png` and `worst.png`.
 
-    Parameters
-    ----------
-    loaded : LoadedRun
-        The run; `overlays/best.png` and `worst.png` of its folder are written.
-    cohort : Cohort
-        The store that it was trained on.
-    progress : callable, optional
-        Called with (patients done, patients, case id).
-
-    Returns
-    -------
-    tuple of Path
-        The pictures.
-
-    Raises
-    ------
-    RunError
-        If the store holds other data than the run was trained on.
-    CspineDataError
-        If the store cannot be used.
+    `progress` is called with (patients done, patients, case id). Raises `RunError` if the store holds other data than
+    at training.
     """
     record = loaded.record
     cases = record.validation[:MOST_PATIENTS]
@@ -132,17 +105,7 @@ def save_overlays(
 
 
 def extreme_slices(segmented: Segmented, axis: int, order: Callable[[Overlap], Any]) -> Iterator[SliceView]:
-    """Iterate over a patient's first slices in an order, without their neighbours.
-
-    Parameters
-    ----------
-    segmented : Segmented
-        The patient.
-    axis : int
-        Axis of the slices.
-    order : callable
-        Sort key of a slice's `Overlap`.
-    """
+    """Iterate over a patient's first slices along an axis, in the order of a key of `Overlap`, without neighbours."""
     first, second = (number for number in range(3) if number != axis)
     along_mm = segmented.spacing_mm[axis]
     spacing_mm = segmented.spacing_mm[second], segmented.spacing_mm[first]

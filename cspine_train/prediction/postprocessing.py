@@ -24,23 +24,8 @@ def chosen_postprocessing(
     """Return a run's postprocessing: the record's `kept_components` and `filled_holes`.
 
     It is the combination of the requested steps with the highest mean Dice of the validation patients, on whole
-    volumes; none if no step improves it.
-
-    Parameters
-    ----------
-    loaded : LoadedRun
-        A trained run.
-    cohort : Cohort
-        The store that it was trained on.
-    progress : callable, optional
-        Called with (patients done, patients, case id).
-
-    Raises
-    ------
-    RunError
-        If the store holds other data than the run was trained on.
-    CspineDataError
-        If the store cannot be used.
+    volumes; none if no step improves it. `progress` is called with (patients done, patients, case id). Raises
+    `RunError` if the store holds other data than at training.
     """
     settings = loaded.record.settings
     most = [None, *([settings.largest_components] if settings.largest_components else [])]

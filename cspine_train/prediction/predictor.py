@@ -322,16 +322,9 @@ def _of_any(found: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def expected_dice(total: NDArray[np.float32], weight: float, mask: NDArray[np.bool_]) -> float:
-    """Return the Dice of a mask if all probabilities are right, see `Prediction`.
+    """Return the Dice of a mask, bool (x, y, z), if all probabilities are right, see `Prediction`.
 
-    Parameters
-    ----------
-    total : ndarray
-        Weighted sum of the runs' probabilities of each label, (K, x, y, z).
-    weight : float
-        Sum of the weights.
-    mask : ndarray
-        bool (x, y, z).
+    `total` is the weighted sum of the runs' probabilities of each label, (K, x, y, z), and `weight` the sum of weights.
     """
     probable, probable_in_mask = (
         sum(float(of_label.sum(dtype=np.float64, where=where)) for of_label in total) / weight for where in (True, mask)
@@ -360,13 +353,7 @@ def label_map(
 
 
 def check_runs(runs: Sequence[LoadedRun], weights: Sequence[float] | None = None) -> None:
-    """Refuse to fuse runs of different labels, and weights that do not match the runs.
-
-    Raises
-    ------
-    RunError
-        If there is no run, labels differ, or weights do not match.
-    """
+    """Refuse, with a `RunError`, to fuse runs of different labels, no run, or weights that do not match the runs."""
     if not runs:
         raise RunError("no run given: name at least one with --run")
     if weights is not None and (len(weights) != len(runs) or min(weights) < 0 or not 0 < sum(weights) < math.inf):

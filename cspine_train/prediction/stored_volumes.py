@@ -64,12 +64,7 @@ class Segmented:
 def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     """Predict a case of a run's store, on the grid of its source.
 
-    Raises
-    ------
-    RunError
-        If the store holds other data of the case than at training.
-    CspineDataError
-        If the store cannot be used.
+    Raises `RunError` if the store holds other data of the case than at training.
     """
     check_trained_on(loaded, cohort, case)
     variant = loaded.record.settings.variant
@@ -85,13 +80,7 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
 
 
 def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:
-    """Refuse a case whose data differ from those at training.
-
-    Raises
-    ------
-    RunError
-        If they do.
-    """
+    """Refuse, with a `RunError`, a case whose data differ from those at training."""
     stored = cohort.record(case, loaded.record.settings.variant)
     if stored.digest != loaded.record.digests.get(case):
         now, then = stored.preprocessing, loaded.record.preprocessing

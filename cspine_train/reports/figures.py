@@ -96,18 +96,9 @@ def never_fatal(what: str) -> Iterator[None]:
 
 
 def draw_overlays(path: Path, views: Sequence[SliceView], title: str, notes: Sequence[str] = ()) -> None:
-    """Draw slices with the contours of their predicted and true masks, in a row for each axis.
+    """Draw slices, at least one, with the contours of their predicted and true masks, in a row for each axis.
 
-    Parameters
-    ----------
-    path : Path
-        PNG file, written atomically.
-    views : sequence of SliceView
-        At least one.
-    title : str
-        Title.
-    notes : sequence of str
-        Notes below the picture.
+    The picture is a PNG, written atomically, with a title above and notes below.
     """
     rows = [[view for view in views if view.axis == axis] for axis in sorted({view.axis for view in views})]
     columns = max(map(len, rows))
@@ -161,13 +152,7 @@ def _show(axes: Axes, view: SliceView) -> None:
 
 
 def draw_curves(run: Path) -> None:
-    """Draw `curves.png` of a run folder from its `metrics.csv`: loss, validation Dice and learning rate by epoch.
-
-    Raises
-    ------
-    RunError
-        If the folder is no run.
-    """
+    """Draw `curves.png` of a run folder from its `metrics.csv`: loss, validation Dice and learning rate by epoch."""
     record = load_record(run)
     with (run / METRICS_NAME).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -27,13 +27,6 @@ def write_card(run: Path, record: RunRecord) -> Path:
     """Write a run's `MODEL_CARD.md`: intended use, data, results and limits.
 
     Cases are counted, not named. Scores are from the run folder's evaluations of the kept weights.
-
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    record : RunRecord
-        Its record.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

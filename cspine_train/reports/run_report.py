@@ -22,13 +22,6 @@ def write_report(run: Path, record: RunRecord) -> Path:
     """Write a run's `report.html` from the files of its folder: scores, slices, overlays, curves.
 
     Only evaluations of the kept weights are shown. Names and notes are escaped.
-
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    record : RunRecord
-        Its record.
     """
     settings = record.settings
     planes = ", ".join(PLANES[axis] for axis in settings.axes)

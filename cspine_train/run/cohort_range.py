@@ -22,13 +22,7 @@ _LIKE_CT = -500.0
 
 
 class CohortLooks(BaseModel):
-    """Ranges of the properties of a run's training volumes, apart from their label maps.
-
-    Attributes
-    ----------
-    ranges : dict
-        Lowest and highest value, by the names of `looks_of`.
-    """
+    """Ranges of the properties of a run's training volumes, apart from their label maps, by the names of `looks_of`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -82,14 +76,9 @@ def _looks(
 
 
 def differences(cohort: CohortLooks | None, looks: Mapping[str, float]) -> tuple[str, ...]:
-    """Describe how a volume differs from a run's training volumes, a line for each difference.
+    """Describe how a volume, with the properties of `looks_of`, differs from a run's training volumes, a line each.
 
-    Parameters
-    ----------
-    cohort : CohortLooks or None
-        Ranges of the run's record; None, in old records, gives no lines.
-    looks : dict
-        Properties of the volume, see `looks_of`.
+    Old records have no ranges, which gives no lines.
     """
     return tuple(_differences(cohort.ranges, looks)) if cohort else ()
 

@@ -51,10 +51,7 @@ def write_text(path: Path, text: str) -> None:
 def read_rows(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
     """Read the rows of a CSV table, with a function that converts each column; empty if there is no file.
 
-    Raises
-    ------
-    RunError
-        If a column is missing or a value cannot be converted.
+    Raises `RunError` if a column is missing or a value cannot be converted.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -72,21 +69,10 @@ def is_in_use(folder: Path) -> bool:
 
 @contextmanager
 def only_writer(folder: Path, others: str = "is being trained or evaluated", patience_s: float = 0) -> Iterator[None]:
-    """Hold the lock of a run or study folder, and remove unfinished files of killed processes.
+    """Hold the lock of a run or study folder, which exists, and remove unfinished files of killed processes.
 
-    Parameters
-    ----------
-    folder : Path
-        An existing folder.
-    others : str
-        What another holder of the lock does, for the message.
-    patience_s : float
-        See `exclusive_lock`.
-
-    Raises
-    ------
-    RunError
-        If another process holds the lock.
+    Raises a `RunError` if another process holds the lock; `others` says in it what that process does. See
+    `exclusive_lock` for `patience_s`.
     """
     with only_one(folder / LOCK_NAME, f"{folder}: {others} by another process", patience_s):
         for written in (folder, *(folder / name for name in _WRITTEN_FOLDERS)):
@@ -95,13 +81,7 @@ def only_writer(folder: Path, others: str = "is being trained or evaluated", pat
 
 
 def only_one(lock: Path, problem: str, patience_s: float = 0) -> AbstractContextManager[Any]:
-    """Take a lock, see `exclusive_lock`.
-
-    Raises
-    ------
-    RunError
-        With `problem`, if another process holds it.
-    """
+    """Take a lock, see `exclusive_lock`; if another process holds it, raise a `RunError` with `problem`."""
     try:
         return exclusive_lock(lock, patience_s)
     except TimeoutError:

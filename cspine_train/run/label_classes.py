@@ -21,10 +21,7 @@ _MOST_NAMED = 3
 def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[int, ...]:
     """Return the label values of a run's classes: the sorted values of its training cases; empty for binary labels.
 
-    Raises
-    ------
-    RunError
-        If there are more than 254, or one exceeds 32 bits.
+    Raises `RunError` if there are more than 254, or one exceeds 32 bits.
     """
     if settings.labels == "binary":
         return ()

@@ -14,10 +14,7 @@ from cspine_train.run.settings import DataSettings
 def split_of(cohort: Cohort, settings: DataSettings) -> Split:
     """Return the training, validation and test cases; cases with an empty label map are left out, with a warning.
 
-    Raises
-    ------
-    RunError
-        If there are too few cases to train and validate.
+    Raises `RunError` if there are too few cases to train and validate.
     """
     split = cohort.split(folds=settings.folds, fold=settings.fold, variant=settings.variant)
     empty = cohort.empty_label_maps(settings.variant)
@@ -33,13 +30,7 @@ def split_of(cohort: Cohort, settings: DataSettings) -> Split:
 
 
 def what_is_fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
-    """Return the fields of a run's record about its cases.
-
-    Raises
-    ------
-    RunError
-        If cases were prepared with different parameters.
-    """
+    """Return the fields of a run's record about its cases; a `RunError` if their preprocessing differs."""
     cases = (*split.train, *split.validation, *split.test)
     first = cohort.record(cases[0], variant)
     ignored: set[int] = set()

@@ -120,10 +120,8 @@ def save_record(run: Path, record: RunRecord) -> None:
 def load_record(run: Path) -> RunRecord:
     """Read a run's record.
 
-    Raises
-    ------
-    RunError
-        If the folder is no run, holds a link to the outside, its record is damaged, or a newer cspine wrote it.
+    Raises `RunError` if the folder is no run, holds a link to the outside, its record is damaged, or a newer cspine
+    wrote it.
     """
     # A run may come from anywhere: files outside it must not be read, copied into a report, or overwritten.
     for folder, folders, files in os.walk(run):
@@ -158,21 +156,8 @@ def load_record(run: Path) -> RunRecord:
 def record_to_resume(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:
     """Return the record of the run that a folder holds; None if there is none yet.
 
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    settings : RunSettings
-        Settings of the run to train.
-    digests : dict
-        Digests of its cases.
-    first : bool
-        Whether this process has rank 0. The others may find files that rank 0 is about to write.
-
-    Raises
-    ------
-    RunError
-        If the folder holds a run of other settings or data, or something else.
+    Only rank 0 (`first`) refuses a folder without a record that is not empty: the others may find its files. Raises
+    `RunError` if the folder holds a run of other settings or data, or something else.
     """
     if not (run / RECORD_NAME).exists():
         if first and is_in_use(run):

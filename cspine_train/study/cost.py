@@ -29,16 +29,9 @@ _FEWEST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 4, 2.0
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated cost of a cell.
+    """Estimated cost of a cell: training slices in an epoch, and seconds of all training steps without early stopping.
 
-    Attributes
-    ----------
-    slices : int
-        Training slices in an epoch.
-    seconds : float
-        Time of all training steps in one process, without early stopping.
-    failure : str or None
-        Why the cell cannot be trained.
+    `failure` says why the cell cannot be trained.
     """
 
     slices: int
@@ -55,18 +48,8 @@ def costs(
 ) -> dict[str, Cost]:
     """Estimate the cost of each cell on this machine: seconds per step, times steps, times epochs.
 
-    Steps are timed once for each network, batch size and image size.
-
-    Parameters
-    ----------
-    cohort : Cohort
-        The training data.
-    cells : sequence of Cell
-        The cells.
-    threads : int
-        Threads of each cell's process, see `processes_here`.
-    progress : callable, optional
-        Called with (cells estimated, cells, cell name).
+    Steps are timed once for each network, batch size and image size, with the threads of a cell's process, see
+    `processes_here`. `progress` is called with (cells estimated, cells, cell name).
     """
     torch.set_num_threads(threads)
     # One network is in memory at a time; cells of a network follow each other in a plan.

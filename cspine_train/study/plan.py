@@ -88,12 +88,8 @@ def encoder_and_weights(encoder: str, weights: Mapping[str, str]) -> tuple[str, 
 def queued(path: Path, grid: Grid, recipe: RunSettings) -> tuple[list[RunSettings], int]:
     """Read a queue file of the reference study: the settings of its runs, and the number of lines marked as done.
 
-    The columns are ``done,model,encoder,axis,epochs,batch``; variants, folds and seeds are the grid's.
-
-    Raises
-    ------
-    RunError
-        If the file cannot be read, or a line is invalid.
+    The columns are ``done,model,encoder,axis,epochs,batch``; variants, folds and seeds are the grid's. Raises
+    `RunError` if the file cannot be read, or a line is invalid.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -136,15 +132,7 @@ def _checked(recipe: RunSettings, update: Mapping[str, Any]) -> RunSettings:
 
 
 class Cell(BaseModel):
-    """A run of a study.
-
-    Attributes
-    ----------
-    name : str
-        Name of its folder: the main settings, and a digest of all settings, its patients' data and a weights file.
-    settings : RunSettings
-        The settings.
-    """
+    """A run of a study. Its name, that of its folder, has a digest of settings, patients' data and weights file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -249,13 +237,7 @@ def save_plan(study: Path, plan: Plan) -> None:
 
 
 def load_plan(study: Path) -> Plan:
-    """Read a study's plan.
-
-    Raises
-    ------
-    RunError
-        If the folder is no study, its plan is damaged, or a newer cspine wrote it.
-    """
+    """Read a study's plan; a `RunError` if the folder is no study, or the plan is damaged or of a newer cspine."""
     try:
         content = (study / PLAN_NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -24,13 +24,7 @@ TABLES_NAME = "tables.md"
 
 
 def study_findings(study: str | Path) -> tuple[Findings, pd.DataFrame, Plan]:
-    """Return the results of a study so far: findings, the tidy table, and the plan.
-
-    Raises
-    ------
-    RunError
-        If the folder is no study.
-    """
+    """Return findings, tidy table and plan of a study so far; a `RunError` if the folder is no study."""
     folder = Path(study)
     plan = load_plan(folder)
     table = study_table(folder, plan)
@@ -41,17 +35,7 @@ def study_findings(study: str | Path) -> tuple[Findings, pd.DataFrame, Plan]:
 def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
     """Write `results.csv`, `results.parquet`, `tables.md` and `report.html` into a study's folder.
 
-    Returns
-    -------
-    found : Findings
-        Their content.
-    files : tuple of Path
-        The files.
-
-    Raises
-    ------
-    RunError
-        If the folder is no study.
+    Returns the findings and the files; raises `RunError` if the folder is no study.
     """
     folder = Path(study)
     found, table, plan = study_findings(folder)

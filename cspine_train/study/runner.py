@@ -46,25 +46,13 @@ class Outcome:
 
 
 def check_output(study: Path) -> None:
-    """Refuse an output folder that is not empty and no study.
-
-    Raises
-    ------
-    RunError
-        If it is such a folder, or a file.
-    """
+    """Refuse, with a `RunError`, an output that is a file, or a folder that is not empty and no study."""
     if study.is_file() or (is_in_use(study) and not (study / PLAN_NAME).exists()):
         raise RunError(f"{study}: exists and is no study; choose another folder with -o")
 
 
 def check_not_run(study: Path) -> None:
-    """Refuse a study that another process is running.
-
-    Raises
-    ------
-    RunError
-        If one is.
-    """
+    """Refuse, with a `RunError`, a study that another process is running."""
     if study.is_dir():
         with _lock(study):
             pass

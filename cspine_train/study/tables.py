@@ -85,15 +85,7 @@ class Findings:
 
 
 def findings(table: pd.DataFrame, unfinished: Sequence[str] = ()) -> Findings:
-    """Compute a study's statistics and tables.
-
-    Parameters
-    ----------
-    table : DataFrame
-        The tidy table, see `study_table`.
-    unfinished : sequence of str
-        Cells without results.
-    """
+    """Compute statistics and tables from the tidy table of a study, and the names of cells without results."""
     dice = scores(table)
     compared = contrasts(dice)
     figures = _figures(table, dice)

@@ -87,15 +87,6 @@ class Keep(Callback):
 
     With the plateau schedule the network is saved whenever validation improves. The other schedules end at their lowest
     rate, and the last epoch is kept: an earlier peak on a few validation patients is mostly luck.
-
-    Parameters
-    ----------
-    run : Path
-        The run folder; its record is there.
-    schedule : str
-        As in `RunSettings`.
-    average : WeightEMA, optional
-        Where the averaged network is, if the run averages weights.
     """
 
     def __init__(self, run: Path, schedule: str, average: WeightEMA | None = None) -> None:
@@ -171,13 +162,7 @@ class Keep(Callback):
 
 
 class Curves(Callback):
-    """Draws the run's curves after an epoch, unless the last drawing took long compared with the time since then.
-
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    """
+    """Draws the run's curves after an epoch, unless the last drawing took long compared with the time since then."""
 
     def __init__(self, run: Path) -> None:
         self._run = run

@@ -66,18 +66,10 @@ class Machines(BaseModel):
         return self.devices
 
     def options(self, from_command: bool = False) -> dict[str, Any]:
-        """Return the arguments of Lightning's trainer.
+        """Return the arguments of Lightning's trainer; `from_command` as in `train`.
 
-        Parameters
-        ----------
-        from_command : bool
-            As in `train`.
-
-        Raises
-        ------
-        RunError
-            If the machine has fewer GPUs, the processes cannot be started, or torchrun started another number of
-            them.
+        Raises `RunError` if the machine has fewer GPUs, processes cannot be started, or torchrun started another number
+        of them.
         """
         devices = self._devices_of_a_node()
         options: dict[str, Any] = {"devices": devices, "num_nodes": self.nodes, "use_distributed_sampler": False}
@@ -153,10 +145,7 @@ class _DDP(DDPStrategy):
 class ProcessCheck(Callback):
     """Refuses processes that see other data, checkpoints or weights than rank 0, as on a disk that is not shared.
 
-    Parameters
-    ----------
-    start : str
-        Describes what this process sees.
+    `start` describes what this process sees.
     """
 
     def __init__(self, start: str) -> None:
@@ -223,17 +212,7 @@ def average_batch_statistics(network: nn.Module) -> None:
 def training_errors(trainer: Any, run: Path) -> Iterator[None]:
     """Raise errors of training as one line, and end the processes that this one started.
 
-    Parameters
-    ----------
-    trainer : Trainer
-        Made with the options of `Machines`.
-    run : Path
-        The run folder, for messages.
-
-    Raises
-    ------
-    RunError
-        If another process has ended, or PyTorch does not support an option for this network.
+    Raises `RunError` if another process has ended, or PyTorch does not support an option for this network.
     """
     try:
         yield

@@ -24,25 +24,20 @@ _ONE_VALUE = "Expected more than 1 value per channel"
 
 
 def check_steps(network: nn.Module, settings: RunSettings, sizes: ImageSizes, smallest_batch: int, half: bool) -> None:
-    """Refuse a run whose network fails on its images, or whose training steps do not fit into memory.
+    """Refuse, with a `RunError`, a run whose network fails on its images, or whose steps do not fit into memory.
 
     Parameters
     ----------
     network : Module
         The network; it is not changed.
     settings : RunSettings
-        The run's settings.
+        Channels and batch size, and names for messages.
     sizes : ImageSizes
         Sizes of its images.
     smallest_batch : int
         Slices in the smallest training batch.
     half : bool
         Whether the step computes in 16 bits.
-
-    Raises
-    ------
-    RunError
-        If a step fails, or the lower bound of its memory exceeds the free memory.
     """
     channels, batch = settings.channels, settings.batch_size
     # Before the step: a user can ask for more elements than a tensor may have.
@@ -83,12 +78,7 @@ def _refusal(settings: RunSettings, verb: str, size_hw: tuple[int, int]) -> Iter
 def saved_bytes(meta: nn.Module, shape: tuple[int, int, int, int]) -> int:
     """Return the bytes that a float32 step saves for the backward pass, a lower bound of its memory.
 
-    Parameters
-    ----------
-    meta : Module
-        A network on the device ``meta``.
-    shape : tuple of int
-        Images of a batch, (N, C, H, W).
+    The network is on the device ``meta``; `shape` is that of its images, (N, C, H, W).
     """
     own = {_address(tensor) for tensor in (*meta.parameters(), *meta.buffers())}
     # Storages are kept alive, so that their addresses stay different.
