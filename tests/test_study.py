@@ -152,7 +152,7 @@ def test_what_is_no_queue_is_told_by_its_line(content: str, told: str, tmp_path:
     ("options", "told"),
     [
         (("--axes", "0,3"), "--axes 3: is none of 0, 1, 2, 012"),
-        (("--axes", "02"), "--axes 02: is none of 0, 1, 2, 012, and several stand with commas between them"),
+        (("--axes", "02"), "--axes 02: is none of 0, 1, 2, 012; separate axes by commas"),
         (
             ("--encoders", "resnet18:random", "--weights", "resnet18=w.pth"),
             "no encoder of the study starts from it; name",
@@ -160,7 +160,7 @@ def test_what_is_no_queue_is_told_by_its_line(content: str, told: str, tmp_path:
         (("--encoders", "tu-resnet10tt:random"), "encoder 'tu-resnet10tt': is not known (did you mean tu-resnet10t?)"),
         (("--models", "unet,,fpn"), "'unet,,fpn' is not A,B,..."),
         (("--folds", "2"), "'2' is neither reference nor a number from 3"),
-        (("--weights", "resnet50"), "'resnet50' is neither imagenet, none, nor of the form ENCODER=FILE"),
+        (("--weights", "resnet50"), "'resnet50' is neither imagenet, none nor ENCODER=FILE"),
         (("--variants", "n5"), "holds no variant 'n5'; the store holds n4, raw"),
         (("--encoders", "resnet50:none"), "encoder 'resnet50:none': is neither NAME nor NAME:random"),
         (("--weights", "resnet50=nowhere.pth"), "nowhere.pth: cannot be read (No such file or directory); check the"),
@@ -439,7 +439,7 @@ def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(co
         assert process.stderr.readline() == f"{run.name}: waits for another process that trains it\n"
         others.release()
         told = process.stdout.read()
-    assert json.loads(told)["failure"].startswith("its patients' data or the file of its weights are others than were")
+    assert json.loads(told)["failure"].startswith("its data or weights file have changed")
     assert [path.name for path in run.iterdir()] == [".lock"]
 
 
@@ -594,7 +594,7 @@ def test_a_plan_that_was_tampered_with_is_refused(cohort: Cohort, tmp_path: Path
     plan = plan_study(cohort, Grid(("unet",), ("random",), axes=((2,),)).settings(RECIPE))
     name = plan.cells[0].name
     for content, told in (
-        (plan.model_dump_json().replace(name, "../../elsewhere"), "is damaged .*; give the study command again"),
+        (plan.model_dump_json().replace(name, "../../elsewhere"), "is damaged .*; run the study command again"),
         (plan.model_dump_json().replace(name, ".."), "is damaged"),
         (plan.model_dump_json().replace(name, ""), "is damaged"),
         (plan.model_dump_json().replace(name, "a\\u0000b"), "is damaged"),

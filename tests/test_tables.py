@@ -300,11 +300,11 @@ def test_the_published_figures_are_72_and_stand_beside_the_same_cell() -> None:
     ]
     (table,) = found_in(rows).cells
     assert published_beside(table) == [("75", "+5.0"), ("84", "-4.0"), ("79", "+1.0"), ("", ""), ("", "")]
-    assert not any("start from a file" in note for note in table.notes)
+    assert not any("from a file" in note for note in table.notes)
     # What to do where ImageNet's weights cannot be had.
     (table,) = found_in([row(encoder="inceptionv4", weights="in.pth", dice=0.8)]).cells
     assert published_beside(table) == [("79", "+1.0")]
-    assert "whether the file holds those is not known." in table.notes[-1]
+    assert "whether the file holds these is not known." in table.notes[-1]
     assert "random is resnet50 without pretrained weights" in rendered(found_in(rows), "markdown")
 
 

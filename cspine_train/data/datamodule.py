@@ -72,7 +72,6 @@ class CohortSlices(lightning.LightningDataModule):
         self._rank, self._world = rank, world
         #: The epoch to start from, and the number of its batches that are done; above 0 in a resumed run.
         self.first_epoch, self.batches_done = 0, 0
-        self.validation_cases = split.validation
         training, validating, testing = (
             _Records(cohort, part, settings.variant) for part in (split.train, split.validation, split.test)
         )

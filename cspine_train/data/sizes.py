@@ -158,10 +158,17 @@ def _check_size(records: Iterable[CaseRecord], settings: RunSettings, size_hw: t
             f"size {_text(size_hw)}: {settings.model} with encoder {settings.encoder} takes multiples of {multiple}"
             f"{f' from {least} on' if least > multiple else ''}; the nearest --size is {nearest}"
         )
-    cuts = [cut for record in records for cut in _cuts(record, settings, size_hw)]
+    cuts = []
+    enough = list(size_hw)
+    for record in records:
+        for side, axis, size, first, last in _labelled(record, settings):
+            if pixels := _cut(first, last, size, size_hw[side]):
+                mm = record.sliced_spacing_xyz_mm[axis] * record.sliced_size_xyz[axis] / size
+                cuts.append((pixels * mm, pixels, record.case, axis))
+            while _cut(first, last, size, enough[side]):
+                enough[side] += multiple
     if cuts:
-        pixels, mm, case, axis = max(cuts, key=lambda cut: cut[1])
-        enough = _least(records, settings, size_hw, sides)
+        mm, pixels, case, axis = max(cuts, key=lambda cut: cut[0])
         raise RunError(
             f"size {_text(size_hw)}: would cut {mm:.1f} mm ({pixels} pixels) off the labelled region of {case} along "
             f"axis {axis}; the smallest --size that cuts nothing off is {_text(enough)}"
@@ -202,25 +209,6 @@ def _labelled(record: CaseRecord, settings: RunSettings) -> Iterator[tuple[int, 
             ends = labelled_pixels(record.labelled_voxels[axis], size) if record.labelled else None
             if ends:
                 yield side, axis, size, *ends
-
-
-def _cuts(record: CaseRecord, settings: RunSettings, size_hw: tuple[int, int]) -> Iterator[tuple[int, float, str, int]]:
-    for side, axis, size, first, last in _labelled(record, settings):
-        pixels = _cut(first, last, size, size_hw[side])
-        if pixels:
-            mm = record.sliced_spacing_xyz_mm[axis] * record.sliced_size_xyz[axis] / size
-            yield pixels, pixels * mm, record.case, axis
-
-
-def _least(
-    records: Iterable[CaseRecord], settings: RunSettings, size_hw: tuple[int, int], sides: Sides
-) -> tuple[int, int]:
-    least = list(size_hw)
-    for record in records:
-        for side, _, size, first, last in _labelled(record, settings):
-            while _cut(first, last, size, least[side]):
-                least[side] += sides.multiple
-    return least[0], least[1]
 
 
 def _cut(first: int, last: int, size: int, wanted: int) -> int:

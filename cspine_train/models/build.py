@@ -17,11 +17,9 @@ from torch import nn
 from cspine_data.tools import atomic_write, make_folder
 from cspine_train.data.sizes import Sides
 from cspine_train.errors import ModelError, RunError, meant
-from cspine_train.extensions import ARCHITECTURES, BUILT_IN, load, names
+from cspine_train.extensions import ARCHITECTURES, load, names
 from cspine_train.models.pretrained import give_weights
 
-#: The architectures of the reference study.
-REFERENCE_MODELS = tuple(BUILT_IN[ARCHITECTURES])
 _TIMM_NAME = re.compile(r"tu-[\w.-]+")
 
 

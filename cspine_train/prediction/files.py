@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -233,13 +232,8 @@ class _Index:
         if not path.exists():
             return
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        # Rows that a killed command cut off, or a spreadsheet changed, are dropped.
-        self._rows = {row["label"]: row for row in rows if _is_whole(row)}
-        # The next row must not continue a line that was cut off.
-        if len(self._rows) < len(rows) or not text.endswith("\n"):
-            self._write()
+            # Rows that were cut off, or changed by a spreadsheet, are dropped.
+            self._rows = {row["label"]: row for row in csv.DictReader(file) if _is_whole(row)}
 
     def known(self, volume: Path, target: Path, digest: str) -> Predicted | None:
         """Return the earlier prediction of a volume by these runs; None if there is none."""
@@ -266,19 +260,9 @@ class _Index:
             "volume_sha256": digest,
             "made_by": self._made_by,
         }
-        again = done.label.name in self._rows
         self._rows[done.label.name] = row
-        if again or not self._path.exists():
-            self._write()
-            return
-        # Append a line: there may be ten thousand.
-        with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.DictWriter(file, _COLUMNS).writerow(row)
-            file.flush()
-            # After a power failure, a label map without its row would count as one of other runs.
-            os.fsync(file.fileno())
-
-    def _write(self) -> None:
+        # The whole file, durably: ten thousand rows take 50 ms. After a power failure, a label map without its row
+        # would count as one of other runs.
         with (
             atomic_write(self._path) as temporary,
             temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
