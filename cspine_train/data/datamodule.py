@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning
+import numpy as np
+from numpy.typing import NDArray
 
 from cspine_data import CaseRecord, Cohort, Split
 from cspine_train.data.batches import BatchLoader, SliceBatches
-from cspine_train.data.sampling import EpochSampler, ProcessBatches, weights_of
+from cspine_train.data.sampling import EpochSampler, ProcessBatches
 from cspine_train.data.sizes import USUAL_SIDES, Sides, image_sizes
-from cspine_train.errors import RunError
-from cspine_train.run.settings import RunSettings
+from cspine_train.errors import RunError, meant
+from cspine_train.run.settings import DataSettings, RunSettings
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,17 @@ class _Records:
 
     def __iter__(self) -> Iterator[CaseRecord]:
         return (self.cohort.record(case, self.variant) for case in self.cases)
+
+
+def _weights(cases: Sequence[str], settings: DataSettings, cohort: Cohort) -> NDArray[np.float64]:
+    """Return the weights of training cases; refuse weights of cases that the store lacks."""
+    unknown = settings.case_weights.keys() - {unicodedata.normalize("NFC", case) for case in cohort.cases}
+    if unknown:
+        case = min(unknown)
+        raise RunError(
+            f"case {case!r}: has a weight and is not in the store{meant(case, cohort.cases)}; see --case-weight"
+        )
+    return np.array([settings.weight_of(case) for case in cases], dtype=np.float64)
 
 
 class CohortSlices(lightning.LightningDataModule):
@@ -80,7 +94,7 @@ class CohortSlices(lightning.LightningDataModule):
         how: dict[str, Any] = {"variant": settings.variant, "labels": settings.labels, "context": settings.context}
         train = cohort.slices(settings.axes, cases=split.train, **how)
         validation = cohort.slices(settings.axes, cases=split.validation, **how)
-        weights = weights_of(train.cases, settings.case_weights, cohort.cases)
+        weights = _weights(train.cases, settings, cohort)
         self._sampler = EpochSampler(
             train.labelled_voxels, settings.empty_share, settings.seed, train.case_numbers, weights, settings.balance
         )

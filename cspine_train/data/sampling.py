@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, Sampler
 
-from cspine_train.errors import RunError, meant
-
 Balance = Literal["slices", "cases"]
 _BLOCK = 4096
-
-
-def weights_of(cases: Sequence[str], given: Mapping[str, float], known: Sequence[str]) -> NDArray[np.float64]:
-    """Return the weight of each training case, 1 by default.
-
-    `known` are all cases of the store: those that do not train in this fold may have a weight, too. Raises `RunError`
-    if a weight is given to any other case.
-    """
-    composed = {_composed(case) for case in known}
-    given = {_composed(case): weight for case, weight in given.items()}
-    for case in given:
-        if case not in composed:
-            raise RunError(
-                f"case {case!r}: has a weight and is not in the store{meant(case, known)}; see --case-weight"
-            )
-    return np.array([given.get(_composed(case), 1.0) for case in cases], dtype=np.float64)
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 class EpochSampler(Sampler[int]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,49 +65,45 @@ def draw_overview(stem: Path, volume: Volume, label: Volume, truth: Volume | Non
     return tuple(files)
 
 
+@dataclass(frozen=True, eq=False)
 class _Shown:
     """A volume with its masks, (x, y, z), and pictures of its slices."""
 
-    def __init__(
-        self,
-        image: NDArray[Any],
-        found: NDArray[np.bool_],
-        truth: NDArray[np.bool_] | None,
-        spacing_mm: tuple[float, float, float],
-        window: tuple[float, float],
-    ) -> None:
-        self._image, self._found, self._truth = image, found, truth
-        self._spacing_mm, self._window = spacing_mm, window
+    image: NDArray[Any]
+    found: NDArray[np.bool_]
+    truth: NDArray[np.bool_] | None
+    spacing_mm: tuple[float, float, float]
+    window: tuple[float, float]
 
     def indices(self, axis: int) -> NDArray[np.int64]:
         """Return the labelled slices and a margin; all slices if none is labelled."""
         others = tuple(a for a in range(3) if a != axis)
-        marked: NDArray[np.bool_] = np.any(self._found, axis=others)
-        if self._truth is not None:
-            marked |= np.any(self._truth, axis=others)
+        marked: NDArray[np.bool_] = np.any(self.found, axis=others)
+        if self.truth is not None:
+            marked |= np.any(self.truth, axis=others)
         at = np.flatnonzero(marked)
         if not at.size:
             return np.arange(len(marked))
-        margin = round(_MARGIN_MM / self._spacing_mm[axis])
+        margin = round(_MARGIN_MM / self.spacing_mm[axis])
         return np.arange(max(0, at[0] - margin), min(len(marked), at[-1] + margin + 1))
 
     def frame(self, axis: int, index: int) -> Picture:
         """Return a picture of a slice, with the aspect ratio of the patient."""
         from PIL import Image, ImageDraw
 
-        low, high = self._window
-        image = as_seen(np.take(self._image, index, axis), axis)
+        low, high = self.window
+        image = as_seen(np.take(self.image, index, axis), axis)
         grey = (np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
         colours = np.repeat(grey[..., None], 3, axis=2)
-        found = as_seen(np.take(self._found, index, axis), axis)
+        found = as_seen(np.take(self.found, index, axis), axis)
         colours[found] = ((1 - _FILL) * colours[found] + _FILL * np.array(_FOUND)).astype(np.uint8)
-        right_mm, down_mm = (mm for a, mm in enumerate(self._spacing_mm) if a != axis)
+        right_mm, down_mm = (mm for a, mm in enumerate(self.spacing_mm) if a != axis)
         height, width = colours.shape[0] * down_mm, colours.shape[1] * right_mm
         scale = _LONGEST_SIDE / max(height, width)
         size = max(1, round(width * scale)), max(1, round(height * scale))
         picture = Image.fromarray(colours).resize(size, Image.Resampling.BILINEAR)
-        if self._truth is not None:
-            truth = Image.fromarray(as_seen(np.take(self._truth, index, axis), axis).astype(np.uint8) * 255)
+        if self.truth is not None:
+            truth = Image.fromarray(as_seen(np.take(self.truth, index, axis), axis).astype(np.uint8) * 255)
             mask = np.asarray(truth.resize(size, Image.Resampling.NEAREST)) > 0
             pixels = np.array(picture)
             pixels[mask & ~ndimage.binary_erosion(mask)] = _TRUTH

@@ -128,30 +128,25 @@ def _plane(axis: str) -> str:
 
 
 def _confusion(table: Path) -> dict[str, Any] | None:
+    import pandas as pd
+
     rows = read_rows(table, dict.fromkeys(("true_label", "found_label", "voxels"), int))
     if not rows:
         return None
-    voxels: dict[int, dict[int, int]] = {}
-    for row in rows:
-        of_true = voxels.setdefault(row["true_label"], {})
-        of_true[row["found_label"]] = of_true.get(row["found_label"], 0) + row["voxels"]
-    found = sorted({value for of_true in voxels.values() for value in of_true})
+    counts = pd.DataFrame(rows).pivot_table("voxels", "true_label", "found_label", "sum", fill_value=0)
     # No row for unlabelled voxels: those predicted as unlabelled are not counted.
-    labels = [value for value in sorted(voxels) if value]
+    counts = counts[counts.index != 0]
     return {
-        "found": ["none" if value == 0 else value for value in found],
+        "found": [value or "none" for value in counts.columns],
         "rows": [
             {
                 "value": value,
-                "voxels": sum(voxels[value].values()),
+                "voxels": int(voxels.sum()),
                 "shares": [
-                    {
-                        "told": f"{100 * voxels[value].get(other, 0) / sum(voxels[value].values()):.1f}",
-                        "own": value == other,
-                    }
-                    for other in found
+                    {"told": f"{100 * share:.1f}", "own": value == other}
+                    for other, share in (voxels / voxels.sum()).items()
                 ],
             }
-            for value in labels
+            for value, voxels in counts.iterrows()
         ],
     }
