@@ -1,6 +1,6 @@
 """Training, evaluation and prediction of spine segmentation models, on the stores of `cspine_data`.
 
-The names below are the public ones; they are imported when first used, so that the command line starts at once.
+The names below are the public ones. They are imported when they are first used, so that commands start fast.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cspine_train.errors import CspineTrainError, ModelError, RunError
     from cspine_train.evaluation.comparison import Comparison, compare
     from cspine_train.evaluation.scoring import Evaluation, PatientScore, evaluate
+    from cspine_train.metrics.overlap import MaskMeasure, MaskPair
     from cspine_train.prediction.files import Options, Predicted, find_volumes, predict_files
     from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
     from cspine_train.run.record import RunRecord
@@ -25,6 +26,7 @@ _HOME = {
     "evaluation.comparison": ("Comparison", "compare"),
     "errors": ("CspineTrainError", "ModelError", "RunError"),
     "evaluation.scoring": ("Evaluation", "PatientScore", "evaluate"),
+    "metrics.overlap": ("MaskMeasure", "MaskPair"),
     "training.processes": ("Machines",),
     "prediction.predictor": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
     "prediction.files": ("Options", "Predicted", "find_volumes", "predict_files"),
@@ -40,6 +42,8 @@ __all__ = [
     "Evaluation",
     "LoadedRun",
     "Machines",
+    "MaskMeasure",
+    "MaskPair",
     "ModelError",
     "Options",
     "PatientScore",

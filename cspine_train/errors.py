@@ -1,4 +1,4 @@
-"""What can go wrong in training and prediction, as a user meets it."""
+"""Errors of training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 
 class CspineTrainError(Exception):
-    """Base of every error that `cspine_train` raises on purpose: one line, what is wrong and what to do."""
+    """Base of all errors that `cspine_train` raises on purpose: one line that names the problem and the remedy."""
 
 
 class RunError(CspineTrainError):
-    """A run folder cannot be used as it is, or not in the way that was asked."""
+    """A run folder, or a request about it, is unusable."""
 
 
 class ModelError(CspineTrainError, ValueError):
-    """A model, an encoder or its weights cannot be had.
+    """A model, an encoder or its weights are unavailable.
 
     Attributes
     ----------
     details : tuple of str
-        Lines of a table, where one line cannot tell all that is wrong.
+        Further lines, such as the tensors that do not fit.
     """
 
     def __init__(self, message: str, details: Iterable[str] = ()) -> None:
@@ -28,14 +28,14 @@ class ModelError(CspineTrainError, ValueError):
         self.details = tuple(details)
 
 
-def error_told(name: str, error: Exception) -> str:
-    """Return one line on what went wrong with something of that name, whatever was raised."""
+def error_message(name: str, error: Exception) -> str:
+    """Return any error as one line, about the file of that name."""
     from cspine_data.tools import describe_problem
 
     return str(error) if isinstance(error, CspineTrainError) else describe_problem(name, error).message
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is nearest to one that is not, in brackets; nothing where none is near."""
+    """Return a suggestion in brackets: the known name most similar to an unknown one; empty if none is similar."""
     near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -1,7 +1,7 @@
-"""Extension points: losses, augmentations and architectures by name, the project's own and those of plug-ins.
+"""Extension points: losses, augmentations, architectures and metrics by name, the project's own and those of plug-ins.
 
-Inside the project, a new one is a function and a line in `BUILT_IN`. Outside it, an installed package declares an entry
-point in the group of the same name. CONTRIBUTING.md shows both.
+Inside the project, a new one is a function and a line in `BUILT_IN`, or for metrics in `MEASURES`. Outside it, an
+installed package declares an entry point in the group. CONTRIBUTING.md shows both.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from cspine_train.errors import RunError
 LOSSES = "cspine.losses"
 AUGMENTATIONS = "cspine.augmentations"
 ARCHITECTURES = "cspine.architectures"
+METRICS = "cspine.metrics"
 
-#: By group and name, where each is: imported only when it is used.
+#: Where each is, by group and name; imported when it is first used. All metrics are used, see `MEASURES`.
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
     LOSSES: {
         "dice": "cspine_train.training.losses:dice",
@@ -37,6 +38,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "linknet": "segmentation_models_pytorch:Linknet",
         "pspnet": "segmentation_models_pytorch:PSPNet",
     },
+    METRICS: {},
 }
 
 
@@ -57,13 +59,7 @@ def check_name(group: str, name: str) -> str:
 
 
 def load(group: str, name: str) -> Any:
-    """Import what a name in a group stands for.
-
-    Raises
-    ------
-    RunError
-        If there is no such name, or its plug-in cannot be imported.
-    """
+    """Import the object of a name; a `RunError` if the name is unknown, or its plug-in cannot be imported."""
     try:
         return _point(group).load(name)
     except CspineDataError as error:

@@ -131,7 +131,7 @@ def test_holes_are_filled_if_validation_is_better_for_it(
         chosen = chosen_postprocessing(asked, cohort)
     # One component is all there is, so keeping one changes nothing and is not done.
     assert chosen == {"kept_components": None, "filled_holes": helps}
-    assert [message.endswith("so it is done") for message in caplog.messages] == [helps, False, False]
+    assert [message.endswith("applied") for message in caplog.messages] == [helps, False, False]
 
 
 def test_a_run_records_and_tells_what_it_chose(run: Path) -> None:

@@ -27,6 +27,7 @@ from torch.utils.data import BatchSampler
 from cspine_data import open_cohort
 from cspine_train import Machines, RunError, RunSettings, train
 from cspine_train.cli.commands import main as train_main
+from cspine_train.data.batches import SliceBatches
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.data.sampling import ProcessBatches
 from cspine_train.models.build import build_model
@@ -344,11 +345,10 @@ def test_slices_that_cannot_be_divided_are_refused(
         train(phantom_store, tmp_path / "run", SETTINGS, machines=Machines(devices=3))
     assert not (tmp_path / "run").exists()
     cohort = open_cohort(phantom_store)
-    data = CohortSlices(cohort, cohort.split(variant="n4"), SETTINGS, world=8)
-    data.check_processes()
-    monkeypatch.setattr(type(data._validation), "__len__", lambda _: 7)
+    assert CohortSlices(cohort, cohort.split(variant="n4"), SETTINGS, world=8).smallest_batch == 8
+    monkeypatch.setattr(SliceBatches, "__len__", lambda _: 7)
     with pytest.raises(RunError, match="7 validation slices.*8 processes.*--devices"):
-        data.check_processes()
+        CohortSlices(cohort, cohort.split(variant="n4"), SETTINGS, world=8)
 
 
 def test_devices_that_are_missing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
-"""Losses, augmentations and architectures of a plug-in package, and what its absence does."""
+"""Losses, augmentations, architectures and metrics of a plug-in package, and what its absence does."""
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +31,14 @@ from cspine_train import RunError, RunSettings, load_run, train
 from cspine_train.data.augmentation import Augmentation, Stream, sample_seeds
 from cspine_train.errors import ModelError
 from cspine_train.extensions import ARCHITECTURES, AUGMENTATIONS, BUILT_IN, LOSSES, load, names
+from cspine_train.metrics.overlap import MEASURES, agreement, measures
 from cspine_train.models.build import architectures, build_model, load_model, save_model
 from cspine_train.run.record import load_record
+from cspine_train.study.results import tidy
+from cspine_train.study.tables import findings, rendered
 from cspine_train.training.losses import SegmentationLoss
 from tests.conftest import ball, write_case
+from tests.test_tables import row
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -52,6 +58,7 @@ class Npy:
 
 def robust(tissue, standard):
     return tissue.at((2, 98)), (0.0, 1.0)
+from cspine_train import MaskMeasure
 
 def squared_error(logits, shares, counted):
     return ((logits.sigmoid() - shares) ** 2).mean()
@@ -60,6 +67,11 @@ def offset(images, masks, stream):
     return images + stream.normal(1).view(-1, 1, 1, 1), masks
 
 unet_scse = functools.partial(smp.Unet, decoder_attention_type="scse")
+
+def volume_ml(pair):
+    return pair.found.sum() * pair.spacing_mm[0] * pair.spacing_mm[1] * pair.spacing_mm[2] / 1000
+
+volume = MaskMeasure("volume_ml", "volume found", "ml", 3, (0, float("inf")), "zero", compute=volume_ml)
 """
 ENTRY_POINTS = """
 [cspine.formats]
@@ -81,13 +93,17 @@ offset = cspine_plug_in:offset
 
 [cspine.architectures]
 unet-scse = cspine_plug_in:unet_scse
+
+[cspine.metrics]
+volume_ml = cspine_plug_in:volume
+dice = cspine_plug_in:volume
 """
 CHOICES = {"model": "unet-scse", "loss": "squared_error", "augment": "light+offset"}
 SMALL = {"encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 12.0, "precision": "32", "epochs": 1}
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Install the plug-in as pip would: a module, and its metadata beside it."""
 
     def installed() -> None:
@@ -98,9 +114,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Non
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: cspine-plug-in\nVersion: 1.0\n")
         (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
         monkeypatch.syspath_prepend(site)
+        measures.cache_clear()
 
     monkeypatch.delitem(sys.modules, "cspine_plug_in", raising=False)
-    return installed
+    yield installed
+    measures.cache_clear()
 
 
 @pytest.mark.parametrize("group", BUILT_IN)
@@ -195,6 +213,49 @@ def test_a_run_with_a_plug_in_needs_it_to_be_read(
     assert "offset" not in names(AUGMENTATIONS)
     with pytest.raises(RunError, match=r"settings\.loss: .*'squared_error' is unknown"):
         load_record(tmp_path / "run")
+
+
+def test_a_plug_ins_metric_is_in_every_table(
+    install: Callable[[], None], phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result]
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    record = train(phantom_store, run, RunSettings(**SMALL))
+    install()
+    done = run_train("evaluate", run)
+    assert done.exit_code == 0, done.output
+    assert "volume found, ml" in done.output
+    with (run / "evaluation" / "test.csv").open(newline="") as file:
+        (scored,) = csv.DictReader(file)
+    found = int(scored["true_positive_voxels"]) + int(scored["false_positive_voxels"])
+    assert float(scored["volume_ml"]) >= 0
+    assert bool(float(scored["volume_ml"])) == bool(found)
+    # Names of the project's own are not replaced.
+    assert 0 <= float(scored["dice"]) <= 1
+    for page in ("report.html", "MODEL_CARD.md"):
+        assert "volume found, ml" in (run / page).read_text(encoding="utf-8")
+    shutil.copytree(run, other)
+    compared = run_train("compare", run, other, "--measure", "volume_ml")
+    assert compared.exit_code == 0, compared.output
+    assert "mean volume found, ml" in compared.output
+    of_study = findings(tidy([row("unet", "n4", record.test[0], 0.9, volume_ml=7.0)]))
+    assert "volume found, ml" in rendered(of_study, "markdown")
+    (line,) = csv.DictReader(rendered(of_study, "csv").splitlines())
+    assert float(line["volume_ml"]) == 7
+
+
+def test_a_plug_ins_metric_that_fails_is_one_error(
+    install: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    mask = np.ones((2, 3, 5), bool)
+    assert agreement(mask, mask, (1.0, 2.0, 5.0)).figures["volume_ml"] == pytest.approx(0.3)
+    plug_in = sys.modules["cspine_plug_in"]
+    for compute, problem in ((lambda _: float("nan"), "is nan"), (lambda _: 1 / 0, "fails .division by zero")):
+        monkeypatch.setattr(plug_in, "volume", functools.partial(plug_in.MaskMeasure, compute=compute)("", "volume"))
+        measures.cache_clear()
+        with pytest.raises(RunError, match=f"measure volume_ml: {problem}.*plug-in"):
+            agreement(mask, mask, (1.0, 1.0, 1.0))
+    assert measures()[: len(MEASURES)] == MEASURES
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest(phantom_store: Path, run_train: Callable[..., Result]) -> None:

@@ -237,8 +237,8 @@ def test_of_too_few_patients_there_is_no_interval() -> None:
     for patients in range(1, FEWEST_PATIENTS):
         few = mean_interval([0.9, 0.8, 0.95, 0.7, 0.85][:patients])
         assert (few.low, few.high) == (None, None)
-        assert few.told() == f"{few.mean:.4f}"
+        assert few.text() == f"{few.mean:.4f}"
     enough = mean_interval([0.9, 0.8, 0.95, 0.7, 0.85, 0.86])
-    assert enough.told(2) == f"{enough.mean:.2f} [{enough.low:.2f}, {enough.high:.2f}]"
+    assert enough.text(2) == f"{enough.mean:.2f} [{enough.low:.2f}, {enough.high:.2f}]"
     same = mean_interval([0.3] * FEWEST_PATIENTS)
     assert (same.low, same.high) == (0.3, 0.3)

@@ -180,8 +180,8 @@ def tilted(volume: Volume) -> Volume:
         (lambda v: changed(v, spacing_mm=along(v, 9.0)), "voxels measure 9 mm left-right, in training"),
         (lambda v: Volume(*thin(v)), "it reaches over .* mm left-right, in training"),
         (tilted, "its grid is tilted by 29 degrees, in training by at most"),
-        (inverted, "its tissue's intensities are distributed otherwise than in training"),
-        (lambda v: Volume(v.array - 1000, v.geometry), "it is dark as CT is dark, and training volumes are not"),
+        (inverted, "its tissue's intensities have another distribution than in training"),
+        (lambda v: Volume(v.array - 1000, v.geometry), "its air is as dark as in CT, unlike training volumes"),
         (lambda v: replace(v, assumed_orientation=True), "it does not say how it lies in the patient, and was taken"),
     ],
 )  # fmt: skip
@@ -279,7 +279,7 @@ def test_what_other_runs_or_other_bytes_gave_is_left_alone(
     assert "there already: " in run_train(*asked).output
     mirrored = run_train(*asked, "--mirror")
     assert mirrored.exit_code == 1
-    assert "A-label.nrrd: is there already, and not of these runs; remove it or choose another -o" in mirrored.output
+    assert "A-label.nrrd: exists already, and is not of these runs" in mirrored.output
     write_volume(volume, ball(seed=5)[0])
     other = run_train(*asked)
     assert other.exit_code == 1
@@ -355,7 +355,7 @@ def test_one_file_is_predicted_once(run: Path, tmp_path: Path, run_train: Callab
     (tmp_path / "out" / "predictions.csv").unlink()
     refused = run_train(*asked)
     assert refused.exit_code == 1
-    assert "mask.nrrd: is there already, and not of these runs" in refused.output
+    assert "mask.nrrd: exists already, and is not of these runs" in refused.output
 
 
 def test_whatever_goes_wrong_with_one_volume_the_others_go_on(
@@ -378,7 +378,7 @@ def test_whatever_goes_wrong_with_one_volume_the_others_go_on(
     done = run_train("predict", tmp_path / "raw", "--run", run, "-o", tmp_path / "out")
     assert done.exit_code == 1
     assert "A.nrrd: failed unexpectedly (ZeroDivisionError: by accident)" in done.output
-    assert "B.nrrd: was changed while it was read; give the command again when it is whole" in done.output
+    assert "B.nrrd: changed while it was read; run the command again" in done.output
     assert "wrote" in done.output
     assert "\x1b" not in done.output
     assert set(labels(tmp_path / "out")) == {"C\x1b[31m-label.nrrd"}
@@ -390,9 +390,9 @@ def test_what_contradicts_itself_is_refused_at_once(
     volume = write_case(tmp_path / "raw", "A", label=False)
     for asked, told in (
         ((volume, "--run", run, "--run", f"{run}/", "-o", "o"), "a --run is given twice; --weights says what each"),
-        ((tmp_path / "no.nrrd", "--run", run, "-o", "o"), "no.nrrd: is not there; check the path"),
+        ((tmp_path / "no.nrrd", "--run", run, "-o", "o"), "no.nrrd: does not exist; check the path"),
         ((volume, "--run", run, "--format", "seg.nrrd", "-o", tmp_path / "m.nrrd"),
-         "m.nrrd: is not called as --format seg.nrrd asks; leave that out, or change the name"),
+         "m.nrrd: does not end in .seg.nrrd; leave --format out"),
     ):  # fmt: skip
         refused = run_train("predict", *asked)
         assert refused.exit_code != 0
@@ -409,7 +409,7 @@ def test_what_is_written_of_two_volumes_never_meets(
     both = run_train("predict", volume, other, "--run", run, "-o", tmp_path / "out")
     assert "out: two of the volumes have the same name; predict them into two folders" in both.output
     beside = run_train("predict", tmp_path / "raw", "--run", run, "-o", tmp_path / "raw")
-    assert "raw: holds volumes, and what is predicted could be taken for some; choose another -o" in beside.output
+    assert "raw: holds the volumes," in beside.output
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".predictions.lock"):
         waiting = run_train("predict", volume, "--run", run, "-o", tmp_path / "out")
@@ -429,7 +429,7 @@ def test_an_index_that_a_spreadsheet_has_changed_is_nobodys(
     index.write_text(index.read_text().replace(expected, f'"{expected.replace(".", ",")}"'))
     refused = run_train(*asked)
     assert refused.exit_code == 1
-    assert "A-label.nrrd: is there already, and not of these runs" in refused.output
+    assert "A-label.nrrd: exists already, and is not of these runs" in refused.output
 
 
 def test_the_folder_that_one_stands_in_has_a_name(

@@ -146,7 +146,7 @@ def test_each_split_has_its_own_mean_and_few_patients_no_interval(tmp_path: Path
     assert not any("6 test patients: too few" in text for text in texts)
     card = write_card(run, load_record(run)).read_text()
     assert "| validation | 2 | 0.6000 | 0.5000 | 0.7000 |" in card
-    assert f"| test | 6 | {mean_interval(dice['test']).told()} | 0.8000 | 0.9000 |" in card
+    assert f"| test | 6 | {mean_interval(dice['test']).text()} | 0.8000 | 0.9000 |" in card
     assert "2 validation patients: too few" in card
 
 

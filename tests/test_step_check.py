@@ -16,7 +16,7 @@ from torch import nn
 from cspine_data import open_cohort
 from cspine_train import RunError, RunSettings
 from cspine_train.data.datamodule import CohortSlices
-from cspine_train.data.sizes import ImageSizes, Sides
+from cspine_train.data.sizes import ImageSizes
 from cspine_train.data.transforms import coarser
 from cspine_train.errors import ModelError
 from cspine_train.models.build import architectures, build_model, encoders, sides_of
@@ -130,7 +130,9 @@ def test_every_size_that_a_run_comes_to_is_tried(phantom_store: Path) -> None:
     fine, coarse = data.sizes.trained_hw
     assert fine == data.sizes.crop_hw
     batch = torch.zeros(1, 1, *fine)
-    assert coarser(batch, batch, Sides())[0].shape[2:] == coarse
+    # The coarse image holds the whole fine one.
+    shown = coarser(batch + 1, batch + 1, coarse)[1]
+    assert shown.sum() == pytest.approx(round(fine[0] / 1.5) * round(fine[1] / 1.5))
     few = settings.model_copy(update={"batch_size": 10**6, "coarse_share": 0.0})
     data = CohortSlices(cohort, cohort.split(variant="n4"), few)
     assert len(data.sizes.trained_hw) == 1

@@ -26,6 +26,7 @@ from scipy.stats import wilcoxon
 from cspine_data import Preprocessing
 from cspine_train.metrics.overlap import MEASURES
 from cspine_train.metrics.statistics import MeanInterval, counted
+from cspine_train.run.evaluations import patient_measures
 from cspine_train.run.folder import write_rows
 from cspine_train.run.record import RunRecord, save_record
 from cspine_train.run.settings import RunSettings
@@ -33,7 +34,7 @@ from cspine_train.study.plan import Cell, Plan, load_plan, save_plan
 from cspine_train.study.published import published_percent
 from cspine_train.study.ranking import contrasts, levels, n4_answer, ranked
 from cspine_train.study.report import write_outcome
-from cspine_train.study.results import CONDITION, FIGURES, scores, study_table, tidy
+from cspine_train.study.results import CONDITION, scores, study_table, tidy
 from cspine_train.study.runner import is_done
 from cspine_train.study.tables import Findings, findings, rendered
 from tests.browser import CHROMIUM, browser
@@ -60,7 +61,7 @@ def row(
         "cell": f"{model}-{variant}",
         "note": "data: synthetic",
     }
-    figures = dict.fromkeys(FIGURES, dice)
+    figures = {measure.name: dice for measure in patient_measures()}
     return known | figures | {"model": model, "variant": variant, "patient": patient} | other
 
 
@@ -299,11 +300,11 @@ def test_the_published_figures_are_72_and_stand_beside_the_same_cell() -> None:
     ]
     (table,) = found_in(rows).cells
     assert published_beside(table) == [("75", "+5.0"), ("84", "-4.0"), ("79", "+1.0"), ("", ""), ("", "")]
-    assert not any("start from a file" in note for note in table.notes)
+    assert not any("from a file" in note for note in table.notes)
     # What to do where ImageNet's weights cannot be had.
     (table,) = found_in([row(encoder="inceptionv4", weights="in.pth", dice=0.8)]).cells
     assert published_beside(table) == [("79", "+1.0")]
-    assert "whether the file holds those is not known." in table.notes[-1]
+    assert "whether the file holds these is not known." in table.notes[-1]
     assert "random is resnet50 without pretrained weights" in rendered(found_in(rows), "markdown")
 
 
@@ -377,7 +378,8 @@ def study_of(folder: Path, weights: str = "none", note: str = "synthetic") -> Pa
             [{"epoch": n, "valid_dice": 0.5 + n / 10, "seconds": 30} for n in range(2)],
         )
         patients = [
-            {"case": p, "split": "test", **dict.fromkeys(FIGURES, 0.9 - n / 100)} for n, p in enumerate(PATIENTS)
+            {"case": p, "split": "test", **{m.name: 0.9 - n / 100 for m in patient_measures()}}
+            for n, p in enumerate(PATIENTS)
         ]
         (run / "evaluation" / "test.json").write_text(json.dumps({"patients": patients, "kept_epoch": 1}))
         write_rows(

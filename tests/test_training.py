@@ -380,7 +380,7 @@ def test_a_crop_is_as_large_as_the_largest_labelled_region_and_its_margin(phanto
         assert size % 32 == 0
         assert size == full or least <= size < least + 32
     assert data.sizes.crop_hw[0] < data.sizes.slice_hw[0]
-    module = SliceSegmenter(torch.nn.Identity(), settings, split.validation, data.sizes.crop_hw)
+    module = SliceSegmenter(torch.nn.Identity(), settings, split.validation, data.sizes)
     module.trainer = SimpleNamespace(training=True, global_step=3, global_rank=0, world_size=1)
     images, masks, *_ = module.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert tuple(images.shape) == (8, 3, *data.sizes.crop_hw)
@@ -452,7 +452,7 @@ def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels
     assert tuple(images.shape[-2:]) == whole.sizes.slice_hw
     for size in ((height - 8, width), (height, width - 8)):
         told = (
-            rf"size {size[0]},{size[1]}: would cut \d+\.\d mm \(\d pixels\) off what is labelled of CS_0[123] along "
+            rf"size {size[0]},{size[1]}: would cut \d+\.\d mm \(\d pixels\) off the labelled region of CS_0[123] along "
             rf"axis {1 if size[0] < height else 2}; the smallest --size that cuts nothing off is {height},{width}$"
         )
         with pytest.raises(RunError, match=told):
@@ -500,7 +500,7 @@ def test_a_size_that_no_network_takes_is_refused(
 
 
 def test_pixels_larger_than_what_is_labelled_are_refused(phantom_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="500.0 mm: leaves fewer than 4 pixels .* choose a smaller --pixel-mm"):
+    with pytest.raises(RunError, match="500.0 mm: .* fewer than 4 pixels; choose a smaller --pixel-mm"):
         train(phantom_store, tmp_path / "run", RunSettings(**{**SMALL, "pixel_mm": 500.0}))
     assert not (tmp_path / "run").exists()
 
@@ -574,7 +574,7 @@ def test_the_command_line_evaluates_and_predicts(
     assert sorted(file.name for file in (tmp_path / "out").glob("[!.]*")) == predicted
     again = run_train("predict", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path / "out")
     assert again.exit_code == 1
-    assert "CS_02-label.nrrd: is there already, and not of these runs; remove it or choose another -o" in again.output
+    assert "CS_02-label.nrrd: exists already, and is not of these runs" in again.output
     twice = run_train(
         "predict", phantom_folder / "CS_02.nrrd", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path
     )
@@ -634,9 +634,9 @@ def test_what_cannot_hold_a_prediction_is_refused(
 ) -> None:
     volumes = [phantom_folder / "CS_02.nrrd", phantom_folder / "CS_03.nrrd"]
     one = run_train("predict", volumes[0], "--run", trained, "-o", tmp_path / "mask.png")
-    assert "mask.png: cannot hold what is predicted; give a name that ends in .nrrd, .nii, .nii.gz" in one.output
+    assert "mask.png: is no name for a label map; give a name that ends in .nrrd, .nii, .nii.gz" in one.output
     several = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "mask.nii.gz")
-    assert "mask.nii.gz: cannot hold what is predicted; give a folder for several volumes" in several.output
+    assert "mask.nii.gz: is a file; give a folder" in several.output
     assert one.exit_code == several.exit_code == 1
     assert not list(tmp_path.iterdir())
     dotted = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "masks_v1.2")

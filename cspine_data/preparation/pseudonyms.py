@@ -162,7 +162,7 @@ def _read_entries(key: Path) -> dict[str, _Entry]:
     except csv.Error as error:
         raise InputError(key, f"is no readable CSV file ({error})", _RESTORE) from None
     if not rows or tuple(rows[0]) not in (COLUMNS, COLUMNS[:2]):
-        raise InputError(key, f"does not start with the columns {",".join(COLUMNS[:2])}", _RESTORE)
+        raise InputError(key, f"does not start with the columns {','.join(COLUMNS[:2])}", _RESTORE)
     if not text.endswith(("\n", "\r")):
         raise InputError(key, "ends within a line", "if it is complete, end the line; else restore a copy")
     entries: dict[str, _Entry] = {}

@@ -16,23 +16,25 @@ from cspine_train.cli.option_values import devices_of, weights_of
 from cspine_train.cli.setting_options import setting_options, settings_of
 from cspine_train.cli.study_commands import cell, study, table
 from cspine_train.cli.waiting import stay_awake
-from cspine_train.errors import CspineTrainError, ModelError, RunError, error_told
+from cspine_train.errors import CspineTrainError, ModelError, RunError, error_message
 from cspine_train.training.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
+    from cspine_train.evaluation.scoring import Evaluation
     from cspine_train.prediction.files import Predicted
+    from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
 
 
 class _Echo(logging.Handler):
-    """Prints what the package reports, a line each."""
+    """Prints the package's log, a line for each message."""
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(record.getMessage(), err=True)
 
 
 class TrainCommandGroup(CommandGroup):
-    """The same one-line errors, for the training package's own as well."""
+    """A group of commands that also print errors of the training package as one line."""
 
     expected = (*CommandGroup.expected, CspineTrainError)
 
@@ -48,9 +50,7 @@ def main() -> None:
     stay_awake()
 
 
-@main.command(cls=cloup.Command)
-@setting_options()
-@cloup.option_group(
+_RUN_FILES = cloup.option_group(
     "Input and output",
     cloup.option("--store", default="data/cspine.zarr", help="Store to train on: a folder or a URL."),
     cloup.option(
@@ -65,7 +65,7 @@ def main() -> None:
         help="Time between checkpoints within an epoch; a killed run resumes from the last one.",
     ),
 )  # fmt: skip
-@cloup.option_group(
+_RUN_MACHINE = cloup.option_group(
     "Machine",
     cloup.option(
         "--workers", type=click.IntRange(0), default=0, help="Processes that read slices; 0: a thread of this process."
@@ -80,13 +80,19 @@ def main() -> None:
         "--deterministic", is_flag=True, help="Use only algorithms that give the same bits each time, on a GPU too."
     ),
 )  # fmt: skip
+
+
+@main.command(cls=cloup.Command)
+@setting_options()
+@_RUN_FILES
+@_RUN_MACHINE
 def run(
     store: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
     devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again resumes a run that was stopped."""
     settings = settings_of(**options)
-    # Not before: PyTorch takes seconds to be imported.
+    # Imported here, as PyTorch takes seconds.
     from cspine_train.training.pipeline import train
     from cspine_train.training.processes import Machines, is_first
 
@@ -97,24 +103,26 @@ def run(
         with can_go_on(folder):
             record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers, from_command=True)
     except ModelError as error:
-        # Before the line that sums it up, which a terminal then still shows.
+        # Before the message, which is then the last line on a terminal.
         for line in error.details:
             click.echo(line, err=True)
         raise
-    if not is_first():
-        return
+    if is_first():
+        _print_outcome(record)
+        click.echo(f"run: {folder}")
+
+
+def _print_outcome(record: RunRecord) -> None:
     for caveat in record.caveats():
         say(f"note: {caveat}")
-    if record.kept_epoch is not None:
-        click.echo(
-            f"kept epoch {record.kept_epoch + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels "
-            + (
-                f"and over labels {', '.join(map(str, record.label_values))}"
-                if len(record.label_values) > 1
-                else f"and above a probability of {record.threshold}"
-            )
-        )
-    click.echo(f"run: {folder}")
+    if record.kept_epoch is None:
+        return
+    labels = ", ".join(map(str, record.label_values))
+    how = f"over labels {labels}" if len(record.label_values) > 1 else f"above a probability of {record.threshold}"
+    click.echo(
+        f"kept epoch {record.kept_epoch + 1}: mean validation Dice {record.kept_dice:.4f}, at the network's pixels and "
+        f"{how}"
+    )
 
 
 @main.command()
@@ -127,29 +135,10 @@ def run(
 def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     """Score RUN on whole volumes, per patient."""
     from cspine_train.evaluation.scoring import evaluate as evaluate_run
-    from cspine_train.metrics.overlap import MEASURES, Measure
-    from cspine_train.metrics.statistics import too_few
 
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
-    measures = [measure for measure in MEASURES if measure.brief]
-    of_labels = [Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels")]
-    several = evaluation.scores[0].labels is not None
-    columns = ["patient", "split", *(measure.heading for measure in (*measures, *(of_labels if several else ())))]
-    rows, notes = [], list(evaluation.caveats)
-    for score in evaluation.scores:
-        figures = [m.figure(getattr(score.whole, m.name)) for m in measures]
-        if several:
-            figures += [m.figure(getattr(score, m.name)) for m in of_labels]
-        rows.append([score.case, score.split, *figures])
-    for split, means in evaluation.means.items():
-        count = sum(score.split == split for score in evaluation.scores)
-        known = [(m, means[m.name]) for m in (*measures, *of_labels) if m.name in means]
-        rows.append([f"mean of {count}", split, *(m.figure(one.mean) for m, one in known)])
-        if few := too_few(count, split):
-            notes.append(few)
-        else:
-            rows.append(["95 % interval of the mean", split, *(one.between(m.digits) for m, one in known)])
+    columns, rows, notes = _score_table(evaluation)
     print_table(columns, rows)
     for note in notes:
         say(f"note: {note}")
@@ -159,6 +148,32 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
         say(f"failed: {problem.message}", err=True)
     if evaluation.failed:
         raise SystemExit(1)
+
+
+def _score_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return columns and rows of a table of scores and means, and notes for below it."""
+    from cspine_train.metrics.overlap import Measure, measures
+    from cspine_train.metrics.statistics import too_few
+
+    shown = [measure for measure in measures() if measure.brief]
+    of_labels = [Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels")]
+    several = evaluation.scores[0].labels is not None
+    columns = ["patient", "split", *(measure.heading for measure in (*shown, *(of_labels if several else ())))]
+    rows, notes = [], list(evaluation.caveats)
+    for score in evaluation.scores:
+        figures = [m.figure(getattr(score.whole, m.name)) for m in shown]
+        if several:
+            figures += [m.figure(getattr(score, m.name)) for m in of_labels]
+        rows.append([score.case, score.split, *figures])
+    for split, means in evaluation.means.items():
+        count = sum(score.split == split for score in evaluation.scores)
+        known = [(m, means[m.name]) for m in (*shown, *of_labels) if m.name in means]
+        rows.append([f"mean of {count}", split, *(m.figure(one.mean) for m, one in known)])
+        if few := too_few(count, split):
+            notes.append(few)
+        else:
+            rows.append(["95 % interval of the mean", split, *(one.between(m.digits) for m, one in known)])
+    return columns, rows, notes
 
 
 @main.command()
@@ -175,16 +190,18 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
     columns = ["model", "patients", f"mean {of.heading}", "difference", "higher", "lower", "p"]
     rows = []
     for model in comparison.models:
-        row = [model.name, str(len(model.scores)), model.mean.told(of.digits)]
+        row = [model.name, str(len(model.scores)), model.mean.text(of.digits)]
         if model.difference is not None:
             p = "" if model.p is None else f"{model.p:.2g}"
-            row += [model.difference.told(of.digits, sign=True), str(model.higher), str(model.lower), p]
+            row += [model.difference.text(of.digits, sign=True), str(model.higher), str(model.lower), p]
         rows.append(row + [""] * (len(columns) - len(row)))
     print_table(columns, rows)
     if too_few(len(comparison.patients)) is None:
         click.echo(
             "in brackets: 95 % intervals (Student's t); p: Wilcoxon's signed-rank test over patients, after Holm"
         )
+    if of.better == "lower":
+        click.echo(f"{of.title}: lower is better")
     for caveat in comparison.caveats:
         say(f"note: {caveat}")
 
@@ -219,14 +236,14 @@ def predict(
     """
     for path in volumes:
         if not path.exists():
-            raise RunError(f"{path}: is not there; check the path")
+            raise RunError(f"{path}: does not exist; check the path")
     if len({path.resolve() for path in runs}) < len(runs):
-        raise click.UsageError("a --run is given twice; --weights says what each counts")
+        raise click.UsageError("a --run is given twice; use --weights to give it more weight")
     from cspine_train.run.record import load_record
 
     for caveat in dict.fromkeys(caveat for path in runs for caveat in load_record(path).caveats()):
         say(f"note: trained: {caveat}", err=True)
-    # Not before: PyTorch takes seconds to be imported.
+    # Imported here, as PyTorch takes seconds.
     from cspine_train.prediction.files import Options, find_volumes, predict_files
     from cspine_train.prediction.predictor import load_run
 
@@ -236,15 +253,14 @@ def predict(
     with progress_bar("predicting") as progress:
         for done in predict_files(loaded, find_volumes(volumes), output, options, progress):
             failed += done.error is not None
-            _tell_of(done)
+            _print_prediction(done)
     if failed:
         raise SystemExit(1)
 
 
-def _tell_of(done: Predicted) -> None:
-    """Print what became of a volume, and what is to be said of it."""
+def _print_prediction(done: Predicted) -> None:
     if done.error is not None:
-        say(f"failed: {error_told(done.volume.name, done.error)}", err=True)
+        say(f"failed: {error_message(done.volume.name, done.error)}", err=True)
         return
     agreement = "" if done.agreement is None else f", agreement {done.agreement:.3f}"
     verb = "there already:" if done.already else "wrote"
@@ -285,11 +301,11 @@ for command in (study, table, cell):
 
 
 def default_run_name(settings: RunSettings) -> str:
-    """Return the name of the folder, below `runs`, of a run that was given none."""
+    """Return the default name of a run's folder in `runs`."""
     name = settings.run_name()
     named = {"model", "encoder", "axes", "variant", "folds", "fold", "seed"}
     others = settings.model_dump(exclude=named, exclude_defaults=True)
     if not others:
         return name
-    # Runs that differ in anything else lie side by side too.
+    # Runs that differ in other settings have different names.
     return f"{name}-{hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6]}"

@@ -1,4 +1,4 @@
-"""How the command line's options of more than one part are read."""
+"""Parsers of option values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def weights_of(_context: click.Context, _option: click.Parameter, given: str | N
     try:
         return None if given is None else tuple(float(weight) for weight in given.split(","))
     except ValueError:
-        raise click.BadParameter(f"{given!r} is not of the form W,W, such as 2,1,1, a number for each --run") from None
+        raise click.BadParameter(f"{given!r} is not W,W,..., such as 2,1,1: a number for each --run") from None
 
 
 def devices_of(_context: click.Context, _option: click.Parameter, given: str) -> int | Literal["auto"]:
@@ -30,7 +30,7 @@ def list_of(_context: click.Context, option: click.Parameter, given: str) -> tup
     """Read A,B,..., each once."""
     names = tuple(dict.fromkeys(name.strip() for name in given.split(",")))
     if not all(names):
-        raise click.BadParameter(f"{given!r} is not of the form A,B, names with commas between them")
+        raise click.BadParameter(f"{given!r} is not A,B,...: names separated by commas")
     return names
 
 
@@ -53,5 +53,5 @@ def weights_by_encoder(_context: click.Context, _option: click.Parameter, given:
         elif encoder and start:
             weights[encoder] = start
         else:
-            raise click.BadParameter(f"{one!r} is neither imagenet, none, nor of the form ENCODER=FILE")
+            raise click.BadParameter(f"{one!r} is neither imagenet, none nor ENCODER=FILE")
     return weights

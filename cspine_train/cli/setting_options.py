@@ -1,4 +1,4 @@
-"""Options of commands, made from the typed fields of settings."""
+"""Command-line options generated from the fields of `RunSettings`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,7 @@ _PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, Optimisation
 
 
 def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Give a command one option for each field of `RunSettings`, grouped as its parts are.
-
-    Parameters
-    ----------
-    omit : collection of str
-        Fields that the command has no option for.
-    """
+    """Add an option for each field of `RunSettings` to a command, grouped by parts, except those in `omit`."""
 
     def decorate(command: Command) -> Command:
         for part in reversed(_PARTS):
@@ -46,13 +40,7 @@ def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
 
 
 def settings_of(**options: Any) -> RunSettings:
-    """Return settings with the values of a command's options.
-
-    Raises
-    ------
-    click.UsageError
-        If a value is out of bounds or contradicts another one.
-    """
+    """Return the settings of a command's options; a `click.UsageError` for values that are invalid or contradict."""
     try:
         return RunSettings(**options)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The commands that run a study and show what came out."""
+"""The commands that run a study and show its results."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 # Fields that the grid varies.
 _GRID_FIELDS = ("model", "encoder", "weights", "axes", "variant", "folds", "fold", "seed")
-# Between looks at how far cells have come, and between writings of what came out, in times that one took.
-_LOOK_S, _WRITING_PAUSES = 2.0, 50
+# Seconds between updates of the progress bar.
+_UPDATE_S = 2.0
+# Pause between two writings of the tables, as a multiple of the time that one took.
+_WRITING_PAUSES = 50
 
 
-@click.command(cls=cloup.Command)
-@cloup.option_group(
+_GRID = cloup.option_group(
     "Grid: what the cells differ in",
     cloup.option("--models", callback=list_of, default="unet,fpn,linknet,pspnet", help="Architectures."),
     cloup.option(
@@ -55,19 +56,25 @@ _LOOK_S, _WRITING_PAUSES = 2.0, 50
         help="CSV file (done,model,encoder,axis,epochs,batch), as in the reference study; replaces these options.",
     ),
 )  # fmt: skip
-@cloup.option_group(
+_FILES = cloup.option_group(
     "Input and output",
     cloup.option("--store", default="data/cspine.zarr", help="Store to train on: a folder or a URL."),
     cloup.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the study."),
     cloup.option("--plan", "only_plan", is_flag=True, help="Show the cells and the expected time, and end."),
 )
-@cloup.option_group(
+_MACHINE = cloup.option_group(
     "Machine",
     cloup.option(
         "--workers", type=click.IntRange(1), help="Runs at a time; default: one per GPU, or one for four cores."
     ),
     cloup.option("--scheduler", help="Address of a running Dask scheduler to use instead of local processes."),
 )
+
+
+@click.command(cls=cloup.Command)
+@_GRID
+@_FILES
+@_MACHINE
 @setting_options(omit=_GRID_FIELDS)
 def study(
     store: str, models: Sequence[str], encoders: Sequence[str], weights: dict[str, str], variants: Sequence[str],
@@ -80,51 +87,53 @@ def study(
     reference study's: 72 cells.
     """
     from cspine_data import open_cohort
-    from cspine_train.metrics.statistics import counted
     from cspine_train.study.plan import Grid, plan_study
-    from cspine_train.study.report import write_outcome
-    from cspine_train.study.runner import LOGS_FOLDER, cells_of_others, check_not_run, check_output, is_done, run_study
+    from cspine_train.study.runner import check_not_run, check_output, is_done
 
-    unknown = [axis for axis in axes if axis not in AXES]
-    if unknown:
-        several = ", and several stand with commas between them" if set(unknown[0]) < set("012") else ""
-        raise click.UsageError(f"--axes {unknown[0]}: is none of {', '.join(AXES)}{several}")
     if workers is not None and scheduler is not None:
         raise click.UsageError("--workers and --scheduler: exclude each other, as a scheduler has its own workers")
-    if queue is not None:
-        _check_said_once()
-    grid = Grid(models, encoders, weights, variants, [AXES[axis] for axis in axes], folds, seeds)
+    grid = Grid(models, encoders, weights, variants, _axes(axes), folds, seeds)
     cohort = open_cohort(store)
-    asked = _asked(grid, queue, settings_of(**recipe))
-    if not asked:
+    requested = _requested(grid, queue, settings_of(**recipe))
+    if not requested:
         return
-    if unused := set(weights) - {""} - {one.encoder for one in asked if one.weights != "none"}:
-        told = "no encoder of the study starts from it; name it in --encoders, without :random"
-        raise click.UsageError(f"--weights {min(unused)}=...: {told}")
-    plan = plan_study(cohort, asked)
+    if unused := set(weights) - {""} - {one.encoder for one in requested if one.weights != "none"}:
+        problem = "no encoder of the study starts from it; name it in --encoders, without :random"
+        raise click.UsageError(f"--weights {min(unused)}=...: {problem}")
+    plan = plan_study(cohort, requested)
     check_output(output)
     if not only_plan:
         check_not_run(output)
     to_do = [cell for cell in plan.cells if not is_done(output, cell)]
-    if to_do:
-        # PyTorch takes seconds to import, for nothing where all is done.
-        from cspine_train.study.networks import check_network_names
-
-        check_network_names(to_do)
-    _tell_plan(plan, len(to_do), len(asked))
-    if others := cells_of_others(output, plan):
-        click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids, which stay and are in no table")
+    _print_plan(plan, output, to_do, len(requested))
     if to_do and not only_plan:
         _check_weights(to_do)
     if to_do:
-        _tell_cost(cohort, to_do, 1 if scheduler else workers)
-    if only_plan:
-        if to_do:
-            # Last: what it would cost is known all the same.
-            _check_weights(to_do)
-        return
+        _print_cost(cohort, to_do, 1 if scheduler else workers)
+    if to_do and only_plan:
+        # Last, as the cost is known even if weights are unavailable.
+        _check_weights(to_do)
+    if not only_plan:
+        _run(plan, output, to_do, workers, scheduler)
+
+
+def _axes(names: Sequence[str]) -> list[tuple[int, ...]]:
+    unknown = [axis for axis in names if axis not in AXES]
+    if unknown:
+        several = "; separate axes by commas" if set(unknown[0]) < set("012") else ""
+        raise click.UsageError(f"--axes {unknown[0]}: is none of {', '.join(AXES)}{several}")
+    return [AXES[axis] for axis in names]
+
+
+def _run(plan: Plan, output: Path, to_do: Sequence[Cell], workers: int | None, scheduler: str | None) -> None:
+    """Run the cells of a plan that are not done, print their outcomes, and write the tables."""
+    from cspine_train.metrics.statistics import counted
+    from cspine_train.study.report import write_outcome
+    from cspine_train.study.runner import LOGS_FOLDER, run_study
+
     if to_do:
-        click.echo(f"what each cell says, an epoch a line: {output / LOGS_FOLDER}")
+        click.echo(f"logs of the cells, a line per epoch: {output / LOGS_FOLDER}")
+    cells = len(plan.cells)
     failed: list[Outcome] = []
     left = {cell.name: cell for cell in to_do}
     write_at = 0.0
@@ -136,40 +145,37 @@ def study(
             failed.append(outcome)
             say(f"failed: {outcome.cell.name}: {outcome.failure}", err=True)
         else:
-            done = len(plan.cells) - len(left) - len(failed)
-            say(f"done {done} of {len(plan.cells)}: {outcome.cell.name} ({outcome.seconds:.0f} s)")
-        # Whoever looks meanwhile sees what there is; in a large study not all the time.
+            done = cells - len(left) - len(failed)
+            say(f"done {done} of {cells}: {outcome.cell.name} ({outcome.seconds:.0f} s)")
         if left and (began := time.monotonic()) >= write_at:
             try:
                 write_outcome(output)
             except Exception as error:  # noqa: BLE001
-                # Cells at work are worth more than tables, which are written once more at the end.
+                # The other cells go on; tables are written again at the end.
                 say(f"warning: {output}: tables could not be written ({error})", err=True)
             ready = time.monotonic()
             write_at = ready + _WRITING_PAUSES * (ready - began)
 
-    with can_go_on(output), _shown_by_epochs(output, plan.cells, left):
+    with can_go_on(output), _epoch_progress(output, plan.cells, left):
         run_study(plan, output, workers, scheduler, ended)
     found, files = write_outcome(output)
     if not to_do:
-        click.echo(f"nothing to do: all {len(plan.cells)} cells of {output} are done")
+        click.echo(f"nothing to do: all {cells} cells of {output} are done")
     else:
         for file in files:
             say(f"wrote {file}")
         say(found.answer)
     if failed:
-        told = f"{len(failed)} of {counted(len(plan.cells), 'cell')} failed; give the command again to try again"
-        click.echo(told, err=True)
+        click.echo(f"{len(failed)} of {counted(cells, 'cell')} failed; run the command again to retry", err=True)
         raise SystemExit(1)
 
 
 @contextmanager
-def _shown_by_epochs(study: Path, cells: Sequence[Cell], left: Mapping[str, Cell]) -> Iterator[None]:
-    """Show on a terminal how many epochs of all cells are trained, as long as this lasts."""
+def _epoch_progress(study: Path, cells: Sequence[Cell], left: Mapping[str, Cell]) -> Iterator[None]:
+    """Show the number of trained epochs of all cells in a progress bar on a terminal."""
     from cspine_train.study.runner import epochs_trained
 
     epochs = sum(cell.settings.epochs for cell in cells)
-
     with progress_bar("epochs") as progress:
         if progress is None:
             yield
@@ -177,41 +183,38 @@ def _shown_by_epochs(study: Path, cells: Sequence[Cell], left: Mapping[str, Cell
 
         def show() -> None:
             to_do = list(left.values())
-            # A cell that is over has none to come, if it stopped early too.
-            over = epochs - sum(cell.settings.epochs for cell in to_do)
-            progress(over + epochs_trained(study, to_do), epochs, f"{len(cells) - len(to_do)} of {len(cells)} cells")
+            # Cells that stopped early count with all their epochs.
+            done = epochs - sum(cell.settings.epochs for cell in to_do)
+            progress(done + epochs_trained(study, to_do), epochs, f"{len(cells) - len(to_do)} of {len(cells)} cells")
 
         ended = Event()
 
-        def look() -> None:
-            while not ended.wait(_LOOK_S):
+        def update() -> None:
+            while not ended.wait(_UPDATE_S):
                 show()
 
         show()
-        looking = Thread(target=look, daemon=True)
-        looking.start()
+        updater = Thread(target=update, daemon=True)
+        updater.start()
         try:
             yield
         finally:
             ended.set()
-            looking.join()
+            updater.join()
             show()
 
 
-def _check_said_once() -> None:
-    """Refuse options that a queue says line by line."""
-    context = click.get_current_context()
-    for name in ("models", "encoders", "axes", "epochs", "batch_size"):
-        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')}: is what the lines of --from say; leave it out")
-
-
-def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSettings]:
+def _requested(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSettings]:
+    """Return the settings of all runs of the grid, or of the queue file."""
     if queue is None:
         return grid.settings(recipe)
     from cspine_train.metrics.statistics import counted
     from cspine_train.study.plan import queued
 
+    context = click.get_current_context()
+    for name in ("models", "encoders", "axes", "epochs", "batch_size"):
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')}: is a column of the file of --from; leave it out")
     settings, done = queued(queue, grid, recipe)
     if done:
         click.echo(f"note: {counted(done, 'line')} of {queue} marked as done left out")
@@ -220,15 +223,22 @@ def _asked(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunSetti
     return settings
 
 
-def _tell_plan(plan: Plan, to_do: int, asked: int) -> None:
+def _print_plan(plan: Plan, output: Path, to_do: Sequence[Cell], requested: int) -> None:
+    """Print the cells of a plan; refuse unknown networks."""
     from cspine_train.metrics.statistics import counted
-    from cspine_train.study.plan import RANDOM_ENCODER, RANDOM_TOLD
+    from cspine_train.study.plan import RANDOM_ENCODER, RANDOM_NOTE
+    from cspine_train.study.runner import cells_of_others
 
+    if to_do:
+        # Not if all cells are done, as importing PyTorch takes seconds.
+        from cspine_train.study.networks import check_network_names
+
+        check_network_names(to_do)
     cells = [cell.settings for cell in plan.cells]
-    click.echo(f"{counted(len(cells), 'cell')}, {len(cells) - to_do} of them done")
+    click.echo(f"{counted(len(cells), 'cell')}, {len(cells) - len(to_do)} of them done")
     if any((one.encoder, one.weights) == (RANDOM_ENCODER, "none") for one in cells):
-        click.echo(f"note: {RANDOM_TOLD}")
-    if twice := asked - len(cells):
+        click.echo(f"note: {RANDOM_NOTE}")
+    if twice := requested - len(cells):
         click.echo(f"note: {counted(twice, 'run')} of the grid would be the same as others, and are done once")
     for name, values in {
         "models": [one.model for one in cells],
@@ -242,6 +252,8 @@ def _tell_plan(plan: Plan, to_do: int, asked: int) -> None:
         "epochs": [str(one.epochs) for one in cells],
     }.items():
         click.echo(f"  {name}: {', '.join(dict.fromkeys(values))}")
+    if others := cells_of_others(output, plan):
+        click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids, which stay and are in no table")
 
 
 def _check_weights(to_do: Sequence[Cell]) -> None:
@@ -255,16 +267,16 @@ def _check_weights(to_do: Sequence[Cell]) -> None:
         raise
 
 
-def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> None:
+def _print_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> None:
     from cspine_train.metrics.statistics import counted
-    from cspine_train.study.cost import costs, hours_told
+    from cspine_train.study.cost import costs, duration
     from cspine_train.study.runner import processes_here
     from cspine_train.training.allocator import keep_large_blocks, release_free_blocks
 
     side_by_side, threads, gpus = processes_here(workers, len(to_do))
     # Cells that share a GPU take turns.
     at_once = min(side_by_side, len(gpus) or side_by_side)
-    # As in the cells, whose steps are slower without.
+    # As in the processes of the cells.
     keep_large_blocks()
     with progress_bar("timing steps of each network") as progress:
         found = costs(cohort, to_do, threads, progress)
@@ -276,17 +288,17 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> No
     columns = ("model", "encoder", "axis", "cells", "slices an epoch", "training")
     table = []
     for named, group in rows.items():
-        cannot = any(cost.failure for cost in group)
-        time_told = "cannot be trained" if cannot else hours_told(sum(cost.seconds for cost in group) / at_once)
-        table.append((*named, str(len(group)), str(max(cost.slices for cost in group)), time_told))
+        seconds = sum(cost.seconds for cost in group) / at_once
+        expected = "cannot be trained" if any(cost.failure for cost in group) else duration(seconds)
+        table.append((*named, str(len(group)), str(max(cost.slices for cost in group)), expected))
     print_table(columns, table)
     for failure in dict.fromkeys(cost.failure for cost in found.values() if cost.failure):
         say(f"warning: {failure}", err=True)
-    total = hours_told(sum(cost.seconds for cost in found.values()) / at_once)
+    total = duration(sum(cost.seconds for cost in found.values()) / at_once)
     how = f", {side_by_side} at a time" if side_by_side > 1 else ""
     click.echo(
-        f"to do: {counted(len(to_do), 'cell')}, about {total} of training steps on this machine{how}; validation and "
-        "tests come on top, and early stopping saves some"
+        f"to do: {counted(len(to_do), 'cell')}, about {total} of training steps on this machine{how}, plus validation "
+        "and tests, less with early stopping"
     )
 
 
@@ -294,11 +306,11 @@ def _tell_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> No
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option(
     "--format", "form", type=click.Choice(["markdown", "csv", "latex", "html"]), default="markdown",
-    help="csv is a row a condition, in numbers; html is to be put into a page.",
+    help="csv has a row for each condition; html is a part of a page.",
 )  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="A file; printed by default.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Output file; default: print.")
 def table(study: Path, form: str, output: Path | None) -> None:
-    """Show what came out of STUDY so far: each cell beside the published figure, what is better, and how sure."""
+    """Show the results of STUDY so far: Dice beside published figures, paired comparisons and a ranking."""
     from cspine_train.run.folder import write_text
     from cspine_train.study.report import study_findings
     from cspine_train.study.tables import rendered
@@ -314,17 +326,17 @@ def table(study: Path, form: str, output: Path | None) -> None:
 
 @click.command(hidden=True)
 def cell() -> None:
-    """Train and evaluate one cell of a study; the process that starts this says which, on standard input."""
+    """Train and evaluate one cell of a study; the request is read from standard input."""
     from cspine_train.study.runner import do_cell
     from cspine_train.training.allocator import keep_large_blocks
     from cspine_train.training.processes import end_with_the_first
 
     keep_large_blocks()
-    # What else is said there is no answer.
+    # Standard output is for the answer only.
     answer, sys.stdout = sys.stdout, sys.stderr
     request = sys.stdin.buffer.readline()
     end_with_the_first()
     failure = do_cell(json.loads(request))
-    # On a line of its own, whatever native code has said.
+    # On a separate line, as native code may have printed there.
     answer.write(f"\n{json.dumps({'failure': failure})}\n")
     answer.flush()

@@ -1,4 +1,4 @@
-"""How PyTorch's threads wait for each other between the hundreds of small tasks of a training step on a CPU."""
+"""Settings of OpenMP for the hundreds of small tasks of a training step on a CPU."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-# Turns awake, then asleep. More, and threads slow each other down several times where another process needs a core;
-# asleep at once, and a step takes half as long again.
+# Iterations that a thread spins before it sleeps. With more, threads slow each other down several times when another
+# process needs a core; without, a step takes 50 % longer.
 _TURNS = "1000"
 
 
 def stay_awake() -> None:
-    """Let GNU's OpenMP wait awake for a moment, also where there are more threads than cores.
+    """Let threads of GNU's OpenMP spin for a moment before they sleep, even with more threads than cores.
 
-    There are as soon as a thread reads ahead, and few turns are then waited unless the policy is ``ACTIVE``. Others
-    take that for ever, so it is set where PyTorch brings GNU's. OpenMP reads all this when PyTorch is imported. Where
-    the user has set either, both stay.
+    A thread that reads ahead is one more than the cores, and GNU's OpenMP then spins for a shorter time, unless the
+    policy is ``ACTIVE``. Other implementations would spin forever, so that the policy is set only if PyTorch comes with
+    GNU's. OpenMP reads the variables when PyTorch is imported. Variables set by the user are kept.
     """
     if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         return
@@ -26,7 +26,7 @@ def stay_awake() -> None:
 
 
 def has_gnu_openmp() -> bool:
-    """Return whether PyTorch, which is not imported for it, brings GNU's OpenMP."""
+    """Return whether PyTorch comes with GNU's OpenMP, without importing PyTorch."""
     spec = find_spec("torch")
     folders = spec.submodule_search_locations or () if spec else ()
     places = [place for folder in folders for place in (Path(folder, "lib"), Path(folder).with_name("torch.libs"))]

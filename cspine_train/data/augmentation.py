@@ -1,4 +1,4 @@
-"""Augmentation of training batches on their device: which changes, how strong, how often, in which order."""
+"""Augmentation of training batches on their device: transforms, their strength, chance and order."""
 
 from __future__ import annotations
 
@@ -33,38 +33,37 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Amounts:
-    """A level of augmentation: the largest strength of each change, and how often it happens.
+    """A level of augmentation: the largest strength of each transform, and its chance.
 
     Attributes
     ----------
     flip : float
-        Chance of a left-right flip: the order of the neighbours in a sagittal slice, its rows in the others. No other
-        flip is anatomy.
+        Chance of a left-right flip: of the order of neighbours in sagittal slices, of the rows in the others. Other
+        flips are not anatomical.
     degrees, scale, shift : float
-        Largest rotation; largest change of size and shift, as shares of the size.
+        Largest rotation, in degrees; largest change of size and shift, as shares of the size.
     distortion : float
         Largest shift of a point of a coarse grid, as a share of the grid's cell.
     contrast : float
-        Largest change of contrast as a share; brightness moves by as much of a standard deviation, gamma by a factor.
+        Largest change of contrast, as a share; also that of brightness, in standard deviations, and of log gamma.
     noise : float
         Largest standard deviation of added noise, in standard deviations of the tissue.
     remap : float
-        Chance that intensities are sent through a random map, which may reverse them.
+        Chance of a random map of the intensities, which may reverse them.
     convolve : float
-        Chance that slices are sent through a shallow network of random weights.
+        Chance of a shallow network of random weights.
     field : float
         Largest deviation of the logarithm of a smooth field that slices are multiplied by.
     blur : float
-        Largest deviation of a Gaussian, in pixels.
+        Largest standard deviation of a Gaussian blur, in pixels.
     coarse : float
-        Largest factor by which pixels are made coarser.
+        Largest factor of the pixel size.
     ghosts : float
         Largest strength of a motion ghost, as a share of the signal.
     window : float
-        Chance that all but a part of a slice, at least a quarter of each side, is margin, as where a field of view is
-        small.
+        Chance of a small field of view: a window of at least a quarter of each side is shown, the rest is air.
     chance : float
-        Of each of distortion, field, blur, coarse pixels and ghosts.
+        Chance of each of distortion, field, blur, coarse pixels and ghosts.
     """
 
     flip: float = 0.0
@@ -98,19 +97,19 @@ _GRID = 5
 
 
 class Stream:
-    """Random numbers of one change: a row per sample, from a generator of the sample's seed and the change's name.
+    """Random numbers of one transform: a row per sample, seeded by the sample and the transform's name.
 
-    So adding a change does not alter the numbers of the others, and a sample is changed the same way in any batch and
+    Adding a transform does not alter the numbers of the others, and a sample gets the same numbers in any batch and
     process.
 
     Parameters
     ----------
     seeds : sequence of int
-        One per sample.
+        Seeds of the samples.
     name : str
-        The name of the change.
+        Name of the transform.
     device : torch.device
-        Where numbers are needed. All but noise are drawn on the CPU, so that every device has the same.
+        Device of the results. All but noise is drawn on the CPU, so that the numbers are the same on every device.
     """
 
     def __init__(self, seeds: Sequence[int], name: str, device: torch.device) -> None:
@@ -119,12 +118,12 @@ class Stream:
         self._device = device
 
     def uniform(self, count: int = 0) -> torch.Tensor:
-        """Draw from 0 to 1: (N,), or (N, count)."""
+        """Draw from the uniform distribution from 0 to 1: (N,), or (N, count)."""
         drawn = torch.stack([torch.rand(max(count, 1), generator=one) for one in self._generators]).to(self._device)
         return drawn if count else drawn.squeeze(1)
 
     def symmetric(self, count: int = 0) -> torch.Tensor:
-        """Draw from -1 to 1."""
+        """Draw from the uniform distribution from -1 to 1: (N,), or (N, count)."""
         return 2 * self.uniform(count) - 1
 
     def normal(self, count: int) -> torch.Tensor:
@@ -132,7 +131,7 @@ class Stream:
         return math.sqrt(2) * torch.erfinv(self.symmetric(count).clamp(-1 + 1e-6, 1 - 1e-6))
 
     def happens(self, chance: float) -> torch.Tensor:
-        """Draw whether something happens, bool (N,)."""
+        """Draw true with a chance, bool (N,)."""
         return self.uniform() < chance
 
     def noise(self, like: torch.Tensor) -> torch.Tensor:
@@ -145,27 +144,26 @@ class Stream:
 
 
 _Streams = Callable[[str], Stream]
-#: Changes images and masks of a batch, see `Augmentation`, at random; returns new tensors of the same shapes.
+#: A transform of images and masks of a batch, see `Augmentation`; returns new tensors of the same shapes.
 Change = Callable[[torch.Tensor, torch.Tensor, Stream], Pair]
 
 
 class Augmentation:
-    """Changes batches at random, each sample by its own seed and each change by a random stream of its own.
+    """Augments batches: each sample has its own seed, and each transform its own random stream.
 
-    Rotation, scaling, shift, flip, distortion and crop are one interpolation. Contrast comes before coil, resolution
-    and noise, as in a scanner; further changes come last.
+    Rotation, scaling, shift, flip, distortion and crop are one interpolation. Contrast comes before coil field,
+    resolution and noise, as in a scanner; transforms of plug-ins come last.
 
     Parameters
     ----------
     level : str or Amounts
         A name in the group ``cspine.augmentations``, or several joined by ``+``: at most one level (``none``,
-        ``light``, ``reference``, ``strong``, or another `Amounts`), and further changes, functions like `Change`.
+        ``light``, ``reference``, ``strong``, or another `Amounts`), and transforms, functions like `Change`.
     crop_hw : tuple of int, optional
-        Size of the part of each slice that is kept, see `crop_centres`; shifts then move it, by a share of the whole
-        slice, away from where it would hold all labels. It is cut out as the slice is rotated, so that its border shows
-        the slice itself.
+        Size of random crops, see `crop_centres`. Shifts then move the crop, by a share of the whole slice. Crop and
+        rotation are one interpolation, so that the corners of a crop show the slice.
     labels : int, optional
-        How many channels of masks, the first ones, are labels for a crop to hold; all by default.
+        Number of mask channels, the first ones, that a crop should hold; all by default.
     """
 
     def __init__(self, level: str | Amounts, crop_hw: tuple[int, int] | None = None, labels: int | None = None) -> None:
@@ -176,28 +174,28 @@ class Augmentation:
         )
         levels = [part for part in parts.values() if isinstance(part, Amounts)]
         if len(levels) > 1:
-            raise RunError(f"augmentation {level}: more than one level; choose one, and changes to add to it")
+            raise RunError(f"augmentation {level}: more than one level; choose one, and add transforms to it")
         self.amounts = levels[0] if levels else NONE
         self._changes: dict[str, Change] = {name: part for name, part in parts.items() if not isinstance(part, Amounts)}
         self.crop_hw = crop_hw
         self._labels = labels
 
     def __call__(self, images: torch.Tensor, masks: torch.Tensor, axes: torch.Tensor, seeds: Sequence[int]) -> Pair:
-        """Change a batch.
+        """Augment a batch.
 
         Parameters
         ----------
         images, masks : Tensor
             float32 (N, C, H, W) and (N, K, H, W); a mask holds shares from 0 to 1.
         axes : Tensor
-            int64 (N,): the axis that each slice is across.
+            int64 (N,): axis of each slice.
         seeds : sequence of int
-            One per sample.
+            Seeds of the samples.
 
         Returns
         -------
         images, masks : Tensor
-            The same shapes, or (N, C, h, w) and (N, K, h, w) of a crop.
+            The same shapes, or (N, C, h, w) and (N, K, h, w) of crops.
         """
 
         def stream(name: str) -> Stream:
@@ -240,7 +238,7 @@ class Augmentation:
         return warped(images, grid, beyond="border"), warped(masks, grid, beyond="zeros")
 
     def _windowed(self, images: torch.Tensor, masks: torch.Tensor, stream: Stream) -> Pair:
-        """Show a part of some slices only, as where a field of view is small."""
+        """Narrow the field of view of some slices."""
         if not self.amounts.window:
             return images, masks
         narrow, share, place = stream.happens(self.amounts.window), stream.uniform(2), stream.uniform(2)
@@ -253,7 +251,7 @@ class Augmentation:
     def _of_other_contrast(
         self, images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, stream: _Streams
     ) -> torch.Tensor:
-        """Send intensities through a random gamma, map or network."""
+        """Apply a random gamma, map or network to the intensities."""
         amounts = self.amounts
         if not (amounts.contrast or amounts.remap or amounts.convolve):
             return images
@@ -283,11 +281,11 @@ class Augmentation:
         return torch.where(again, standardised_like(changed, images, low, high), changed)
 
     def _of_other_acquisition(self, images: torch.Tensor, low: torch.Tensor, stream: _Streams) -> torch.Tensor:
-        """Add motion ghosts and a coil's field, blur, and make pixels coarser."""
+        """Add motion ghosts and a coil's field, blur, and enlarge pixels."""
         amounts = self.amounts
         if not amounts.chance:
             return images
-        # Written into from here on: these are the resampled images, not those that the caller gave.
+        # Changed in place from here on: these are resampled copies of the caller's images.
         if amounts.ghosts:
             ghosts = stream("ghosts")
             chosen, strength, place, side = ghosts.happens(amounts.chance), *ghosts.uniform(3).unbind(1)
@@ -340,9 +338,9 @@ def _scale(count: int, device: torch.device) -> torch.Tensor:
 
 
 def _maps(stream: Stream) -> torch.Tensor:
-    """Draw maps of intensities from 0 to 1: a quarter rise, a quarter fall, the rest go anywhere.
+    """Draw maps of intensities from 0 to 1: a quarter rises, a quarter falls, the others are arbitrary.
 
-    Air, the darkest, mostly stays dark.
+    Air, the darkest, stays dark in 70 %.
     """
     kind, pinned = stream.uniform(), stream.happens(0.7)
     values = stream.uniform(_KNOTS)
@@ -354,12 +352,12 @@ def _maps(stream: Stream) -> torch.Tensor:
 
 
 def _blended(folded: torch.Tensor, images: torch.Tensor, share: float) -> torch.Tensor:
-    """Mix a slice with what a random network made of it, brought to the slice's own deviation."""
+    """Blend a slice with the output of a random network, scaled to the slice's mean and deviation."""
     folded = (folded - folded.mean()) * (images.std() / folded.std().clamp_min(1e-6)) + images.mean()
     return share * folded + (1 - share) * images
 
 
 def sample_seeds(seed: int, step: int, count: int) -> list[int]:
-    """Return the seeds of a step's samples, in the order of its whole batch."""
+    """Return the seeds of the samples of a step, in the order of its whole batch."""
     drawn = np.random.SeedSequence([seed, step]).generate_state(count, np.uint64)
     return [int(one) for one in drawn]

@@ -1,7 +1,7 @@
-"""How slices become the batches that a network is fed, and come to it before it asks.
+"""Batches of slices, read ahead of the network.
 
-A batch is decoded straight into its tensors: nothing is made for a single slice, nothing is collated. A thread reads
-ahead; what it reads need not pass from process to process.
+A batch is decoded directly into its tensors, without a tensor for each slice. A thread reads ahead, so that batches
+need not pass between processes.
 """
 
 from __future__ import annotations
@@ -24,24 +24,23 @@ from cspine_train.run.label_classes import class_numbers
 
 
 class Batch(NamedTuple):
-    """Slices as they come to a network's device; `intensities` makes of them what it sees.
+    """Slices as they are copied to the network's device.
 
     Attributes
     ----------
     images : Tensor
-        (N, C, H, W): int16 as in the store, or float32 where slices were resampled or cropped.
+        (N, C, H, W): int16 as stored, or float32 if slices were resampled or cropped.
     scales : Tensor
-        float32 (N,): what an image's numbers are worth.
+        float32 (N,): factor from `images` to normalised intensities.
     masks : Tensor
-        uint8 (N, 1, H, W), the number of each pixel's label, 0 for none; where slices were resampled or cropped float32
-        (N, K, H, W), the share of each pixel that has each label. Binary labels are one. See `shares_of` for what does
-        not count.
+        uint8 (N, 1, H, W): class numbers, 0 for no label. If slices were resampled or cropped, float32 (N, K, H, W):
+        shares of labels. See `shares_of`; binary labels are one label.
     numbers : Tensor
-        int64 (N,): which of `SliceDataset.cases` each slice is of.
+        int64 (N,): index of each slice's case in `SliceDataset.cases`.
     axes : Tensor
-        int64 (N,): the axis that each slice is across.
+        int64 (N,): axis of each slice.
     shapes_hw : Tensor
-        int64 (N, 2): height and width of each slice at the network's pixels, before it was padded or cropped.
+        int64 (N, 2): height and width of each slice at the network's pixel size, before padding or cropping.
     """
 
     images: torch.Tensor
@@ -56,30 +55,30 @@ class Batch(NamedTuple):
         return self.images.float() * self.scales.view(-1, 1, 1, 1)
 
     def shares(self, labels: int, ignores: bool = False) -> torch.Tensor:
-        """Return the share of each pixel that has each of so many labels, see `shares_of`."""
-        # A byte a pixel is brought to the device, however many labels there are.
+        """Return the share of each pixel that has each label, see `shares_of`."""
+        # Only one byte per pixel was copied to the device, however many labels there are.
         return shares_of(self.masks, labels, ignores) if self.masks.dtype == torch.uint8 else self.masks
 
 
-# Ready, or being read, while another is used.
+# Batches read, or being read, while another is used.
 _AHEAD = 2
 
 
 class SliceBatches(Dataset[Batch]):
-    """Slices as the network takes them, a batch at a time, for `BatchLoader`.
+    """Reads slices for `BatchLoader`, a batch at a time.
 
-    Their memory is pinned where there is a GPU, and shared where a worker process made it.
+    Memory is pinned if there is a GPU, and shared in a worker process.
 
     Parameters
     ----------
     slices : SliceDataset
         With ``labels="binary"``, or ``"stored"``.
     pixel_mm : float or None
-        Pixel size to resample to; None leaves slices as they are.
+        Pixel size to resample to; None keeps that of each slice.
     size_hw : tuple of int
         Size of every image.
     values : sequence of int
-        For stored labels: the value of each, see `class_numbers`.
+        Label values of the classes, for stored labels; see `class_numbers`.
     ignores : bool
         Whether voxels of the run may be ignored, see `shares_of`.
     """
@@ -105,9 +104,9 @@ class SliceBatches(Dataset[Batch]):
         return len(self.slices)
 
     def __getitems__(self, items: Sequence[int]) -> Batch:
-        """Return a batch; in a worker process, where it fails, what is to be raised instead.
+        """Return a batch; in a worker process, return an error instead of raising it.
 
-        PyTorch would put the worker's traceback into the one line that is to be told.
+        PyTorch would add the worker's traceback to the message.
         """
         try:
             return self._batch(items)
@@ -149,11 +148,11 @@ class SliceBatches(Dataset[Batch]):
             )
 
     def _read(self, items: Sequence[int], images: NDArray[Any], masks: NDArray[np.uint8]) -> None:
-        """Read images, and the number of each pixel's label."""
+        """Read images and class numbers."""
         if self.slices.labels == "binary":
             self.slices.read_into(items, images, masks)
             return
-        # Wide enough for the values of every case that a run can be trained on.
+        # Wide enough for the label values of every case.
         stored = np.empty(masks.shape, np.int64)
         self.slices.read_into(items, images, stored)
         masks[...] = class_numbers(stored, self._values)
@@ -163,12 +162,12 @@ class SliceBatches(Dataset[Batch]):
 
 
 class BatchLoader(DataLoader[Batch]):
-    """Loads batches before they are asked for: a thread does, or worker processes where there are any.
+    """Reads batches ahead, in a thread or in worker processes.
 
     Attributes
     ----------
     waited_s : float
-        How long whoever iterates has waited for batches, since it was last set to 0.
+        Time spent waiting for batches, since it was last set to 0.
     """
 
     def __init__(self, dataset: SliceBatches, batch_size: int = 1, **options: Any) -> None:
@@ -178,9 +177,9 @@ class BatchLoader(DataLoader[Batch]):
             batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,
-            # What this process makes is pinned as it is made.
+            # Batches of this process are pinned when they are made.
             pin_memory=workers > 0 and torch.cuda.is_available(),
-            collate_fn=_as_it_is,
+            collate_fn=_uncollated,
             **options,
         )
         self.waited_s = 0.0
@@ -209,12 +208,12 @@ def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _as_it_is(batch: Any) -> Any:
+def _uncollated(batch: Any) -> Any:
     return batch
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory to decode into: pinned where there is a GPU, and in a worker shared with the training process."""
+    """Allocate memory to decode into: pinned if there is a GPU, and shared in a worker process."""
     in_worker = get_worker_info() is not None
     memory = torch.empty(shape, dtype=dtype, pin_memory=not in_worker and torch.cuda.is_available())
     if in_worker:

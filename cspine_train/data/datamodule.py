@@ -1,25 +1,27 @@
-"""How the slices of a run come to the network in batches."""
+"""The data module of a run: its training and validation batches."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning
 import numpy as np
+from numpy.typing import NDArray
 
 from cspine_data import CaseRecord, Cohort, Split
 from cspine_train.data.batches import BatchLoader, SliceBatches
-from cspine_train.data.sampling import EpochSampler, ProcessBatches, weights_of
+from cspine_train.data.sampling import EpochSampler, ProcessBatches
 from cspine_train.data.sizes import USUAL_SIDES, Sides, image_sizes
-from cspine_train.errors import RunError
-from cspine_train.run.settings import RunSettings
+from cspine_train.errors import RunError, meant
+from cspine_train.run.settings import DataSettings, RunSettings
 
 
 @dataclass(frozen=True)
 class _Records:
-    """Records of cases, read anew each time: forked workers begin with all that the training process holds."""
+    """Records of cases, read again at each iteration: forked workers copy what the training process holds."""
 
     cohort: Cohort
     cases: tuple[str, ...]
@@ -29,25 +31,42 @@ class _Records:
         return (self.cohort.record(case, self.variant) for case in self.cases)
 
 
+def _weights(cases: Sequence[str], settings: DataSettings, cohort: Cohort) -> NDArray[np.float64]:
+    """Return the weights of training cases; refuse weights of cases that the store lacks."""
+    unknown = settings.case_weights.keys() - {unicodedata.normalize("NFC", case) for case in cohort.cases}
+    if unknown:
+        case = min(unknown)
+        raise RunError(
+            f"case {case!r}: has a weight and is not in the store{meant(case, cohort.cases)}; see --case-weight"
+        )
+    return np.array([settings.weight_of(case) for case in cases], dtype=np.float64)
+
+
 class CohortSlices(lightning.LightningDataModule):
     """The training and validation slices of a run.
 
     Parameters
     ----------
     cohort : Cohort
-        Where they are stored.
+        The store.
     split : Split
         The cases of each part.
     settings : RunSettings
-        What was asked.
+        Which slices, at which size and how often; batch size, context and seed.
     workers : int
         Processes that read slices; 0 reads in this one.
     sides : Sides
-        What sizes the network takes, see `sides_of`.
+        Image sizes that the network takes, see `sides_of`.
     values : sequence of int
-        The label values that are told apart, see `label_values`; not for binary labels.
+        Label values of the network's classes, see `label_values`; empty for binary labels.
     rank, world : int
-        This process, and how many train together. Each reads its part of every batch and of the validation slices.
+        Rank of this process, and number of processes. Each reads its part of every batch and of the validation slices.
+
+    Raises
+    ------
+    RunError
+        If no training slice is labelled, the sizes do not suit the cohort (see `image_sizes`), a weight is given to an
+        unknown case, or the processes cannot share the slices.
     """
 
     def __init__(
@@ -62,83 +81,64 @@ class CohortSlices(lightning.LightningDataModule):
         world: int = 1,
     ) -> None:
         super().__init__()
-        self._settings = settings
+        self._batch_size = settings.batch_size
         self._workers = workers
         self._rank, self._world = rank, world
-        #: The epoch that training begins with, and how many of its batches are done; not 0 where a run goes on.
+        #: The epoch to start from, and the number of its batches that are done; above 0 in a resumed run.
         self.first_epoch, self.batches_done = 0, 0
-        self.validation_cases = split.validation
-        axes, variant = settings.axes, settings.variant
-        how: dict[str, Any] = {"variant": variant, "labels": settings.labels, "context": settings.context}
-        train = cohort.slices(axes, cases=split.train, **how)
-        validation = cohort.slices(axes, cases=split.validation, **how)
-        train_records, validation_records, test_records = (
-            _Records(cohort, cases, variant) for cases in (split.train, split.validation, split.test)
+        training, validating, testing = (
+            _Records(cohort, part, settings.variant) for part in (split.train, split.validation, split.test)
         )
         #: Sizes of the images, see `ImageSizes`.
-        self.sizes = image_sizes(train_records, validation_records, test_records, settings, sides)
-        self._weights = weights_of(train.cases, settings.case_weights, cohort.cases)
-        #: Whether voxels of any patient do not count.
+        self.sizes = image_sizes(training, validating, testing, settings, sides)
+        how: dict[str, Any] = {"variant": settings.variant, "labels": settings.labels, "context": settings.context}
+        train = cohort.slices(settings.axes, cases=split.train, **how)
+        validation = cohort.slices(settings.axes, cases=split.validation, **how)
+        weights = _weights(train.cases, settings, cohort)
+        self._sampler = EpochSampler(
+            train.labelled_voxels, settings.empty_share, settings.seed, train.case_numbers, weights, settings.balance
+        )
+        if not self.labelled_slices:
+            option = "--case-weight" if settings.case_weights else "--axis"
+            axes = ", ".join(map(str, settings.axes))
+            raise RunError(f"{cohort.path}: no training slice is labelled along axis {axes}; choose another {option}")
+        #: Whether voxels of any case are ignored.
         self.ignores = train.ignores or validation.ignores
         pixel_mm, sizes = settings.pixel_mm, self.sizes
         self._train = SliceBatches(train, pixel_mm, sizes.slice_hw, values, self.ignores)
         self._validation = SliceBatches(validation, pixel_mm, sizes.validation_hw, values, self.ignores)
+        if self.smallest_batch % world:
+            raise RunError(
+                f"a step's {self.smallest_batch} slices cannot be divided evenly among {world} processes; choose a "
+                "--batch-size that can"
+            )
+        if len(self._validation) < world:
+            raise RunError(
+                f"{len(self._validation)} validation slices are too few for {world} processes; choose fewer --devices"
+            )
 
     @property
     def labelled_slices(self) -> int:
-        """How many training slices have labelled voxels, but for those of cases that weigh nothing."""
-        slices = self._train.slices
-        return int(np.count_nonzero(slices.labelled_voxels * self._weights[slices.case_numbers]))
+        """Number of labelled training slices, without cases of weight 0."""
+        return self._sampler.labelled_slices
 
     @property
     def smallest_batch(self) -> int:
         """Slices in the smallest training batch."""
-        return min(self._settings.batch_size, len(self._sampler()))
-
-    def check_processes(self) -> None:
-        """Refuse a number of processes that cannot divide the slices.
-
-        Raises
-        ------
-        RunError
-            If the slices of a step cannot be divided evenly, or there are fewer validation slices than processes.
-        """
-        step = min(self._settings.batch_size, len(self._sampler()))
-        if step % self._world:
-            raise RunError(
-                f"a step's {step} slices cannot be divided evenly among {self._world} processes; choose a --batch-size "
-                "that can"
-            )
-        if len(self._validation) < self._world:
-            raise RunError(
-                f"{len(self._validation)} validation slices are too few for {self._world} processes; choose fewer "
-                "--devices"
-            )
-
-    def _sampler(self) -> EpochSampler:
-        settings, slices = self._settings, self._train.slices
-        return EpochSampler(
-            slices.labelled_voxels, settings.empty_share, settings.seed,
-            slices.case_numbers, self._weights, settings.balance,
-        )  # fmt: skip
-
-    def slices_of_an_epoch(self) -> int:
-        """Return how many training slices an epoch draws."""
-        return len(self._sampler())
+        return min(self._batch_size, len(self._sampler))
 
     def train_dataloader(self) -> BatchLoader:
         """Return an epoch's batches: labelled slices and a share of empty ones, shuffled."""
-        settings, sampler = self._settings, self._sampler()
-        # Worker processes ask for the first epoch's order before Lightning has said which epoch it is, and for batches
-        # that the network has not come to when a checkpoint is written: what is done is told by the checkpoint.
-        sampler.begin(self.first_epoch, self.batches_done * settings.batch_size)
-        # A last batch of one slice would leave batch normalisation nothing to average over.
-        drop_last = len(sampler) > settings.batch_size
-        batches = ProcessBatches(sampler, settings.batch_size, drop_last, self._rank, self._world)
+        # Workers read ahead of the network, and start before Lightning sets the epoch: only the checkpoint knows which
+        # slices the network has seen.
+        self._sampler.begin(self.first_epoch, self.batches_done * self._batch_size)
+        # Batch normalisation cannot average over a last batch of one slice.
+        drop_last = len(self._sampler) > self._batch_size
+        batches = ProcessBatches(self._sampler, self._batch_size, drop_last, self._rank, self._world)
         return BatchLoader(self._train, batch_sampler=batches, num_workers=self._workers)
 
     def val_dataloader(self) -> BatchLoader:
-        """Return every slice of the validation patients, in order, or this process' part of them."""
-        size = 2 * self._settings.batch_size // self._world
+        """Return all slices of the validation patients, in order, or the part of this process."""
+        size = 2 * self._batch_size // self._world
         slices = range(self._rank, len(self._validation), self._world)
         return BatchLoader(self._validation, size, sampler=slices, num_workers=self._workers)

@@ -1,6 +1,6 @@
-"""The changes that augmentation makes: functions of a batch of slices and of random numbers.
+"""Transforms of augmentation: functions of a batch of slices and of random numbers.
 
-Every sample has its own numbers, a tensor of N beside images (N, C, H, W); neighbouring slices (C) change alike.
+Each sample has its own random numbers, a tensor of N for images (N, C, H, W); neighbouring slices (C) change alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cspine_train.data.transforms import rectangles
 
 
 def crop_centres(masks: torch.Tensor, size_hw: tuple[int, int], draws: torch.Tensor) -> torch.Tensor:
-    """Place a crop in each slice at random so that it holds all that is labelled there, as far as it is large enough.
+    """Place a crop in each slice at random so that it holds all labelled pixels, or as many as it can.
 
     Parameters
     ----------
@@ -23,12 +23,12 @@ def crop_centres(masks: torch.Tensor, size_hw: tuple[int, int], draws: torch.Ten
     size_hw : tuple of int
         Size of a crop.
     draws : Tensor
-        (N, 2), from 0 to 1: where between its first and its last possible row and column a crop begins.
+        (N, 2), from 0 to 1: position of each crop between its first and its last possible row and column.
 
     Returns
     -------
     Tensor
-        (N, 2), row and column of the crops' centres, in pixels from the slices' centres.
+        (N, 2): row and column of the crops' centres, in pixels from the slices' centres.
     """
     centres = []
     labelled_hw = (masks > 0).any(1)
@@ -53,18 +53,18 @@ def sampling_grid(
     centre: torch.Tensor,
     mirrored: torch.Tensor,
 ) -> torch.Tensor:
-    """Return where each pixel of a turned, scaled, shifted and mirrored crop comes from, for `grid_sample`.
+    """Return the sampling grid of a rotated, scaled, shifted and mirrored crop, for `grid_sample`.
 
     Parameters
     ----------
     full_hw, crop_hw : tuple of int
         Sizes of the slices and of the crops.
     radians, scale : Tensor
-        (N,): how far a crop is turned, and how much larger things appear in it.
+        (N,): rotation and magnification of each crop.
     centre : Tensor
-        (N, 2): row and column of its centre, in pixels from the slice's.
+        (N, 2): row and column of its centre, in pixels from the slice's centre.
     mirrored : Tensor
-        bool (N,): whether its rows run backwards.
+        bool (N,): whether to reverse its rows.
 
     Returns
     -------
@@ -75,7 +75,7 @@ def sampling_grid(
     cos, sin = torch.cos(radians) / scale, torch.sin(radians) / scale
     sign = 1 - 2 * mirrored.float()
     right, down = 2 * centre[:, 1] / width, 2 * centre[:, 0] / height
-    # Coordinates run from -1 to 1 along the sides of crop and slice, so a rotation has to know their ratios.
+    # Coordinates run from -1 to 1 along the sides of crop and slice, so that a rotation depends on their ratios.
     rows = (
         torch.stack([cos * crop_w / width, -sin * sign * crop_h / width, right], 1),
         torch.stack([sin * crop_w / height, cos * sign * crop_h / height, down], 1),
@@ -84,47 +84,36 @@ def sampling_grid(
 
 
 def smooth_fields(knots: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
-    """Return smooth fields through values on a coarse grid: (N, K, h, w) to (N, K, H, W), bicubic."""
+    """Interpolate values on a coarse grid, (N, K, h, w) to (N, K, H, W), bicubic."""
     return functional.interpolate(knots, size=size_hw, mode="bicubic", align_corners=True)
 
 
 def distorted(grid: torch.Tensor, knots: torch.Tensor) -> torch.Tensor:
-    """Bend a sampling grid by shifts on a coarse grid.
+    """Distort a sampling grid, (N, h, w, 2), by shifts on a coarse grid.
 
-    Parameters
-    ----------
-    grid : Tensor
-        (N, h, w, 2), see `sampling_grid`.
-    knots : Tensor
-        (N, 2, rows, columns): shifts along columns and rows, as shares of the slice's width and height.
+    `knots`, (N, 2, rows, columns), are shifts along columns and rows, as shares of the slice's width and height.
     """
     shifts = smooth_fields(2 * knots, (grid.shape[1], grid.shape[2]))
     return grid + shifts.movedim(1, -1)
 
 
 def warped(images: torch.Tensor, grid: torch.Tensor, *, beyond: str) -> torch.Tensor:
-    """Sample images (N, C, H, W) on a grid; beyond their border are their outermost pixels or ``zeros``."""
+    """Sample images (N, C, H, W) on a grid; `beyond` their border are its pixels (``border``) or ``zeros``."""
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode=beyond, align_corners=False)
 
 
 def window(shown: torch.Tensor, place: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
-    """Return which pixels of slices are in a window of each, bool (N, 1, H, W).
+    """Return which pixels are in a window, one for each slice, bool (N, 1, H, W).
 
-    Parameters
-    ----------
-    shown : Tensor
-        (N, 2): height and width of the windows, in pixels.
-    place : Tensor
-        (N, 2): from 0, at the first row and column, to 1, at the last.
-    size_hw : tuple of int
-        Size of the slices.
+    `shown`, (N, 2), are height and width of the windows in pixels; `place`, (N, 2), is their position, from 0 at the
+    first row and column to 1 at the last.
     """
     sizes = torch.tensor(size_hw, device=shown.device)
     return rectangles(torch.floor(place * (sizes - shown + 1)), shown, size_hw)
 
 
 def ends(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each sample's darkest and brightest intensity but for the outermost 1 %, (N, 1, 1, 1) both."""
+    """Return the 1st and the 99th percentile of each sample's intensities, (N, 1, 1, 1) both."""
     some = images[:, images.shape[1] // 2, ::4, ::4].flatten(1)
     count = some.shape[1]
     ordered = some.sort(1).values
@@ -133,18 +122,13 @@ def ends(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def remapped(images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Send intensities through piecewise linear maps.
+    """Map intensities (N, C, H, W) by piecewise linear functions; those outside 0 to 1 keep their distance from 0 or 1.
 
-    Parameters
-    ----------
-    images : Tensor
-        (N, C, H, W), from 0 to 1; what is beyond keeps its distance.
-    values : Tensor
-        (N, K): what K equally spaced intensities from 0 to 1 become.
+    `values`, (N, K), are the values of the functions at K equally spaced intensities from 0 to 1.
     """
     last = values.shape[1] - 1
     slopes = torch.diff(values, dim=1) * last
-    # A sum of hinges: six passes of arithmetic take half the time of one that looks values up.
+    # A sum of hinge functions: its six passes take half the time of a table look-up.
     bends = torch.diff(slopes, dim=1)
     inside = images.clamp(0, 1)
     mapped = images - inside + values[:, :1, None, None] + slopes[:, :1, None, None] * inside
@@ -154,14 +138,14 @@ def remapped(images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def convolved(images: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-    """Send one sample's slices through a shallow network of random weights (GIN, Ouyang et al. 2023).
+    """Apply a shallow network of random weights to one sample's slices (GIN, Ouyang et al. 2023).
 
     Parameters
     ----------
     images : Tensor
-        (C, H, W), each a slice on its own; where 0 lies among its intensities decides what bends.
+        (C, H, W), slices that are processed separately. The activation changes its slope at intensity 0.
     weights : list of Tensor
-        (out, in, 3, 3) each, from one channel to one channel.
+        (out, in, 3, 3) each; the first input and the last output have one channel.
 
     Returns
     -------
@@ -179,10 +163,10 @@ def convolved(images: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor
 def standardised_like(
     changed: torch.Tensor, images: torch.Tensor, low: torch.Tensor, high: torch.Tensor
 ) -> torch.Tensor:
-    """Scale changed images to the mean and the deviation that tissue had before.
+    """Scale changed images to the mean and standard deviation that tissue had before.
 
-    A scan of another contrast is normalised over its own tissue too, so a change that moves these would be none that a
-    network ever meets. Each pixel counts by how bright it was: air hardly does.
+    Scans of any contrast are normalised over their own tissue, so that a network never sees another mean or deviation.
+    Pixels are weighted by their brightness before the change, which leaves out most of the air.
     """
     weight = ((images - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
     weight = weight / weight.sum((1, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -196,9 +180,9 @@ def standardised_like(
 
 
 def ghosted(images: torch.Tensor, low: torch.Tensor, strength: float, shift: int, dim: int) -> torch.Tensor:
-    """Add what periodic motion leaves: copies displaced along the phase encoding (Wood and Henkelman 1985).
+    """Add ghosts of periodic motion: copies displaced along the phase encoding (Wood and Henkelman 1985).
 
-    Modulating the lines of k-space by 1 + 2a cos(2 pi k s / n) adds a copies shifted by s to both sides, exactly.
+    Modulating the lines of k-space by 1 + 2a cos(2 pi k s / n) adds copies of strength a, shifted by s to both sides.
     """
     signal = images - low
     copies = torch.roll(signal, shift, dim) + torch.roll(signal, -shift, dim)
@@ -216,7 +200,7 @@ def blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def coarsened(images: torch.Tensor, factors_hw: tuple[float, float]) -> torch.Tensor:
-    """Show images (C, H, W) as if they had been acquired with pixels larger by these factors."""
+    """Resample images (C, H, W) to pixels larger by these factors, and back."""
     size_hw = images.shape[-2:]
     small = [max(4, round(size / factor)) for size, factor in zip(size_hw, factors_hw, strict=True)]
     coarse = functional.interpolate(

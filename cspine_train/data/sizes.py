@@ -1,4 +1,4 @@
-"""Sizes of a run's images: one size for the slices of all patients, decided once."""
+"""Sizes of a run's images: one for the slices of all patients, decided once."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def network_shape(
 
 
 class Sides(NamedTuple):
-    """What the height and the width of a network's images may be: multiples of one number, no less than another."""
+    """Heights and widths that a network takes: multiples of a number, from a smallest one on."""
 
     multiple: int = 32
     least: int = 32
 
 
-#: Of nearly all: their encoders halve the size five times.
+#: Those of most networks: their encoders halve the size five times.
 USUAL_SIDES = Sides()
 
 
 def fixed_size(shapes_hw: Sequence[tuple[int, int]], sides: Sides) -> tuple[int, int]:
-    """Return the smallest size that a network takes and that holds slices of all these sizes."""
+    """Return the smallest size that a network takes and that holds slices of all sizes."""
     height, width = (
         math.ceil(max(*sizes, sides.least) / sides.multiple) * sides.multiple for sizes in zip(*shapes_hw, strict=True)
     )
     return height, width
 
 
-#: How much larger pixels are in the first part of a run that begins coarse.
+#: Factor of the pixel size in the first steps, with `--coarse-share`.
 COARSER = 1.5
 
 
@@ -65,7 +65,7 @@ class ImageSizes:
     crop_hw : tuple of int or None
         The random part of it that training sees; None if training sees whole slices.
     coarse_hw : tuple of int or None
-        What the first steps see, with `--coarse-share`.
+        An image of the first steps, with `--coarse-share`.
     validation_hw : tuple of int
         A slice in validation: whole, as in prediction.
     """
@@ -119,21 +119,21 @@ def image_sizes(
 
 
 def _check_pixels(records: Iterable[CaseRecord], settings: RunSettings) -> None:
-    """Refuse a pixel size that leaves next to nothing of any patient's labelled region."""
+    """Refuse a pixel size at which every patient's labelled region is a few pixels across."""
     if settings.pixel_mm is None:
         return
     smallest = [min(r.labelled_extent_mm(a) for a in range(3) if a != axis) for r in records for axis in settings.axes]
     if 0 < max(smallest) < _FEWEST_PIXELS * settings.pixel_mm:
         raise RunError(
-            f"pixel size {settings.pixel_mm} mm: leaves fewer than {_FEWEST_PIXELS} pixels across what is labelled, "
-            f"at most {max(smallest):.0f} mm; choose a smaller --pixel-mm"
+            f"pixel size {settings.pixel_mm} mm: labelled regions, at most {max(smallest):.0f} mm across, would have "
+            f"fewer than {_FEWEST_PIXELS} pixels; choose a smaller --pixel-mm"
         )
 
 
 def _size_that_holds_labels(
     records: Iterable[CaseRecord], settings: RunSettings, size_hw: tuple[int, int], sides: Sides
 ) -> tuple[int, int] | None:
-    """Return the size of a crop that holds any training patient's labelled region and its margin."""
+    """Return the size of a crop that holds the labelled region of each training patient and its margin."""
     if settings.crop_margin_mm is None:
         return None
     shapes = []
@@ -148,47 +148,37 @@ def _size_that_holds_labels(
 
 
 def _check_size(records: Iterable[CaseRecord], settings: RunSettings, size_hw: tuple[int, int], sides: Sides) -> None:
-    """Refuse a size that was asked for, where the network cannot take it or labelled voxels would be cut off.
-
-    Parameters
-    ----------
-    records : iterable of CaseRecord
-        The patients to train and to validate on; iterated over more than once.
-    settings : RunSettings
-        What was asked.
-    size_hw : tuple of int
-        The size that was asked for.
-    sides : Sides
-        What sizes the network takes.
-    """
+    """Refuse a requested size that the network does not take or that would cut off labelled voxels."""
     multiple, least = sides
     if any(size % multiple or size < least for size in size_hw):
         larger = fixed_size([size_hw], sides)
         smaller = [max(size // multiple * multiple, least) for size in size_hw]
-        told = " and ".join(dict.fromkeys(_told(size) for size in (smaller, larger)))
+        nearest = " and ".join(dict.fromkeys(_text(size) for size in (smaller, larger)))
         raise RunError(
-            f"size {_told(size_hw)}: {settings.model} with encoder {settings.encoder} takes multiples of {multiple}"
-            f"{f' from {least} on' if least > multiple else ''}; the nearest --size is {told}"
+            f"size {_text(size_hw)}: {settings.model} with encoder {settings.encoder} takes multiples of {multiple}"
+            f"{f' from {least} on' if least > multiple else ''}; the nearest --size is {nearest}"
         )
-    cuts = [cut for record in records for cut in _cuts(record, settings, size_hw)]
+    cuts = []
+    enough = list(size_hw)
+    for record in records:
+        for side, axis, size, first, last in _labelled(record, settings):
+            if pixels := _cut(first, last, size, size_hw[side]):
+                mm = record.sliced_spacing_xyz_mm[axis] * record.sliced_size_xyz[axis] / size
+                cuts.append((pixels * mm, pixels, record.case, axis))
+            while _cut(first, last, size, enough[side]):
+                enough[side] += multiple
     if cuts:
-        pixels, mm, case, axis = max(cuts, key=lambda cut: cut[1])
-        enough = _least(records, settings, size_hw, sides)
+        mm, pixels, case, axis = max(cuts, key=lambda cut: cut[0])
         raise RunError(
-            f"size {_told(size_hw)}: would cut {mm:.1f} mm ({pixels} pixels) off what is labelled of {case} along "
-            f"axis {axis}; the smallest --size that cuts nothing off is {_told(enough)}"
+            f"size {_text(size_hw)}: would cut {mm:.1f} mm ({pixels} pixels) off the labelled region of {case} along "
+            f"axis {axis}; the smallest --size that cuts nothing off is {_text(enough)}"
         )
 
 
 def labelled_pixels(voxels: Sequence[int], size: int) -> tuple[int, int] | None:
-    """Return the first and the last pixel that shows anything of a labelled voxel; None where there is none.
+    """Return the first and the last pixel that a labelled voxel contributes to; None if no voxel is labelled.
 
-    Parameters
-    ----------
-    voxels : sequence of int
-        How many labelled voxels each position has along an axis.
-    size : int
-        How many pixels these positions are resampled to.
+    `voxels` are the numbers of labelled voxels at each position along an axis, which is resampled to `size` pixels.
     """
     labelled = np.flatnonzero(voxels)
     if not labelled.size:
@@ -196,9 +186,9 @@ def labelled_pixels(voxels: Sequence[int], size: int) -> tuple[int, int] | None:
     first, last = int(labelled[0]), int(labelled[-1])
     if size == len(voxels):
         return first, last
-    # Interpolated, a voxel is seen from less than a voxel away, or, averaged into larger pixels, less than a pixel.
+    # An interpolated voxel reaches less than a voxel away; averaged into larger pixels, less than a pixel.
     scale = len(voxels) / size
-    # And a little more, as the interpolation's own arithmetic is rounded.
+    # A little more, as the interpolation is rounded.
     reach = max(1.0, 1 / scale) + 1e-4
     first = math.floor((first + 0.5) / scale - 0.5 - reach) + 1
     last = math.ceil((last + 0.5) / scale - 0.5 + reach) - 1
@@ -212,7 +202,7 @@ def _shape(record: CaseRecord, axis: int, settings: RunSettings) -> tuple[int, i
 
 
 def _labelled(record: CaseRecord, settings: RunSettings) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield, for each side of the slices along each axis, which it is, its size, and where it is labelled."""
+    """Yield side (0 height, 1 width), axis, size, first and last labelled pixel, for each side of each axis' slices."""
     for sliced in settings.axes:
         in_plane = [axis for axis in range(3) if axis != sliced]
         for side, (axis, size) in enumerate(zip(in_plane, _shape(record, sliced, settings), strict=True)):
@@ -221,31 +211,12 @@ def _labelled(record: CaseRecord, settings: RunSettings) -> Iterator[tuple[int, 
                 yield side, axis, size, *ends
 
 
-def _cuts(record: CaseRecord, settings: RunSettings, size_hw: tuple[int, int]) -> Iterator[tuple[int, float, str, int]]:
-    for side, axis, size, first, last in _labelled(record, settings):
-        pixels = _cut(first, last, size, size_hw[side])
-        if pixels:
-            mm = record.sliced_spacing_xyz_mm[axis] * record.sliced_size_xyz[axis] / size
-            yield pixels, pixels * mm, record.case, axis
-
-
-def _least(
-    records: Iterable[CaseRecord], settings: RunSettings, size_hw: tuple[int, int], sides: Sides
-) -> tuple[int, int]:
-    least = list(size_hw)
-    for record in records:
-        for side, _, size, first, last in _labelled(record, settings):
-            while _cut(first, last, size, least[side]):
-                least[side] += sides.multiple
-    return least[0], least[1]
-
-
 def _cut(first: int, last: int, size: int, wanted: int) -> int:
-    """Return how many pixels of what is labelled a crop about the centre cuts off, on both ends together."""
+    """Return how many labelled pixels a crop about the centre cuts off, at both ends together."""
     begin = max(size - wanted, 0) // 2
     end = begin + min(size, wanted)
     return max(begin - first, 0) + max(last + 1 - end, 0)
 
 
-def _told(size_hw: Sequence[int]) -> str:
+def _text(size_hw: Sequence[int]) -> str:
     return ",".join(map(str, size_hw))

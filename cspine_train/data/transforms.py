@@ -1,4 +1,4 @@
-"""Slices as network input, and network output as slices: pixel size, margins, context and shares of labels."""
+"""Conversion of slices to network input, and of network output to slices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from cspine_data import IGNORE_INDEX
-from cspine_train.data.sizes import Sides, coarser_shape, fixed_size, network_shape
+from cspine_train.data.sizes import coarser_shape, network_shape
 
 
 def resample(images: torch.Tensor, shape_hw: tuple[int, int]) -> torch.Tensor:
-    """Resample images (N, C, h, w) to another size, bilinear, averaged where that is smaller."""
+    """Resample images (N, C, h, w) to another size: bilinear, with averaging if it is smaller."""
     if tuple(images.shape[-2:]) == shape_hw:
         return images
     smaller = shape_hw[0] < images.shape[-2] or shape_hw[1] < images.shape[-1]
@@ -20,18 +20,18 @@ def resample(images: torch.Tensor, shape_hw: tuple[int, int]) -> torch.Tensor:
 
 
 def fit(images: torch.Tensor, size_hw: tuple[int, int], values: torch.Tensor) -> torch.Tensor:
-    """Bring images (..., h, w) to a size about their centre: padded, or cropped, along each side.
+    """Pad or crop each side of images to a size, about their centre.
 
-    Undone by the same call with the images' own size: what was padded is cut off, and what was cut off is padded.
+    The same call with the images' own size undoes it: padding is cropped, and what was cropped is padded.
 
     Parameters
     ----------
     images : Tensor
         (..., h, w).
     size_hw : tuple of int
-        The size wanted.
+        The new size.
     values : Tensor
-        (..., 1, 1): what each image is padded with.
+        (..., 1, 1): value that each image is padded with.
     """
     fitted = values.expand(*images.shape[:-2], *size_hw).clone()
     height, width = (min(pair) for pair in zip(images.shape[-2:], size_hw, strict=True))
@@ -45,19 +45,9 @@ def _middle(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def inside(shapes_hw: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
-    """Return which pixels of images that `fit` has brought to a size are not margin.
+    """Return which pixels of images are not padding of `fit`, bool (N, 1, H, W).
 
-    Parameters
-    ----------
-    shapes_hw : Tensor
-        int64 (N, 2): the sizes that they had.
-    size_hw : tuple of int
-        The size that they have.
-
-    Returns
-    -------
-    Tensor
-        bool (N, 1, H, W).
+    `shapes_hw`, int64 (N, 2), are the sizes before `fit`, and `size_hw` is the size after it.
     """
     sizes = torch.tensor(size_hw, device=shapes_hw.device)
     own = torch.minimum(shapes_hw, sizes)
@@ -65,14 +55,9 @@ def inside(shapes_hw: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
 
 
 def rectangles(first: torch.Tensor, sides: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
-    """Return which pixels of images are in a rectangle of each, bool (N, 1, H, W).
+    """Return which pixels are in a rectangle, one for each image, bool (N, 1, H, W).
 
-    Parameters
-    ----------
-    first, sides : Tensor
-        (N, 2): first row and column of each rectangle, and how many it has.
-    size_hw : tuple of int
-        Size of the images.
+    `first` and `sides`, (N, 2), are the first row and column of each rectangle, and the number of its rows and columns.
     """
     rows, columns = (
         (pixels >= first[:, axis, None]) & (pixels < (first + sides)[:, axis, None])
@@ -87,10 +72,10 @@ def to_network(
     pixel_mm: float | None,
     size_hw: tuple[int, int],
 ) -> torch.Tensor:
-    """Bring slices of one size, (N, h, w), to what a network takes, (N, 1, H, W).
+    """Convert slices of one size, (N, h, w), to network input, (N, 1, H, W): resample them, then pad or crop.
 
-    A margin is filled with each slice's darkest value: outside the image is air. Training, evaluation and prediction
-    all pass here.
+    Padding has each slice's darkest value, as outside the image is air. Training, evaluation and prediction all use
+    this function.
     """
     images = torch.from_numpy(np.ascontiguousarray(slices)).unsqueeze(1)
     images = resample(images, network_shape((slices.shape[1], slices.shape[2]), spacing_mm, pixel_mm))
@@ -98,7 +83,16 @@ def to_network(
 
 
 def with_context(images: torch.Tensor, context: int, start: int, stop: int) -> torch.Tensor:
-    """Give some of a volume's slices, in order, (N, 1, H, W), their neighbours as channels, as `SliceDataset` does.
+    """Return slices ``start`` to ``stop`` of a volume with their neighbours as channels, as `SliceDataset` does.
+
+    Parameters
+    ----------
+    images : Tensor
+        (N, 1, H, W): all slices of the volume, in order.
+    context : int
+        Neighbours on each side.
+    start, stop : int
+        Range of slices.
 
     Returns
     -------
@@ -110,23 +104,23 @@ def with_context(images: torch.Tensor, context: int, start: int, stop: int) -> t
 
 
 def shares_of(numbers: torch.Tensor, labels: int, ignores: bool = False) -> torch.Tensor:
-    """Turn the number of each pixel's label into the share of it that has each label, float32 (N, K, H, W).
+    """Convert class numbers to the share of each pixel that has each label, float32 (N, K, H, W).
 
     Parameters
     ----------
     numbers : Tensor
-        uint8 (N, 1, H, W): 0 for no label, `IGNORE_INDEX` for a pixel that does not count.
+        uint8 (N, 1, H, W): 0 for no label, `IGNORE_INDEX` for an ignored pixel.
     labels : int
-        How many labels are told apart.
+        Number of labels.
     ignores : bool
-        Whether pixels may be ignored: K is then `labels` + 1, the last channel the share that does not count.
+        Whether pixels may be ignored: K is then `labels` + 1, and the last channel is the ignored share.
     """
     if labels == 1 and not ignores:
         return numbers.float()
-    told = torch.arange(1, labels + 1 + ignores, device=numbers.device)
+    classes = torch.arange(1, labels + 1 + ignores, device=numbers.device)
     if ignores:
-        told[-1] = IGNORE_INDEX
-    return (numbers == told.view(1, -1, 1, 1)).float()
+        classes[-1] = IGNORE_INDEX
+    return (numbers == classes.view(1, -1, 1, 1)).float()
 
 
 def masks_to_network(
@@ -137,10 +131,10 @@ def masks_to_network(
     labels: int = 1,
     ignores: bool = False,
 ) -> torch.Tensor:
-    """Bring masks (N, h, w) to the network's grid as the share of each pixel that has each label, (N, K, H, W).
+    """Convert class numbers (N, h, w) to shares of labels on the network's grid, (N, K, H, W), see `shares_of`.
 
-    A mask holds the number of each pixel's label, see `shares_of`. Half a share keeps where in a pixel the border runs:
-    truth brought to 2 mm and back has Dice 0.99, thresholded on the way 0.96 (spine14).
+    Shares keep the position of a border within a pixel: label maps resampled to 2 mm and back have Dice 0.99, and 0.96
+    if thresholded in between (spine14).
     """
     shares = shares_of(torch.from_numpy(masks)[:, None], labels, ignores)
     shape_hw = network_shape((masks.shape[1], masks.shape[2]), spacing_mm, pixel_mm)
@@ -150,11 +144,10 @@ def masks_to_network(
 def from_network(
     logits: torch.Tensor, shape_hw: tuple[int, int], spacing_mm: tuple[float, float], pixel_mm: float | None
 ) -> NDArray[np.float32]:
-    """Bring logits back to the slices' own grid as each label's probability, float32 (N, K, h, w).
+    """Convert logits to the probability of each label on the slices' own grid, float32 (N, K, h, w).
 
-    Logits are (N, 1, H, W), or (N, 1 + K, H, W), the first the background's. Probabilities are interpolated, not
-    logits: they follow the share of a pixel that is labelled, which is linear. Where the network saw nothing there is
-    nothing.
+    Logits are (N, 1, H, W), or (N, 1 + K, H, W) with the background first. Probabilities are interpolated instead of
+    logits, as they are linear in the labelled share of a pixel. They are 0 where the network saw nothing.
     """
     logits = logits.float()
     shares = torch.sigmoid(logits) if logits.shape[1] == 1 else logits.softmax(1)[:, 1:]
@@ -164,9 +157,8 @@ def from_network(
     return np.asarray(shares.cpu().numpy())
 
 
-def coarser(images: torch.Tensor, masks: torch.Tensor, sides: Sides) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring a batch, (N, C, H, W) and (N, K, H, W), to pixels larger by `COARSER`, padded to what a network takes."""
+def coarser(images: torch.Tensor, masks: torch.Tensor, size_hw: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resample a batch, (N, C, H, W) and (N, K, H, W), to pixels larger by `COARSER`, and pad it to a size."""
     shape_hw = coarser_shape((images.shape[-2], images.shape[-1]))
     images, masks = resample(images, shape_hw), resample(masks, shape_hw)
-    size_hw = fixed_size([shape_hw], sides)
     return fit(images, size_hw, images.amin((-2, -1), keepdim=True)), fit(masks, size_hw, masks.new_zeros(1, 1, 1, 1))

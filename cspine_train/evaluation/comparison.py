@@ -1,4 +1,4 @@
-"""Whether one model is better than another: the same patients, compared in pairs."""
+"""Paired comparison of models over the same patients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_train.errors import RunError
-from cspine_train.metrics.overlap import MEASURES, Measure
+from cspine_train.metrics.overlap import Measure, measures
 from cspine_train.metrics.statistics import (
     FEWEST_PATIENTS,
     MeanInterval,
@@ -27,25 +27,25 @@ from cspine_train.run.record import RunRecord, load_record
 
 @dataclass(frozen=True)
 class Compared:
-    """A model beside the first of a comparison, over the patients that all of them have scores of.
+    """A model compared with the first model, over the patients that all models have.
 
     Attributes
     ----------
     name : str
-        The run's folder, or what the folders of a model's folds have in common.
+        Name of the run folder, or the common part of the names of all folds.
     runs : tuple of Path
-        One, or one a fold.
+        The run folder, or that of each fold.
     scores : dict
         The measure by patient.
     mean : MeanInterval
-        Over these patients.
+        Its mean.
     difference : MeanInterval or None
-        From the first model, patient by patient; None for the first.
+        Mean difference from the first model by patient; None for the first.
     higher, lower : int
-        How many patients have a higher and a lower figure than with the first model.
+        Number of patients with a higher and a lower figure than with the first model.
     p : float or None
-        Of Wilcoxon's signed-rank test of the differences (1945), two-sided, after Holm's correction (1979) for as many
-        comparisons as there are; None for the first and where there are fewer than `FEWEST_PATIENTS`.
+        Two-sided p of Wilcoxon's signed-rank test (1945) after Holm's correction (1979) for all comparisons; None for
+        the first model, and for fewer than `FEWEST_PATIENTS` patients.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models beside each other, what they were compared by, and what has to be said beside it."""
+    """Compared models, with the measure, the patients and caveats."""
 
     models: tuple[Compared, ...]
     measure: Measure
@@ -69,32 +69,32 @@ class Comparison:
 
 
 def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dice") -> Comparison:
-    """Compare evaluated runs over the patients that all of them have.
+    """Compare evaluated runs over the patients that all have.
 
-    Runs that differ in nothing but the fold that tests are one model, whose patients are those of all its folds.
+    Runs that differ only in their fold are one model, with the patients of all its folds.
 
     Parameters
     ----------
     runs : sequence of str or Path
-        Run folders, evaluated. The model of the first is what others are compared with.
+        Evaluated run folders. The others are compared with the model of the first.
     split : str
         ``train``, ``validation`` or ``test``.
     measure : str
-        One of `MEASURES`, by name.
+        Name of one of `measures`.
 
     Raises
     ------
     RunError
-        If a run was not evaluated on that part, a fold is given twice, there is one model alone, or no patient is
-        common to all.
+        If a run was not evaluated on the split, a fold is given twice, there is only one model, or no patient is common
+        to all.
     """
-    known = {one.name: one for one in MEASURES}
+    known = {one.name: one for one in measures()}
     if measure not in known:
-        raise RunError(f"{measure}: no measure; choose from {', '.join(known)}")
+        raise RunError(f"measure {measure!r}: is unknown; choose from {', '.join(known)}")
     records = {Path(run): load_record(Path(run)) for run in runs}
     models = [(folders, _scores(folders, records, split, measure)) for folders in _models(records)]
     if len(models) < 2:
-        raise RunError("one model alone cannot be compared; name a run of another (folds of one model are one)")
+        raise RunError("one model cannot be compared; name a run of another (runs of all folds are one model)")
     patients = [case for case in models[0][1] if all(case in scores for _, scores in models)]
     if not patients:
         raise RunError(f"no {split} patient is common to all of these runs; compare runs of the same folds")
@@ -103,7 +103,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
     if left_out:
         caveats.append(f"left out, as not all models have scores of them: {', '.join(sorted(left_out))}")
     if any(record.settings.folds for record in records.values()):
-        caveats.append("folds share training patients, which the test takes for independent")
+        caveats.append("folds share training patients, although the test assumes independence")
     first = [models[0][1][case] for case in patients]
     of = known[measure]
     compared = [_beside(folders, {case: scores[case] for case in patients}, first, of) for folders, scores in models]
@@ -112,25 +112,24 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
         caveats.append(few)
     elif differ < FEWEST_PATIENTS:
         caveats.append(
-            f"figures of only {differ} patients differ: the test cannot find a difference at 5 % of fewer than "
-            f"{FEWEST_PATIENTS}"
+            f"figures of only {differ} patients differ: the test cannot reach 5 % with fewer than {FEWEST_PATIENTS}"
         )
     return Comparison(tuple(_corrected(compared)), of, tuple(patients), tuple(caveats))
 
 
 def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:
-    """Group runs that differ in their fold alone, in the order of each model's first."""
+    """Group runs that differ only in their fold, in the order of the first of each group."""
     groups: dict[str, list[Path]] = {}
     for path, record in records.items():
         alike = record.settings.model_dump(exclude={"fold"} if record.settings.folds else set())
         fed = record.preprocessing.model_dump(mode="json"), record.digests
         key = json.dumps([alike, record.weights_used, *fed], sort_keys=True)
-        # Runs of one split are models of their own, however alike: seeds, machines and stores may differ.
+        # Without folds, equal runs are different models: their machines or stores may differ.
         groups.setdefault(key if record.settings.folds else str(path), []).append(path)
     for paths in groups.values():
         folds = [records[path].settings.fold for path in paths]
         if len(set(folds)) < len(folds):
-            raise RunError(f"{paths[-1]}: is of a fold that another of these runs is of too; name each fold once")
+            raise RunError(f"{paths[-1]}: has the same fold as another of these runs; name each fold once")
     return [tuple(paths) for paths in groups.values()]
 
 
@@ -152,7 +151,7 @@ def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: s
 def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float], measure: Measure) -> Compared:
     differences = paired_differences(scores.values(), first)
     return Compared(
-        _told(folders),
+        _name(folders),
         tuple(folders),
         scores,
         mean_interval(list(scores.values()), measure.within),
@@ -163,16 +162,16 @@ def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequenc
     )
 
 
-def _told(folders: Sequence[Path]) -> str:
+def _name(folders: Sequence[Path]) -> str:
     if len(folders) == 1:
         return folders[0].name
-    # As runs are named that are given no name.
+    # Default names of run folders differ only in the fold.
     names = {re.sub(r"-fold\d+of\d+", "", folder.name) for folder in folders}
     alike = names.pop() if len(names) == 1 else os.path.commonprefix([f.name for f in folders])  # noqa: RUF071
     return f"{alike.rstrip('-_. ') or folders[0].name} ({len(folders)} folds)"
 
 
 def _corrected(compared: Sequence[Compared]) -> list[Compared]:
-    """Correct the tests for their number, and leave the first, which is compared with itself, without one."""
+    """Correct the p values for their number; the first model has none."""
     tested = [replace(compared[0], difference=None, p=None), *compared[1:]]
     return [replace(one, p=p) for one, p in zip(tested, holm([one.p for one in tested]), strict=True)]

@@ -1,4 +1,4 @@
-"""How good a run is: whole volumes, patient by patient, on the grid of the file they came from."""
+"""Evaluation of a run on whole volumes, per patient, on the grid of their source."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cspine_data import Cohort, CspineDataError, Problem, open_cohort
 from cspine_data.tools import make_folder
 from cspine_train.errors import RunError
 from cspine_train.metrics.overlap import (
-    MEASURES,
     Agreement,
     Overlap,
     agreement,
     batch_averaged_dice,
     label_agreements,
     mean_over_labels,
+    measures,
 )
 from cspine_train.metrics.statistics import MeanInterval, mean_interval
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, Gallery
@@ -39,24 +39,22 @@ _SHARES = ("batch_averaged_dice", "label_dice", "label_iou")
 
 @dataclass(frozen=True)
 class PatientScore:
-    """How well one patient's volume was segmented.
+    """Scores of one patient's volume.
 
     Attributes
     ----------
     case, split : str
-        Whose volume, and which part of the split it is in.
+        Case id, and its part of the split.
     whole : Agreement
-        Every measure over the whole volume: vertebra or not, whatever the labels.
+        All measures of the whole volume: vertebra or background, whatever the labels.
     batch_averaged_dice : float
-        What the reference study calls Dice, see `batch_averaged_dice`; over slices along the run's axes.
+        Dice as in the reference study, see `batch_averaged_dice`, over slices along the run's axes.
     labels : dict or None
-        The same as `whole` for each label value that the patient has or was given; None for a run on binary labels.
+        Measures for each true or predicted label value; None for binary labels.
     slices : dict
-        How found and true masks overlap in each slice in which either marks anything, by axis and index; along the
-        run's axes.
+        Overlap in each slice along the run's axes, by axis and index; slices empty in both masks are left out.
     confusion : dict
-        For a run that tells labels apart: how many voxels have a true value and were given another, or the same, by
-        (true, given); 0 is none.
+        Number of voxels by (true, predicted) label value, 0 for none; empty for binary labels.
     """
 
     case: str
@@ -69,47 +67,47 @@ class PatientScore:
 
     @property
     def voxels(self) -> Overlap:
-        """The counts that Dice and IoU are made of."""
+        """Numbers of voxels of the whole volume."""
         return self.whole.voxels
 
     @property
     def dice(self) -> float:
-        """Dice over the whole volume."""
+        """Dice of the whole volume."""
         return self.whole.dice
 
     @property
     def iou(self) -> float:
-        """Intersection over union over the whole volume."""
+        """Intersection over union of the whole volume."""
         return self.whole.iou
 
     @property
     def label_dice(self) -> float | None:
-        """Mean Dice over the labels that the patient has, see `mean_over_labels`; None for binary labels."""
+        """Mean Dice over the patient's labels, see `mean_over_labels`; None for binary labels."""
         return None if self.labels is None else mean_over_labels(self.labels, "dice")
 
     @property
     def label_iou(self) -> float | None:
-        """Mean intersection over union over the labels that the patient has; None for binary labels."""
+        """Mean intersection over union over the patient's labels; None for binary labels."""
         return None if self.labels is None else mean_over_labels(self.labels, "iou")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run's scores, what has to be said beside them, and where they were written.
+    """Scores of a run, with caveats and the files that hold them.
 
     Attributes
     ----------
     scores : tuple of PatientScore
-        A score a patient.
+        Scores of each patient.
     caveats : tuple of str
-        What has to be said beside them.
+        Notes that belong beside the scores.
     files : tuple of Path
-        Where they were written.
+        The written files.
     means : dict
-        By split, as validation patients chose epoch and threshold: each of `MEASURES`, the batch-averaged Dice and,
-        for a run that tells labels apart, Dice and IoU over labels, averaged over patients, by name.
+        Means over patients by split and name: `measures`, the batch-averaged Dice, and with several labels their Dice
+        and IoU. Splits are apart, as validation patients chose epoch and threshold.
     failed : tuple of Problem
-        Patients whose volumes could not be read from the store, and are in no figure.
+        Patients whose volumes could not be read from the store; they are in no figure.
     """
 
     scores: tuple[PatientScore, ...]
@@ -120,37 +118,37 @@ class Evaluation:
 
     @property
     def mean_dice(self) -> float:
-        """Dice averaged over patients; a `RunError` where they are of several splits, see `means`."""
+        """Mean Dice over patients; a `RunError` for patients of several splits, see `means`."""
         return self._of_one_split["dice"].mean
 
     @property
     def mean_iou(self) -> float:
-        """Intersection over union averaged over patients; a `RunError` where they are of several splits."""
+        """Mean intersection over union over patients; a `RunError` for patients of several splits."""
         return self._of_one_split["iou"].mean
 
     @property
     def mean_label_dice(self) -> float | None:
-        """Mean Dice over the labels of each patient, averaged over patients; None for binary labels."""
+        """Mean over patients of `PatientScore.label_dice`; None for binary labels."""
         found = self._of_one_split.get("label_dice")
         return None if found is None else found.mean
 
     @property
     def mean_label_iou(self) -> float | None:
-        """Mean intersection over union over the labels of each patient, averaged over them; None for binary ones."""
+        """Mean over patients of `PatientScore.label_iou`; None for binary labels."""
         found = self._of_one_split.get("label_iou")
         return None if found is None else found.mean
 
     @property
     def _of_one_split(self) -> Mapping[str, MeanInterval]:
         if len(self.means) > 1:
-            raise RunError(f"{' and '.join(self.means)} patients are not averaged together; use `means`, by split")
+            raise RunError(f"{' and '.join(self.means)} patients are not averaged together; use `means`")
         return next(iter(self.means.values()))
 
 
 def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
-    """Return the means of the patients of one split."""
-    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores], m.within) for m in MEASURES}
-    # Of a run on binary labels there are none.
+    """Return the means over patients of one split."""
+    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores], m.within) for m in measures()}
+    # Binary runs have no figures of labels.
     shares = {name: [getattr(score, name) for score in scores] for name in _SHARES}
     return means | {name: mean_interval(known, (0.0, 1.0)) for name, known in shares.items() if None not in known}
 
@@ -161,11 +159,11 @@ def evaluate(
     store: str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
-    """Predict every volume of some parts of a run's split, slice by slice, and compare it with its label map.
+    """Predict all volumes of parts of a run's split, and compare them with their label maps.
 
-    Writes into the run folder: `evaluation/<parts>.csv` and `.json`, the scores; `<parts>-slices.csv`, a row a slice;
-    for a run that tells labels apart `<parts>-labels.csv` and `<parts>-confusion.csv`; pictures of the best, median and
-    worst slices; `report.html`, which shows all of that; and the scores into `MODEL_CARD.md`.
+    Writes into the run folder: `evaluation/<parts>.csv` and `.json`, the scores; `<parts>-slices.csv`, a row for each
+    slice; with several labels `<parts>-labels.csv` and `<parts>-confusion.csv`; pictures of the best, median and worst
+    slices; `report.html` with all of these; and the scores in `MODEL_CARD.md`.
 
     Parameters
     ----------
@@ -174,24 +172,24 @@ def evaluate(
     splits : sequence of str
         ``train``, ``validation`` or ``test``.
     store : str or Path, optional
-        The store, where it has moved since the run was trained, or is at a URL.
+        The store, if it has moved since training, or is at a URL.
     progress : callable, optional
         Called with (patients done, patients, case id).
 
     Returns
     -------
     Evaluation
-        A score a patient.
+        Scores of each patient.
 
     Raises
     ------
     RunError
-        If the run cannot be used, another process trains or evaluates it, the parts hold no patient in whom something
-        is labelled, or the store holds other data than it was trained on.
+        If the run cannot be used, another process trains or evaluates it, the parts have no labelled patient, the store
+        holds other data than at training, or a plug-in's measure fails.
     CspineDataError
-        If the store cannot be used, or none of the patients; where only some cannot, the others are scored.
+        If the store, or all patients in it, cannot be read. If only some cannot, the others are scored.
     """
-    # Refuses what is no run, before anything is written there.
+    # Before the lock creates a file in a folder that is no run.
     load_record(Path(run))
     with only_writer(Path(run)):
         return _evaluate(run, splits, store, progress)
@@ -211,10 +209,10 @@ def _evaluate(
     if not wanted:
         raise RunError(f"{run}: has no {' or '.join(splits)} patients; choose another --split")
     if store is None and "://" in record.store:
-        # Whoever made the run folder chose this address.
+        # The run folder may come from anybody: its address is not trusted.
         raise RunError(f"{run}: its store is at {record.store}; name it with --store to read from there")
     if store is None and not Path(record.store).exists():
-        raise RunError(f"{record.store}: is not there any more; say with --store where the store of {run} is now")
+        raise RunError(f"{record.store}: does not exist any more; give the location of the store of {run} with --store")
     cohort = open_cohort(store or record.store)
     for _, case in wanted:
         check_trained_on(loaded, cohort, case)
@@ -237,7 +235,7 @@ def _evaluate(
     folder = loaded.path / EVALUATION_FOLDER
     make_folder(folder)
     pictures: list[Path] = []
-    # Before the scores: whoever finds those takes the patients for done.
+    # Before the scores, which mark the evaluation as complete.
     with never_fatal(f"{folder}: pictures"):
         of = f"{len(scores)} {' and '.join(splits)} patient{'s' if len(scores) > 1 else ''}"
         pictures += gallery.draw(folder, f"{name}-", of, record.caveats())
@@ -253,13 +251,7 @@ def _evaluate(
 def _labelled(
     loaded: LoadedRun, cohort: Cohort, wanted: Sequence[tuple[str, str]]
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the patients, by part and case, in whom something is labelled, and the cases of the others.
-
-    Raises
-    ------
-    RunError
-        If nothing is labelled in any of them.
-    """
+    """Return the labelled patients, by part and case, and the cases of the others; refuse if none is labelled."""
     labelled, nothing = [], []
     for part, case in wanted:
         if cohort.record(case, loaded.record.settings.variant).labels:
@@ -268,14 +260,14 @@ def _labelled(
             nothing.append(case)
     if not labelled:
         raise RunError(
-            f"{cohort.path}: the label maps of {', '.join(nothing)} label nothing, and there is nobody else to score; "
+            f"{cohort.path}: the label maps of {', '.join(nothing)} label nothing, and there is no other patient; "
             "choose another --split"
         )
     return labelled, nothing
 
 
 def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> PatientScore:
-    """Return how well a patient's volume was segmented by a run."""
+    """Score a patient's prediction by a run."""
     found, truth, spacing_mm = segmented.scored(segmented.found_xyz), segmented.truth_xyz, segmented.spacing_mm
     several = bool(loaded.record.label_values)
     slices = segmented.slices
@@ -292,10 +284,10 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
 
 
 def _confusion(found: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[tuple[int, int], int]]:
-    """Iterate over (true value, found value) and in how many voxels they meet, but for the background's with itself."""
+    """Iterate over ((true value, predicted value), number of voxels), without background predicted as background."""
     marked = (found != 0) | (truth != 0)
     values = np.union1d(truth[marked], found[marked])
-    # As one number each: numpy takes a hundred times as long to count pairs.
+    # Pairs as single numbers: numpy's unique rows are a hundred times slower.
     numbers = np.searchsorted(values, truth[marked]) * len(values) + np.searchsorted(values, found[marked])
     for pair, count in enumerate(np.bincount(numbers).tolist()):
         if count:
@@ -336,7 +328,7 @@ def _written(
         "failed": {problem.case: problem.message for problem in failed},
         "caveats": evaluation.caveats,
         "settings": record.settings.model_dump(),
-        # Of a run that goes on training, what was scored may not be what it keeps in the end.
+        # A run that is not finished may keep another epoch in the end.
         "kept_epoch": record.kept_epoch,
         "kept_components": record.kept_components,
         "filled_holes": record.filled_holes,
@@ -386,7 +378,7 @@ def _slice_rows(score: PatientScore) -> Iterator[dict[str, Any]]:
 
 def _figures(of: Agreement) -> dict[str, Any]:
     counts = _counts(of.voxels)
-    return counts | {measure.name: round(getattr(of, measure.name), 6) for measure in MEASURES}
+    return counts | {measure.name: round(getattr(of, measure.name), 6) for measure in measures()}
 
 
 def _counts(voxels: Overlap) -> dict[str, Any]:

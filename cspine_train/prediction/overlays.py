@@ -1,4 +1,4 @@
-"""Which slices a run segments best, worst and so-so, and pictures of them."""
+"""Pictures of the slices with the best, the median and the worst Dice."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from cspine_train.prediction.stored_volumes import Segmented, segment_all
 from cspine_train.reports.figures import SliceView, as_seen, draw_overlays
 from cspine_train.run.folder import OVERLAYS_FOLDER
 
-#: How many validation patients are looked at: whole volumes are predicted, and a few show what there is to see.
+#: Largest number of validation patients that are predicted for pictures.
 MOST_PATIENTS = 8
 _SHOWN = 4
-# Neighbours look alike.
+# Neighbouring slices are similar.
 _APART_MM = 5.0
 
 
 class Kind(NamedTuple):
-    """What makes a slice worth a look: its name, and what to sort slices by, given the median Dice of all."""
+    """A kind of slices: name, and sort key of a slice's overlap and the median Dice of all slices."""
 
     name: str
     order: Callable[[Overlap, float], Any]
@@ -38,9 +38,9 @@ WORST = Kind("worst", lambda voxels, _: (voxels.dice, -voxels.false_positive - v
 
 
 class Gallery:
-    """The slices worth a look among any number of patients, along some axes.
+    """Collects the slices of each kind, along some axes, over any number of patients.
 
-    Only slices count in which something is labelled, or was found.
+    Slices that are empty in both masks are left out.
     """
 
     def __init__(self, axes: Sequence[int], kinds: Sequence[Kind]) -> None:
@@ -50,31 +50,22 @@ class Gallery:
         self._middle = dict.fromkeys(axes, 0.0)
 
     def add(self, segmented: Segmented) -> None:
-        """See one more patient; of all so far the slices are kept that may be shown."""
+        """Add a patient, and keep the slices that may be shown."""
         for axis, views in self._views.items():
             dice = self._dice[axis]
             dice += [voxels.dice for voxels in segmented.slices[axis].values()]
-            # Once a patient, and of what is nearly in order already: there may be ten thousand of them.
+            # Fast, as the list is nearly sorted: there may be ten thousand patients.
             dice.sort()
             self._middle[axis] = median(dice) if dice else 0.0
             for kind in self._kinds:
                 views[kind.name] += extreme_slices(segmented, axis, self._order(kind, axis))
-                # The median still moves.
+                # More than are shown, as the median still changes.
                 views[kind.name] = self._first(kind, axis, 4 * _SHOWN)
 
     def draw(self, folder: Path, stem: str, of: str, notes: Sequence[str]) -> tuple[Path, ...]:
-        """Write a picture for each kind, ``<stem><kind>.png``, a row an axis; none where there is no slice.
+        """Write a picture for each kind that has slices, ``<stem><kind>.png``, with a row for each axis.
 
-        Parameters
-        ----------
-        folder : Path
-            Where; it is made.
-        stem : str
-            What the pictures' names begin with.
-        of : str
-            Whose slices, for the title.
-        notes : sequence of str
-            What has to be said beside them.
+        `of` names the patients in the title; notes stand below the picture. The folder is created if needed.
         """
         files = []
         for kind in self._kinds:
@@ -97,28 +88,10 @@ class Gallery:
 def save_overlays(
     loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[Path, ...]:
-    """Predict validation patients' volumes, and write pictures of their best and their worst slices along each axis.
+    """Predict validation patients, and draw their best and worst slices: `overlays/best.png` and `worst.png`.
 
-    Parameters
-    ----------
-    loaded : LoadedRun
-        The run; `overlays/best.png` and `worst.png` are written into its folder.
-    cohort : Cohort
-        The store that it was trained on.
-    progress : callable, optional
-        Called with (patients done, patients, case id).
-
-    Returns
-    -------
-    tuple of Path
-        The pictures.
-
-    Raises
-    ------
-    RunError
-        If the store holds other data than the run was trained on.
-    CspineDataError
-        If the store cannot be used.
+    `progress` is called with (patients done, patients, case id). Raises `RunError` if the store holds other data than
+    at training.
     """
     record = loaded.record
     cases = record.validation[:MOST_PATIENTS]
@@ -132,17 +105,7 @@ def save_overlays(
 
 
 def extreme_slices(segmented: Segmented, axis: int, order: Callable[[Overlap], Any]) -> Iterator[SliceView]:
-    """Iterate over a patient's first slices in some order, the first first; neighbours of one are left out.
-
-    Parameters
-    ----------
-    segmented : Segmented
-        The patient.
-    axis : int
-        Slices along which axis.
-    order : callable
-        What to sort by, of a slice's `Overlap`.
-    """
+    """Iterate over a patient's first slices along an axis, in the order of a key of `Overlap`, without neighbours."""
     first, second = (number for number in range(3) if number != axis)
     along_mm = segmented.spacing_mm[axis]
     spacing_mm = segmented.spacing_mm[second], segmented.spacing_mm[first]

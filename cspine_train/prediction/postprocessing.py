@@ -1,4 +1,4 @@
-"""What is done to a prediction afterwards, if it does the validation patients good."""
+"""Postprocessing of predictions, chosen on the validation patients."""
 
 from __future__ import annotations
 
@@ -21,26 +21,11 @@ _NOTHING: tuple[int | None, bool] = (None, False)
 def chosen_postprocessing(
     loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
 ) -> dict[str, Any]:
-    """Return what a run is to do with its predictions: the record's `kept_components` and `filled_holes`.
+    """Return a run's postprocessing: the record's `kept_components` and `filled_holes`.
 
-    Of what the settings ask for, alone and together, that which gives the validation patients the highest mean Dice on
-    whole volumes; nothing where nothing is better for it.
-
-    Parameters
-    ----------
-    loaded : LoadedRun
-        A trained run.
-    cohort : Cohort
-        The store that it was trained on.
-    progress : callable, optional
-        Called with (patients done, patients, case id).
-
-    Raises
-    ------
-    RunError
-        If the store holds other data than the run was trained on.
-    CspineDataError
-        If the store cannot be used.
+    It is the combination of the requested steps with the highest mean Dice of the validation patients, on whole
+    volumes; none if no step improves it. `progress` is called with (patients done, patients, case id). Raises
+    `RunError` if the store holds other data than at training.
     """
     settings = loaded.record.settings
     most = [None, *([settings.largest_components] if settings.largest_components else [])]
@@ -50,17 +35,17 @@ def chosen_postprocessing(
     for segmented in segment_all(replace(loaded, record=untouched), cohort, loaded.record.validation, progress):
         found, truth = segmented.found_xyz != 0, segmented.truth_xyz != 0
         for way in ways:
-            # Components and holes are those of the whole prediction, whatever of it counts.
+            # Components and holes include ignored voxels.
             dice[way].append(overlap(segmented.scored(tidied(found, *way)), truth).dice)
     means = {way: mean(figures) for way, figures in dice.items()}
-    # The first of equals is what does least.
+    # Among equals, the first does least.
     best = max(ways, key=means.__getitem__)
     for way in ways[1:]:
-        told = f"{_told(*way)}: mean validation Dice on whole volumes {means[way] - means[_NOTHING]:+.4f}"
-        _log.info("%s%s", told, ", so it is done" if way == best else "")
+        text = f"{_description(*way)}: mean validation Dice on whole volumes {means[way] - means[_NOTHING]:+.4f}"
+        _log.info("%s%s", text, ", applied" if way == best else "")
     return {"kept_components": best[0], "filled_holes": best[1]}
 
 
-def _told(most: int | None, fill: bool) -> str:
-    parts = [f"the {most} largest components alone"] if most else []
+def _description(most: int | None, fill: bool) -> str:
+    parts = [f"{most} largest components"] if most else []
     return " and ".join([*parts, *(["holes filled"] if fill else [])])

@@ -1,9 +1,9 @@
-"""From a volume to a label map, through one run or several."""
+"""Prediction of the label map of a volume, by one run or several."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -27,22 +27,22 @@ from cspine_train.run.label_classes import network_classes, stored_values
 from cspine_train.run.record import RunRecord, load_record
 
 _BATCH = 8
-# Of a slice, 4096 x 4096: a header with wrong units, or a tiny --pixel-mm, asks for more than memory holds.
+# 4096 x 4096 pixels of a slice: wrong units in a header, or a tiny --pixel-mm, would need more than any memory.
 _MOST_PIXELS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A trained model with everything it takes to feed it.
+    """A trained model and its record.
 
     Attributes
     ----------
     path : Path
         The run folder.
     record : RunRecord
-        What was trained, and how volumes are prepared for it.
+        Its record, with the preprocessing of volumes.
     network : Module
-        In evaluation mode, on the device where it predicts.
+        The network, in evaluation mode, on the device that predicts.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class LoadedRun:
     def probabilities(
         self, image_xyz: NDArray[np.float32], spacing_mm: tuple[float, float, float]
     ) -> NDArray[np.float32]:
-        """Return how likely each voxel is vertebra, of whatever label, averaged over the run's axes.
+        """Return the probability that a voxel is vertebra, of any label, averaged over the run's axes.
 
         Parameters
         ----------
@@ -71,10 +71,10 @@ class LoadedRun:
     def label_probabilities(
         self, image_xyz: NDArray[np.float32], spacing_mm: tuple[float, float, float]
     ) -> NDArray[np.float32]:
-        """Return how likely each voxel has each label, averaged over the run's axes: float32 (K, x, y, z).
+        """Return the probability of each label, averaged over the run's axes: float32 (K, x, y, z).
 
-        One for each of the record's `label_values`; one alone for binary labels. What is left to 1 is the
-        background's. The parameters are those of `probabilities`.
+        The labels are the record's `label_values`, or vertebra for binary labels. The background has the rest to 1.
+        Parameters are those of `probabilities`.
         """
         return self._over_axes(image_xyz, np.asarray, spacing_mm)
 
@@ -86,10 +86,10 @@ class LoadedRun:
         prepared : PreparedVolume
             The volume.
         mirrored : bool
-            Show the network the volume with left and right exchanged; what it finds is given where it belongs.
+            Predict the volume mirrored left-right, and mirror the result back.
         """
         side = slice(None, None, -1 if mirrored else 1)
-        # A batch's slices are decoded when they are looked at: all at once they are twice the volume.
+        # Slices are decoded batch by batch: all together they take twice the volume's memory.
         found = self._over_axes(prepared.levels_xyz[side], prepared.levels.decode, prepared.spacing_mm)[:, side]
         size = prepared.corrected.image_xyz.shape
         if found.shape[1:] == size and prepared.spacing_mm == prepared.corrected.spacing_mm:
@@ -126,13 +126,13 @@ class LoadedRun:
         axis: int,
         total: NDArray[np.float32],
     ) -> None:
-        """Add, to slices first (n, K, H, W), what the network finds in the slices along an axis."""
+        """Add the probabilities of the slices along an axis to `total`, slices first (n, K, H, W)."""
         first, second = (mm for a, mm in enumerate(spacing_mm) if a != axis)
         pixel_mm = self.record.settings.pixel_mm
         device = next(self.network.parameters()).device
         shape = network_shape((slices.shape[1], slices.shape[2]), (first, second), pixel_mm)
         own = fixed_size([shape], sides_of(self.network))
-        # Whole slices, of whatever size training saw; no smaller than there, as pooling over a slice sees the margin.
+        # Whole slices, but no smaller than in training: pooling over a slice depends on the padding.
         height, width = (max(pair) for pair in zip(own, self.record.size_hw, strict=True))
         if height * width > _MOST_PIXELS:
             raise RunError(
@@ -152,23 +152,22 @@ class LoadedRun:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What was found in a volume, and how sure that is.
+    """The label map of a volume, and its confidence.
 
     Attributes
     ----------
     label : Volume
-        The label map, on the volume's own grid: uint8, 1 where vertebra; or, where the runs tell label values apart,
-        these, in the smallest dtype that holds them.
+        The label map on the volume's own grid: uint8, 1 for vertebra; or the runs' label values, in the smallest dtype.
     expected_dice : float
-        The Dice that the label map has with the truth if every probability is right: 2 sum(p m) / (sum(p) + sum(m)) of
-        probabilities p and mask m (Borges 2024, "Soft Dice Confidence"). From 0 to 1; how it follows the true Dice is
-        in docs/prediction.md.
+        The Dice of the label map if all probabilities are right: 2 sum(p m) / (sum(p) + sum(m)) with probabilities p
+        and mask m (Borges 2024, "Soft Dice Confidence"), from 0 to 1. docs/prediction.md compares it with the true
+        Dice.
     agreement : float or None
-        Mean Dice of the masks of each run, and each mirrored, with each other; None of one alone.
+        Mean Dice between the masks of the runs and of their mirrored predictions; None for a single mask.
     warnings : tuple of str
-        Notes on the volume's file, and in what the volume is unlike those that the runs were trained on.
+        Notes on the volume's file, and differences of the volume from the runs' training volumes.
     probability : Volume or None
-        How likely each voxel is vertebra, of whatever label, float32, where it was asked for.
+        Probability of vertebra, of any label, float32; if requested.
     """
 
     label: Volume
@@ -179,7 +178,7 @@ class Prediction:
 
 
 def load_run(path: str | Path) -> LoadedRun:
-    """Load a trained run, to predict with it.
+    """Load a trained run for prediction.
 
     Parameters
     ----------
@@ -189,9 +188,9 @@ def load_run(path: str | Path) -> LoadedRun:
     Raises
     ------
     RunError
-        If it is no run folder, its record is damaged, or a file of it lies elsewhere.
+        If the folder is no run, its record is damaged, or it holds a link to the outside.
     ModelError
-        If this version cannot build its network, or its weights are missing, damaged, or of another network.
+        If the network cannot be built, or its weights are missing, damaged, or of another network.
     """
     path = Path(path)
     record = load_record(path)
@@ -210,7 +209,7 @@ def load_run(path: str | Path) -> LoadedRun:
 def predict_volume(
     runs: Sequence[LoadedRun], volume: Volume, weights: Sequence[float] | None = None, mirror: bool = False
 ) -> Volume:
-    """Return the label map of a volume that is in no store; see `predict`, whose parameters these are."""
+    """Return the label map of a volume; parameters are those of `predict`."""
     return predict(runs, volume, weights, mirror).label
 
 
@@ -221,28 +220,28 @@ def predict(
     mirror: bool = False,
     with_probability: bool = False,
 ) -> Prediction:
-    """Predict a volume that is in no store: prepared as in training, probabilities averaged over the runs.
+    """Predict a volume: preprocess it as in training, and average the probabilities of the runs.
 
-    The average is compared with the average of the runs' thresholds; of several labels the likeliest is taken. Where
-    all runs do the same with connected components and holes, it is done, else nothing.
+    The threshold is the average of the runs' thresholds; with several labels, the most probable label is taken. The
+    runs' postprocessing is applied if it is the same for all.
 
     Parameters
     ----------
     runs : sequence of LoadedRun
-        One or more, which tell the same labels apart.
+        One or more runs of the same labels.
     volume : Volume
-        As `read_volume` gives it.
+        The volume, from `read_volume`.
     weights : sequence of float, optional
-        What each run counts in the average; equally much by default.
+        Weight of each run in the average; equal weights by default.
     mirror : bool
-        Let each run also look at the volume with left and right exchanged, and average both.
+        Also average with the prediction of the volume mirrored left-right.
     with_probability : bool
-        Return the probabilities too.
+        Return the probabilities, too.
 
     Raises
     ------
     RunError
-        If there is no run, they tell different labels apart, or the weights do not fit them.
+        If there is no run, their labels differ, or the weights do not match them.
     """
     check_runs(runs, weights)
     volume = usable_image(volume)
@@ -251,7 +250,7 @@ def predict(
     fused = _Fused(several=len(runs) * len(sides) > 1)
     prepared: dict[Preprocessing, PreparedVolume] = {}
     looks: dict[Preprocessing, dict[str, float]] = {}
-    # All of them before the first probabilities: this is what takes most memory.
+    # Preprocessing takes most memory: it is done before there are probabilities.
     for way in dict.fromkeys(run.record.preprocessing for run in runs):
         whole = preprocess_volume(volume, way)
         looks[way], prepared[way] = looks_of(whole), whole.without_intensities()
@@ -261,25 +260,30 @@ def predict(
             found = run.on_source_grid(prepared[run.record.preprocessing], mirrored)
             fused.add(run, found, weight / len(sides))
             del found
-    told = ["it does not say how it lies in the patient, and was taken for LPS"] if volume.assumed_orientation else []
-    told += volume.notes
-    told += [line for one in prepared.values() for line in one.corrected.doubts]
-    told += [line for run in runs for line in differences(run.record.cohort_looks, looks[run.record.preprocessing])]
-    if any(way.revision != Preprocessing().revision for way in prepared):
-        told.append("the run was trained on volumes of an earlier cspine, which prepared them a little differently")
+    unlike = [line for run in runs for line in differences(run.record.cohort_looks, looks[run.record.preprocessing])]
     numbers = label_map(runs, fused.total, each)
     back = next(iter(prepared.values())).to_file_grid
     return Prediction(
         back(numbers),
         expected_dice(fused.total, sum(each), numbers != 0),
         fused.agreement(),
-        tuple(dict.fromkeys(told)),
+        tuple(dict.fromkeys([*_file_warnings(volume, prepared), *unlike])),
         back(_of_any(fused.total) / np.float32(sum(each))) if with_probability else None,
     )
 
 
+def _file_warnings(volume: Volume, prepared: Mapping[Preprocessing, PreparedVolume]) -> Iterator[str]:
+    if volume.assumed_orientation:
+        yield "its file holds no orientation; LPS is assumed"
+    yield from volume.notes
+    for one in prepared.values():
+        yield from one.corrected.doubts
+    if any(way.revision != Preprocessing().revision for way in prepared):
+        yield "the run was trained on volumes of an earlier cspine, whose preprocessing was slightly different"
+
+
 class _Fused:
-    """Probabilities that are added up, and how the masks that they are made of agree."""
+    """The weighted sum of probabilities, and the agreement of their masks."""
 
     def __init__(self, several: bool) -> None:
         self._several = several
@@ -289,7 +293,7 @@ class _Fused:
 
     def add(self, run: LoadedRun, found: NDArray[np.float32], weight: float) -> None:
         if self._several:
-            # A bit a voxel.
+            # One bit per voxel.
             mask = np.packbits(_of_any(found) > run.record.threshold)
             count = int(np.unpackbits(mask).sum())
             for other, others in self._masks:
@@ -313,21 +317,14 @@ class _Fused:
 
 
 def _of_any(found: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return how likely each voxel has any label, (x, y, z); not a copy where there is one label alone."""
+    """Return the probability of any label, (x, y, z); a view if there is only one label."""
     return found[0] if len(found) == 1 else np.asarray(found.sum(0))
 
 
 def expected_dice(total: NDArray[np.float32], weight: float, mask: NDArray[np.bool_]) -> float:
-    """Return the Dice that a mask has with the truth if every probability is right, see `Prediction`.
+    """Return the Dice of a mask, bool (x, y, z), if all probabilities are right, see `Prediction`.
 
-    Parameters
-    ----------
-    total : ndarray
-        Probabilities of each label times the weights of runs, added up, (K, x, y, z).
-    weight : float
-        The sum of the weights.
-    mask : ndarray
-        bool (x, y, z).
+    `total` is the weighted sum of the runs' probabilities of each label, (K, x, y, z), and `weight` the sum of weights.
     """
     probable, probable_in_mask = (
         sum(float(of_label.sum(dtype=np.float64, where=where)) for of_label in total) / weight for where in (True, mask)
@@ -339,12 +336,12 @@ def expected_dice(total: NDArray[np.float32], weight: float, mask: NDArray[np.bo
 def label_map(
     runs: Sequence[LoadedRun], total: NDArray[np.float32], weights: Sequence[float] | None = None
 ) -> NDArray[Any]:
-    """Return the label map that runs make together, (x, y, z), of the weighted sum of what they found, (K, x, y, z)."""
+    """Return the label map, (x, y, z), of the weighted sum of the runs' probabilities, (K, x, y, z)."""
     each = [1.0] * len(runs) if weights is None else weights
     if len(total) == 1:
         mask = total[0] > sum(weight * run.record.threshold for run, weight in zip(runs, each, strict=True))
         ways = {(run.record.kept_components, run.record.filled_holes) for run in runs}
-        # Runs that do not agree leave it as it is.
+        # None if the runs have different postprocessing.
         mask = tidied(mask, *(ways.pop() if len(ways) == 1 else (None, False)))
         return stored_values(mask.astype(np.uint8), runs[0].record.label_values)
     highest = np.float32(sum(each)) - total.sum(0)
@@ -356,13 +353,7 @@ def label_map(
 
 
 def check_runs(runs: Sequence[LoadedRun], weights: Sequence[float] | None = None) -> None:
-    """Refuse to fuse runs that tell different labels apart, and weights that do not fit.
-
-    Raises
-    ------
-    RunError
-        If there is no run, or they do.
-    """
+    """Refuse, with a `RunError`, to fuse runs of different labels, no run, or weights that do not match the runs."""
     if not runs:
         raise RunError("no run given: name at least one with --run")
     if weights is not None and (len(weights) != len(runs) or min(weights) < 0 or not 0 < sum(weights) < math.inf):
@@ -372,6 +363,6 @@ def check_runs(runs: Sequence[LoadedRun], weights: Sequence[float] | None = None
         first, other = (", ".join(map(str, r.record.label_values)) or "vertebra or not" for r in (runs[0], run))
         if first != other:
             raise RunError(
-                f"{run.path}: tells other labels apart ({other}) than {runs[0].path} ({first}); fuse runs of the same "
-                "--labels and the same values"
+                f"{run.path}: has other labels ({other}) than {runs[0].path} ({first}); fuse runs of the same --labels "
+                "and label values"
             )

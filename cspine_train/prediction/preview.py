@@ -1,8 +1,9 @@
-"""A predicted volume at a glance: slices through it along each axis, as a picture and as an animation."""
+"""Pictures and animations of the slices of a predicted volume."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +18,30 @@ from cspine_train.reports.figures import BORDERS, as_seen, window_of
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-# Okabe and Ito (2008), as in the other pictures: what was found, and what is true.
+# Colours of Okabe and Ito (2008), as in the other pictures.
 _FOUND, _TRUTH = (230, 159, 0), (86, 180, 233)
 _FILL = 0.4
 _LONGEST_SIDE = 320
 _ROWS, _COLUMNS = 3, 4
 _MOST_FRAMES = 100
 _FRAME_MS = 80
-# Around what is marked, so that it is seen where it lies.
+# Margin of slices around the labelled ones.
 _MARGIN_MM = 15.0
 
 
 def draw_overview(stem: Path, volume: Volume, label: Volume, truth: Volume | None = None) -> tuple[Path, ...]:
-    """Write ``<stem>-axis<a>.png``, slices through what was found, and ``.gif``, all slices, for each axis.
+    """Write ``<stem>-axis<a>.png``, some labelled slices, and ``.gif``, all of them, for each axis.
 
-    What was found is filled; the truth, where there is one, is a line. Slices are turned as radiologists see them.
+    The prediction is filled; the true label map, if given, is an outline. Slices are in radiological orientation.
 
     Parameters
     ----------
     stem : Path
-        What the names begin with.
+        Start of the names.
     volume, label : Volume
-        The image, and the label map that was found, on the same grid.
+        The image and its predicted label map, on the same grid.
     truth : Volume, optional
-        The label map that is true, on the same grid.
+        The true label map, on the same grid.
 
     Returns
     -------
@@ -64,49 +65,45 @@ def draw_overview(stem: Path, volume: Volume, label: Volume, truth: Volume | Non
     return tuple(files)
 
 
+@dataclass(frozen=True, eq=False)
 class _Shown:
-    """A volume with what is marked in it, (x, y, z), and its slices as pictures."""
+    """A volume with its masks, (x, y, z), and pictures of its slices."""
 
-    def __init__(
-        self,
-        image: NDArray[Any],
-        found: NDArray[np.bool_],
-        truth: NDArray[np.bool_] | None,
-        spacing_mm: tuple[float, float, float],
-        window: tuple[float, float],
-    ) -> None:
-        self._image, self._found, self._truth = image, found, truth
-        self._spacing_mm, self._window = spacing_mm, window
+    image: NDArray[Any]
+    found: NDArray[np.bool_]
+    truth: NDArray[np.bool_] | None
+    spacing_mm: tuple[float, float, float]
+    window: tuple[float, float]
 
     def indices(self, axis: int) -> NDArray[np.int64]:
-        """Return the slices through what is marked, and a margin; all of them where nothing is."""
+        """Return the labelled slices and a margin; all slices if none is labelled."""
         others = tuple(a for a in range(3) if a != axis)
-        marked: NDArray[np.bool_] = np.any(self._found, axis=others)
-        if self._truth is not None:
-            marked |= np.any(self._truth, axis=others)
+        marked: NDArray[np.bool_] = np.any(self.found, axis=others)
+        if self.truth is not None:
+            marked |= np.any(self.truth, axis=others)
         at = np.flatnonzero(marked)
         if not at.size:
             return np.arange(len(marked))
-        margin = round(_MARGIN_MM / self._spacing_mm[axis])
+        margin = round(_MARGIN_MM / self.spacing_mm[axis])
         return np.arange(max(0, at[0] - margin), min(len(marked), at[-1] + margin + 1))
 
     def frame(self, axis: int, index: int) -> Picture:
-        """Return a slice as a picture, its sides in the ratio that they have in the patient."""
+        """Return a picture of a slice, with the aspect ratio of the patient."""
         from PIL import Image, ImageDraw
 
-        low, high = self._window
-        image = as_seen(np.take(self._image, index, axis), axis)
+        low, high = self.window
+        image = as_seen(np.take(self.image, index, axis), axis)
         grey = (np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
         colours = np.repeat(grey[..., None], 3, axis=2)
-        found = as_seen(np.take(self._found, index, axis), axis)
+        found = as_seen(np.take(self.found, index, axis), axis)
         colours[found] = ((1 - _FILL) * colours[found] + _FILL * np.array(_FOUND)).astype(np.uint8)
-        right_mm, down_mm = (mm for a, mm in enumerate(self._spacing_mm) if a != axis)
+        right_mm, down_mm = (mm for a, mm in enumerate(self.spacing_mm) if a != axis)
         height, width = colours.shape[0] * down_mm, colours.shape[1] * right_mm
         scale = _LONGEST_SIDE / max(height, width)
         size = max(1, round(width * scale)), max(1, round(height * scale))
         picture = Image.fromarray(colours).resize(size, Image.Resampling.BILINEAR)
-        if self._truth is not None:
-            truth = Image.fromarray(as_seen(np.take(self._truth, index, axis), axis).astype(np.uint8) * 255)
+        if self.truth is not None:
+            truth = Image.fromarray(as_seen(np.take(self.truth, index, axis), axis).astype(np.uint8) * 255)
             mask = np.asarray(truth.resize(size, Image.Resampling.NEAREST)) > 0
             pixels = np.array(picture)
             pixels[mask & ~ndimage.binary_erosion(mask)] = _TRUTH

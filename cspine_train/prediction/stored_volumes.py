@@ -1,4 +1,4 @@
-"""A stored patient's volume, what a run finds in it and what is true."""
+"""Predictions of stored volumes, with their true label maps."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from cspine_train.reports.figures import window_of
 
 @dataclass(frozen=True, eq=False)
 class Segmented:
-    """A labelled volume, what was found in it and what is true, all (x, y, z) on the grid of its source.
+    """A volume with its predicted and its true label map, (x, y, z) on the grid of its source.
 
     Attributes
     ----------
     case : str
-        Whose volume.
+        Case id.
     image_xyz : ndarray
-        Intensities, corrected as for the run.
+        Corrected intensities.
     spacing_mm : tuple of float
         Voxel spacing along x, y and z.
     found_xyz, truth_xyz : ndarray
-        Label values that were found, and those that are true; 0 is none.
+        Predicted and true label values; 0 is unlabelled.
     axes : tuple of int
-        The axes along whose slices the run looks.
+        The run's axes.
     ignored_xyz : ndarray of bool or None
-        The voxels that do not count; None where all do. `truth_xyz` is 0 there.
+        Ignored voxels, where `truth_xyz` is 0; None if there are none.
     """
 
     case: str
@@ -46,30 +46,25 @@ class Segmented:
     ignored_xyz: NDArray[np.bool_] | None = None
 
     def scored(self, found_xyz: NDArray[Any]) -> NDArray[Any]:
-        """Return a segmentation, of the volume's shape, with 0 where voxels do not count."""
+        """Return a label map of the volume's shape with 0 for ignored voxels."""
         return found_xyz if self.ignored_xyz is None else np.where(self.ignored_xyz, 0, found_xyz)
 
     @cached_property
     def slices(self) -> Mapping[int, Mapping[int, Overlap]]:
-        """How both overlap in each slice in which either marks anything, by the run's axes and index."""
+        """Overlap of both in each slice, by axis and index; slices empty in both are left out."""
         found, truth = self.scored(self.found_xyz) != 0, self.truth_xyz != 0
         return {axis: slice_overlaps(found, truth, axis) for axis in self.axes}
 
     @cached_property
     def window(self) -> tuple[float, float]:
-        """The intensities to show black and white, see `window_of`."""
+        """Intensities shown as black and white, see `window_of`."""
         return window_of(self.image_xyz)
 
 
 def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
-    """Predict a case of a run's store, on the grid of the file that it came from.
+    """Predict a case of a run's store, on the grid of its source.
 
-    Raises
-    ------
-    RunError
-        If the store holds other data of it than the run was trained on.
-    CspineDataError
-        If the store cannot be used.
+    Raises `RunError` if the store holds other data of the case than at training.
     """
     check_trained_on(loaded, cohort, case)
     variant = loaded.record.settings.variant
@@ -85,20 +80,14 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
 
 
 def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:
-    """Refuse other data of a case than a run was trained with.
-
-    Raises
-    ------
-    RunError
-        If the store holds such.
-    """
+    """Refuse, with a `RunError`, a case whose data differ from those at training."""
     stored = cohort.record(case, loaded.record.settings.variant)
     if stored.digest != loaded.record.digests.get(case):
         now, then = stored.preprocessing, loaded.record.preprocessing
         if now != then:
             raise RunError(
                 f"{cohort.path}: holds {case} prepared with {now.description}, and {loaded.path} was trained on "
-                f"{then.description}; prepare it so again, or train anew"
+                f"{then.description}; prepare it that way again, or train anew"
             )
         raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
 
@@ -106,7 +95,7 @@ def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:
 def segment_all(
     loaded: LoadedRun, cohort: Cohort, cases: Sequence[str], progress: Callable[[int, int, str], None] | None = None
 ) -> Iterator[Segmented]:
-    """Iterate over `segment` of cases; `progress` is called when what is done with one is done."""
+    """Segment cases one after the other; `progress` is called when the caller asks for the next."""
     for number, case in enumerate(cases, start=1):
         yield segment(loaded, cohort, case)
         if progress:

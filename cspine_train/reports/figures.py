@@ -1,4 +1,4 @@
-"""How a run looks: its curves by epoch, and slices with what was found in them beside what is true."""
+"""Figures of a run: curves by epoch, and slices with predicted and true contours."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: What lies at the left, right, top and bottom of a slice as radiologists see it, by axis.
+#: Anatomical directions at the left, right, top and bottom of a slice in radiological orientation, by axis.
 BORDERS = ("APSI", "RLSI", "RLAP")
-# Okabe and Ito (2008): told apart by the colour-blind, and on grey.
+# Colours of Okabe and Ito (2008), which the colour-blind can distinguish, also on grey.
 _TRUTH, _FOUND, _KEPT = "#56B4E9", "#E69F00", "#009E73"
 _WINDOW = (1.0, 98.0)
 
 
 def as_seen(slice_ab: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Turn a slice of a volume in anatomical order to how radiologists look at it; a view, no copy.
+    """Return a view of a slice in radiological orientation.
 
-    Sagittal slices: the head is up, anterior on the left. Coronal: the head is up, the patient's right on the left.
-    Axial: anterior is up, the patient's right on the left, as seen from the feet.
+    Sagittal: head up, anterior left. Coronal: head up, patient's right on the left. Axial, seen from the feet: anterior
+    up, patient's right on the left.
 
     Parameters
     ----------
     slice_ab : ndarray
-        Along axis 0 (y, z), 1 (x, z), 2 (x, y); x grows to the patient's left, y to the back, z to the head.
+        Slice along axis 0 (y, z), 1 (x, z) or 2 (x, y); x grows to the patient's left, y to the back, z to the head.
     axis : int
-        The axis that it is a slice along.
+        Axis of the slice.
     """
     return slice_ab.T if axis == 2 else slice_ab.T[::-1]
 
 
 @dataclass(frozen=True, eq=False)
 class SliceView:
-    """A slice, what was found in it and what is true.
+    """A slice with its predicted and its true mask.
 
     Attributes
     ----------
     case : str
-        Whose slice.
+        Case id.
     axis, index, count : int
-        Which slice along which axis, from 0, and how many there are.
+        Axis, index from 0, and number of slices along the axis.
     image_hw, found_hw, truth_hw : ndarray
-        Intensities, and masks, as `as_seen` turns them.
+        Intensities, predicted and true mask, oriented by `as_seen`.
     spacing_mm : tuple of float
-        Distance of rows and of columns.
+        Spacing of rows and of columns.
     window : tuple of float
-        The intensities that are shown black and white.
+        Intensities shown as black and white.
     voxels : Overlap
-        How both masks overlap.
+        Overlap of the masks.
     """
 
     case: str
@@ -79,35 +79,26 @@ class SliceView:
 
 
 def window_of(image: NDArray[Any]) -> tuple[float, float]:
-    """Return the intensities to show black and white: percentiles 1 and 98, as fat beside a coil outshines all else."""
+    """Return the intensities shown as black and white: percentiles 1 and 98, as fat near a coil is very bright."""
     low, high = np.percentile(image, _WINDOW)
     return float(low), float(high) if high > low else float(low) + 1
 
 
 @contextmanager
 def never_fatal(what: str) -> Iterator[None]:
-    """Warn where a picture, or whatever else people look at, fails: a network that is trained is worth more."""
+    """Turn an error into a warning: a picture or a report that fails must not end a run."""
     try:
         yield
-    # Fonts, disks, memory, a store that has gone meanwhile.
+    # Fonts, disks, memory, a store that was removed.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         warnings.warn(f"{what}: could not be made ({reason}); the run goes on without it", stacklevel=3)
 
 
 def draw_overlays(path: Path, views: Sequence[SliceView], title: str, notes: Sequence[str] = ()) -> None:
-    """Write a picture of slices with the contours of what was found and of what is true; a row an axis.
+    """Draw slices, at least one, with the contours of their predicted and true masks, in a row for each axis.
 
-    Parameters
-    ----------
-    path : Path
-        A PNG to write, in one step.
-    views : sequence of SliceView
-        At least one.
-    title : str
-        What they have in common.
-    notes : sequence of str
-        What has to be said beside them.
+    The picture is a PNG, written atomically, with a title above and notes below.
     """
     rows = [[view for view in views if view.axis == axis] for axis in sorted({view.axis for view in views})]
     columns = max(map(len, rows))
@@ -127,7 +118,7 @@ def draw_overlays(path: Path, views: Sequence[SliceView], title: str, notes: Seq
     _save(figure, path)
 
 
-# The truth is the broader line: it shows on both sides where the lines lie on each other.
+# The true contour is wider, so that it is visible below the predicted one.
 _STROKES = ((_TRUTH, 2.4), (_FOUND, 1.0))
 
 
@@ -140,7 +131,7 @@ def _show(axes: Axes, view: SliceView) -> None:
     axes.imshow(view.image_hw, cmap="gray", vmin=low, vmax=high, extent=(0, width * right_mm, height * down_mm, 0))
     for mask_hw, (color, linewidth) in zip((view.truth_hw, view.found_hw), _STROKES, strict=True):
         if mask_hw.any():
-            # With a margin, so that what touches the border has a closed contour too.
+            # Padded, so that contours at the border are closed, too.
             closed = np.pad(mask_hw.astype(np.float32), 1)
             x, y = ((np.arange(n + 2) - 0.5) * mm for n, mm in ((width, right_mm), (height, down_mm)))
             axes.contour(x, y, closed, levels=[0.5], colors=[color], linewidths=linewidth)
@@ -153,7 +144,7 @@ def _show(axes: Axes, view: SliceView) -> None:
             x_at, y_at, letter, transform=axes.transAxes, ha=across, va=along, color="white", fontsize=8,
             path_effects=[withStroke(linewidth=1.5, foreground="black")],
         )  # fmt: skip
-    # A case's id is a file's name, and a dollar in it no formula.
+    # A dollar in a case id starts no formula.
     axes.set_title(
         f"{view.case}\n{PLANES[view.axis]} {view.index} of 0 to {view.count - 1}, Dice {view.voxels.dice:.3f}",
         fontsize=8, parse_math=False,
@@ -161,13 +152,7 @@ def _show(axes: Axes, view: SliceView) -> None:
 
 
 def draw_curves(run: Path) -> None:
-    """Write `curves.png` of a run folder from its `metrics.csv`: loss, validation Dice and learning rate by epoch.
-
-    Raises
-    ------
-    RunError
-        If the folder is no run.
-    """
+    """Draw `curves.png` of a run folder from its `metrics.csv`: loss, validation Dice and learning rate by epoch."""
     record = load_record(run)
     with (run / METRICS_NAME).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -175,9 +160,9 @@ def draw_curves(run: Path) -> None:
     figure = _figure(6.4, 6.4)
     panels = figure.subplots(3, 1, sharex=True)
     shown = (("train_loss", "training loss"), (MONITOR, "validation Dice"), ("learning_rate", "learning rate"))
-    for axes, (name, told) in zip(panels, shown, strict=True):
+    for axes, (name, label) in zip(panels, shown, strict=True):
         axes.plot(epochs, [float(row[name]) for row in rows], color="black", marker=".", linewidth=1)
-        axes.set_ylabel(told)
+        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if record.kept_epoch is not None:
             axes.axvline(record.kept_epoch + 1, color=_KEPT, linewidth=1, linestyle="--")
@@ -188,14 +173,14 @@ def draw_curves(run: Path) -> None:
     panels[-1].set_xlabel("epoch")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     settings = record.settings
-    # Curves are drawn after each epoch: that training is not finished is no news there.
+    # Curves are drawn after each epoch: the note that training is not finished is left out.
     caveats = record.model_copy(update={"finished": True}).caveats()
     _entitle(figure, f"{settings.model}, {settings.encoder}, seed {settings.seed}", caveats)
     _save(figure, run / CURVES_NAME)
 
 
 def _figure(width: float, height: float) -> Figure:
-    # Not through pyplot: nothing here depends on a display, or stays when the picture is written.
+    # Without pyplot, which needs a display and keeps figures in memory.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
@@ -209,6 +194,6 @@ def _entitle(figure: Figure, title: str, notes: Sequence[str]) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as temporary, warnings.catch_warnings():
-        # A case may bear a name that the font has no letters for.
+        # A case id may have letters that the font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(temporary, format="png")

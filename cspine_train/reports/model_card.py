@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cspine_train.metrics.overlap import MEASURES
+from cspine_train.metrics.overlap import measures
 from cspine_train.metrics.statistics import mean_interval, too_few
 from cspine_train.run.evaluations import mean_over_patients, recorded_evaluations
 from cspine_train.run.folder import CARD_NAME, write_text
@@ -26,25 +26,18 @@ _SPLITS = ("train", "validation", "test")
 def write_card(run: Path, record: RunRecord) -> Path:
     """Write a run's `MODEL_CARD.md`: intended use, data, results and limits.
 
-    Cases are counted, not named. Scores are from those evaluations in the run folder that are of the kept weights.
-
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    record : RunRecord
-        Its record.
+    Cases are counted, not named. Scores are from the run folder's evaluations of the kept weights.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    # Names and notes come from files: whatever the template is given is shown as text.
+    # Names and notes come from files, and must be shown as text.
     pages = Environment(  # noqa: S701
         loader=PackageLoader("cspine_train.reports", "templates"),
         undefined=StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else escaped(value),
     )
-    pages.filters["told"] = lambda dice: Markup(mean_interval(dice, (0.0, 1.0)).told())  # noqa: S704
+    pages.filters["told"] = lambda dice: Markup(mean_interval(dice, (0.0, 1.0)).text())  # noqa: S704
     pages.filters["capitalize_first"] = lambda text: text[0].upper() + text[1:]
     text = pages.get_template("model_card.md.jinja").render(**_fields(run, record))
     write_text(run / CARD_NAME, text)
@@ -52,12 +45,12 @@ def write_card(run: Path, record: RunRecord) -> Path:
 
 
 def escaped(value: Any) -> str:
-    """Return a value as one line of Markdown that shows it literally."""
+    """Return a value as one line of Markdown, with special characters escaped."""
     return _MARKS.sub(r"\\\1", "".join(letter for letter in " ".join(str(value).split()) if letter.isprintable()))
 
 
 def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
-    """Return what the template shows."""
+    """Return the fields of the template."""
     several = len(record.label_values) > 1
     scores = _scores(run, record)
     chosen = [] if several else ["the threshold"]
@@ -70,7 +63,7 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
         "planes": _listed([PLANES[axis] for axis in record.settings.axes]),
         "normalisation": _NORMALISATIONS[record.preprocessing.normalisation],
         "several": several,
-        # What was chosen on the validation patients.
+        # Chosen on the validation patients.
         "chosen": chosen,
         "tables": {
             what: {part: [row[measure] for row in rows] for part, rows in scores.items()}
@@ -86,16 +79,16 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
 
 def _measures(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
     """Return a table of the means of all short measures except Dice: its head, then a row for each split."""
-    measures = [measure for measure in MEASURES if measure.brief and measure.name != "dice"]
-    rows = [["part", *(measure.heading for measure in measures)]]
+    shown = [measure for measure in measures() if measure.brief and measure.name != "dice"]
+    rows = [["part", *(measure.heading for measure in shown)]]
     for part, patients in scores.items():
-        means = [(measure, mean_over_patients(patients, measure)) for measure in measures]
-        rows.append([part, *("" if mean is None else mean.told(one.digits) for one, mean in means)])
+        means = [(measure, mean_over_patients(patients, measure)) for measure in shown]
+        rows.append([part, *("" if mean is None else mean.text(one.digits) for one, mean in means)])
     return rows
 
 
 def _scores(run: Path, record: RunRecord) -> dict[str, list[dict[str, Any]]]:
-    """Return the patients' rows of each evaluated split, scored as the run predicts in the end."""
+    """Return the rows of patients of each evaluated split."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for _, evaluation in recorded_evaluations(run, record):
         for row in evaluation["patients"]:

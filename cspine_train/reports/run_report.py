@@ -1,4 +1,4 @@
-"""All that is known of a run on one page, which needs nothing beside it."""
+"""The report of a run: one self-contained page."""
 
 from __future__ import annotations
 
@@ -9,26 +9,19 @@ from typing import Any
 
 from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import too_few
-from cspine_train.run.evaluations import SHOWN, mean_over_patients, recorded_evaluations
+from cspine_train.run.evaluations import mean_over_patients, patient_measures, recorded_evaluations
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
 
-#: Plots of slices on the page: those of the lowest Dice, of however many patients.
+#: Largest number of plots of slices: those of the lowest Dice.
 MOST_PLOTS = 48
 
 
 def write_report(run: Path, record: RunRecord) -> Path:
-    """Write a run's `report.html` from what lies in its folder: scores, slices, overlays, curves.
+    """Write a run's `report.html` from the files of its folder: scores, slices, overlays, curves.
 
-    Only evaluations count that are of what the run keeps. Names and notes are shown as text, whatever is in them.
-
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    record : RunRecord
-        Its record.
+    Only evaluations of the kept weights are shown. Names and notes are escaped.
     """
     settings = record.settings
     planes = ", ".join(PLANES[axis] for axis in settings.axes)
@@ -40,7 +33,7 @@ def write_report(run: Path, record: RunRecord) -> Path:
         training=[
             *embedded_pictures([(run / CURVES_NAME, "loss, validation Dice and learning rate by epoch")]),
             *embedded_pictures(
-                (run / OVERLAYS_FOLDER / f"{kind}.png", f"validation slices that came out {kind}")
+                (run / OVERLAYS_FOLDER / f"{kind}.png", f"validation slices of {kind} Dice")
                 for kind in ("best", "worst")
             ),
         ],
@@ -50,7 +43,7 @@ def write_report(run: Path, record: RunRecord) -> Path:
 
 
 def page(template: str, **known: Any) -> str:
-    """Return a page of one of the package's templates; whatever it is given is shown as text."""
+    """Render one of the package's page templates; all values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(
@@ -62,13 +55,13 @@ def page(template: str, **known: Any) -> str:
 def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     folder = run / EVALUATION_FOLDER
     patients = [
-        {"case": row["case"], "figures": [_told(measure, row.get(measure.name)) for measure in SHOWN]}
+        {"case": row["case"], "figures": [_figure(measure, row.get(measure.name)) for measure in patient_measures()]}
         for row in evaluation["patients"]
     ]
     plots = sorted(slice_plots(folder / f"{name}-slices.csv"), key=lambda plot: plot["lowest"])
     return {
         "title": f"{name.replace('-', ' and ')} patients".capitalize(),
-        "headings": [measure.heading for measure in SHOWN],
+        "headings": [measure.heading for measure in patient_measures()],
         "patients": patients,
         "splits": list(_splits(evaluation["patients"])),
         "confusion": _confusion(folder / f"{name}-confusion.csv"),
@@ -81,31 +74,38 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Iterate over the means of each split: validation patients chose epoch and threshold, and are kept apart."""
+    """Iterate over the means of each split; validation patients, which chose epoch and threshold, are apart."""
     for split in dict.fromkeys(row["split"] for row in rows):
         patients = [row for row in rows if row["split"] == split]
-        known = [mean_over_patients(patients, measure) for measure in SHOWN]
+        known = [mean_over_patients(patients, measure) for measure in patient_measures()]
         yield {
             "title": f"mean of {len(patients)} {split} patient{'s' if len(patients) > 1 else ''}",
             "few": too_few(len(patients), split),
-            "means": [_told(measure, one.mean if one else None) for measure, one in zip(SHOWN, known, strict=True)],
-            "intervals": [one.between(m.digits) if one else "" for m, one in zip(SHOWN, known, strict=True)],
+            "means": [
+                _figure(measure, one.mean if one else None)
+                for measure, one in zip(patient_measures(), known, strict=True)
+            ],
+            "intervals": [
+                one.between(m.digits) if one else "" for m, one in zip(patient_measures(), known, strict=True)
+            ],
         }
 
 
-def _told(measure: Measure, figure: float | None) -> str:
+def _figure(measure: Measure, figure: float | None) -> str:
     return "" if figure is None else measure.figure(figure)
 
 
 def embedded_pictures(named: Iterable[tuple[Path, str]]) -> list[dict[str, str]]:
-    """Return pictures as a page holds them, with what is told of each; those alone that are there."""
+    """Return the existing pictures as text for a page, with their captions."""
     return [
-        {"data": base64.b64encode(path.read_bytes()).decode(), "told": told} for path, told in named if path.exists()
+        {"data": base64.b64encode(path.read_bytes()).decode(), "told": caption}
+        for path, caption in named
+        if path.exists()
     ]
 
 
 def slice_plots(table: Path) -> Iterator[dict[str, Any]]:
-    """Iterate over a curve of Dice by slice for each patient and axis, on a field of 285 x 95 from (30, 5)."""
+    """Iterate over curves of Dice by slice, for each patient and axis, on an area of 285 x 95 at (30, 5)."""
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in read_rows(table, {"case": str, "axis": _plane, "slice": int, "dice": float}):
         curves.setdefault((row["case"], row["axis"]), []).append((row["slice"], row["dice"]))
@@ -114,13 +114,13 @@ def slice_plots(table: Path) -> Iterator[dict[str, Any]]:
         step = 285 / max(1, last - first)
         path, before = "", None
         for index, dice in points:
-            # A gap where nothing is marked.
+            # A gap at slices that are empty in both masks.
             command = "L" if before == index - 1 else "M"
             path += f"{command}{30 + (index - first) * step:.1f} {100 - 95 * dice:.1f}"
             before = index
         mean = sum(dice for _, dice in points) / len(points)
-        told = f"{case}, {plane}: mean {mean:.3f} over {len(points)} slices"
-        yield {"told": told, "path": path, "first": first, "last": last, "lowest": mean}
+        caption = f"{case}, {plane}: mean {mean:.3f} over {len(points)} slices"
+        yield {"told": caption, "path": path, "first": first, "last": last, "lowest": mean}
 
 
 def _plane(axis: str) -> str:
@@ -128,30 +128,25 @@ def _plane(axis: str) -> str:
 
 
 def _confusion(table: Path) -> dict[str, Any] | None:
+    import pandas as pd
+
     rows = read_rows(table, dict.fromkeys(("true_label", "found_label", "voxels"), int))
     if not rows:
         return None
-    voxels: dict[int, dict[int, int]] = {}
-    for row in rows:
-        of_true = voxels.setdefault(row["true_label"], {})
-        of_true[row["found_label"]] = of_true.get(row["found_label"], 0) + row["voxels"]
-    found = sorted({value for of_true in voxels.values() for value in of_true})
-    # Of what is nothing only what was taken for something is counted: no row, as there is no whole to be a share of.
-    labels = [value for value in sorted(voxels) if value]
+    counts = pd.DataFrame(rows).pivot_table("voxels", "true_label", "found_label", "sum", fill_value=0)
+    # No row for unlabelled voxels: those predicted as unlabelled are not counted.
+    counts = counts[counts.index != 0]
     return {
-        "found": ["none" if value == 0 else value for value in found],
+        "found": [value or "none" for value in counts.columns],
         "rows": [
             {
                 "value": value,
-                "voxels": sum(voxels[value].values()),
+                "voxels": int(voxels.sum()),
                 "shares": [
-                    {
-                        "told": f"{100 * voxels[value].get(other, 0) / sum(voxels[value].values()):.1f}",
-                        "own": value == other,
-                    }
-                    for other in found
+                    {"told": f"{100 * share:.1f}", "own": value == other}
+                    for other, share in (voxels / voxels.sum()).items()
                 ],
             }
-            for value in labels
+            for value, voxels in counts.iterrows()
         ],
     }

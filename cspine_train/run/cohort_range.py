@@ -1,4 +1,4 @@
-"""In what a volume is unlike those that a run was trained on: a network marks something in any volume, of any organ."""
+"""Differences of a volume from a run's training volumes; a network marks something in any volume, of any organ."""
 
 from __future__ import annotations
 
@@ -10,25 +10,19 @@ from pydantic import BaseModel, ConfigDict
 from cspine_data import CaseRecord, Geometry, PreparedVolume
 
 _SIDES = ("left-right", "front-back", "feet-head")
-# Beyond what training volumes span by this factor.
+# Sizes may be outside the range of training volumes by this factor.
 _FACTOR = 1.5
-# Each left out in turn, spine14's fourteen volumes leave the others' range by at most 0.25 of its width; its test case
-# with another contrast, reversed or strongly noisy leaves it by 0.8 to 3.1.
+# Distance of tissue intensities from their range, in widths of the range. In leave-one-out over the 14 volumes of
+# spine14 it is at most 0.25; for its test case with another contrast, reversed or very noisy, it is 0.8 to 3.1.
 _WIDTHS = 0.75
-# The least width: a few volumes of one protocol hardly differ.
+# The smallest width: volumes of one protocol hardly differ.
 _LEAST_WIDTH = 0.5
 _TILTED_DEGREES = 15.0
 _LIKE_CT = -500.0
 
 
 class CohortLooks(BaseModel):
-    """The range, over a run's training volumes, of what is known of each without looking at its label map.
-
-    Attributes
-    ----------
-    ranges : dict
-        Lowest and highest, by the names that `looks_of` gives.
-    """
+    """Ranges of the properties of a run's training volumes, apart from their label maps, by the names of `looks_of`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -44,7 +38,7 @@ class CohortLooks(BaseModel):
 
 
 def looks_of(prepared: PreparedVolume) -> dict[str, float]:
-    """Return what can be compared of a volume: voxel sizes, extents, tilt, and how its tissue's intensities lie."""
+    """Return the properties of a volume: voxel sizes, extents, tilt, and percentiles of its tissue's intensities."""
     corrected = prepared.corrected
     shape = corrected.image_xyz.shape
     return _looks(
@@ -54,7 +48,7 @@ def looks_of(prepared: PreparedVolume) -> dict[str, float]:
 
 
 def looks_of_record(record: CaseRecord) -> dict[str, float]:
-    """Return the same of a stored case; stores of an older cspine know nothing of intensities."""
+    """Return the properties of a stored case; older stores hold no intensities."""
     return _looks(
         record.geometry, record.spacing_xyz_mm, record.size_xyz, record.air_level, record.tissue_fraction,
         record.tissue_percentiles,
@@ -82,38 +76,33 @@ def _looks(
 
 
 def differences(cohort: CohortLooks | None, looks: Mapping[str, float]) -> tuple[str, ...]:
-    """Tell in what a volume is unlike a run's training volumes, a line each; nothing of a run that does not know them.
+    """Describe how a volume, with the properties of `looks_of`, differs from a run's training volumes, a line each.
 
-    Parameters
-    ----------
-    cohort : CohortLooks or None
-        What the run's record says.
-    looks : dict
-        What `looks_of` gives.
+    Old records have no ranges, which gives no lines.
     """
     return tuple(_differences(cohort.ranges, looks)) if cohort else ()
 
 
 def _differences(ranges: Mapping[str, tuple[float, float]], looks: Mapping[str, float]) -> Iterator[str]:
     if looks["air"] < _LIKE_CT <= ranges.get("air", (0.0, 0.0))[0]:
-        yield "it is dark as CT is dark, and training volumes are not"
+        yield "its air is as dark as in CT, unlike training volumes"
     for name in (f"{what} {side}" for what in ("voxel", "extent") for side in _SIDES):
         low, high = ranges.get(name, (0.0, np.inf))
         if not low / _FACTOR <= looks[name] <= high * _FACTOR:
             what, side = name.split()
-            told = "voxels measure" if what == "voxel" else "it reaches over"
-            yield f"{told} {looks[name]:.3g} mm {side}, in training {low:.3g} to {high:.3g} mm"
+            start = "voxels measure" if what == "voxel" else "it reaches over"
+            yield f"{start} {looks[name]:.3g} mm {side}, in training {low:.3g} to {high:.3g} mm"
     if looks["tilt"] > ranges.get("tilt", (0.0, np.inf))[1] + _TILTED_DEGREES:
         yield f"its grid is tilted by {looks['tilt']:.0f} degrees, in training by at most {ranges['tilt'][1]:.0f}"
     of_tissue = (name for name in looks if name == "tissue" or name.startswith("intensity"))
     if any(_beyond(ranges[name], looks[name]) > _WIDTHS for name in of_tissue if name in ranges):
         yield (
-            "its tissue's intensities are distributed otherwise than in training (another contrast, sequence, field or "
-            "noise)"
+            "its tissue's intensities have another distribution than in training (another contrast, sequence, field "
+            "or noise)"
         )
 
 
 def _beyond(within: tuple[float, float], value: float) -> float:
-    """Return how far a value lies beyond a range, in widths of that."""
+    """Return how far a value is outside a range, in widths of the range."""
     low, high = within
     return max(low - value, value - high) / max(high - low, _LEAST_WIDTH)

@@ -1,4 +1,4 @@
-"""What lies in a run folder, by name."""
+"""Names of the files of a run folder, its lock, and reading and writing of tables."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Any
 from cspine_data.tools import atomic_write, exclusive_lock, remove_unfinished
 from cspine_train.errors import RunError
 
-#: What was asked and what was fed: JSON, see `RunRecord`.
+#: Settings and data of the run: JSON, see `RunRecord`.
 RECORD_NAME = "run.json"
-#: The weights that the run keeps, safetensors beside a JSON: what SMP's own `from_pretrained` reads.
+#: The kept weights: safetensors and JSON, which SMP's `from_pretrained` reads.
 MODEL_FOLDER = "model"
-#: The empty file that stands for the lock of a run or study folder.
+#: Lock file of a run or study folder.
 LOCK_NAME = ".lock"
-#: A row an epoch.
+#: Metrics, a row for each epoch.
 METRICS_NAME = "metrics.csv"
-#: The validation Dice among its columns.
+#: Its column of the validation Dice.
 MONITOR = "valid_dice"
-#: Loss, validation Dice and learning rate by epoch, as a picture.
+#: Plot of loss, validation Dice and learning rate by epoch.
 CURVES_NAME = "curves.png"
-#: Validation slices that came out best and worst, as pictures.
+#: Pictures of the validation slices with the best and the worst Dice.
 OVERLAYS_FOLDER = "overlays"
-#: What the model is, for people: Markdown with the head that the Hugging Face hub reads.
+#: Model card: Markdown with the metadata block of the Hugging Face hub.
 CARD_NAME = "MODEL_CARD.md"
-#: All of an evaluation on one page that needs nothing beside it.
+#: Report of the evaluations: one self-contained page.
 REPORT_NAME = "report.html"
-#: What a killed run goes on from; needed for nothing else.
+#: Checkpoints, which only resuming needs.
 CHECKPOINT_FOLDER = "checkpoints"
-#: Scores per patient, a file for what was scored.
+#: Scores per patient, files for each evaluation.
 EVALUATION_FOLDER = "evaluation"
 # Folders that only the holder of the run's lock writes to.
 _WRITTEN_FOLDERS = (MODEL_FOLDER, CHECKPOINT_FOLDER, EVALUATION_FOLDER, OVERLAYS_FOLDER)
-#: What TensorBoard reads, where it was asked for.
+#: Log of TensorBoard, if requested.
 TENSORBOARD_FOLDER = "tensorboard"
-#: MLflow's database where no server is named, and which of its runs this is.
+#: MLflow's database, unless a server is named, and the id of this run.
 MLFLOW_FOLDER = "mlruns"
 
 
@@ -49,12 +49,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_rows(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
-    """Return a table's rows, of each what the columns make of it; none of a file that is not there.
+    """Read the rows of a CSV table, with a function that converts each column; empty if there is no file.
 
-    Raises
-    ------
-    RunError
-        If it lacks a column, or holds something else in one.
+    Raises `RunError` if a column is missing or a value cannot be converted.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -66,27 +63,16 @@ def read_rows(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[d
 
 
 def is_in_use(folder: Path) -> bool:
-    """Return whether a folder holds anything but hidden files, which a process leaves that is killed at its start."""
+    """Return whether a folder holds more than hidden files, which a killed process may leave."""
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 @contextmanager
 def only_writer(folder: Path, others: str = "is being trained or evaluated", patience_s: float = 0) -> Iterator[None]:
-    """Hold the lock of a run or study folder, and remove what killed processes left unfinished there.
+    """Hold the lock of a run or study folder, which exists, and remove unfinished files of killed processes.
 
-    Parameters
-    ----------
-    folder : Path
-        A folder that exists.
-    others : str
-        What another process that holds the lock does, for the message.
-    patience_s : float
-        See `exclusive_lock`.
-
-    Raises
-    ------
-    RunError
-        If another process holds the lock.
+    Raises a `RunError` if another process holds the lock; `others` says in it what that process does. See
+    `exclusive_lock` for `patience_s`.
     """
     with only_one(folder / LOCK_NAME, f"{folder}: {others} by another process", patience_s):
         for written in (folder, *(folder / name for name in _WRITTEN_FOLDERS)):
@@ -95,13 +81,7 @@ def only_writer(folder: Path, others: str = "is being trained or evaluated", pat
 
 
 def only_one(lock: Path, problem: str, patience_s: float = 0) -> AbstractContextManager[Any]:
-    """Return a lock that is held, see `exclusive_lock`; refuse with `problem` where another process holds it.
-
-    Raises
-    ------
-    RunError
-        If another process holds it.
-    """
+    """Take a lock, see `exclusive_lock`; if another process holds it, raise a `RunError` with `problem`."""
     try:
         return exclusive_lock(lock, patience_s)
     except TimeoutError:
@@ -109,7 +89,7 @@ def only_one(lock: Path, problem: str, patience_s: float = 0) -> AbstractContext
 
 
 def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table as CSV, in one step; what a row does not know stays empty."""
+    """Write a CSV table atomically; missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns))
     writer.writeheader()

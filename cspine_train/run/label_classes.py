@@ -1,4 +1,4 @@
-"""Which label values a run tells apart, and how voxels come from values to numbers of classes and back."""
+"""Label values of a network's classes, and conversion between label values and class numbers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,18 @@ from numpy.typing import NDArray
 
 from cspine_data import IGNORE_INDEX, Cohort, Split
 from cspine_train.errors import RunError
-from cspine_train.run.settings import RunSettings
+from cspine_train.run.settings import DataSettings
 
-#: Numbers of classes are a byte: 0 is what has no label, the last what does not count.
+#: Class numbers are bytes: 0 is unlabelled, and the last number is for ignored voxels.
 MOST_LABELS = IGNORE_INDEX - 1
 _DTYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
-_TOLD = 3
+_MOST_NAMED = 3
 
 
-def label_values(cohort: Cohort, split: Split, settings: RunSettings) -> tuple[int, ...]:
-    """Return the label values that a run tells apart, in order: those of the cases it trains on.
+def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[int, ...]:
+    """Return the label values of a run's classes: the sorted values of its training cases; empty for binary labels.
 
-    Empty for ``labels="binary"``.
-
-    Raises
-    ------
-    RunError
-        If there are more than 254, or one that 32 bits do not hold.
+    Raises `RunError` if there are more than 254, or one exceeds 32 bits.
     """
     if settings.labels == "binary":
         return ()
@@ -35,23 +30,23 @@ def label_values(cohort: Cohort, split: Split, settings: RunSettings) -> tuple[i
     limits = np.iinfo(np.int32)
     too_wide = [value for value in values if not limits.min <= value <= limits.max]
     if too_wide or len(values) > MOST_LABELS:
-        told = f"the label value {too_wide[0]}" if too_wide else f"{len(values)} different label values"
+        problem = f"the label value {too_wide[0]}" if too_wide else f"{len(values)} different label values"
         raise RunError(
-            f"{cohort.path}: its training cases have {told}; at most {MOST_LABELS} values, of 32 bits, can be told "
-            "apart: renumber them, or train with --labels binary"
+            f"{cohort.path}: its training cases have {problem}; a network has at most {MOST_LABELS} classes, of 32-bit "
+            "label values: renumber them, or train with --labels binary"
         )
     return tuple(sorted(values))
 
 
 def label_meaning(values: Sequence[int]) -> dict[int, str]:
-    """Return what the values of a label map mean that a run predicts which tells these apart."""
+    """Return the meaning of each value of predicted label maps."""
     return {0: "background", **({value: f"label {value} of the training data" for value in values} or {1: "vertebra"})}
 
 
 def unknown_labels(
-    cohort: Cohort, split: Split, settings: RunSettings, values: Sequence[int]
+    cohort: Cohort, split: Split, settings: DataSettings, values: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """Return which label values of validation and test cases no training case has, by case; empty for binary labels."""
+    """Return the label values of validation and test cases that no training case has, by case; none if binary."""
     if settings.labels == "binary":
         return {}
     unknown = {
@@ -61,23 +56,23 @@ def unknown_labels(
     return {case: others for case, others in unknown.items() if others}
 
 
-def unknown_told(unknown: Mapping[str, Iterable[int]]) -> str:
-    """Return one line on labels that cannot be learnt."""
+def unknown_labels_note(unknown: Mapping[str, Iterable[int]]) -> str:
+    """Return a line about labels that the network cannot learn."""
     named = [f"{case} has {', '.join(map(str, values))}" for case, values in unknown.items()]
-    more = f"; {len(named) - _TOLD} more cases" if len(named) > _TOLD else ""
+    more = f"; {len(named) - _MOST_NAMED} more cases" if len(named) > _MOST_NAMED else ""
     return (
-        f"labels that no training case has count as missed ({'; '.join(named[:_TOLD])}"
-        f"{more}); weigh, split or renumber the cases otherwise to learn them"
+        f"labels that no training case has count as missed ({'; '.join(named[:_MOST_NAMED])}"
+        f"{more}); to learn them, change case weights, split or label values"
     )
 
 
 def network_classes(values: Sequence[int]) -> int:
-    """Return how many channels a network's output has: one for one label, else one a label and the background's."""
+    """Return the number of output channels: 1 for a single label, else one for each label and the background."""
     return 1 + len(values) if len(values) > 1 else 1
 
 
 def class_numbers(labels: NDArray[Any], values: Sequence[int]) -> NDArray[np.uint8]:
-    """Give the voxels of a label map, any shape, numbers: 1 for the first of `values`, 0 for what is none of them."""
+    """Convert label values, any shape, to class numbers: 1 for the first of `values`, 0 for values not listed."""
     numbers = np.zeros(labels.shape, np.uint8)
     for number, value in enumerate(values, start=1):
         numbers[labels == value] = number
@@ -85,7 +80,7 @@ def class_numbers(labels: NDArray[Any], values: Sequence[int]) -> NDArray[np.uin
 
 
 def stored_values(numbers: NDArray[np.uint8], values: Sequence[int]) -> NDArray[Any]:
-    """Undo `class_numbers`, in the smallest dtype that holds the values; without `values` numbers stay 0 and 1."""
+    """Convert class numbers to label values, in the smallest dtype; without `values`, 0 and 1 stay."""
     table = [0, *(values or (1,))]
     dtype = next(d for d in _DTYPES if np.iinfo(d).min <= min(table) and max(table) <= np.iinfo(d).max)
     return np.array(table, dtype)[numbers]

@@ -1,4 +1,4 @@
-"""Whose volumes a run is fed: the split that it asks for, and what its record says of the patients."""
+"""The cases of a run: its split, and their fields of the run's record."""
 
 from __future__ import annotations
 
@@ -8,38 +8,29 @@ from typing import Any
 from cspine_data import Cohort, Split
 from cspine_train.errors import RunError
 from cspine_train.run.cohort_range import CohortLooks
-from cspine_train.run.settings import RunSettings
+from cspine_train.run.settings import DataSettings
 
 
-def split_of(cohort: Cohort, settings: RunSettings) -> Split:
-    """Return the patients that train, validate and test; those whose label map labels nothing are left out and named.
+def split_of(cohort: Cohort, settings: DataSettings) -> Split:
+    """Return the training, validation and test cases; cases with an empty label map are left out, with a warning.
 
-    Raises
-    ------
-    RunError
-        If there are too few.
+    Raises `RunError` if there are too few cases to train and validate.
     """
     split = cohort.split(folds=settings.folds, fold=settings.fold, variant=settings.variant)
     empty = cohort.empty_label_maps(settings.variant)
-    told = f"the label map of {', '.join(empty)} labels nothing" if empty else ""
+    note = f"the label map of {', '.join(empty)} labels nothing" if empty else ""
     if not split.train or not split.validation:
         raise RunError(
             f"{cohort.path}: has too few labelled cases to train and validate on "
-            f"({len(split.train)} and {len(split.validation)}{f'; {told}' if told else ''}); prepare at least three"
+            f"({len(split.train)} and {len(split.validation)}{f'; {note}' if note else ''}); prepare at least three"
         )
-    if told:
-        warnings.warn(f"{cohort.path}: {told}: left out of training, validation and test", stacklevel=2)
+    if note:
+        warnings.warn(f"{cohort.path}: {note}: left out of training, validation and test", stacklevel=2)
     return split
 
 
 def what_is_fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
-    """Return what a run's record says of its patients.
-
-    Raises
-    ------
-    RunError
-        If they were prepared in different ways.
-    """
+    """Return the fields of a run's record about its cases; a `RunError` if their preprocessing differs."""
     cases = (*split.train, *split.validation, *split.test)
     first = cohort.record(cases[0], variant)
     ignored: set[int] = set()

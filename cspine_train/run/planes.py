@@ -1,8 +1,8 @@
-"""Names of the anatomical planes that slices lie in, by axis."""
+"""Names of anatomical planes and axes."""
 
 from __future__ import annotations
 
-#: What the slices along axes 0, 1 and 2 are called.
+#: Planes of the slices along axes 0, 1 and 2.
 PLANES = ("sagittal", "coronal", "axial")
-#: Which axes a model is for, by what users write.
+#: Axes of a model, by their name in options.
 AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}

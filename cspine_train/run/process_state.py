@@ -1,4 +1,4 @@
-"""Settings of the process that training changes, and that belong to its caller."""
+"""State of the process that training changes and restores."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-# Loggers with the levels that they had, the latest last.
+# Loggers with their former levels, the latest last.
 _quietened: list[tuple[logging.Logger, int]] = []
 
 
 def quieten(*names: str) -> None:
-    """Let loggers report errors only, until the innermost `restored_process_state` ends."""
+    """Set loggers to errors only, until the innermost `restored_process_state` ends."""
     for name in names:
         logger = logging.getLogger(name)
         _quietened.append((logger, logger.level))
@@ -29,15 +29,15 @@ def quieten(*names: str) -> None:
 
 @contextmanager
 def restored_process_state() -> Iterator[None]:
-    """Restore what is set for the whole process within, however that ends.
+    """Restore the state of the process at the end, also after an error.
 
-    These are environment variables, warning filters, levels of loggers (by `quieten`), the global random generators,
-    handlers of SIGINT and SIGTERM, and PyTorch's threads and deterministic algorithms. After an error it is also the
-    rank that Lightning keeps, by which it silences loggers.
+    The state is: environment variables, warning filters, levels of loggers (set by `quieten`), the global random
+    generators, handlers of SIGINT and SIGTERM, and PyTorch's threads and deterministic algorithms. After an error it
+    includes Lightning's rank, which silences loggers.
     """
     environment, first, threads = dict(os.environ), len(_quietened), torch.get_num_threads()
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # To ask a GPU that is not in use for its generator would take memory there, and nobody has drawn from it.
+    # Asking an unused GPU for its generator would allocate memory there.
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -62,7 +62,7 @@ def restored_process_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(on_gpus)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
-                # None stands for a handler that was not set from Python; it cannot be set from there either.
+                # None: the handler was not set from Python, and cannot be set from Python.
                 if handler is not None:
                     signal.signal(number, handler)
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What a run did: its settings, data, weights and outcome, saved as `run.json` beside the model."""
+"""The record of a run, `run.json`: its settings, data, weights and outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cspine_data import RecordedPreprocessing, Split
 from cspine_train.errors import RunError
 from cspine_train.run.cohort_range import CohortLooks
-from cspine_train.run.folder import RECORD_NAME, write_text
+from cspine_train.run.folder import RECORD_NAME, is_in_use, write_text
 from cspine_train.run.settings import RunSettings
 
 RECORD_VERSION = 1
@@ -22,50 +22,48 @@ _Side = Annotated[int, Field(gt=0, le=1 << 14)]
 
 
 class RunRecord(BaseModel):
-    """What a run is and what was fed to it: everything that prediction and an honest table need.
+    """Record of a run: all that prediction and tables need.
 
     Attributes
     ----------
     store : str
-        Where the store was, to evaluate from.
+        Location of the store at training.
     settings : RunSettings
-        What was asked.
+        The settings.
     weights_used : str
-        What the encoder started from: ``imagenet``, by name or from an installed package; ``none``; or the SHA-256 of
-        a file.
+        Initial weights of the encoder: ``imagenet``, ``none``, or the SHA-256 of a file.
     size_hw : tuple of int
-        The fixed size of a training slice, after resampling, padding and cropping.
+        Size of a training slice, after resampling, padding and cropping.
     preprocessing : Preprocessing
-        What was done to every volume, and is done to a volume to predict.
+        Preprocessing of all volumes, also of those to predict.
     notes : tuple of str
-        What the cohort is, where it is not what it stands for: said beside every figure.
+        Notes of the store about the cohort, such as that it is synthetic.
     train, validation, test : tuple of str
-        The case ids of each part.
+        Case ids of each part.
     label_values : tuple of int
-        The label values that the network tells apart, in the order of its channels after the background's; one alone
-        is a sigmoid's, as are binary labels, for which there are none.
+        Label values of the network's classes, in the order of its channels after the background. One value alone has a
+        single channel. Empty for binary labels.
     label_meaning : dict
-        What the values of a label map that the run predicts mean.
+        Meaning of the values of predicted label maps.
     cohort_looks : CohortLooks or None
-        What training volumes look like, so that a volume that is unlike them can be told; an older cspine kept none.
+        Ranges of properties of the training volumes; None in old records.
     digests : dict
-        The store's digest of every case of the run.
+        The store's digest of each case.
     versions : dict
-        Of the libraries that decide the outcome.
+        Versions of the libraries that decide the outcome.
     processes, deterministic
-        In how many processes it trained at last, and whether with deterministic algorithms only.
+        Number of training processes, and whether only deterministic algorithms were used.
     finished : bool
-        False until training ended by itself.
+        Whether training is complete.
     kept_epoch, kept_dice
-        The epoch whose weights the run keeps, from 0 (the best on validation, or the last of one cycle), and its mean
-        Dice over the validation patients at the network's pixel size.
+        Epoch of the kept weights, from 0, and its mean validation Dice at the network's pixel size.
     threshold : float
-        The probability above which a voxel is vertebra: the one that gave that Dice. Of several labels the likeliest is
-        taken.
+        Threshold of the probability of vertebra, which gave that Dice. Several labels have none: the most probable
+        label is predicted.
     kept_components : int or None
-        How many connected components of a prediction are kept at most, the largest; None where all are.
+        Largest number of connected components of a prediction, by size; None for no limit.
     filled_holes : bool
-        Whether the holes of a prediction are filled then.
+        Whether holes of a prediction are filled.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,17 +94,17 @@ class RunRecord(BaseModel):
 
     @property
     def split(self) -> Split:
-        """The cases by part."""
+        """The cases of each part."""
         return Split(self.train, self.validation, self.test)
 
     def caveats(self) -> tuple[str, ...]:
-        """Return what has to be said beside every figure of this run."""
-        asked, used = self.settings.weights, self.weights_used
+        """Return notes that belong beside every figure of this run."""
+        used = self.weights_used
         start = {"none": "random weights", "imagenet": "ImageNet weights"}.get(
             used, f"weights from a file ({used[:12]})"
         )
-        if asked == "auto" and used == "none":
-            start += " (ImageNet weights could not be had)"
+        if self.settings.weights == "auto" and used == "none":
+            start += " (ImageNet weights were unavailable)"
         caveats = (f"encoder {self.settings.encoder} started from {start}", *(f"data: {note}" for note in self.notes))
         if self.finished or self.kept_epoch is None:
             return caveats
@@ -115,25 +113,23 @@ class RunRecord(BaseModel):
 
 
 def save_record(run: Path, record: RunRecord) -> None:
-    """Write a run's record in one step."""
+    """Write a run's record atomically."""
     write_text(run / RECORD_NAME, record.model_dump_json(indent=1))
 
 
 def load_record(run: Path) -> RunRecord:
     """Read a run's record.
 
-    Raises
-    ------
-    RunError
-        If the folder is no run, a link in it leads elsewhere, its record is damaged, or a newer cspine wrote it.
+    Raises `RunError` if the folder is no run, holds a link to the outside, its record is damaged, or a newer cspine
+    wrote it.
     """
-    # A run may come from anywhere: nothing outside it is read, sent on in a report, or written over.
+    # A run may come from anywhere: files outside it must not be read, copied into a report, or overwritten.
     for folder, folders, files in os.walk(run):
         for inside in (Path(folder, name) for name in (*folders, *files)):
             try:
                 mode = inside.lstat().st_mode
             except FileNotFoundError:
-                # Another process finished writing it, or removed it.
+                # Another process renamed or removed it.
                 continue
             if stat.S_ISLNK(mode) and not inside.resolve().is_relative_to(run.resolve()):
                 raise RunError(f"{inside}: leads out of the run folder; copy the run whole, without links")
@@ -155,3 +151,23 @@ def load_record(run: Path) -> RunRecord:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
         raise RunError(f"{run / RECORD_NAME}: is damaged ({where}: {first['msg']}); train it anew") from None
+
+
+def record_to_resume(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:
+    """Return the record of the run that a folder holds; None if there is none yet.
+
+    Only rank 0 (`first`) refuses a folder without a record that is not empty: the others may find its files. Raises
+    `RunError` if the folder holds a run of other settings or data, or something else.
+    """
+    if not (run / RECORD_NAME).exists():
+        if first and is_in_use(run):
+            raise RunError(f"{run}: is there and is no run folder; choose another with -o")
+        return None
+    record = load_record(run)
+    wanted, found = settings.model_dump(), record.settings.model_dump()
+    other = [f"{name} {value}, not {wanted[name]}" for name, value in found.items() if value != wanted[name]]
+    if other:
+        raise RunError(f"{run}: holds a run of other settings ({'; '.join(other)}); choose another folder with -o")
+    if record.digests != digests:
+        raise RunError(f"{run}: was trained on other data than the store holds now; choose another folder with -o")
+    return record

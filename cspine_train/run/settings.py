@@ -73,22 +73,13 @@ def _size(given: object) -> object:
 def _case_weights(given: object) -> object:
     """Read CASE=WEIGHT texts; names are compared in Unicode's composed form (NFC)."""
     if isinstance(given, list | tuple):
-        pairs = [str(text).rpartition("=") for text in given]
-        bad = [text for text, (case, _, weight) in zip(given, pairs, strict=True) if not case or not _is_float(weight)]
-        if bad:
+        pairs = {text: str(text).rpartition("=") for text in given}
+        if bad := [text for text, (case, _, _) in pairs.items() if not case]:
             raise ValueError(f"{bad[0]!r} is not CASE=WEIGHT, such as CS_01=2")
-        given = {case: float(weight) for case, _, weight in pairs}
+        given = {case: weight for case, _, weight in pairs.values()}
     if isinstance(given, dict):
         return {unicodedata.normalize("NFC", str(case)): weight for case, weight in given.items()}
     return given
-
-
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 class ModelSettings(BaseModel):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,27 +17,21 @@ from cspine_train.errors import CspineTrainError, ModelError
 from cspine_train.models.build import build_model, sides_of
 from cspine_train.run.label_classes import label_values, network_classes
 from cspine_train.run.patient_split import split_of
-from cspine_train.run.precision import precision_of
+from cspine_train.run.process_state import restored_process_state
 from cspine_train.run.settings import RunSettings
 from cspine_train.study.plan import Cell
+from cspine_train.training.processes import precision_of
 from cspine_train.training.step_check import check_steps
 
-# The first step is slower, and other work on the machine makes a step longer, never shorter: the fastest counts.
+# The fastest step counts: the first one is slower, and other work on the machine makes steps slower.
 _FEWEST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 4, 2.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a cell.
+    """Estimated cost of a cell: training slices in an epoch, and seconds of all training steps without early stopping.
 
-    Attributes
-    ----------
-    slices : int
-        Training slices in an epoch.
-    seconds : float
-        Estimated time of all training steps, in one process, without early stopping.
-    failure : str or None
-        Why the cell cannot be trained, if that is known already.
+    `failure` says why the cell cannot be trained.
     """
 
     slices: int
@@ -46,40 +39,30 @@ class Cost:
     failure: str | None = None
 
 
-@torch.random.fork_rng(devices=[])
+@restored_process_state()
 def costs(
     cohort: Cohort,
     cells: Sequence[Cell],
     threads: int,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Cost]:
-    """Estimate the cost of each cell on this machine: seconds a step, times steps, times epochs.
+    """Estimate the cost of each cell on this machine: seconds per step, times steps, times epochs.
 
-    Steps are timed once for each network, batch size and image size.
-
-    Parameters
-    ----------
-    cohort : Cohort
-        The training data.
-    cells : sequence of Cell
-        The cells.
-    threads : int
-        Threads of each cell's process, see `processes_here`.
-    progress : callable, optional
-        Called with (cells estimated, cells, cell name).
+    Steps are timed once for each network, batch size and image size, with the threads of a cell's process, see
+    `processes_here`. `progress` is called with (cells estimated, cells, cell name).
     """
-    # Cells of a network follow each other in a plan. Of many networks only one is in memory.
+    torch.set_num_threads(threads)
+    # One network is in memory at a time; cells of a network follow each other in a plan.
     build = lru_cache(maxsize=1)(lambda *what: build_model(what[0], what[1], "none", *what[2:])[0])
     timed: dict[tuple[Any, ...], float] = {}
     found = {}
-    with _threads(threads):
-        for number, cell in enumerate(cells, start=1):
-            try:
-                found[cell.name] = _cost(cohort, cell.settings, build, timed)
-            except CspineTrainError as error:
-                found[cell.name] = Cost(0, 0.0, str(error))
-            if progress:
-                progress(number, len(cells), cell.name)
+    for number, cell in enumerate(cells, start=1):
+        try:
+            found[cell.name] = _cost(cohort, cell.settings, build, timed)
+        except CspineTrainError as error:
+            found[cell.name] = Cost(0, 0.0, str(error))
+        if progress:
+            progress(number, len(cells), cell.name)
     return found
 
 
@@ -91,7 +74,7 @@ def _cost(
     what = settings.model, settings.encoder, settings.channels, network_classes(values)
     network = build(*what)
     data = CohortSlices(cohort, split, settings, 0, sides_of(network), values)
-    shape = min(settings.batch_size, data.slices_of_an_epoch()), settings.channels, *data.sizes.trained_hw[0]
+    shape = data.smallest_batch, settings.channels, *data.sizes.trained_hw[0]
     key = *what, settings.precision, shape
     if key not in timed:
         half = "bf16" in precision_of(settings.precision)
@@ -99,8 +82,8 @@ def _cost(
         try:
             timed[key] = _step_seconds(network, shape, half)
         except RuntimeError as error:
-            told = f"{settings.model} with encoder {settings.encoder!r}: a training step fails ({error})"
-            raise ModelError(" ".join(told.split())) from None
+            message = f"{settings.model} with encoder {settings.encoder!r}: a training step fails ({error})"
+            raise ModelError(" ".join(message.split())) from None
     steps = len(data.train_dataloader())
     return Cost(steps * shape[0], settings.epochs * steps * timed[key])
 
@@ -116,23 +99,13 @@ def _step_seconds(network: nn.Module, shape: tuple[int, ...], half: bool) -> flo
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = network(images).float().mean()
         loss.backward()
-        # Waits for the GPU.
+        # Wait for the GPU.
         loss.item()
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 
 
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def hours_told(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a time as text: ``3 h 20 min``, ``4 min``."""
     minutes = max(1, round(seconds / 60))
     hours, minutes = divmod(minutes, 60)

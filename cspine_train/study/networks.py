@@ -1,4 +1,4 @@
-"""Checks of a study's networks and first weights, before any cell is trained."""
+"""Checks of a study's networks and initial weights, before training."""
 
 from __future__ import annotations
 
@@ -13,25 +13,16 @@ from cspine_train.study.plan import Cell
 
 
 def check_network_names(cells: Sequence[Cell]) -> None:
-    """Refuse unknown models and encoders.
-
-    Raises
-    ------
-    ModelError
-        If one is unknown.
-    """
+    """Refuse, with a `ModelError`, unknown models and encoders."""
     for model, encoder in dict.fromkeys((cell.settings.model, cell.settings.encoder) for cell in cells):
         check_names(model, encoder)
 
 
 @torch.random.fork_rng(devices=[])
 def check_weights(cells: Sequence[Cell]) -> None:
-    """Refuse a study whose pretrained weights are unavailable or do not fit an encoder.
+    """Refuse, with a `ModelError`, a study whose pretrained weights are unavailable or do not fit an encoder.
 
-    Raises
-    ------
-    ModelError
-        With a line of details for each such encoder.
+    The error has a line of details for each such encoder.
     """
     reasons: dict[tuple[str, str], str] = {}
     fit: set[tuple[str, str]] = set()
@@ -45,7 +36,7 @@ def check_weights(cells: Sequence[Cell]) -> None:
         try:
             build_model(model, encoder, "none", channels)
         except ModelError:
-            # The weights are not at fault; the cell will fail with this message.
+            # Not a problem of weights; the cell will fail with this message.
             continue
         try:
             build_model(model, encoder, weights, channels)

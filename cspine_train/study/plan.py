@@ -1,4 +1,4 @@
-"""What a study is made of: cells, each a run to train and to evaluate, known by all that decides its outcome."""
+"""The plan of a study: its cells, each a run to train and evaluate, identified by all that decides its outcome."""
 
 from __future__ import annotations
 
@@ -20,38 +20,37 @@ from cspine_train.run.patient_split import split_of, what_is_fed
 from cspine_train.run.planes import AXES
 from cspine_train.run.settings import RunSettings, problem_of
 
-#: What was asked of a study: JSON, see `Plan`.
+#: The plan of a study: JSON, see `Plan`.
 PLAN_NAME = "study.json"
 PLAN_VERSION = 1
-#: The reference study's rows "random init." name no encoder; here they are this one's, without pretrained weights.
+#: The encoder with random weights that stands for the reference study's "random init.", which names none.
 RANDOM, RANDOM_ENCODER = "random", "resnet50"
 IMAGENET = "imagenet"
-RANDOM_TOLD = "random is resnet50 without pretrained weights; the reference study's random names no encoder"
+RANDOM_NOTE = "random is resnet50 without pretrained weights; the reference study's random names no encoder"
 REFERENCE_ENCODERS = (RANDOM, "resnet50", "inceptionv4")
 _QUEUE_COLUMNS = ("done", "model", "encoder", "axis", "epochs", "batch")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is varied in a study: every one of these with every other.
+    """The varied settings of a study, in all combinations.
 
     Attributes
     ----------
     models : sequence of str
         Architectures.
     encoders : sequence of str
-        Encoders; ``NAME:random`` starts from random weights, and ``random`` is ``resnet50:random``.
+        Encoders; ``NAME:random`` has random initial weights, and ``random`` is ``resnet50:random``.
     weights : dict
-        What the other encoders start from: by their name, or by ``""`` for all that are not named, ``imagenet``,
-        ``none`` or a file.
+        Initial weights of the other encoders by name, ``""`` for those not named: ``imagenet``, ``none`` or a file.
     variants : sequence of str
         ``n4`` and ``raw``.
     axes : sequence of tuple of int
-        Each the axes of one model.
+        The axes of each model.
     folds : int or None
-        Each is a run; None is the reference split.
+        Number of folds, each a run; None is the reference split.
     seeds : int
-        As many runs of each, from seed 0 on.
+        Number of runs of each combination, from seed 0 on.
     """
 
     models: Sequence[str] = ("unet", "fpn", "linknet", "pspnet")
@@ -63,8 +62,8 @@ class Grid:
     seeds: int = 1
 
     def settings(self, recipe: RunSettings) -> list[RunSettings]:
-        """Return the settings of every run: those of the recipe, but for what is varied."""
-        started = [started_from(encoder, self.weights) for encoder in self.encoders]
+        """Return the settings of all runs: the recipe with each combination."""
+        started = [encoder_and_weights(encoder, self.weights) for encoder in self.encoders]
         folds = range(self.folds) if self.folds else (0,)
         varied = product(self.models, started, self.variants, self.axes, folds, range(self.seeds))
         return [
@@ -77,25 +76,20 @@ class Grid:
         ]
 
 
-def started_from(encoder: str, weights: Mapping[str, str]) -> tuple[str, str]:
-    """Return which encoder is meant, and which weights it starts from; see `Grid`."""
+def encoder_and_weights(encoder: str, weights: Mapping[str, str]) -> tuple[str, str]:
+    """Return the name and the initial weights of an encoder of `Grid`."""
     name, _, start = (f"{RANDOM_ENCODER}:{RANDOM}" if encoder == RANDOM else encoder).partition(":")
     if start and start != RANDOM:
-        raise RunError(f"encoder {encoder!r}: is no NAME and no NAME:{RANDOM}; give files by --weights {name}=FILE")
+        raise RunError(f"encoder {encoder!r}: is neither NAME nor NAME:{RANDOM}; give files with --weights {name}=FILE")
     given = "none" if start else weights.get(name, weights.get("", IMAGENET))
     return name, given if given in ("none", IMAGENET) else str(Path(given).resolve())
 
 
 def queued(path: Path, grid: Grid, recipe: RunSettings) -> tuple[list[RunSettings], int]:
-    """Return the runs that a queue file of the reference study asks for, and how many it says are done.
+    """Read a queue file of the reference study: the settings of its runs, and the number of lines marked as done.
 
-    Its columns are ``done,model,encoder,axis,epochs,batch``; what it does not name, variants, folds and seeds, is the
-    grid's.
-
-    Raises
-    ------
-    RunError
-        If it is no such file, or a line of it cannot be used.
+    The columns are ``done,model,encoder,axis,epochs,batch``; variants, folds and seeds are the grid's. Raises
+    `RunError` if the file cannot be read, or a line is invalid.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -104,7 +98,9 @@ def queued(path: Path, grid: Grid, recipe: RunSettings) -> tuple[list[RunSetting
         raise RunError(f"{path}: cannot be read ({error}); give a CSV file") from None
     missing = [name for name in _QUEUE_COLUMNS if rows and name not in rows[0]]
     if missing or not rows:
-        raise RunError(f"{path}: is no queue; its first line has to be {','.join(_QUEUE_COLUMNS)}, then a line a run")
+        raise RunError(
+            f"{path}: is no queue; its first line must be {','.join(_QUEUE_COLUMNS)}, followed by a line for each run"
+        )
     settings: list[RunSettings] = []
     done = 0
     for number, row in enumerate(rows, start=2):
@@ -121,8 +117,8 @@ def queued(path: Path, grid: Grid, recipe: RunSettings) -> tuple[list[RunSetting
             grid.folds, grid.seeds,
         )  # fmt: skip
         try:
-            asked = _checked(recipe, {"epochs": cells["epochs"], "batch_size": cells["batch"]})
-            settings += of_row.settings(asked)
+            of_line = _checked(recipe, {"epochs": cells["epochs"], "batch_size": cells["batch"]})
+            settings += of_row.settings(of_line)
         except RunError as error:
             raise RunError(f"{path}: line {number}: {error}") from None
     return settings, done
@@ -136,15 +132,7 @@ def _checked(recipe: RunSettings, update: Mapping[str, Any]) -> RunSettings:
 
 
 class Cell(BaseModel):
-    """A run of a study.
-
-    Attributes
-    ----------
-    name : str
-        Of its folder: what it is, for people, and a digest of its settings, its patients' data and a weights file.
-    settings : RunSettings
-        What is trained.
-    """
+    """A run of a study. Its name, that of its folder, has a digest of settings, patients' data and weights file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -153,7 +141,7 @@ class Cell(BaseModel):
 
 
 class Plan(BaseModel):
-    """All cells of a study, and the store that they are fed from."""
+    """All cells of a study, and their store."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -163,15 +151,15 @@ class Plan(BaseModel):
 
 
 def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
-    """Give every run its name; the same run twice is one cell.
+    """Make a plan of runs; equal runs are one cell.
 
     Raises
     ------
     RunError
-        If there is nothing to run, there are too few patients, they were prepared in different ways, the variants hold
-        others, or a weights file cannot be read.
+        If there is no run, there are too few patients, they were prepared with different parameters, the variants have
+        different patients, or a weights file cannot be read.
     CspineDataError
-        If the store lacks a variant, an axis or a fold that is asked for.
+        If the store lacks a variant, an axis or a fold.
     """
     fed: dict[tuple[str, int | None, int], Any] = {}
     files: dict[str, str] = {}
@@ -185,11 +173,11 @@ def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
             files[one.weights] = _digest_of_file(Path(one.weights)) if _starts_from_file(one) else ""
         split, digests = fed[key]
         cohort.slices(one.axes, cases=split.train, variant=one.variant)
-        # Who trains and who tests depends on when cases came into the store.
+        # The split depends on when cases were added to the store.
         parts = [[[case, digests[case]] for case in part] for part in (split.train, split.validation, split.test)]
-        what = [but_for_path(one).model_dump(mode="json", exclude_defaults=True), files[one.weights], parts]
+        what = [without_weights_path(one).model_dump(mode="json", exclude_defaults=True), files[one.weights], parts]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-        name = f"{_told(one)}-{digest[:12]}"
+        name = f"{_run_name(one)}-{digest[:12]}"
         cells[name] = Cell(name=name, settings=one)
     if not cells:
         raise RunError("nothing to run: give at least one of each of --models, --encoders, --variants and --axes")
@@ -198,7 +186,7 @@ def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
 
 
 def _check_same_patients(cohort: Cohort, splits: Mapping[tuple[str, int | None, int], Any]) -> None:
-    """Refuse variants that would be compared on other patients than each other's."""
+    """Refuse variants that have different patients."""
     of_fold: dict[tuple[int | None, int], tuple[str, Any]] = {}
     for (variant, *fold), split in splits.items():
         first, other = of_fold.setdefault((fold[0], fold[1] or 0), (variant, split))
@@ -221,23 +209,22 @@ def _starts_from_file(settings: RunSettings) -> bool:
     return settings.weights not in ("none", IMAGENET)
 
 
-def but_for_path(settings: RunSettings) -> RunSettings:
-    """Return settings with a weights file by its name alone: wherever it lies, a cell's digest knows what it holds."""
+def without_weights_path(settings: RunSettings) -> RunSettings:
+    """Return settings with only the name of a weights file; the digest of a cell identifies its content."""
     name = Path(settings.weights).name
     return settings.model_copy(update={"weights": name}) if _starts_from_file(settings) else settings
 
 
-def start_told(settings: RunSettings) -> str:
-    """Return what an encoder starts from, in a word: ``random``, ``imagenet``, or the name of a file."""
+def weights_name(settings: RunSettings) -> str:
+    """Return the initial weights in a word: ``random``, ``imagenet``, or the name of a file."""
     if not _starts_from_file(settings):
         return RANDOM if settings.weights == "none" else IMAGENET
     name = Path(settings.weights).name
     return f"file {name}" if name in (RANDOM, IMAGENET) else name
 
 
-def _told(one: RunSettings) -> str:
-    named = one.run_name(start_told(one))
-    return _as_folder(named)
+def _run_name(one: RunSettings) -> str:
+    return _as_folder(one.run_name(weights_name(one)))
 
 
 def _as_folder(name: str) -> str:
@@ -245,18 +232,12 @@ def _as_folder(name: str) -> str:
 
 
 def save_plan(study: Path, plan: Plan) -> None:
-    """Write a study's plan in one step."""
+    """Write a study's plan atomically."""
     write_text(study / PLAN_NAME, plan.model_dump_json(indent=1))
 
 
 def load_plan(study: Path) -> Plan:
-    """Read a study's plan.
-
-    Raises
-    ------
-    RunError
-        If the folder is no study, its plan is damaged, or a newer cspine wrote it.
-    """
+    """Read a study's plan; a `RunError` if the folder is no study, or the plan is damaged or of a newer cspine."""
     try:
         content = (study / PLAN_NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -265,10 +246,10 @@ def load_plan(study: Path) -> Plan:
         if int(json.loads(content)["plan_version"]) > PLAN_VERSION:
             raise RunError(f"{study}: was written by a newer cspine; install that")
         plan = Plan.model_validate_json(content)
-        # A name is a folder's: none leads elsewhere.
+        # Names are folders, and must not lead to other places.
         damaged = next((cell.name for cell in plan.cells if not cell.name or _as_folder(cell.name) != cell.name), None)
     except (ValidationError, ValueError, KeyError, TypeError):
-        damaged = "what it holds"
+        damaged = "its content"
     if damaged is not None:
-        raise RunError(f"{study / PLAN_NAME}: is damaged ({damaged}); give the study command again")
+        raise RunError(f"{study / PLAN_NAME}: is damaged ({damaged}); run the study command again")
     return plan

@@ -1,4 +1,4 @@
-"""What the reference study published: 72 Dice scores in percent, of one test patient, averaged over batches."""
+"""The 72 Dice scores of the reference study, in percent, of one test patient, averaged over batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class PublishedCell(NamedTuple):
-    """A cell of the reference study; its ``random`` encoder has no name there."""
+    """A cell of the reference study, which does not name its ``random`` encoder."""
 
     axes: str
     model: str
@@ -19,7 +19,7 @@ class PublishedCell(NamedTuple):
 
 @cache
 def published_percent() -> dict[PublishedCell, float]:
-    """Return the published Dice of each cell, in percent; to be compared with `batch_averaged_dice` alone."""
+    """Return the published Dice of each cell, in percent; compare it only with `batch_averaged_dice`."""
     lines = files("cspine_train.study").joinpath("reference_results.csv").read_text(encoding="utf-8").splitlines()
     return {
         PublishedCell(row["axis"], row["model"], row["encoder"], row["variant"]): float(row["dsc_percent"])

@@ -1,8 +1,8 @@
 """Statistics of a study: levels of a factor, their paired differences, and a ranking of all conditions.
 
-The functions take what `scores` returns, a measure by patient (rows) and condition (columns). Their frames hold means
-as `MeanInterval`, and as ``sure`` whether p is below `SURE` and the tested ranks are on the side of the mean: one
-patient can turn the mean against the ranks.
+The functions take the result of `scores`, a measure by patient (rows) and condition (columns). Their frames hold means
+as `MeanInterval`. The column ``sure`` is true if p is below `SURE` and mean and ranks have the same sign: a single
+patient can reverse the sign of the mean.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _RANKING_COLUMNS = ["place", *CONDITION, "patients", "mean", "difference", "p", 
 
 
 def levels(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean of each level of each factor, the best of a factor first.
+    """Return the mean of each level of each factor, the best level first.
 
-    The mean is over the patients, and over the conditions that exist with every level of the factor (``conditions`` of
-    each level). Too few patients give no row.
+    Means are over patients, and over the conditions that exist with all levels of the factor (``conditions`` of each
+    level). There are no rows for too few patients.
     """
     rows = []
     for factor in FACTORS:
@@ -59,10 +59,10 @@ def levels(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrasts(scores: pd.DataFrame) -> pd.DataFrame:
-    """Compare every two levels of each factor over the pairs of conditions that differ in nothing else.
+    """Compare all pairs of levels of each factor, over pairs of conditions that differ in nothing else.
 
-    Each patient has the mean difference over the pairs in which both conditions have the patient. ``better`` is the
-    level with the higher mean. p is that of the signed-rank test over patients after Holm's correction for all rows.
+    The difference of a patient is the mean over pairs in which both conditions have the patient. ``better`` is the
+    level with the higher mean, and p that of the signed-rank test over patients after Holm's correction for all rows.
     """
     rows = []
     for factor in FACTORS:
@@ -87,9 +87,9 @@ def contrasts(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranked(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rank conditions by their mean over the patients that all have, and compare each with the best.
+    """Rank conditions by their mean over common patients, and compare each with the best.
 
-    Equal means share a place. Too few patients give no row.
+    Equal means share a place. There are no rows for too few patients.
     """
     common = scores.dropna()
     rows: list[tuple[Any, ...]] = []

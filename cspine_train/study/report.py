@@ -1,4 +1,4 @@
-"""Everything that a study writes into its folder: the tidy table, tables to read, and one page."""
+"""Results that a study writes into its folder: the tidy table, tables as Markdown, and a page."""
 
 from __future__ import annotations
 
@@ -15,22 +15,16 @@ from cspine_train.metrics.statistics import counted
 from cspine_train.reports.run_report import embedded_pictures, page, slice_plots
 from cspine_train.run.folder import EVALUATION_FOLDER, METRICS_NAME, REPORT_NAME, read_rows, write_text
 from cspine_train.study.plan import Plan, load_plan
-from cspine_train.study.results import condition_told, conditions, scores, study_table, write_results
+from cspine_train.study.results import condition_name, conditions, scores, study_table, write_results
 from cspine_train.study.runner import FAILURES_NAME, RUNS_FOLDER
 from cspine_train.study.tables import MARKDOWN, Findings, Table, findings, rendered
 
-#: The tables to read.
+#: The tables as Markdown.
 TABLES_NAME = "tables.md"
 
 
 def study_findings(study: str | Path) -> tuple[Findings, pd.DataFrame, Plan]:
-    """Return the results of a study so far: findings, the tidy table, and the plan.
-
-    Raises
-    ------
-    RunError
-        If the folder is no study.
-    """
+    """Return findings, tidy table and plan of a study so far; a `RunError` if the folder is no study."""
     folder = Path(study)
     plan = load_plan(folder)
     table = study_table(folder, plan)
@@ -41,17 +35,7 @@ def study_findings(study: str | Path) -> tuple[Findings, pd.DataFrame, Plan]:
 def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
     """Write `results.csv`, `results.parquet`, `tables.md` and `report.html` into a study's folder.
 
-    Returns
-    -------
-    found : Findings
-        Their content.
-    files : tuple of Path
-        The files.
-
-    Raises
-    ------
-    RunError
-        If the folder is no study.
+    Returns the findings and the files; raises `RunError` if the folder is no study.
     """
     folder = Path(study)
     found, table, plan = study_findings(folder)
@@ -76,7 +60,7 @@ def _page(study: Path, plan: Plan, found: Findings, table: pd.DataFrame) -> str:
         patients=list(_patients(table)),
         curves=list(_curves(study, cells)),
         shown=list(_shown(study, table, cells)),
-        # The browser runs this script alone, known by its digest.
+        # The browser runs only the script of this digest.
         script=Markup(script),  # noqa: S704
         script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -86,7 +70,7 @@ def _cell_titles(cells: pd.DataFrame) -> Iterator[str]:
     named = conditions(cells).itertuples(index=False, name=None)
     for condition, row in zip(named, cells.itertuples(), strict=True):
         fold = "" if pd.isna(row.folds) else f", fold {row.fold} of {row.folds}"
-        yield f"{condition_told(condition)}{fold}, seed {row.seed}"
+        yield f"{condition_name(condition)}{fold}, seed {row.seed}"
 
 
 def _failures(study: Path) -> Iterator[Table]:
@@ -97,7 +81,7 @@ def _failures(study: Path) -> Iterator[Table]:
 
 def _costs(cells: pd.DataFrame) -> Table:
     minutes = (cells.train_seconds + cells.test_seconds.fillna(0)) / 60
-    told = pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "cell": cells.cell,
             "kept epoch": (cells.kept_epoch.fillna(0) + 1).astype(str),
@@ -107,28 +91,28 @@ def _costs(cells: pd.DataFrame) -> Table:
         dtype="object",
     )
     note = f"Epochs and test together: {minutes.sum():.1f} minutes. Epochs are counted from 1."
-    return Table("What each cell took", told, (note,))
+    return Table("Time of each cell", frame, (note,))
 
 
 def _patients(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for condition, dice in scores(table).items():
         dots = [{"x": f"{10 + 300 * one:.1f}", "told": f"{name}: {one:.4f}"} for name, one in dice.dropna().items()]
-        yield {"told": condition_told(condition), "dots": dots}
+        yield {"told": condition_name(condition), "dots": dots}
 
 
 def _curves(study: Path, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    for cell, told in cells.items():
+    for cell, title in cells.items():
         rows = read_rows(study / RUNS_FOLDER / cell / METRICS_NAME, {"valid_dice": float})
         dice = [row["valid_dice"] for row in rows]
         step = 285 / max(1, len(dice) - 1)
         path = " ".join(f"{'L' if n else 'M'}{30 + n * step:.1f} {100 - 95 * d:.1f}" for n, d in enumerate(dice))
         # A single point would be invisible.
         path += " h3" if len(dice) == 1 else ""
-        yield {"told": f"{told}: {max(dice, default=0.0):.3f}", "last": len(dice), "path": path}
+        yield {"told": f"{title}: {max(dice, default=0.0):.3f}", "last": len(dice), "path": path}
 
 
 def _shown(study: Path, table: pd.DataFrame, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Iterate over the cells of the highest, the median and the lowest mean Dice, with their pictures and slices."""
+    """Iterate over the cells with the highest, the median and the lowest mean Dice: pictures and plots of slices."""
     dice = table.groupby("cell", sort=False).dice.agg(["mean", "size"])
     dice = dice.sort_values("mean", ascending=False, kind="stable")
     places = {"Highest": 0, "Median": len(dice) // 2, "Lowest": len(dice) - 1} if len(dice) else {}
@@ -136,7 +120,7 @@ def _shown(study: Path, table: pd.DataFrame, cells: Mapping[str, str]) -> Iterat
         cell, (mean, patients) = dice.index[place], dice.iloc[place]
         folder = study / RUNS_FOLDER / cell / EVALUATION_FOLDER
         yield {
-            # Often of one or two patients each: examples, not a ranking.
+            # Examples, not a ranking: often a cell has one or two patients.
             "title": f"{kind} Dice of a cell",
             "told": (
                 f"{cells[cell]}: mean Dice {mean:.4f} of {counted(int(patients), 'patient')} ({RUNS_FOLDER}/{cell})"

@@ -9,35 +9,36 @@ from typing import Any
 import pandas as pd
 
 from cspine_data.tools import atomic_write
-from cspine_train.run.evaluations import FIGURES
+from cspine_train.run.evaluations import patient_measures
 from cspine_train.run.folder import METRICS_NAME, read_rows, write_text
 from cspine_train.run.record import RunRecord
-from cspine_train.study.plan import Cell, Plan, start_told
-from cspine_train.study.runner import RUNS_FOLDER, what_came_out
+from cspine_train.study.plan import Cell, Plan, weights_name
+from cspine_train.study.runner import RUNS_FOLDER, cell_result
 
 #: The tidy table as text, and with its types.
 RESULTS_NAME, PARQUET_NAME = "results.csv", "results.parquet"
-#: A condition is what a study compares. Its folds and seeds are one condition.
+#: Columns of a condition, which a study compares; runs of its folds and seeds belong to it.
 CONDITION = ["model", "encoder", "variant", "axes", "epochs", "batch_size"]
 _WORDS, _INTEGERS = "string", "Int64"
-_COLUMNS = {
+_RUN_COLUMNS = {
     "model": _WORDS, "encoder": _WORDS, "weights": _WORDS, "variant": _WORDS, "axes": _WORDS, "folds": _INTEGERS,
     "fold": _INTEGERS, "seed": _INTEGERS, "epochs": _INTEGERS, "batch_size": _INTEGERS, "kept_epoch": _INTEGERS,
     "validation_dice": "float64", "train_seconds": "float64", "test_seconds": "float64", "patient": _WORDS,
-    **dict.fromkeys(FIGURES, "float64"), "cell": _WORDS, "note": _WORDS,
 }  # fmt: skip
 
 
 def study_table(study: Path, plan: Plan) -> pd.DataFrame:
     """Return the tidy table: every measure of every test patient of the finished cells, in the plan's order."""
-    found = ((cell, what_came_out(study, cell)) for cell in plan.cells)
+    found = ((cell, cell_result(study, cell)) for cell in plan.cells)
     rows = [row for cell, known in found if known for row in _rows(study / RUNS_FOLDER / cell.name, cell, *known)]
     return tidy(rows)
 
 
 def tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Return rows as a table with all columns and their types; missing values stay empty."""
-    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
+    measured = {measure.name: "float64" for measure in patient_measures()}
+    columns = {**_RUN_COLUMNS, **measured, "cell": _WORDS, "note": _WORDS}
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 
 def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -45,7 +46,7 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
     known = {
         "model": settings.model,
         "encoder": settings.encoder,
-        "weights": start_told(settings),
+        "weights": weights_name(settings),
         "variant": settings.variant,
         "axes": settings.axes_name,
         "folds": settings.folds,
@@ -55,25 +56,26 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
         "batch_size": settings.batch_size,
         "kept_epoch": record.kept_epoch,
         "validation_dice": record.kept_dice,
-        # Also of a run that was interrupted.
+        # Includes the time before an interruption.
         "train_seconds": sum(row["seconds"] for row in read_rows(run / METRICS_NAME, {"seconds": float})),
         "test_seconds": evaluation.get("seconds"),
         "cell": cell.name,
         "note": "; ".join(record.caveats()),
     }
+    names = [measure.name for measure in patient_measures()]
     for row in evaluation["patients"]:
-        # Evaluations by an older cspine lack some measures.
-        figures = {figure: float(row[figure]) for figure in FIGURES if figure in row}
+        # Older evaluations lack some measures.
+        figures = {name: float(row[name]) for name in names if name in row}
         yield known | figures | {"patient": str(row["case"])}
 
 
 def conditions(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the condition of each row of the tidy table; its encoder is named with its first weights."""
+    """Return the condition of each row of the tidy table; encoders are named with their initial weights."""
     return table[CONDITION].assign(encoder=table.encoder + " (" + table.weights + ")")
 
 
-def condition_told(condition: tuple[Any, ...]) -> str:
-    """Return a condition as text."""
+def condition_name(condition: tuple[Any, ...]) -> str:
+    """Return the name of a condition."""
     model, encoder, variant, axes, epochs, batch_size = condition
     return f"{model}, {encoder}, {variant}, axis {axes}, epochs {epochs}, batch {batch_size}"
 
@@ -81,8 +83,8 @@ def condition_told(condition: tuple[Any, ...]) -> str:
 def scores(table: pd.DataFrame, figure: str = "dice") -> pd.DataFrame:
     """Return a measure by patient (rows) and condition (columns), averaged over the seeds that all conditions have.
 
-    A seed that one condition lacks is left out of all: its luck must not be taken for an effect. Values that are
-    missing are NaN.
+    A seed that one condition lacks is left out of all, so that its randomness is not taken for an effect. Missing
+    values are NaN.
     """
     known = table.drop(columns=CONDITION).join(conditions(table)).dropna(subset=figure)
     order = known[CONDITION].drop_duplicates()

@@ -1,4 +1,4 @@
-"""Many runs, side by side, each done once: trained, evaluated, and recorded if it fails."""
+"""Training and evaluation of the cells of a study, in parallel processes, resumable."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 from cspine_data import open_cohort
 from cspine_data.tools import Workers, make_folder, side_by_side, usable_cores
-from cspine_train.errors import CspineTrainError, RunError, error_told
+from cspine_train.errors import CspineTrainError, RunError, error_message
 from cspine_train.run.evaluations import recorded_evaluations
 from cspine_train.run.folder import METRICS_NAME, is_in_use, only_writer, read_rows, write_rows
 from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.run.settings import RunSettings
-from cspine_train.study.plan import PLAN_NAME, Cell, Plan, but_for_path, plan_study, save_plan
+from cspine_train.study.plan import PLAN_NAME, Cell, Plan, plan_study, save_plan, without_weights_path
 
 if TYPE_CHECKING:
     from distributed import Worker
 
-#: The run folders of a study's cells, and what their processes said.
+#: Run folders of a study's cells, and logs of their processes.
 RUNS_FOLDER, LOGS_FOLDER = "runs", "logs"
-#: Which cells failed when the study was last run, and why.
+#: Cells that failed in the last run of the study, and why.
 FAILURES_NAME = "failures.csv"
 _GPU = "GPU"
-# PyTorch takes the second's word where it has both.
+# PyTorch prefers the second.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: how long it took, and why it failed, if it did."""
+    """Outcome of a cell: its time, and why it failed, if it did."""
 
     cell: Cell
     seconds: float
@@ -46,58 +46,46 @@ class Outcome:
 
 
 def check_output(study: Path) -> None:
-    """Refuse a folder that holds something, and no study.
-
-    Raises
-    ------
-    RunError
-        If it does, or is a file.
-    """
+    """Refuse, with a `RunError`, an output that is a file, or a folder that is not empty and no study."""
     if study.is_file() or (is_in_use(study) and not (study / PLAN_NAME).exists()):
-        raise RunError(f"{study}: is there and is no study; choose another folder with -o")
+        raise RunError(f"{study}: exists and is no study; choose another folder with -o")
 
 
 def check_not_run(study: Path) -> None:
-    """Refuse a study that another process is running now.
-
-    Raises
-    ------
-    RunError
-        If one is.
-    """
+    """Refuse, with a `RunError`, a study that another process is running."""
     if study.is_dir():
-        with _alone(study):
+        with _lock(study):
             pass
 
 
-def _alone(study: Path) -> AbstractContextManager[None]:
+def _lock(study: Path) -> AbstractContextManager[None]:
     return only_writer(study, "is being run")
 
 
 def cells_of_others(study: Path, plan: Plan) -> int:
-    """Return how many run folders of a study a plan does not ask for."""
+    """Return the number of a study's run folders that are not in a plan."""
     folder = study / RUNS_FOLDER
     there = {path.name for path in folder.glob("[!.]*") if is_in_use(path)}
     return len(there - {cell.name for cell in plan.cells})
 
 
 def is_done(study: Path, cell: Cell) -> bool:
-    """Return whether a cell is trained and its test patients are scored."""
-    return what_came_out(study, cell) is not None
+    """Return whether a cell is trained and evaluated."""
+    return cell_result(study, cell) is not None
 
 
-def what_came_out(study: Path, cell: Cell) -> tuple[RunRecord, dict[str, Any]] | None:
-    """Return the record of a cell's run and the evaluation of all its test patients; None of one that is not done."""
+def cell_result(study: Path, cell: Cell) -> tuple[RunRecord, dict[str, Any]] | None:
+    """Return the record of a cell's run and the evaluation of its test patients; None if the cell is not done."""
     folder = study / RUNS_FOLDER / cell.name
-    # A study may come from anywhere, too.
+    # A study may come from anywhere: files outside it must not be read.
     if not folder.resolve().is_relative_to(study.resolve()):
         raise RunError(f"{folder}: leads out of the study's folder; copy the study whole, without links")
     try:
         record = load_record(folder)
     except RunError:
         return None
-    # A default may have been another one when it was trained.
-    if not record.finished or but_for_path(record.settings) != but_for_path(cell.settings):
+    # The settings differ if defaults have changed since training.
+    if not record.finished or without_weights_path(record.settings) != without_weights_path(cell.settings):
         return None
     evaluation = _test_scores(folder, record)
     return None if evaluation is None else (record, evaluation)
@@ -109,7 +97,7 @@ def _test_scores(run: Path, record: RunRecord) -> dict[str, Any] | None:
 
 
 def epochs_trained(study: Path, cells: Sequence[Cell]) -> int:
-    """Return how many epochs of these cells are trained by now."""
+    """Return the number of epochs of these cells that are trained by now."""
     return sum(len(read_rows(study / RUNS_FOLDER / cell.name / METRICS_NAME, {})) for cell in cells)
 
 
@@ -120,21 +108,21 @@ def run_study(
     scheduler: str | None = None,
     ended: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Train and evaluate the cells of a plan that are not done, and return what became of them.
+    """Train and evaluate the cells of a plan that are not done, and return their outcomes.
 
-    A cell that fails is recorded in `failures.csv`, and the others go on; given again, so does what was stopped.
+    A cell that fails is recorded in `failures.csv`, and the others go on. The same call resumes a stopped study.
 
     Parameters
     ----------
     plan : Plan
-        The cells, and the store as every worker sees it.
+        The cells, and the store as all workers see it.
     study : str or Path
         The study's folder.
     workers : int, optional
-        Runs at a time, each in a process of its own: by default one a GPU; without any, see `processes_here`.
+        Runs at a time, each in its own process; default: see `processes_here`.
     scheduler : str, optional
-        Address of a running Dask scheduler whose workers do it instead; they must see the same paths. Where any has
-        the resource ``GPU``, a cell takes one.
+        Address of a running Dask scheduler, to use its workers instead; they must see the same paths. If workers have
+        the resource ``GPU``, each cell takes one.
     ended : callable, optional
         Called with each outcome.
 
@@ -143,14 +131,14 @@ def run_study(
     RunError
         If another process runs this study, or `workers` and `scheduler` are both given.
     CspineDataError
-        If the workers cannot be had.
+        If workers cannot be started.
     """
     if workers is not None and scheduler is not None:
-        raise RunError("workers and scheduler: exclude each other; a scheduler has its own workers: give one")
+        raise RunError("workers and scheduler: exclude each other, as a scheduler has its own workers; give one")
     check_output(Path(study))
     folder = Path(study).resolve()
     make_folder(folder)
-    with _alone(folder):
+    with _lock(folder):
         save_plan(folder, plan)
         _record_failures(folder, [])
         to_do = [cell for cell in plan.cells if not is_done(folder, cell)]
@@ -168,9 +156,9 @@ def run_study(
 
 
 def processes_here(workers: int | None, cells: int) -> tuple[int, int, tuple[str, ...]]:
-    """Return how many runs go side by side on this machine, the threads of each, and the GPUs that they share out.
+    """Return the number of parallel runs on this machine, the threads of each, and the GPUs.
 
-    One a GPU; without any one for each four cores, as more threads than that wait for each other.
+    By default there is a run for each GPU, or else for four cores: more threads wait for each other.
     """
     gpus = _gpus()
     cores = usable_cores()
@@ -189,16 +177,16 @@ def _gpus() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class CellWork:
-    """Does a cell in a worker, in a process of its own: its memory is given back, and it alone dies of a lack of it.
+    """Runs a cell in a process of a worker, so that memory is freed, and running out of it ends only this cell.
 
     Attributes
     ----------
     study, store : str
-        The study's folder, and what the cell is fed from.
+        The study's folder, and the store.
     gpus : tuple of str
-        Of this machine, a local worker each.
+        GPUs of this machine, one for each local worker.
     shares_cores : bool
-        Whether a scheduler's worker does it, see `threads_of_cell`.
+        Whether the worker belongs to a scheduler, see `threads_of_cell`.
     """
 
     study: str
@@ -213,21 +201,21 @@ class CellWork:
         make_folder(log.parent)
         run = Path(self.study, RUNS_FOLDER, cell.name)
         request = {"store": self.store, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
-        with log.open("ab") as told:
+        with log.open("ab") as errors:
             command = [sys.executable, "-m", "cspine_train", "cell"]
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told, env=self.environment()
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=self.environment()
             )
             with process:
                 assert process.stdin and process.stdout  # noqa: S101, PT018
-                # A pipe that ends when the worker does, however that comes about.
+                # The cell ends when this pipe is closed, also if the worker is killed.
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
                 answer = process.stdout.read()
         return Outcome(cell, time.monotonic() - started, _failure(answer, process.returncode, log))
 
     def environment(self) -> dict[str, str]:
-        """Return that of a cell of the worker that calls this: its GPU, or its cores."""
+        """Return the environment variables of a cell: its GPU, or its number of threads."""
         if self.shares_cores:
             return os.environ | dict.fromkeys(_THREADS, str(threads_of_cell()))
         if not self.gpus:
@@ -239,15 +227,15 @@ class CellWork:
 
 
 def threads_of_cell() -> int:
-    """Return a cell's share of the cores of the machine of the Dask worker that calls this.
+    """Return the number of threads of a cell on the machine of the calling Dask worker.
 
-    Where OMP_NUM_THREADS is above 1 there, it is that; Dask sets it to 1 where nobody has.
+    It is OMP_NUM_THREADS if above 1 (1 is Dask's default), else the cores divided by the cells at a time.
     """
     from distributed import get_client, get_worker
 
-    asked = os.environ.get("OMP_NUM_THREADS", "1")
-    if asked.isdecimal() and int(asked) > 1:
-        return int(asked)
+    given = os.environ.get("OMP_NUM_THREADS", "1")
+    if given.isdecimal() and int(given) > 1:
+        return int(given)
     known = get_client().scheduler_info(n_workers=-1)["workers"]
     here = [one for one in known.values() if one["host"] == known[get_worker().address]["host"]]
     gpus = sum(int(one["resources"].get(_GPU, 0)) for one in here)
@@ -256,7 +244,7 @@ def threads_of_cell() -> int:
 
 
 def _failure(answer: bytes, status: int, log: Path) -> str | None:
-    # Native code may print beside it, or die after it.
+    # Native code may print, too, or crash after the answer.
     for line in reversed(answer.splitlines()):
         with suppress(ValueError, LookupError, TypeError):
             return json.loads(line)["failure"]  # type: ignore[no-any-return]
@@ -266,13 +254,13 @@ def _failure(answer: bytes, status: int, log: Path) -> str | None:
 
 
 def do_cell(request: dict[str, Any]) -> str | None:
-    """Train and evaluate a cell in the process that was started for it; return why it failed, if it did."""
+    """Train and evaluate a cell in its own process; return why it failed, or None."""
     from cspine_data import CspineDataError
 
     run = Path(request["run"])
     make_folder(run)
     try:
-        # A scheduler's worker goes on with what a command began that was killed; the next command's waits for it.
+        # After a command was killed, a scheduler's worker may still train this cell: wait for it.
         with _turn_of(run):
             return _done(run, request)
     except (CspineTrainError, CspineDataError) as error:
@@ -281,7 +269,7 @@ def do_cell(request: dict[str, Any]) -> str | None:
         import traceback
 
         traceback.print_exc()
-        return error_told(run.name, error)
+        return error_message(run.name, error)
 
 
 @contextmanager
@@ -290,7 +278,7 @@ def _turn_of(run: Path) -> Iterator[None]:
         try:
             turn.enter_context(only_writer(run))
         except RunError:
-            print(f"{run.name}: waits for another process that trains it", file=sys.stderr, flush=True)
+            print(f"{run.name}: waiting for another process that trains it", file=sys.stderr, flush=True)
             turn.enter_context(only_writer(run, patience_s=math.inf))
         yield
 
@@ -302,8 +290,8 @@ def _done(run: Path, request: dict[str, Any]) -> str | None:
     settings = RunSettings(**request["settings"])
     (cell,) = plan_study(open_cohort(request["store"]), [settings]).cells
     if cell.name != run.name:
-        return "its patients' data or the file of its weights are others than were planned; give the command again"
-    if reason := _tell_where_weights_are(run, settings):
+        return "its data or weights file have changed since the plan was made; run the command again"
+    if reason := _update_weights_path(run, settings):
         return reason
     record = train(request["store"], run, settings)
     if _test_scores(run, record) is None:
@@ -312,22 +300,22 @@ def _done(run: Path, request: dict[str, Any]) -> str | None:
     return None
 
 
-def _tell_where_weights_are(run: Path, settings: RunSettings) -> str | None:
-    """Tell a run that was begun where its weights file lies now; return why it cannot go on, if more has changed."""
+def _update_weights_path(run: Path, settings: RunSettings) -> str | None:
+    """Update the path of the weights file in an unfinished run; return why it cannot be resumed, or None."""
     try:
         begun = load_record(run)
     except RunError:
         return None
     if begun.settings == settings:
         return None
-    if but_for_path(begun.settings) != but_for_path(settings):
-        return f"{run}: was trained by a cspine of other defaults; delete that folder to train it anew"
+    if without_weights_path(begun.settings) != without_weights_path(settings):
+        return f"{run}: was trained with other defaults of cspine; delete this folder to train it again"
     save_record(run, begun.model_copy(update={"settings": settings}))
     return None
 
 
 def _lost(cell: Cell, reason: str | Exception) -> Outcome:
-    return Outcome(cell, 0.0, reason if isinstance(reason, str) else error_told(cell.name, reason))
+    return Outcome(cell, 0.0, reason if isinstance(reason, str) else error_message(cell.name, reason))
 
 
 def _record_failures(study: Path, outcomes: Sequence[Outcome]) -> None:

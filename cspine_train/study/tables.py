@@ -8,27 +8,27 @@ from typing import Any
 
 import pandas as pd
 
-from cspine_train.metrics.overlap import MEASURES
+from cspine_train.metrics.overlap import measures
 from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, counted, mean_interval, too_few
 from cspine_train.run.planes import PLANES
-from cspine_train.study.plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_TOLD
+from cspine_train.study.plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_NOTE
 from cspine_train.study.published import PublishedCell, published_percent
 from cspine_train.study.ranking import contrasts, levels, n4_answer, ranked
 from cspine_train.study.results import CONDITION, conditions, scores
 
 MARKDOWN, CSV, LATEX, HTML = "markdown", "csv", "latex", "html"
 _DICE_NOTE = (
-    "Dice: over whole volumes, mean over patients, in brackets 95 % confidence intervals (Student's t) of at least "
+    "Dice: mean over patients of whole volumes, in brackets its 95 % confidence interval (Student's t) for at least "
     f"{FEWEST_PATIENTS} patients."
 )
 _PUBLISHED_NOTE = (
-    "Published: the reference study's figure of one other patient, averaged over batches, as the column before it; its "
-    "random initialisation names no encoder."
+    "Published: the reference study's figure of one other patient, averaged over batches like the column before it; it "
+    "does not name the encoder with random weights."
 )
-_NOT_PUBLISHED_NOTE = "The reference study published no figure of these encoders with these first weights."
+_NOT_PUBLISHED_NOTE = "The reference study published no figures of these encoders with these initial weights."
 _FILE_NOTE = (
-    "Encoders that start from a file stand beside the published figure of ImageNet weights: whether the file holds "
-    "those is not known."
+    "Encoders with weights from a file are compared with the published figure of ImageNet weights; whether the file "
+    "holds these is not known."
 )
 
 
@@ -42,7 +42,7 @@ class Table:
 
     @property
     def text_columns(self) -> list[bool]:
-        """Whether each column holds words instead of figures; for its alignment."""
+        """Whether each column is text instead of figures, for its alignment."""
         return [bool(self.frame[name].str.match(r"[^-+\d]").any()) for name in self.frame]
 
 
@@ -55,14 +55,15 @@ class Findings:
     answer : str
         Whether N4 helps, in a sentence.
     conditions : DataFrame
-        A row a condition, in the plan's order: `MeanInterval` of each of `MEASURES` and of ``batch_averaged_percent``,
-        ``published_percent`` (NaN where nothing was published) and ``difference_percent``.
+        A row for each condition, in the order of the plan: `MeanInterval` of each of `measures` and of
+        ``batch_averaged_percent``,
+        ``published_percent`` (NaN if not published) and ``difference_percent``.
     cells : tuple of Table
-        For each axis its conditions beside the figures that the reference study published.
+        Conditions of each axis with the published figures.
     measures : Table
-        All conditions by the other measures.
+        All measures of all conditions.
     factors, pairs, ranking : Table
-        Levels of each factor, their differences, and all conditions compared with the best.
+        Means of the levels of each factor, their differences, and all conditions compared with the best.
     caveats : tuple of str
         Notes that belong to every figure.
     """
@@ -84,15 +85,7 @@ class Findings:
 
 
 def findings(table: pd.DataFrame, unfinished: Sequence[str] = ()) -> Findings:
-    """Compute a study's statistics and tables.
-
-    Parameters
-    ----------
-    table : DataFrame
-        The tidy table, see `study_table`.
-    unfinished : sequence of str
-        Cells without results.
-    """
+    """Compute statistics and tables from the tidy table of a study, and the names of cells without results."""
     dice = scores(table)
     compared = contrasts(dice)
     figures = _figures(table, dice)
@@ -114,14 +107,14 @@ def findings(table: pd.DataFrame, unfinished: Sequence[str] = ()) -> Findings:
 def _caveats(table: pd.DataFrame, dice: pd.DataFrame, unfinished: Sequence[str]) -> Iterator[str]:
     yield from dict.fromkeys(part for note in table.note.unique() for part in note.split("; "))
     if ((table.encoder == RANDOM_ENCODER) & (table.weights == RANDOM)).any():
-        yield RANDOM_TOLD
+        yield RANDOM_NOTE
     if not dice.empty and (few := too_few(dice.count().max()) or too_few(len(dice.dropna()), "common")):
         yield few
     if table.folds.notna().any():
         yield "folds share training patients, although tests and intervals assume independence"
     if unfinished:
         verb = "is" if len(unfinished) == 1 else "are"
-        yield f"{counted(len(unfinished), 'cell')} {verb} not done, and in no figure"
+        yield f"{counted(len(unfinished), 'cell')} {verb} not done, and left out"
     seeds = table.groupby([series for _, series in conditions(table).items()]).seed.agg(frozenset)
     if table.seed.nunique() == 1:
         yield "one seed: differences between conditions include the randomness of single trainings"
@@ -134,7 +127,7 @@ def _caveats(table: pd.DataFrame, dice: pd.DataFrame, unfinished: Sequence[str])
 def _figures(table: pd.DataFrame, dice: pd.DataFrame) -> pd.DataFrame:
     """Return the means of each condition, see `Findings`."""
     found = {"patients": dice.count()}
-    for measure in MEASURES:
+    for measure in measures():
         found[measure.name] = _means(scores(table, measure.name), dice, measure.within)
     found["batch_averaged_percent"] = _means(100 * scores(table, "batch_averaged_dice"), dice, (0.0, 100.0))
     figures = dice.columns.to_frame(index=False)
@@ -151,7 +144,7 @@ def _figures(table: pd.DataFrame, dice: pd.DataFrame) -> pd.DataFrame:
 
 
 def _means(measured: pd.DataFrame, dice: pd.DataFrame, within: tuple[float, float]) -> pd.Series:
-    """Return the mean of a measure for each condition; None unless every patient with a Dice has it."""
+    """Return the mean of a measure for each condition; None unless all patients with a Dice have it."""
     known = {condition: list(measured[condition].dropna()) for condition in measured}
     return pd.Series(
         [
@@ -173,74 +166,77 @@ def _published(condition: Any) -> PublishedCell:
 def _cells(axes: str, figures: pd.DataFrame, shown: Sequence[str]) -> Table:
     own = figures[figures["axes"] == axes]
     published = bool(figures.published_percent.notna().any())
-    told = _condition_columns(own, [name for name in shown if name != "axes"]).assign(
+    frame = _condition_columns(own, [name for name in shown if name != "axes"]).assign(
         **{
             "patients": own.patients.astype(str),
-            "Dice": own.dice.map(_told),
-            "batch-averaged Dice, %": own.batch_averaged_percent.map(lambda one: _told(one, 1)),
+            "Dice": own.dice.map(_text),
+            "batch-averaged Dice, %": own.batch_averaged_percent.map(lambda one: _text(one, 1)),
         }
     )
     if published:
-        told["published, %"] = own.published_percent.map(lambda one: "" if pd.isna(one) else f"{one:.0f}")
-        told["difference"] = own.difference_percent.map(lambda one: _told(one, 1, sign=True))
+        frame["published, %"] = own.published_percent.map(lambda one: "" if pd.isna(one) else f"{one:.0f}")
+        frame["difference"] = own.difference_percent.map(lambda one: _text(one, 1, sign=True))
     from_file = ~own.encoder.str.endswith((f" ({RANDOM})", f" ({IMAGENET})"))
     notes = [_DICE_NOTE, _PUBLISHED_NOTE if published else _NOT_PUBLISHED_NOTE]
     notes += [_FILE_NOTE] if published and from_file.any() else []
-    return Table(f"Axis {axes} ({', '.join(PLANES[int(axis)] for axis in axes)} slices)", told, tuple(notes))
+    return Table(f"Axis {axes} ({', '.join(PLANES[int(axis)] for axis in axes)} slices)", frame, tuple(notes))
 
 
 def _measures(figures: pd.DataFrame, shown: Sequence[str]) -> Table:
-    told = _condition_columns(figures, shown)
-    for measure in MEASURES:
-        if measure.brief:
-            told[measure.heading] = [_told(one, measure.digits) for one in figures[measure.name]]
-    return Table(
-        "All measures", told, ("Means over patients of whole volumes, in brackets 95 % confidence intervals.",)
+    frame = _condition_columns(figures, shown)
+    brief = [measure for measure in measures() if measure.brief]
+    for measure in brief:
+        frame[measure.heading] = [_text(one, measure.digits) for one in figures[measure.name]]
+    lower = ", ".join(measure.title for measure in brief if measure.better == "lower")
+    notes = (
+        "Means over patients of whole volumes, in brackets 95 % confidence intervals.",
+        f"Lower is better: {lower}.",
     )
+    return Table("All measures", frame, notes)
 
 
 def _levels(found: pd.DataFrame) -> Table:
-    told = found[["factor", "level"]].assign(
-        **{"mean Dice": found["mean"].map(_told), "conditions of each": found.conditions.astype(str)}
+    frame = found[["factor", "level"]].assign(
+        **{"mean Dice": found["mean"].map(_text), "conditions of each": found.conditions.astype(str)}
     )
-    note = "Over the conditions that exist with every level of the factor; the best of each factor first."
-    return Table("What is better", told, (note,))
+    note = "Means over the conditions that exist with all levels of a factor, the best level first."
+    return Table("What is better", frame, (note,))
 
 
 def _pairs(found: pd.DataFrame) -> Table:
-    told = found[["factor", "better", "worse"]].set_axis(["factor", "higher", "lower"], axis=1)
-    told["difference of Dice"] = found.difference.map(lambda one: _told(one, sign=True))
+    frame = found[["factor", "better", "worse"]].set_axis(["factor", "higher", "lower"], axis=1)
+    frame["difference of Dice"] = found.difference.map(lambda one: _text(one, sign=True))
     for name in ("patients", "pairs"):
-        told[name] = found[f"{name}_higher"].astype(str) + " of " + found[name].astype(str)
-    told["p"] = found.p.map(_p)
-    told["sure"] = _decided(found).where(found.p.notna(), "too few patients")
+        frame[name] = found[f"{name}_higher"].astype(str) + " of " + found[name].astype(str)
+    frame["p"] = found.p.map(_p)
+    frame["sure"] = _decided(found).where(found.p.notna(), "too few patients")
     note = (
-        "Patient by patient, over pairs of conditions that differ in nothing else. p: Wilcoxon's signed-rank test over "
-        "patients, two-sided, after Holm's correction for all rows of this table; intervals are not corrected."
+        "Paired by patient, over pairs of conditions that differ in nothing else. p: two-sided Wilcoxon signed-rank "
+        "test over patients, after Holm's correction for all rows of this table; intervals are not corrected."
     )
-    return Table("By how much, and how sure", told, (note,))
+    return Table("By how much, and how sure", frame, (note,))
 
 
 def _ranking(found: pd.DataFrame, shown: Sequence[str]) -> Table:
-    told = found[["place"]].astype(str).join(_condition_columns(found, shown))
-    told["patients"] = found.patients.astype(str)
-    told["Dice"] = found["mean"].map(_told)
-    told["beside the best"] = found.difference.map(lambda one: _told(one, sign=True))
-    told["p"] = found.p.map(_p)
-    told["worse"] = _decided(found).where(found.p.notna(), "")
+    frame = found[["place"]].astype(str).join(_condition_columns(found, shown))
+    frame["patients"] = found.patients.astype(str)
+    frame["Dice"] = found["mean"].map(_text)
+    frame["beside the best"] = found.difference.map(lambda one: _text(one, sign=True))
+    frame["p"] = found.p.map(_p)
+    frame["worse"] = _decided(found).where(found.p.notna(), "")
     note = (
-        "Chosen and tested on the same patients, the best looks better than it is. p: as above, corrected for the rows "
-        "of this table; intervals are not corrected."
+        "The best condition was chosen and tested on the same patients, so that its figure is optimistic. p: as above, "
+        "corrected for the rows of this table; intervals are not corrected."
     )
-    return Table("All conditions", told, (note,))
+    return Table("All conditions", frame, (note,))
 
 
 def _condition_columns(figures: pd.DataFrame, shown: Sequence[str]) -> pd.DataFrame:
     return figures[list(shown)].astype(str).rename(columns={"axes": "axis", "batch_size": "batch"})
 
 
-def _told(interval: MeanInterval | None, digits: int = 4, sign: bool = False) -> str:
-    return interval.told(digits, sign) if isinstance(interval, MeanInterval) else ""
+def _text(interval: MeanInterval | None, digits: int = 4, sign: bool = False) -> str:
+    return interval.text(digits, sign) if isinstance(interval, MeanInterval) else ""
 
 
 def _p(p: float) -> str:
@@ -252,7 +248,7 @@ def _decided(found: pd.DataFrame) -> pd.Series:
 
 
 def rendered(found: Findings, form: str) -> str:
-    """Return findings as text: ``markdown``, ``csv`` (a row a condition, in numbers), ``latex`` or ``html``."""
+    """Return findings as text: ``markdown``, ``csv`` (a row for each condition), ``latex`` or ``html``."""
     return {MARKDOWN: _markdown, CSV: _csv, LATEX: _latex, HTML: _html}[form](found)
 
 
@@ -296,7 +292,7 @@ def _html(found: Findings) -> str:
     from html import escape
 
     parts = [f"<p>{escape(line)}</p>" for line in (found.answer, *found.caveats)]
-    # By default pandas cuts long texts off.
+    # By default, pandas truncates long texts.
     with pd.option_context("display.max_colwidth", None):
         for table in found.tables:
             grid = table.frame.to_html(index=False, border=0)

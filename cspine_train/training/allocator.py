@@ -1,7 +1,7 @@
-"""Keeping the C library from returning large blocks to the system after each use.
+"""Memory allocator settings for training on a CPU.
 
-By default glibc maps every large tensor anew and unmaps it when it is freed; the page faults that this costs are half
-of a training step on a CPU. A GPU's memory is managed by PyTorch and is not concerned.
+By default glibc maps memory for every large tensor and unmaps it when the tensor is freed. The page faults take half
+of the time of a training step. PyTorch manages a GPU's memory itself.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ _NEVER = 2**31 - 1
 
 
 def keep_large_blocks() -> bool:
-    """Tell glibc to take large blocks from its heap and keep them; return whether it was told.
+    """Make glibc take large blocks from its heap and keep them; return False if the C library is another one.
 
-    Where the C library is another one, nothing happens. It holds for the rest of the process, as glibc cannot be asked
-    for what it was told before; so commands call it, and functions do not.
+    This cannot be undone, as glibc does not report its settings: commands call it, functions do not.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -29,7 +28,7 @@ def keep_large_blocks() -> bool:
 
 
 def release_free_blocks() -> None:
-    """Give free memory back to the system after `keep_large_blocks`, where glibc is the C library."""
+    """Return free memory to the system after `keep_large_blocks`; nothing happens with another C library."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)

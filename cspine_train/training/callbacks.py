@@ -1,4 +1,4 @@
-"""Callbacks of training: learning rate and early stopping, weight averaging, the kept model, curves."""
+"""Callbacks of training: plateau schedule and early stopping, weight averaging, the kept model, curves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Plateau(EarlyStopping):
 
     @property
     def state_key(self) -> str:
-        """The key of its state in a checkpoint: that of Lightning's class, as in runs that are under way."""
+        """The key of its state in a checkpoint: that of Lightning's class, as in checkpoints of older versions."""
         return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -87,15 +87,6 @@ class Keep(Callback):
 
     With the plateau schedule the network is saved whenever validation improves. The other schedules end at their lowest
     rate, and the last epoch is kept: an earlier peak on a few validation patients is mostly luck.
-
-    Parameters
-    ----------
-    run : Path
-        The run folder; its record is there.
-    schedule : str
-        As in `RunSettings`.
-    average : WeightEMA, optional
-        Where the averaged network is, if the run averages weights.
     """
 
     def __init__(self, run: Path, schedule: str, average: WeightEMA | None = None) -> None:
@@ -111,7 +102,7 @@ class Keep(Callback):
 
     @property
     def state_key(self) -> str:
-        """The key of its state in a checkpoint, as in runs that are under way."""
+        """The key of its state in a checkpoint, as in checkpoints of older versions."""
         return "_Keep"
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,13 +162,7 @@ class Keep(Callback):
 
 
 class Curves(Callback):
-    """Draws the run's curves after an epoch, unless the last drawing took long compared with the time since then.
-
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    """
+    """Draws the run's curves after an epoch, unless the last drawing took long compared with the time since then."""
 
     def __init__(self, run: Path) -> None:
         self._run = run

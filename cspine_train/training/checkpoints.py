@@ -80,16 +80,9 @@ class DurableCheckpoints(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Writes a checkpoint after every epoch and at intervals within one, and keeps the newest only.
+    """Writes a checkpoint after every epoch and every few `minutes` within one, and keeps the newest only.
 
     Rank 0 writes, by its own clock; the other ranks do not wait.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder of the checkpoints.
-    minutes : float
-        Shortest time between two checkpoints within an epoch.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:

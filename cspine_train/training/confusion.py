@@ -1,4 +1,4 @@
-"""How good a network that tells labels apart is in validation: which label each pixel has, and which it is given."""
+"""Confusion matrices of validation with several labels, and their Dice."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from cspine_train.training.losses import with_background
 def confusion(
     logits: torch.Tensor, shares: torch.Tensor, numbers: torch.Tensor, inside: torch.Tensor, patients: int
 ) -> torch.Tensor:
-    """Count the pixels of a batch by patient, by the class that fills most of them, and by the likeliest one.
+    """Count the pixels of a batch by patient, true class and predicted class.
+
+    The true class of a pixel is the one with the largest share of it.
 
     Parameters
     ----------
     logits : Tensor
-        (N, 1 + K, H, W), the background's first.
+        (N, 1 + K, H, W), the background first.
     shares : Tensor
         float32 (N, K, H, W).
     numbers : Tensor
-        int64 (N,): which patient each slice is of.
+        int64 (N,): index of each slice's patient.
     inside : Tensor
-        bool (N, 1, H, W): which pixels count.
+        bool (N, 1, H, W): the pixels that count.
     patients : int
-        How many there are.
+        Number of patients.
 
     Returns
     -------
@@ -40,16 +42,16 @@ def confusion(
 
 
 def mean_label_dice(counts: torch.Tensor, unknown: Sequence[int]) -> float:
-    """Return the mean, over patients, of the mean Dice over the labels that each has.
+    """Return the mean over patients of each patient's mean Dice over its labels.
 
-    A patient without any label has no Dice and is left out; where there is no other, it is 0.
+    Patients without a label are left out; without any other patient, the mean is 0.
 
     Parameters
     ----------
     counts : Tensor
-        What `confusion` gives, summed over batches.
+        Result of `confusion`, summed over batches.
     unknown : sequence of int
-        How many labels each patient has besides, that no training case has: their Dice is 0.
+        Number of labels of each patient that no training case has: their Dice is 0.
     """
     both = counts.diagonal(dim1=1, dim2=2)[:, 1:].double()
     truth, found = counts.sum(2)[:, 1:], counts.sum(1)[:, 1:]

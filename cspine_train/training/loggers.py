@@ -117,13 +117,7 @@ LOGGERS: dict[str, type[RunTensorBoard | RunMLflow]] = {"tensorboard": RunTensor
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Refuse loggers that are unknown or whose packages are missing.
-
-    Raises
-    ------
-    RunError
-        If one is.
-    """
+    """Refuse, with a `RunError`, loggers that are unknown or whose packages are missing."""
     for name in names:
         if name not in LOGGERS:
             raise RunError(f"logger {name!r}: unknown{meant(name, LOGGERS)}; choose {' or '.join(LOGGERS)}")
@@ -135,23 +129,9 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def open_loggers(names: Sequence[str], run: Path, record: RunRecord, epochs: int) -> list[Logger]:
-    """Open the loggers of a run, or continue them.
+    """Open the loggers of a run, or continue them after some complete epochs.
 
-    Parameters
-    ----------
-    names : sequence of str
-        Names in `LOGGERS`.
-    run : Path
-        The run folder.
-    record : RunRecord
-        Its record.
-    epochs : int
-        Epochs that are complete.
-
-    Raises
-    ------
-    RunError
-        If a logger cannot be opened.
+    Raises `RunError` if a logger cannot be opened.
     """
     opened: list[Logger] = []
     for name in dict.fromkeys(names):

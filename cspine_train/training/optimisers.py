@@ -8,23 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from cspine_train.run.settings import RunSettings
+from cspine_train.run.settings import OptimisationSettings
 
 _WARM_UP = 0.05
 _WEIGHT_DECAY = 1e-2
 
 
-def optimisation(network: nn.Module, settings: RunSettings, steps: int) -> Any:
+def optimisation(network: nn.Module, settings: OptimisationSettings, steps: int) -> Any:
     """Return what `LightningModule.configure_optimizers` returns: the optimiser, and its schedule if it is per step.
 
-    Parameters
-    ----------
-    network : Module
-        The network to train.
-    settings : RunSettings
-        Learning rate, schedule and gradient clipping.
-    steps : int
-        Number of steps of the whole run.
+    `steps` is the number of steps of the whole run.
     """
     rate = settings.learning_rate
     # A fused step unscales gradients itself, so that they cannot be clipped before it.

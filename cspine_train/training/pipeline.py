@@ -1,4 +1,4 @@
-"""From a store to a run folder: train, keep the model, go on where a killed run stopped."""
+"""Training of a run: from a store to a run folder, resumable."""
 
 from __future__ import annotations
 
@@ -31,30 +31,45 @@ from cspine_train.prediction.postprocessing import chosen_postprocessing
 from cspine_train.prediction.predictor import load_run
 from cspine_train.reports.figures import draw_curves, never_fatal
 from cspine_train.reports.model_card import write_card
-from cspine_train.run.folder import (
-    CARD_NAME,
-    CHECKPOINT_FOLDER,
-    CURVES_NAME,
-    OVERLAYS_FOLDER,
-    RECORD_NAME,
-    is_in_use,
-    only_writer,
+from cspine_train.run.folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME, only_writer
+from cspine_train.run.label_classes import (
+    label_meaning,
+    label_values,
+    network_classes,
+    unknown_labels,
+    unknown_labels_note,
 )
-from cspine_train.run.label_classes import label_meaning, label_values, network_classes, unknown_labels, unknown_told
 from cspine_train.run.patient_split import split_of, what_is_fed
-from cspine_train.run.precision import precision_of
 from cspine_train.run.process_state import quieten, restored_process_state
-from cspine_train.run.record import RunRecord, load_record, save_record
-from cspine_train.run.settings import RunSettings
+from cspine_train.run.record import RunRecord, record_to_resume, save_record
+from cspine_train.run.settings import OptimisationSettings, RunSettings
 from cspine_train.training.callbacks import Curves, Keep, Plateau, WeightEMA
 from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.training.loggers import check_loggers, open_loggers
-from cspine_train.training.processes import ONE_DEVICE, Machines, ProcessCheck, synchronised, training_errors
+from cspine_train.training.processes import (
+    ONE_DEVICE,
+    Machines,
+    ProcessCheck,
+    precision_of,
+    synchronised,
+    training_errors,
+)
 from cspine_train.training.progress import TrainingProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
 from cspine_train.training.step_check import check_steps
 
 _log = logging.getLogger("cspine_train")
+# Messages that ask for nothing that a user can do: advice on workers; resuming within an epoch, which the data module
+# does; metrics that are the same on all ranks; deprecations inside Lightning.
+_IGNORED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*number of training batches.*",
+    ".*ended before the epoch ended and your dataloader is not resumable.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*sync_dist=True.*",
+    ".*overridden `on_after_batch_transfer`.*",
+    ".*isinstance.*LeafSpec.*",
+)
 
 
 @restored_process_state()
@@ -71,8 +86,8 @@ def train(
     """Train a model on a store's slices; the same call resumes an unfinished run, and leaves a finished one as it is.
 
     `docs/run-folder.md` lists the files of the run folder. The state of the process, such as warning filters, random
-    generators and signal handlers, is restored at the end. On a CPU under Linux, training is up to twice as fast after
-    `cspine_train.training.allocator.keep_large_blocks()`, which cannot be undone.
+    generators and signal handlers, is restored at the end. On a CPU under Linux, call
+    `cspine_train.training.allocator.keep_large_blocks` first: steps are up to twice as fast.
 
     Parameters
     ----------
@@ -91,8 +106,7 @@ def train(
     loggers : sequence of str
         ``tensorboard`` and ``mlflow``.
     from_command : bool
-        Whether this is a process of ``cspine-train run``. Only there may Lightning start the other processes, by
-        running the same command line again, and kill this one if another dies.
+        Whether this process is ``cspine-train run``, which Lightning may run again in the other processes.
 
     Returns
     -------
@@ -102,8 +116,8 @@ def train(
     Raises
     ------
     RunError
-        If another process uses the run folder, it holds a run of other settings or data, the cohort is too small, the
-        network or the memory does not allow the steps, a process cannot start or has died, or a logger is unavailable.
+        If the run folder is in use or holds another run, the settings do not suit the cohort, the network or the
+        memory, a process cannot start or has died, or a logger is unavailable.
     ModelError
         If the model cannot be built or its weights are unavailable.
     CspineDataError
@@ -112,8 +126,10 @@ def train(
         At Ctrl-C; the same call resumes the run.
     """
     check_loggers(loggers)
+    _quieten()
+    devices = machines.options(from_command)
     with ExitStack() as lock:
-        return _train(store, Path(run), settings, workers, checkpoint_minutes, machines, loggers, from_command, lock)
+        return _train(store, Path(run), settings, workers, checkpoint_minutes, devices, loggers, lock)
 
 
 def _train(
@@ -122,28 +138,21 @@ def _train(
     settings: RunSettings,
     workers: int,
     checkpoint_minutes: float,
-    machines: Machines,
+    devices: dict[str, Any],
     loggers: Sequence[str],
-    from_command: bool,
     lock: ExitStack,
 ) -> RunRecord:
     """Train; rank 0 holds the run's lock until `lock` is closed."""
+    trainer = _trainer(run, settings, checkpoint_minutes, devices)
+    first = trainer.is_global_zero
     cohort = open_cohort(store)
     split = split_of(cohort, settings)
     fed = what_is_fed(cohort, split, settings.variant)
-    _quieten()
-    trainer = _trainer(run, settings, checkpoint_minutes, machines.options(from_command))
-    if not trainer.is_global_zero:
-        # Rank 0 prints messages, and ends the others at Ctrl-C.
-        quieten(_log.name)
-        warnings.simplefilter("ignore")
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-    earlier = _earlier(run, settings, fed["digests"], trainer.is_global_zero)
-    if trainer.is_global_zero and earlier is not None and not earlier.finished:
+    earlier = record_to_resume(run, settings, fed["digests"], first)
+    if first and earlier is not None and not earlier.finished:
         lock.enter_context(only_writer(run))
         # Another process may have finished it before this one held the lock.
-        earlier = _earlier(run, settings, fed["digests"], first=True)
+        earlier = record_to_resume(run, settings, fed["digests"], first)
     if earlier is not None and earlier.finished:
         _log.info("nothing to do: %s is finished", run)
         return earlier
@@ -152,129 +161,28 @@ def _train(
     # A checkpoint holds the weights already.
     initial_weights = "none" if checkpoint else settings.weights
     module, data, made = _built(trainer, cohort, split, settings, initial_weights, workers)
-    record = RunRecord(settings=settings, **fed, **made, deterministic=machines.deterministic)
+    record = RunRecord(settings=settings, **fed, **made, deterministic=bool(devices["deterministic"]))
     if earlier and checkpoint:
         kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
         record = record.model_copy(update=kept)
-    if trainer.is_global_zero:
+        _log.info("going on after %s of %d", place, settings.epochs)
+    if first:
         _begin(run, record, earlier, lock)
     data.first_epoch, data.batches_done = place.epochs, place.batches
-    if checkpoint:
-        _log.info("going on after %s of %d", place, settings.epochs)
-    keeper = _add_callbacks(trainer, run, record, loggers, place.epochs)
-    trainer.callbacks.insert(0, ProcessCheck(f"{place} {record.weights_used} {record.digests}"))  # type: ignore[attr-defined]
+    keeper = _add_callbacks(trainer, run, record, loggers, place)
     _fit(trainer, run, module, data, checkpoint)
     record = record.model_copy(update={"finished": True, **keeper.kept})
-    if trainer.is_global_zero:
-        record = record.model_copy(update=_postprocessing(run, settings, cohort))
+    if first:
+        record = record.model_copy(update=_postprocessing(run, record, cohort))
         # The record comes last, so that a finished run is complete.
         _write_reports(run, record, cohort)
         save_record(run, record)
     return record
 
 
-def _fit(
-    trainer: lightning.Trainer, run: Path, module: SliceSegmenter, data: CohortSlices, checkpoint: Path | None
-) -> None:
-    try:
-        with training_errors(trainer, run):
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    except SystemExit as end:
-        if not trainer.is_global_zero:
-            raise
-        # Lightning ends the process at Ctrl-C and SIGTERM.
-        if isinstance(end.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise RunError(f"{run}: interrupted; run the same command again to go on") from None
-
-
-def _begin(run: Path, record: RunRecord, earlier: RunRecord | None, lock: ExitStack) -> None:
-    """Make and lock the run folder, and save the record."""
-    make_folder(run)
-    lock.enter_context(only_writer(run))
-    if earlier is None and (run / RECORD_NAME).exists():
-        raise RunError(f"{run}: another process has begun it meanwhile; run the same command again")
-    save_record(run, record)
-
-
-def _built(
-    trainer: lightning.Trainer, cohort: Cohort, split: Split, settings: RunSettings, weights: str, workers: int
-) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
-    """Return the module, its data, and their fields of the record; refuse what cannot be trained."""
-    values = label_values(cohort, split, settings)
-    outputs = network_classes(values)
-    network, weights_used = build_model(settings.model, settings.encoder, weights, settings.channels, outputs)
-    rank, world = trainer.global_rank, trainer.world_size
-    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, rank, world)
-    _check_labelled(cohort.path, data, settings)
-    data.check_processes()
-    unknown = unknown_labels(cohort, split, settings, values)
-    if unknown:
-        warnings.warn(unknown_told(unknown), stacklevel=3)
-    if trainer.is_global_zero:
-        check_steps(network, _of_one(trainer, settings), data.sizes, data.smallest_batch, "bf16" in trainer.precision)
-    if world > 1 and trainer.strategy.root_device.type == "cuda":
-        network = synchronised(network)
-    missed = [len(unknown.get(case, ())) for case in split.validation]
-    module = SliceSegmenter(
-        network, settings, split.validation, data.sizes.crop_hw, max(1, len(values)), missed, data.ignores
-    )
-    labels = {"label_values": values, "label_meaning": label_meaning(values)}
-    made = {"weights_used": weights_used, "size_hw": data.sizes.slice_hw, **labels, "versions": _versions()}
-    return module, data, made | {"processes": world}
-
-
-def _add_callbacks(
-    trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], epochs: int
-) -> Keep:
-    """Add the callbacks and loggers of a run: rank 0 alone draws, logs and shows progress."""
-    settings = record.settings
-    average = WeightEMA(settings.average) if settings.average else None
-    keeper = Keep(run, settings.schedule, average)
-    callbacks: list[Callback] = [keeper, average] if average else [keeper]
-    if trainer.is_global_zero:
-        trainer.loggers = open_loggers(loggers, run, record, epochs)
-        callbacks.append(Curves(run))
-        if sys.stderr.isatty():
-            callbacks.append(TrainingProgress(may_stop_early=settings.schedule == "plateau"))
-    # Before those that the trainer was made with, so that checkpoints are written last.
-    trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
-    return keeper
-
-
-def _of_one(trainer: lightning.Trainer, settings: RunSettings) -> RunSettings:
-    """Return the settings with the batch that one memory holds: a GPU's part, or that of a node's processes."""
-    sharing = 1 if torch.cuda.is_available() else trainer.num_devices
-    return settings.model_copy(update={"batch_size": settings.batch_size * sharing // trainer.world_size})
-
-
-def _postprocessing(run: Path, settings: RunSettings, cohort: Cohort) -> dict[str, Any]:
-    """Return the postprocessing that validation chose; none if that fails."""
-    if settings.largest_components or settings.fill_holes:
-        asked = "--largest-components" if settings.largest_components else "--fill-holes"
-        with never_fatal(f"{run}: {asked}"), progress_bar("predicting validation volumes") as progress:
-            return chosen_postprocessing(load_run(run), cohort, progress)
-    return {}
-
-
-def _write_reports(run: Path, record: RunRecord, cohort: Cohort) -> None:
-    """Write curves, overlays and the model card."""
-    with never_fatal(f"{run / CURVES_NAME}"):
-        draw_curves(run)
-    with never_fatal(f"{run / OVERLAYS_FOLDER}"), progress_bar("drawing overlays") as progress:
-        save_overlays(replace(load_run(run), record=record), cohort, progress)
-    with never_fatal(f"{run / CARD_NAME}"):
-        write_card(run, record)
-
-
-def _check_labelled(store: Path, data: CohortSlices, settings: RunSettings) -> None:
-    if not data.labelled_slices:
-        axes = ", ".join(map(str, settings.axes))
-        other = "another --case-weight" if settings.case_weights else "another --axis"
-        raise RunError(f"{store}: no slice to train on is labelled along axis {axes}; choose {other}")
-
-
-def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, devices: dict[str, Any]) -> lightning.Trainer:
+def _trainer(
+    run: Path, settings: OptimisationSettings, checkpoint_minutes: float, devices: dict[str, Any]
+) -> lightning.Trainer:
     plateau = [Plateau()] if settings.schedule == "plateau" else []
     callbacks = [*plateau, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
     trainer = lightning.Trainer(
@@ -292,28 +200,110 @@ def _trainer(run: Path, settings: RunSettings, checkpoint_minutes: float, device
     )
     # On a single device Lightning leaves the rank that the run before had in this process.
     rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
+    if not trainer.is_global_zero:
+        # Rank 0 prints messages, and ends the others at Ctrl-C.
+        quieten(_log.name)
+        warnings.simplefilter("ignore")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     return trainer
 
 
-def _earlier(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:
-    """Return the record of a run to go on with, if the folder holds one of these settings and data."""
-    if not (run / RECORD_NAME).exists():
-        # What the others find may be what the first process is about to write.
-        if first and is_in_use(run):
-            raise RunError(f"{run}: is there and is no run folder; choose another with -o")
-        return None
-    record = load_record(run)
-    if record.settings != settings:
-        asked = settings.model_dump()
-        other = [
-            f"{name} {value}, not {asked[name]}"
-            for name, value in record.settings.model_dump().items()
-            if value != asked[name]
-        ]
-        raise RunError(f"{run}: holds a run of other settings ({'; '.join(other)}); choose another folder with -o")
-    if record.digests != digests:
-        raise RunError(f"{run}: was trained on other data than the store holds now; choose another folder with -o")
-    return record
+def _built(
+    trainer: lightning.Trainer, cohort: Cohort, split: Split, settings: RunSettings, weights: str, workers: int
+) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
+    """Return the module, its data, and their fields of the record; refuse what cannot be trained."""
+    values = label_values(cohort, split, settings)
+    unknown = unknown_labels(cohort, split, settings, values)
+    if unknown:
+        warnings.warn(unknown_labels_note(unknown), stacklevel=3)
+    network, weights_used = build_model(
+        settings.model, settings.encoder, weights, settings.channels, network_classes(values)
+    )
+    rank, world = trainer.global_rank, trainer.world_size
+    data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, rank, world)
+    if trainer.is_global_zero:
+        # The part of a batch that one memory holds: a GPU's, or that of all processes of a node.
+        sharing = 1 if torch.cuda.is_available() else trainer.num_devices
+        part = settings.model_copy(update={"batch_size": settings.batch_size * sharing // world})
+        check_steps(network, part, data.sizes, data.smallest_batch, "bf16" in trainer.precision)
+    if world > 1 and trainer.strategy.root_device.type == "cuda":
+        network = synchronised(network)
+    missed = [len(unknown.get(case, ())) for case in split.validation]
+    module = SliceSegmenter(network, settings, split.validation, data.sizes, max(1, len(values)), missed, data.ignores)
+    made = {
+        "weights_used": weights_used,
+        "size_hw": data.sizes.slice_hw,
+        "label_values": values,
+        "label_meaning": label_meaning(values),
+        "versions": _versions(),
+        "processes": world,
+    }
+    return module, data, made
+
+
+def _begin(run: Path, record: RunRecord, earlier: RunRecord | None, lock: ExitStack) -> None:
+    """Make and lock the run folder, and save the record."""
+    make_folder(run)
+    lock.enter_context(only_writer(run))
+    if earlier is None and (run / RECORD_NAME).exists():
+        raise RunError(f"{run}: another process has begun it meanwhile; run the same command again")
+    save_record(run, record)
+
+
+def _add_callbacks(
+    trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], place: Place
+) -> Keep:
+    """Add the callbacks and loggers of a run: rank 0 alone draws, logs and shows progress."""
+    settings = record.settings
+    average = WeightEMA(settings.average) if settings.average else None
+    keeper = Keep(run, settings.schedule, average)
+    callbacks: list[Callback] = [ProcessCheck(f"{place} {record.weights_used} {record.digests}"), keeper]
+    if average:
+        callbacks.append(average)
+    if trainer.is_global_zero:
+        trainer.loggers = open_loggers(loggers, run, record, place.epochs)
+        callbacks.append(Curves(run))
+        if sys.stderr.isatty():
+            callbacks.append(TrainingProgress(may_stop_early=settings.schedule == "plateau"))
+    # Before those that the trainer was made with, so that checkpoints are written last.
+    trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
+    return keeper
+
+
+def _fit(
+    trainer: lightning.Trainer, run: Path, module: SliceSegmenter, data: CohortSlices, checkpoint: Path | None
+) -> None:
+    try:
+        with training_errors(trainer, run):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except SystemExit as end:
+        if not trainer.is_global_zero:
+            raise
+        # Lightning ends the process at Ctrl-C and SIGTERM.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise RunError(f"{run}: interrupted; run the same command again to go on") from None
+
+
+def _postprocessing(run: Path, record: RunRecord, cohort: Cohort) -> dict[str, Any]:
+    """Return the postprocessing that validation chose; none if that fails."""
+    settings = record.settings
+    if settings.largest_components or settings.fill_holes:
+        option = "--largest-components" if settings.largest_components else "--fill-holes"
+        with never_fatal(f"{run}: {option}"), progress_bar("predicting validation volumes") as progress:
+            return chosen_postprocessing(load_run(run), cohort, progress)
+    return {}
+
+
+def _write_reports(run: Path, record: RunRecord, cohort: Cohort) -> None:
+    """Write curves, overlays and the model card."""
+    with never_fatal(f"{run / CURVES_NAME}"):
+        draw_curves(run)
+    with never_fatal(f"{run / OVERLAYS_FOLDER}"), progress_bar("drawing overlays") as progress:
+        save_overlays(replace(load_run(run), record=record), cohort, progress)
+    with never_fatal(f"{run / CARD_NAME}"):
+        write_card(run, record)
 
 
 def _versions() -> dict[str, str]:
@@ -323,14 +313,6 @@ def _versions() -> dict[str, str]:
 
 def _quieten() -> None:
     quieten("lightning.pytorch", "lightning.fabric")
-    # The loader's advice on workers, and a deprecation inside Lightning: neither is the user's to act on.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*number of training batches.*")
-    # An epoch goes on after what its checkpoint has seen: the data module sees to it, not the loader.
-    warnings.filterwarnings("ignore", message=".*ended before the epoch ended and your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
-    # Counts are added up over the processes, so that what is logged is the same in all.
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-    warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning(\.|$)")
-    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")

@@ -1,4 +1,4 @@
-"""Devices and processes of a run, through Lightning's DDP."""
+"""Devices, processes and numeric precision of a run, through Lightning."""
 
 from __future__ import annotations
 
@@ -54,15 +54,7 @@ class Machines(BaseModel):
     strategy: Literal["auto", "ddp"] = "auto"
     deterministic: bool = False
 
-    @property
-    def devices_of_a_node(self) -> int:
-        """Return the number of devices to use on this machine.
-
-        Raises
-        ------
-        RunError
-            If the machine has fewer GPUs.
-        """
+    def _devices_of_a_node(self) -> int:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
         if self.devices == "auto":
             return gpus or 1
@@ -74,22 +66,14 @@ class Machines(BaseModel):
         return self.devices
 
     def options(self, from_command: bool = False) -> dict[str, Any]:
-        """Return the arguments of Lightning's trainer.
+        """Return the arguments of Lightning's trainer; `from_command` as in `train`.
 
-        Parameters
-        ----------
-        from_command : bool
-            As in `train`.
-
-        Raises
-        ------
-        RunError
-            If the processes cannot be started, or torchrun started another number of them.
+        Raises `RunError` if the machine has fewer GPUs, processes cannot be started, or torchrun started another number
+        of them.
         """
-        devices = self.devices_of_a_node
+        devices = self._devices_of_a_node()
         options: dict[str, Any] = {"devices": devices, "num_nodes": self.nodes, "use_distributed_sampler": False}
-        if self.deterministic:
-            options["deterministic"] = True
+        options |= {"deterministic": self.deterministic or None}
         world = devices * self.nodes
         if TorchElasticEnvironment.detect() and world != int(os.environ["WORLD_SIZE"]):
             raise RunError(
@@ -98,11 +82,11 @@ class Machines(BaseModel):
             )
         if world == 1 and self.strategy == "auto":
             return options
-        if not _started_by_launcher():
-            self._check_launch(devices, from_command)
+        if not (TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ):
+            self._prepare_launch(devices, from_command)
         return options | {"strategy": _DDP()}
 
-    def _check_launch(self, devices: int, from_command: bool) -> None:
+    def _prepare_launch(self, devices: int, from_command: bool) -> None:
         if not from_command:
             # Lightning would run the caller's script, or notebook server, again in each process.
             raise RunError(
@@ -126,16 +110,30 @@ class Machines(BaseModel):
 ONE_DEVICE = Machines()
 
 
-def _started_by_launcher() -> bool:
-    return TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ
+def precision_of(name: str) -> Any:
+    """Return Lightning's name of a precision: ``auto``, ``32`` or ``bf16``.
+
+    ``auto`` is bf16 if the processor has it, else 32.
+    """
+    half = name == "bf16"
+    if name == "auto":
+        half = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else "avx512_bf16" in _cpu_information()
+    return "bf16-mixed" if half else "32-true"
+
+
+def _cpu_information() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 class _DDP(DDPStrategy):
     """Lightning's DDP, in which rank 0 writes checkpoints without the others."""
 
     def __init__(self) -> None:
-        # Processes validate on unequal numbers of batches, so that buffers cannot be broadcast at each forward pass:
-        # see `average_batch_statistics`. A static graph allows for parts of an encoder that the decoder does not use.
+        # Processes validate on unequal numbers of batches, so that buffers cannot be broadcast at each forward pass;
+        # see `average_batch_statistics`. A static graph allows encoder parts that the decoder does not use.
         super().__init__(broadcast_buffers=False, static_graph=True, timeout=_TIMEOUT)
 
     def barrier(self, name: str | None = None) -> None:
@@ -147,10 +145,7 @@ class _DDP(DDPStrategy):
 class ProcessCheck(Callback):
     """Refuses processes that see other data, checkpoints or weights than rank 0, as on a disk that is not shared.
 
-    Parameters
-    ----------
-    start : str
-        Describes what this process sees.
+    `start` describes what this process sees.
     """
 
     def __init__(self, start: str) -> None:
@@ -180,9 +175,9 @@ def is_first() -> bool:
 
 
 def synchronised(network: nn.Module) -> nn.Module:
-    """Return a network with `SyncBatchNorm`, which PyTorch has for GPUs only.
+    """Convert a network's batch normalisation to `SyncBatchNorm`, which PyTorch has for GPUs only.
 
-    timm's conversion keeps the activations inside timm's layers; Lightning's ``sync_batchnorm`` drops them.
+    timm's conversion keeps the activations in timm's layers; Lightning's ``sync_batchnorm`` drops them.
     """
     from timm.layers.norm_act import convert_sync_batchnorm
 
@@ -193,8 +188,8 @@ def synchronised(network: nn.Module) -> nn.Module:
 def average_batch_statistics(network: nn.Module) -> None:
     """Average the running mean and variance of local batch normalisation over the processes.
 
-    Each process normalises by the statistics of its own share of a batch; validation, checkpoints and the saved model
-    need the same ones in all. `SyncBatchNorm` has them already.
+    Each process normalises by its own part of a batch, but validation, checkpoints and the saved model need the same
+    statistics in all. `SyncBatchNorm` has them already.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return
@@ -215,19 +210,9 @@ def average_batch_statistics(network: nn.Module) -> None:
 
 @contextmanager
 def training_errors(trainer: Any, run: Path) -> Iterator[None]:
-    """Raise what stops training as one line, and end the processes that this one started.
+    """Raise errors of training as one line, and end the processes that this one started.
 
-    Parameters
-    ----------
-    trainer : Trainer
-        Made with the options of `Machines`.
-    run : Path
-        The run folder, for messages.
-
-    Raises
-    ------
-    RunError
-        If another process has ended, or PyTorch does not support an option for this network.
+    Raises `RunError` if another process has ended, or PyTorch does not support an option for this network.
     """
     try:
         yield
@@ -263,10 +248,10 @@ def _raise_as_run_error(error: RuntimeError, trainer: Any, run: Path) -> None:
 
 
 def end_with_the_first() -> None:
-    """End this process, a command's own, when the one that started it ends."""
+    """End this process, a command's own, when the process that started it ends."""
 
     def wait() -> None:
-        # Not by way of `sys.stdin`, which Python could not close at its end while this waits.
+        # Python could not close `sys.stdin` at exit while a thread reads it.
         while os.read(0, 1):
             pass
         os._exit(1)

@@ -1,4 +1,4 @@
-"""One training step, one validation step, and how the learning rate moves."""
+"""Training and validation steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import nn
 
 from cspine_train.data.augmentation import Augmentation, sample_seeds
 from cspine_train.data.batches import Batch
-from cspine_train.data.sizes import USUAL_SIDES
+from cspine_train.data.sizes import ImageSizes
 from cspine_train.data.transforms import coarser, inside
-from cspine_train.models.build import sides_of
 from cspine_train.run.folder import MONITOR
 from cspine_train.run.settings import RunSettings
 from cspine_train.training.confusion import confusion, mean_label_dice
@@ -22,9 +21,9 @@ from cspine_train.training.optimisers import optimisation
 from cspine_train.training.processes import average_batch_statistics
 
 THRESHOLD = "threshold"
-#: Probabilities that validation tries as the border between vertebra and the rest.
+#: Thresholds of the probability of vertebra that validation tries.
 THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
-# Sets apart the random numbers of two processes in the same step.
+# Gives each process its own random numbers.
 _RANK_SEED = 500_009
 
 
@@ -36,9 +35,9 @@ class Seen(NamedTuple):
     images, masks : Tensor
         float32 (N, C, H, W) and (N, K, H, W), see `shares_of`.
     numbers : Tensor
-        int64 (N,): which case each slice is of.
+        int64 (N,): index of each slice's case.
     shapes_hw : Tensor
-        int64 (N, 2): height and width of each slice before it was padded, or changed.
+        int64 (N, 2): height and width of each slice before padding and augmentation.
     """
 
     images: torch.Tensor
@@ -48,15 +47,15 @@ class Seen(NamedTuple):
 
 
 def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
-    """Return the highest mean Dice over patients and the threshold that gives it, of equals the nearest to 0.5.
+    """Return the highest mean Dice over patients and its threshold: among equals, the nearest to 0.5.
 
-    A patient in whom no pixel is labelled has no Dice and decides nothing; where there is no other, Dice is 0.
+    Patients without a labelled pixel are left out; without any other patient, Dice is 0.
 
     Parameters
     ----------
     counts : Tensor
-        int64 (patients, 2, thresholds + 1): voxels not labelled and labelled, by how many of `THRESHOLDS` their
-        probability is above.
+        int64 (patients, 2, thresholds + 1): numbers of unlabelled and of labelled voxels, by the number of
+        `THRESHOLDS` that their probability exceeds.
     """
     counts = counts[counts[:, 1].sum(1) > 0]
     if not len(counts):
@@ -70,27 +69,27 @@ def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
 
 
 class SliceSegmenter(lightning.LightningModule):
-    """Learns to tell vertebra from everything else in slices.
+    """Trains a network to segment slices.
 
-    Validation counts voxels per patient over all its slices, at the network's pixel size, and averages Dice over
-    patients, not over batches, at the threshold where that is highest: soft Dice gives pixels of which it is unsure
-    more than their due, so that 0.5 marks too many. Where several labels are told apart, a pixel has the likeliest, and
-    a patient's Dice is the mean over the labels that it has.
+    Validation counts the voxels of each patient over all slices, at the network's pixel size, and averages Dice over
+    patients, not over batches. The threshold is the one of the highest Dice: after training with soft Dice, 0.5 marks
+    too many pixels. With several labels, each pixel gets the most probable one, and a patient's Dice is the mean over
+    its labels.
 
     Parameters
     ----------
     network : Module
-        What learns.
+        The network to train.
     settings : RunSettings
-        How.
+        Loss, optimiser, schedule, augmentation and seed.
     validation_cases : sequence of str
-        In the order of their numbers in a batch.
-    crop_hw : tuple of int, optional
-        The size of the part of a slice that training sees.
+        Validation cases, in the order of their numbers in a batch.
+    sizes : ImageSizes, optional
+        Sizes of crops and of coarse images; neither by default.
     labels : int
-        How many labels are told apart.
+        Number of labels.
     unknown : sequence of int, optional
-        How many labels each validation case has that no training case has, see `mean_label_dice`.
+        Number of labels of each validation case that no training case has, see `mean_label_dice`.
     ignores : bool
         Whether pixels may be ignored, see `shares_of`.
     """
@@ -100,7 +99,7 @@ class SliceSegmenter(lightning.LightningModule):
         network: nn.Module,
         settings: RunSettings,
         validation_cases: Sequence[str],
-        crop_hw: tuple[int, int] | None = None,
+        sizes: ImageSizes | None = None,
         labels: int = 1,
         unknown: Sequence[int] | None = None,
         ignores: bool = False,
@@ -108,10 +107,10 @@ class SliceSegmenter(lightning.LightningModule):
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
         self._settings = settings
-        self._sides = sides_of(network) if settings.coarse_share else USUAL_SIDES
+        self._coarse_hw = sizes.coarse_hw if sizes else None
         self._loss = SegmentationLoss(settings.loss, labels)
-        self._augment = Augmentation(settings.augment, crop_hw, labels)
-        # For each size anew: what is made for all depends on the first, and a run that goes on begins with another.
+        self._augment = Augmentation(settings.augment, sizes.crop_hw if sizes else None, labels)
+        # Compiled for each size: code for dynamic sizes depends on the first, and a resumed run starts with another.
         compiled = torch.compile(self.network, dynamic=False) if settings.compile else None
         self._forward = self.network.__call__ if compiled is None else compiled
         self._cases = tuple(validation_cases)
@@ -121,28 +120,27 @@ class SliceSegmenter(lightning.LightningModule):
         self._counts = self._no_counts()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Seen:
-        """Change a training batch at random, on its device; all randomness depends on seed and step only."""
+        """Augment a training batch on its device, at random by seed and step only."""
         images, masks = batch.intensities(), batch.shares(self._labels, self._ignores)
         if self.trainer.training:
-            # Dropout draws from this generator: the same in a run that is resumed, and other numbers in each process.
+            # Dropout draws from this generator: the same numbers in a resumed run, and others in each process.
             torch.manual_seed(self._settings.seed * 1_000_003 + self.global_step + _RANK_SEED * self.global_rank)
             world = self.trainer.world_size
             seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * world)
             images, masks = self._augment(images, masks, batch.axes, seeds[self.global_rank :: world])
-            if self._is_coarse():
-                images, masks = coarser(images, masks, self._sides)
+            if self._coarse_hw and self._is_coarse():
+                images, masks = coarser(images, masks, self._coarse_hw)
         images = images.contiguous(memory_format=torch.channels_last)
         return Seen(images, masks, batch.numbers, batch.shapes_hw)
 
     def _is_coarse(self) -> bool:
-        share = self._settings.coarse_share
-        return bool(share) and self.global_step < share * int(self.trainer.estimated_stepping_batches)
+        return self.global_step < self._settings.coarse_share * int(self.trainer.estimated_stepping_batches)
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
-        """Return the loss of the whole batch, which several processes share."""
+        """Return the loss of the whole batch, over all processes."""
         logits, masks = self._whole_batch(self._forward(batch.images)), self._whole_batch(batch.masks)
         loss: torch.Tensor = self._loss(logits, masks)
-        # The mean over an epoch does not outlive a killed run: of an epoch that goes on it is of the rest alone.
+        # A checkpoint does not hold this mean: in a resumed epoch it is over the remaining steps only.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(masks), logger=False)
         return loss
 
@@ -154,13 +152,13 @@ class SliceSegmenter(lightning.LightningModule):
         return cast("torch.Tensor", self.all_gather(part, sync_grads=part.requires_grad)).flatten(0, 1)
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last epoch's counts."""
+        """Reset the counts."""
         self._counts = self._no_counts()
 
     def validation_step(self, batch: Seen, batch_idx: int) -> None:
-        """Count each patient's voxels by whether they are labelled and by how many thresholds they are above.
+        """Count each patient's voxels by label and by the number of thresholds that their probability exceeds.
 
-        Of several labels, by which they have and which is the likeliest.
+        With several labels, count them by true and by predicted label.
         """
         images, masks, numbers, shapes_hw = batch
         shown = inside(shapes_hw, (images.shape[2], images.shape[3]))
@@ -195,5 +193,5 @@ class SliceSegmenter(lightning.LightningModule):
         average_batch_statistics(self.network)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimiser, and the schedule where it is one of steps; a plateau is looked for by a callback."""
+        """Return the optimiser, and the schedule unless it is ``plateau``, which is a callback."""
         return optimisation(self.network, self._settings, int(self.trainer.estimated_stepping_batches))

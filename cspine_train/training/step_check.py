@@ -1,4 +1,4 @@
-"""Check that a network can take a run's training steps, and that they fit into memory, before training starts.
+"""Check before training that a network can take a run's steps, and that they fit into memory.
 
 A copy of the network takes a step on PyTorch's device ``meta``, whose tensors have shapes but no numbers. It takes a
 fraction of a second and little memory, and fails where the network would.
@@ -24,28 +24,23 @@ _ONE_VALUE = "Expected more than 1 value per channel"
 
 
 def check_steps(network: nn.Module, settings: RunSettings, sizes: ImageSizes, smallest_batch: int, half: bool) -> None:
-    """Refuse a run whose network fails on its images, or whose training steps do not fit into memory.
+    """Refuse, with a `RunError`, a run whose network fails on its images, or whose steps do not fit into memory.
 
     Parameters
     ----------
     network : Module
-        The network, which stays as it is.
+        The network; it is not changed.
     settings : RunSettings
-        The run's settings.
+        Channels and batch size, and names for messages.
     sizes : ImageSizes
         Sizes of its images.
     smallest_batch : int
         Slices in the smallest training batch.
     half : bool
         Whether the step computes in 16 bits.
-
-    Raises
-    ------
-    RunError
-        If a step fails, or the lower bound of its memory exceeds the free memory.
     """
     channels, batch = settings.channels, settings.batch_size
-    # First: no tensor may have as many elements as a user can ask for.
+    # Before the step: a user can ask for more elements than a tensor may have.
     _check_memory(4.0 * (channels + 1) * batch * sizes.slice_hw[0] * sizes.slice_hw[1], batch, sizes.slice_hw)
     meta = copy.deepcopy(network).to("meta")
     slices = min(smallest_batch, 2)
@@ -66,29 +61,24 @@ def _refusal(settings: RunSettings, verb: str, size_hw: tuple[int, int]) -> Iter
     # Layers raise all kinds of errors for sizes that they do not take.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        named = f"{settings.model} with encoder {settings.encoder!r}: cannot {verb}"
+        named, size = f"{settings.model} with encoder {settings.encoder!r}: cannot {verb}", _text(size_hw)
         if reason.startswith(_ONE_VALUE):
-            two = "--batch-size 2 or more" if settings.batch_size == 1 else "a larger --empty-share"
+            remedy = "--batch-size 2 or more" if settings.batch_size == 1 else "a larger --empty-share"
             raise RunError(
-                f"{named} one slice of {_size(size_hw)} at a time (its batch normalisation has one value per channel); "
-                f"choose {two}"
+                f"{named} one slice of {size} at a time (its batch normalisation has one value per channel); "
+                f"choose {remedy}"
             ) from None
         # A layer that needs its tensors' numbers cannot be checked.
         if "meta" not in reason:
             raise RunError(
-                f"{named} slices of {_size(size_hw)} ({reason}); choose another --size, --encoder or --model"
+                f"{named} slices of {size} ({reason}); choose another --size, --encoder or --model"
             ) from None
 
 
 def saved_bytes(meta: nn.Module, shape: tuple[int, int, int, int]) -> int:
     """Return the bytes that a float32 step saves for the backward pass, a lower bound of its memory.
 
-    Parameters
-    ----------
-    meta : Module
-        A network on the device ``meta``.
-    shape : tuple of int
-        Images of a batch, (N, C, H, W).
+    The network is on the device ``meta``; `shape` is that of its images, (N, C, H, W).
     """
     own = {_address(tensor) for tensor in (*meta.parameters(), *meta.buffers())}
     # Storages are kept alive, so that their addresses stay different.
@@ -112,10 +102,10 @@ def _check_memory(needed_bytes: float, slices: int, size_hw: tuple[int, int]) ->
     free = torch.cuda.mem_get_info()[0] if on_gpu else min(psutil.virtual_memory().available, MEMORY_LIMIT)
     if needed_bytes > free:
         raise RunError(
-            f"size {_size(size_hw)}: a step on {slices} slices takes at least {needed_bytes / _GIB:.1f} GiB of memory, "
+            f"size {_text(size_hw)}: a step on {slices} slices takes at least {needed_bytes / _GIB:.1f} GiB of memory, "
             f"and {free / _GIB:.1f} GiB are free; choose a smaller --size or --batch-size, or a larger --pixel-mm"
         )
 
 
-def _size(size_hw: tuple[int, ...]) -> str:
+def _text(size_hw: tuple[int, int]) -> str:
     return ",".join(map(str, size_hw))
