@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from cspine_data.preprocessing.steps import PreparedVolume, preprocess_volume
     from cspine_data.sources.cases import Case, Listing
-    from cspine_data.sources.listing import find_cases, volumes_in
+    from cspine_data.sources.listing import find_cases, find_volumes, volumes_in
     from cspine_data.store.garbage import Garbage, collect_garbage
     from cspine_data.store.publishing import remove_cases
     from cspine_data.store.schema import CaseRecord
@@ -67,7 +67,7 @@ _HOME = {
     "volumes.geometry": ("Geometry", "Orientation"),
     "volumes.image_checks": ("usable_image",),
     "preparation.repair": ("RepairSummary", "repair"),
-    "sources.listing": ("find_cases", "volumes_in"),
+    "sources.listing": ("find_cases", "find_volumes", "volumes_in"),
     "preparation.options": ("PrepareOptions", "parse_axes"),
     "preparation.pipeline": ("prepare",),
     "preparation.summary": ("PrepareSummary",),
@@ -117,6 +117,7 @@ __all__ = [
     "content_digest",
     "digest_source",
     "find_cases",
+    "find_volumes",
     "label_name",
     "open_cohort",
     "parse_axes",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cspine_train.evaluation.comparison import Comparison, compare
     from cspine_train.evaluation.scoring import Evaluation, PatientScore, evaluate
     from cspine_train.metrics.overlap import MaskMeasure, MaskPair
-    from cspine_train.prediction.files import Options, Predicted, find_volumes, predict_files
+    from cspine_train.prediction.files import Options, Predicted, Target, find_targets, find_volumes, predict_files
     from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
     from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
@@ -29,7 +29,7 @@ _HOME = {
     "metrics.overlap": ("MaskMeasure", "MaskPair"),
     "training.processes": ("Machines",),
     "prediction.predictor": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
-    "prediction.files": ("Options", "Predicted", "find_volumes", "predict_files"),
+    "prediction.files": ("Options", "Predicted", "Target", "find_targets", "find_volumes", "predict_files"),
     "run.record": ("RunRecord",),
     "run.settings": ("RunSettings",),
     "training.pipeline": ("train",),
@@ -52,8 +52,10 @@ __all__ = [
     "RunError",
     "RunRecord",
     "RunSettings",
+    "Target",
     "compare",
     "evaluate",
+    "find_targets",
     "find_volumes",
     "load_run",
     "predict",

@@ -27,13 +27,13 @@ from PIL import Image
 from cspine_data import Geometry, Orientation, Volume, open_cohort, preprocess_volume, read_volume, write_volume
 from cspine_train import RunError, RunSettings, load_run, predict, predict_volume, train
 from cspine_train.metrics.overlap import overlap
-from cspine_train.prediction.files import find_volumes
+from cspine_train.prediction.files import find_targets
 from cspine_train.prediction.predictor import LoadedRun, expected_dice
 from cspine_train.prediction.preview import draw_overview
 from cspine_train.run.cohort_range import CohortLooks, differences, looks_of, looks_of_record
 from cspine_train.run.record import save_record
 from tests.conftest import ball, write_case
-from tests.test_dicom import write_series
+from tests.test_dicom import volume_of, write_series
 from tests.test_labels import a_run
 from tests.test_training import SMALL
 from tests.test_volumes import forms_of, two_places
@@ -333,13 +333,28 @@ def test_folders_name_their_volumes(tmp_path: Path) -> None:
     for label in ("B-label.nrrd", "BS-label.nrrd"):
         (raw / label).touch()
     (raw / "D.nrrd").symlink_to(tmp_path / "nowhere")
-    dicom.mkdir()
+    write_series(dicom, volume_of(np.random.default_rng(0), (6, 5, 4)))
     (dicom / "spine-label.nrrd").touch()
     (nnunet / "imagesTr").mkdir(parents=True)
     (nnunet / "imagesTr" / "P_0000.nii.gz").touch()
-    named = find_volumes([raw, dicom, nnunet, tmp_path / "x.nii"])
-    volumes = [raw / "A.nrrd", raw / "B.nrrd", raw / "D.nrrd"]
-    assert named == [*volumes, dicom, nnunet / "imagesTr" / "P_0000.nii.gz", tmp_path / "x.nii"]
+    targets, problems = find_targets([raw, dicom, nnunet, tmp_path / "x.nii"])
+    assert [(target.volume, target.place) for target in targets] == [
+        (raw / "A.nrrd", Path()), (raw / "B.nrrd", Path()), (dicom, Path()),
+        (nnunet / "imagesTr" / "P_0000.nii.gz", Path("imagesTr")), (tmp_path / "x.nii", Path()),
+    ]  # fmt: skip
+    assert [str(raw / "D.nrrd") in problem for problem in problems] == [True]
+
+
+def test_the_folders_of_patients_are_mirrored(run: Path, tmp_path: Path, run_train: Callable[..., Result]) -> None:
+    for name in ("P1", "P2"):
+        write_case(tmp_path / "raw" / name, "T2", seed=int(name[1]), label=False)
+    asked = ("predict", tmp_path / "raw", "--run", run, "-o", tmp_path / "out")
+    assert run_train(*asked).exit_code == 0
+    labels = [tmp_path / "out" / name / "T2-label.nrrd" for name in ("P1", "P2")]
+    assert all(label.is_file() for label in labels)
+    again = run_train(*asked)
+    assert again.exit_code == 0
+    assert again.stdout.count("there already") == 2
 
 
 def test_one_file_is_predicted_once(run: Path, tmp_path: Path, run_train: Callable[..., Result]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from cspine_data.errors import count
 from cspine_data.sources.cases import Case
 from cspine_data.sources.file_names import name_of, patient_and_sequence
-from cspine_data.sources.layout import Found, Layout, Wanted, folders_in, several_label_maps, volume_files
+from cspine_data.sources.layout import Found, Layout, Wanted, folders_in, only_label_map, volume_files
 
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 _SESSION = re.compile(r"ses-[A-Za-z0-9]+")
@@ -58,12 +58,10 @@ def _find(folder: Path, wanted: Wanted) -> Found:
         of_vertebrae = [label for label in candidates if _OF_VERTEBRAE.search(name_of(label))]
         chosen = of_vertebrae if len(of_vertebrae) == 1 else candidates
         left_out += len(candidates) - len(chosen)
-        if len(chosen) > 1:
-            found.problems.append(several_label_maps(name, chosen))
-            continue
+        label = only_label_map(found, path, name, chosen)
         patient, _ = patient_and_sequence(name)
         sequence = name.rpartition("_")[2]
-        found.cases.append(Case(name, path, chosen[0] if chosen else None, patient, sequence=sequence))
+        found.cases.append(Case(name, path, label, patient, sequence=sequence))
     if left_out:
         found.notes.append(f"{count(left_out, 'label map')} left out: of other structures, or of no image here")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cspine_data.errors import InputError, Problem, count
@@ -61,14 +62,9 @@ def _find(folder: Path, wanted: Wanted) -> Found:
             if many:
                 found.notes.append(f"{cases[-1].id} is {volume.description}")
     by_volume = {case.volume: case for case in cases}
-    pairs, problems = pair({case.volume: case.id for case in cases}, owners, "name it as a series: {}")
-    found.problems += problems
-    found.cases += [_with_label(by_volume[volume], label) for volume, label in pairs]
+    pairs = pair(found, {case.volume: case.id for case in cases}, owners, "name it as a series: {}")
+    found.cases += [replace(by_volume[volume], label=label) for volume, label in pairs]
     return found
-
-
-def _with_label(case: Case, label: Path | None) -> Case:
-    return Case(case.id, case.volume, label, case.patient, case.site, case.sequence)
 
 
 DICOM = Layout(_recognise, _find)

@@ -41,15 +41,16 @@ def pair_in_folder(files: list[Path]) -> tuple[dict[Path, str], dict[Path, str],
 
 
 def _recognise(folder: Path) -> str | None:
-    return "it holds volumes" if any(map(is_visible_volume, folder.iterdir())) else None
+    files = [path for path in folder.iterdir() if is_visible_volume(path)]
+    # Label maps alone may lie beside DICOM slices.
+    return "it holds volumes" if len(label_maps(files)) < len(files) else None
 
 
 def _find(folder: Path, wanted: Wanted) -> Found:
     files, problems = volume_files(folder, wanted)
     volumes, owners, notes = pair_in_folder(files)
-    pairs, unpaired = pair(volumes, owners, "put {}.nrrd beside it")
-    found = Found(problems=[*problems, *unpaired], notes=notes)
-    for volume, label in pairs:
+    found = Found(problems=problems, notes=notes)
+    for volume, label in pair(found, volumes, owners, "put {}.nrrd beside it"):
         patient, sequence = patient_and_sequence(volumes[volume])
         found.cases.append(Case(volumes[volume], volume, label, patient, sequence=sequence))
     return found

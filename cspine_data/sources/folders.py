@@ -64,11 +64,9 @@ def _add_group(found: Found, place: tuple[str, ...], images: list[Path], labels:
     if place and len(volumes) == 1 and len(owners) == 1:
         # The only two files of a patient.
         owners = dict.fromkeys(owners, *volumes.values())
-    pairs, problems = pair(volumes, owners, "put {} with the images")
-    found.problems += problems
     found.notes += notes
     own = [part for part in place if part.lower() not in _PARTS]
-    for volume, label in pairs:
+    for volume, label in pair(found, volumes, owners, "put {} with the images"):
         patient, sequence = patient_and_sequence(volumes[volume])
         found.cases.append(
             Case(_case_id(own, volumes[volume]), volume, label, own[0] if own else patient, sequence=sequence)

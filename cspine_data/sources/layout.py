@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,11 @@ class Found:
     cases : list of Case
         The cases.
     problems : list of Problem
-        Files that cannot be used.
+        Volumes that cannot be used.
+    label_problems : list of Problem
+        Label maps that cannot be used.
+    unclear : list of Path
+        Volumes with several label maps; only prediction uses them.
     others : list of Case
         Volumes that are used only if their sequence is asked for, such as nnU-Net's second channels.
     notes : list of str
@@ -36,6 +40,8 @@ class Found:
 
     cases: list[Case] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    label_problems: list[Problem] = field(default_factory=list)
+    unclear: list[Path] = field(default_factory=list)
     others: list[Case] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -75,12 +81,14 @@ def folders_in(folder: Path) -> Iterator[Path]:
 
 
 def pair(
-    volumes: dict[Path, str], owners: dict[Path, str], missing: str
-) -> tuple[list[tuple[Path, Path | None]], list[Problem]]:
-    """Pair volumes with label maps of the same name.
+    found: Found, volumes: dict[Path, str], owners: dict[Path, str], missing: str
+) -> Iterator[tuple[Path, Path | None]]:
+    """Pair volumes with label maps of the same name, and add the problems of others.
 
     Parameters
     ----------
+    found : Found
+        Problems are added to it.
     volumes : dict
         The name of each volume.
     owners : dict
@@ -88,32 +96,27 @@ def pair(
     missing : str
         What to do about a label map without a volume; ``{}`` is its name.
 
-    Returns
-    -------
-    list of tuple
-        Volumes with their label maps or None.
-    list of Problem
-        Label maps without a volume, and volumes with several label maps.
+    Yields
+    ------
+    tuple
+        Each volume, with its label map or None.
     """
-    problems: list[Problem] = []
     labels: dict[str, list[Path]] = {}
     for path, name in owners.items():
         labels.setdefault(name, []).append(path)
-    names = set(volumes.values())
-    for name in sorted(labels.keys() - names):
+    for name in sorted(labels.keys() - set(volumes.values())):
         for path in labels[name]:
-            problems.append(Problem(name, f"{path}: is a label map without a volume; {missing.format(name)}"))
-    pairs: list[tuple[Path, Path | None]] = []
+            message = f"{path}: is a label map without a volume; {missing.format(name)}"
+            found.label_problems.append(Problem(name, message))
     for path, name in volumes.items():
-        claims = labels.get(name, [])
-        if len(claims) > 1:
-            problems.append(several_label_maps(name, claims))
-        else:
-            pairs.append((path, claims[0] if claims else None))
-    return pairs, problems
+        yield path, only_label_map(found, path, name, labels.get(name, []))
 
 
-def several_label_maps(name: str, claims: Iterable[Path]) -> Problem:
-    """Return the problem of a volume with several label maps."""
-    both = " and ".join(map(str, claims))
-    return Problem(name, f"{both}: are all label maps of {name!r}; keep one of them, or --exclude the others")
+def only_label_map(found: Found, volume: Path, name: str, claims: list[Path]) -> Path | None:
+    """Return the label map of a volume; several are a problem."""
+    if len(claims) > 1:
+        both = " and ".join(map(str, claims))
+        message = f"{both}: are all label maps of {name!r}; keep one of them, or --exclude the others"
+        found.label_problems.append(Problem(name, message))
+        found.unclear.append(volume)
+    return claims[0] if len(claims) == 1 else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cspine_data.errors import InputError, Problem, count
 from cspine_data.extensions import LAYOUTS
 from cspine_data.sources.cases import Case, Listing, is_case_id
+from cspine_data.sources.flat import FLAT
 from cspine_data.sources.layout import Found, Layout, Wanted
 from cspine_data.sources.pair_lists import read_pairs
 
@@ -72,13 +74,22 @@ def find_cases(
         cases = [case for case in cases if _matches(include, home, case.volume, case.id)]
     if (include or exclude) and found.cases and not cases:
         raise InputError(source, "holds no case that --include and --exclude select", "change the patterns")
-    return _checked(source, cases, found)
+    usable = [case for case in cases if case.volume not in found.unclear]
+    notes = [*found.notes, *_patient_notes(usable)]
+    return _checked(source, usable, [*found.problems, *found.label_problems], notes)
+
+
+def find_volumes(source: str | Path) -> Listing:
+    """List the volumes of a folder for prediction, as in `find_cases` but without label maps and their problems."""
+    source = Path(source)
+    found = _find(source, AUTO, lambda _: True)
+    cases = [replace(case, label=None) for case in found.cases]
+    return _checked(source, cases, found.problems, found.notes)
 
 
 def volumes_in(folder: str | Path) -> list[Path]:
     """Return the volumes of a folder, sorted by case, without label maps, as in `find_cases`."""
-    listing = find_cases(folder)
-    return [case.volume for case in listing.cases]
+    return [case.volume for case in find_volumes(folder).cases]
 
 
 def _find(folder: Path, name: str, wanted: Wanted) -> Found:
@@ -92,7 +103,7 @@ def _find(folder: Path, name: str, wanted: Wanted) -> Found:
             found = layout.find(folder, wanted)
             found.notes.insert(0, f"layout {one}: {reason}")
             return found
-    return Found()
+    return FLAT.find(folder, wanted)
 
 
 def _matches(patterns: Iterable[str], home: Path, path: Path, case_id: str = "") -> bool:
@@ -109,12 +120,12 @@ def _of_sequence(source: Path, cases: list[Case], sequence: str) -> list[Case]:
     return of_sequence
 
 
-def _checked(source: Path, cases: Iterable[Case], found: Found) -> Listing:
+def _checked(source: Path, cases: Iterable[Case], found: Iterable[Problem], notes: Iterable[str]) -> Listing:
     """Return a listing in which each case id is usable and unique."""
     by_id: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         by_id[case.id].append(case)
-    kept, problems = [], list(found.problems)
+    kept, problems = [], list(found)
     for case_id, claims in sorted(by_id.items()):
         if len(claims) > 1:
             names = " and ".join(str(claim.volume) for claim in claims)
@@ -127,7 +138,7 @@ def _checked(source: Path, cases: Iterable[Case], found: Found) -> Listing:
     if not kept and not problems:
         remedy = "put .nrrd or .nii.gz files there, or give --pairs"
         raise InputError(source, "holds no volume", remedy)
-    return Listing(tuple(kept), tuple(problems), (*found.notes, *_patient_notes(kept)))
+    return Listing(tuple(kept), tuple(problems), tuple(notes))
 
 
 def _patient_notes(cases: Iterable[Case]) -> list[str]:

@@ -44,10 +44,9 @@ def _find_nnunet(folder: Path, wanted: Wanted) -> Found:
         found.problems += problems
         matches = {path: _CHANNEL.fullmatch(name_of(path)) for path in files}
         first = {path: match["case"] for path, match in matches.items() if match and match["channel"] == _FIRST}
-        pairs, problems = pair(first, _label_files(found, folder / labels, wanted), f"put {{}}_0000 into {images}")
-        found.problems += problems
         label_of = {}
-        for volume, label in pairs:
+        owners = _label_files(found, folder / labels, wanted)
+        for volume, label in pair(found, first, owners, f"put {{}}_0000 into {images}"):
             case = first[volume]
             label_of[case] = label
             patient, sequence = patient_and_sequence(case)
@@ -78,9 +77,8 @@ def _find_msd(folder: Path, wanted: Wanted) -> Found:
         files, problems = volume_files(folder / images, wanted)
         found.problems += problems
         volumes = {path: name_of(path) for path in files}
-        pairs, problems = pair(volumes, _label_files(found, folder / labels, wanted), f"put {{}} into {images}")
-        found.problems += problems
-        for volume, label in pairs:
+        owners = _label_files(found, folder / labels, wanted)
+        for volume, label in pair(found, volumes, owners, f"put {{}} into {images}"):
             patient, sequence = patient_and_sequence(volumes[volume])
             found.cases.append(Case(volumes[volume], volume, label, patient, sequence=sequence))
     return found
@@ -90,7 +88,7 @@ def _label_files(found: Found, folder: Path, wanted: Wanted) -> dict[Path, str]:
     if not folder.is_dir():
         return {}
     files, problems = volume_files(folder, wanted)
-    found.problems += problems
+    found.label_problems += problems
     return {path: name_of(path) for path in files}
 
 

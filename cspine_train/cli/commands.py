@@ -232,10 +232,10 @@ def predict(
 ) -> None:  # fmt: skip
     """Segment VOLUMES, each on its own grid.
 
-    VOLUMES are NRRD or NIfTI files, folders of them, or folders of DICOM slices. The same command again resumes.
+    VOLUMES are files, or folders in any layout, which are mirrored in the output. The same command again resumes.
     """
     for path in volumes:
-        if not path.exists():
+        if not path.exists() and "#" not in path.name:
             raise RunError(f"{path}: does not exist; check the path")
     if len({path.resolve() for path in runs}) < len(runs):
         raise click.UsageError("a --run is given twice; use --weights to give it more weight")
@@ -244,14 +244,17 @@ def predict(
     for caveat in dict.fromkeys(caveat for path in runs for caveat in load_record(path).caveats()):
         say(f"note: trained: {caveat}", err=True)
     # Imported here, as PyTorch takes seconds.
-    from cspine_train.prediction.files import Options, find_volumes, predict_files
+    from cspine_train.prediction.files import Options, find_targets, predict_files
     from cspine_train.prediction.predictor import load_run
 
     loaded = [load_run(path) for path in runs]
     options = Options(weights, mirror, ending, probability, pictures)
-    failed = 0
+    targets, problems = find_targets(volumes)
+    for problem in problems:
+        say(f"failed: {problem}", err=True)
+    failed = len(problems)
     with progress_bar("predicting") as progress:
-        for done in predict_files(loaded, find_volumes(volumes), output, options, progress):
+        for done in predict_files(loaded, targets, output, options, progress):
             failed += done.error is not None
             _print_prediction(done)
     if failed:

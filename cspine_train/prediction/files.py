@@ -21,9 +21,9 @@ from cspine_data import (
     usable_image,
     volume_stem,
     volume_suffix,
-    volumes_in,
     write_volume,
 )
+from cspine_data import find_volumes as volumes_of
 from cspine_data.tools import atomic_write, make_folder
 from cspine_train.errors import RunError
 from cspine_train.prediction.predictor import LoadedRun, check_runs, predict
@@ -72,20 +72,41 @@ class Predicted:
     error: Exception | None = None
 
 
-def find_volumes(sources: Sequence[Path]) -> list[Path]:
-    """Return the volumes among files and folders: of a folder, all volumes without label maps.
+@dataclass(frozen=True)
+class Target:
+    """A volume to predict, and the folder for its label map within the output folder."""
 
-    A folder without NRRD and NIfTI volumes is assumed to be a DICOM series.
+    volume: Path
+    place: Path = Path()
+
+
+def find_targets(sources: Sequence[Path]) -> tuple[list[Target], tuple[str, ...]]:
+    """Return the volumes among files and folders, and problems with others.
+
+    Of a folder, these are all volumes in any layout, without label maps; its subfolders are mirrored in the output.
     """
-    found: list[Path] = []
+    found: list[Target] = []
+    problems: list[str] = []
     for source in sources:
-        found += (volumes_in(source) if source.is_dir() else ()) or [source]
-    return found
+        if not source.is_dir():
+            found.append(Target(source))
+            continue
+        listing = volumes_of(source)
+        problems += [problem.message for problem in listing.problems]
+        for case in listing.cases:
+            inside = case.volume != source
+            found.append(Target(case.volume, case.volume.relative_to(source).parent if inside else Path()))
+    return found, tuple(problems)
+
+
+def find_volumes(sources: Sequence[Path]) -> list[Path]:
+    """Return the volumes among files and folders, see `find_targets`."""
+    return [target.volume for target in find_targets(sources)[0]]
 
 
 def predict_files(
     runs: Sequence[LoadedRun],
-    volumes: Sequence[Path],
+    volumes: Sequence[Path | Target],
     output: Path,
     options: Options | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -99,10 +120,11 @@ def predict_files(
     ----------
     runs : sequence of LoadedRun
         One or more runs, fused.
-    volumes : sequence of Path
-        NRRD or NIfTI files, or folders of DICOM slices.
+    volumes : sequence of Path or Target
+        Files, or folders of DICOM slices.
     output : Path
-        A file for one volume, or a folder, in which each label map has its volume's name with ``-label``.
+        A file for one volume, or a folder, in which each label map has its volume's name with ``-label``, in the
+        subfolder of its target.
     options : Options
         Options.
     progress : callable, optional
@@ -117,28 +139,31 @@ def predict_files(
     """
     options = options or Options()
     check_runs(runs, options.weights)
-    to_file = _to_file(volumes, output)
+    chosen = [one if isinstance(one, Target) else Target(one) for one in volumes]
+    paths = [one.volume for one in chosen]
+    to_file = _to_file(paths, output)
     if to_file and options.format and not output.name.lower().endswith(f".{options.format}"):
         raise RunError(f"{output}: does not end in .{options.format}; leave --format out, or change the name")
-    targets = [output if to_file else output / _name(volume, options) for volume in volumes]
+    targets = [output if to_file else output / one.place / _name(one.volume, options) for one in chosen]
     if len({_beside(target) for target in targets}) < len(targets):
         raise RunError(f"{output}: two of the volumes have the same name; predict them into two folders")
-    homes = {volume.resolve().parent for volume in volumes if volume.is_file()}
+    homes = {volume.resolve().parent for volume in paths if volume.is_file()}
     if not to_file and output.resolve() in homes:
         raise RunError(f"{output}: holds the volumes, and predictions could be mistaken for volumes; choose another -o")
-    truths = _truths(volumes) if options.pictures else {}
+    truths = _truths(paths) if options.pictures else {}
     home = output.parent if to_file else output
-    make_folder(home)
+    for folder in {home, *(target.parent for target in targets)}:
+        make_folder(folder)
     with only_one(home / _LOCK_NAME, f"{home}: another command predicts into it"):
         index = _Index(home / INDEX_NAME, made_by(runs, options))
-        for number, (volume, target) in enumerate(zip(volumes, targets, strict=True), start=1):
+        for number, (volume, target) in enumerate(zip(paths, targets, strict=True), start=1):
             try:
                 yield _predicted(runs, volume, target, options, index, truths.get(volume))
             # Files, networks and codecs raise errors of many kinds.
             except Exception as error:  # noqa: BLE001
                 yield Predicted(volume, error=error)
             if progress:
-                progress(number, len(volumes), volume.name)
+                progress(number, len(paths), volume.name)
 
 
 def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
@@ -237,7 +262,7 @@ class _Index:
 
     def known(self, volume: Path, target: Path, digest: str) -> Predicted | None:
         """Return the earlier prediction of a volume by these runs; None if there is none."""
-        row = self._rows.get(target.name)
+        row = self._rows.get(self._name(target))
         if not row or row["made_by"] != self._made_by:
             return None
         if row["volume_sha256"] != digest:
@@ -248,19 +273,22 @@ class _Index:
         warnings = tuple(row["warnings"].split("; ")) if row["warnings"] else ()
         return Predicted(volume, target, float(row["expected_dice"]), agreement, warnings, already=True)
 
+    def _name(self, label: Path) -> str:
+        return label.relative_to(self._path.parent).as_posix()
+
     def add(self, done: Predicted, digest: str) -> None:
         """Add the row of a label map that will be written."""
         assert done.label  # noqa: S101
         row = {
             "volume": done.volume.name,
-            "label": done.label.name,
+            "label": self._name(done.label),
             "expected_dice": f"{done.expected_dice:.4f}",
             "agreement": "" if done.agreement is None else f"{done.agreement:.4f}",
             "warnings": "; ".join(done.warnings),
             "volume_sha256": digest,
             "made_by": self._made_by,
         }
-        self._rows[done.label.name] = row
+        self._rows[row["label"]] = row
         # The whole file, durably: ten thousand rows take 50 ms. After a power failure, a label map without its row
         # would count as one of other runs.
         with (
