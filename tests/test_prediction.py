@@ -388,7 +388,7 @@ def test_whatever_goes_wrong_with_one_volume_the_others_go_on(
         return volume
 
     monkeypatch.setattr("cspine_train.prediction.files.read_volume", reads)
-    for name in ("A", "B", "C\x1b[31m"):
+    for name in ("A", "B", "C\x1b[31m", "D"):
         write_case(tmp_path / "raw", name, label=False)
     done = run_train("predict", tmp_path / "raw", "--run", run, "-o", tmp_path / "out")
     assert done.exit_code == 1
@@ -396,7 +396,8 @@ def test_whatever_goes_wrong_with_one_volume_the_others_go_on(
     assert "B.nrrd: changed while it was read; run the command again" in done.output
     assert "wrote" in done.output
     assert "\x1b" not in done.output
-    assert set(labels(tmp_path / "out")) == {"C\x1b[31m-label.nrrd"}
+    assert "no usable case id; rename" in done.output
+    assert set(labels(tmp_path / "out")) == {"D-label.nrrd"}
 
 
 def test_what_contradicts_itself_is_refused_at_once(

@@ -18,8 +18,8 @@ from cspine_data.preparation.summary import PrepareSummary, summarise
 from cspine_data.preprocessing.parameters import checked
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import cohort_note
+from cspine_data.store.identities import identity_of
 from cspine_data.store.publishing import create_store, enrol
-from cspine_data.store.schema import identity_of
 
 
 def prepare(

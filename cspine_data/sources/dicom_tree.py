@@ -41,10 +41,10 @@ def _find(folder: Path, wanted: Wanted) -> Found:
         try:
             volumes, notes = dicom.volumes_at(home)
         except (InputError, OSError) as error:
-            found.problems.append(Problem("_".join(parts) or home.name, str(error)))
+            found.problems.append(Problem("_".join(parts) or home.resolve().name, str(error)))
             continue
         found.notes += [f"{home}: {note}" for note in notes]
-        place = "_".join(parts) or home.name
+        place = "_".join(parts) or home.resolve().name
         if len(volumes) == 1 and len(files) == 1:
             owners[files[0]] = place
         many = len(volumes) > 1

@@ -17,9 +17,10 @@ from cspine_data.errors import NewerSchemaError, NotInStoreError, StoreError, de
 from cspine_data.files import exclusive_lock, make_folder, replace_file, sync_folder
 from cspine_data.names import as_known
 from cspine_data.store import schema
+from cspine_data.store.identities import Identity
 from cspine_data.store.location import refuse_url
 from cspine_data.store.records import ROOT_COPY, read_metadata, read_root, stored_record
-from cspine_data.store.schema import CaseRecord, Identity, RootRecord, Standard
+from cspine_data.store.schema import CaseRecord, RootRecord, Standard
 from cspine_data.store.writer import METADATA
 
 #: Prefixes of hidden files and folders: being written, temporary, and renamed before deletion.

@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics
 from cspine_data.preprocessing.parameters import Preprocessing, RecordedPreprocessing
 from cspine_data.preprocessing.steps import doubts
-from cspine_data.sources.cases import Case, is_case_id
+from cspine_data.sources.cases import is_case_id
+from cspine_data.store.identities import Identity
 from cspine_data.volumes.geometry import Geometry, Triple
 
 #: Part of every digest: raise it when the bytes for the same source and parameters change.
@@ -48,7 +49,6 @@ CASES = "cases"
 #: Highest compression ratio of Blosc's LZ4 (about 255): a smaller file cannot hold the array that it claims.
 LONGEST_RUN = 260
 _LONGEST_AXIS = 1 << 20
-_LONGEST_NAME = 200
 DIGEST = re.compile("[0-9a-f]{32}")
 NEUTRAL_ID = re.compile(r"case(\d{4}|[1-9]\d{4,})")
 
@@ -60,31 +60,6 @@ class Standard(BaseModel):
 
     landmarks: tuple[float, ...]
     cases: tuple[str, ...]
-
-
-class Identity(BaseModel):
-    """Who and what a case shows. These are ids, neutral in an anonymised store.
-
-    Attributes
-    ----------
-    patient : str
-        The patient; splits are by patient.
-    site : str or None
-        The hospital or scanner.
-    sequence : str or None
-        The MRI sequence.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    patient: str = Field(min_length=1, max_length=_LONGEST_NAME)
-    site: str | None = Field(None, max_length=_LONGEST_NAME)
-    sequence: str | None = Field(None, max_length=_LONGEST_NAME)
-
-
-def identity_of(case: Case) -> Identity:
-    """Return the identity of a listed case."""
-    return Identity(patient=case.patient, site=case.site, sequence=case.sequence)
 
 
 class RootRecord(BaseModel):
