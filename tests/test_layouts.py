@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cspine_data import InputError, find_cases, volumes_in
+from cspine_data import InputError, find_cases, open_cohort, prepare, read_volume, volumes_in
 from cspine_data.sources.file_names import patient_and_sequence
 from cspine_data.sources.pair_lists import write_pairs
+from cspine_data.volumes.io import content_digest
+from tests.conftest import write_case
 from tests.test_dicom import volume_of, write_series
 
 
@@ -258,3 +263,87 @@ def test_any_name_has_a_patient(name: str) -> None:
     patient, _ = patient_and_sequence(name)
     assert patient
     assert patient in name
+
+
+def test_no_patient_is_on_both_sides_of_a_split(tmp_path: Path, serially: None) -> None:
+    for number in range(1, 6):
+        for sequence in ("T1w", "T2w"):
+            write_case(tmp_path / "raw", f"sub-{number}_{sequence}")
+    store = tmp_path / "s.zarr"
+    assert any(
+        "5 patients with several cases" in note for note in prepare(tmp_path / "raw", store, n4=False).source_notes
+    )
+    cohort = open_cohort(store)
+    assert cohort.patients["sub-3_T1w"] == cohort.patients["sub-3_T2w"] == "sub-3"
+    for split in (cohort.split(), *(cohort.split(folds=5, fold=fold) for fold in range(5))):
+        parts = [{cohort.patients[case] for case in part} for part in (split.train, split.validation, split.test)]
+        assert [len(part) for part in parts] == [3, 1, 1]
+        assert len(set.union(*parts)) == 5
+    assert (
+        cohort.split(leave_out="sub-2_T1w").test == cohort.split(leave_out="sub-2").test == ("sub-2_T1w", "sub-2_T2w")
+    )
+    write_case(tmp_path / "raw", "sub-1_STIR")
+    before = cohort.split()
+    prepare(tmp_path / "raw", store, n4=False)
+    after = open_cohort(store).split()
+    assert set(after.train) - set(before.train) == {"sub-1_STIR"}
+    assert (after.validation, after.test) == (before.validation, before.test)
+    table = open_cohort(store).table()
+    assert table.loc["sub-1_STIR", ["patient", "sequence", "split"]].tolist() == ["sub-1", "STIR", "train"]
+
+
+def test_neutral_patients_stay_the_same_as_cases_are_added(tmp_path: Path, serially: None) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    names = {}
+    for batch in (["Doe_T1w", "Roe_T1w"], ["Doe_T2w"]):
+        for name in batch:
+            write_case(raw, name)
+        prepare(raw, store, n4=False, anonymise=True, include=[f"{name}*" for name in batch])
+        with (tmp_path / "s.zarr.key.csv").open() as file:
+            names = {row["case"]: row["id"] for row in csv.DictReader(file)}
+    patients = open_cohort(store).patients
+    assert patients[names["Doe_T1w"]] == patients[names["Doe_T2w"]] != patients[names["Roe_T1w"]]
+    assert not any(
+        name in path.read_text(errors="replace") for path in store.rglob("*.json") for name in ("Doe", "Roe")
+    )
+
+
+def test_metaimage_files_are_read_as_itk_writes_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number, suffix in enumerate((".mha", ".mhd", ".mha")):
+        volume = volume_of(rng, (6, 5, 4))
+        image = sitk.GetImageFromArray(np.ascontiguousarray(volume.array.T))
+        image.SetSpacing(volume.geometry.spacing_mm)
+        image.SetOrigin(volume.geometry.origin_mm)
+        image.SetDirection(volume.geometry.direction_matrix.ravel())
+        path = tmp_path / f"{number}{suffix}"
+        sitk.WriteImage(image, str(path), useCompression=number == 2)
+        read = read_volume(path)
+        np.testing.assert_array_equal(read.array, volume.array)
+        assert read.geometry.same_grid(volume.geometry, 1e-6)
+        assert content_digest(path)
+
+
+@given(at=st.integers(0, 10**6), value=st.integers(0, 255), compressed=st.booleans())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_byte_of_a_metaimage_is_read_or_refused(
+    at: int, value: int, compressed: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.mha"
+    sitk.WriteImage(sitk.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(3, 4, 5)), str(path), compressed)
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] = value
+    path.write_bytes(content)
+    with suppress(InputError):
+        assert read_volume(path).array.ndim == 3
+
+
+@pytest.mark.parametrize("name", ["../other.raw", "/etc/passwd", "LIST", "slice%03d.raw", "missing.raw"])
+def test_a_metaimage_header_names_no_file_elsewhere(name: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "other.raw").write_bytes(bytes(8))
+    header = f"NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = {name}\n"
+    (home / "x.mhd").write_text(header)
+    with pytest.raises(InputError, match="data file"):
+        read_volume(home / "x.mhd")

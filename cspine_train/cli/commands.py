@@ -158,7 +158,7 @@ def _score_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]], li
     shown = [measure for measure in measures() if measure.brief]
     of_labels = [Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels")]
     several = evaluation.scores[0].labels is not None
-    columns = ["patient", "split", *(measure.heading for measure in (*shown, *(of_labels if several else ())))]
+    columns = ["case", "split", *(measure.heading for measure in (*shown, *(of_labels if several else ())))]
     rows, notes = [], list(evaluation.caveats)
     for score in evaluation.scores:
         figures = [m.figure(getattr(score.whole, m.name)) for m in shown]
@@ -166,7 +166,7 @@ def _score_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]], li
             figures += [m.figure(getattr(score, m.name)) for m in of_labels]
         rows.append([score.case, score.split, *figures])
     for split, means in evaluation.means.items():
-        count = sum(score.split == split for score in evaluation.scores)
+        count = len({score.patient for score in evaluation.scores if score.split == split})
         known = [(m, means[m.name]) for m in (*shown, *of_labels) if m.name in means]
         rows.append([f"mean of {count}", split, *(m.figure(one.mean) for m, one in known)])
         if few := too_few(count, split):

@@ -17,11 +17,12 @@ from cspine_train.metrics.statistics import (
     MeanInterval,
     holm,
     mean_interval,
+    of_patients,
     paired_differences,
     signed_rank_p,
     too_few,
 )
-from cspine_train.run.evaluations import recorded_evaluations
+from cspine_train.run.evaluations import patient_of, recorded_evaluations
 from cspine_train.run.record import RunRecord, load_record
 
 
@@ -136,15 +137,16 @@ def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:
 def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: str, measure: str) -> dict[str, float]:
     scores: dict[str, float] = {}
     for folder in folders:
-        of_run = {
-            unicodedata.normalize("NFC", row["case"]): row[measure]
+        of_cases = {
+            row["case"]: (unicodedata.normalize("NFC", patient_of(row)), row[measure])
             for _, evaluation in recorded_evaluations(folder, records[folder])
             for row in evaluation["patients"]
             if row["split"] == split and measure in row
         }
-        if not of_run:
+        if not of_cases:
             raise RunError(f"{folder}: has no {split} scores; run cspine-train evaluate {folder} --split {split}")
-        scores |= of_run
+        patients, figures = zip(*of_cases.values(), strict=True)
+        scores |= of_patients(figures, patients)
     return scores
 
 

@@ -24,7 +24,7 @@ from cspine_train.metrics.overlap import (
     mean_over_labels,
     measures,
 )
-from cspine_train.metrics.statistics import MeanInterval, mean_interval
+from cspine_train.metrics.statistics import MeanInterval, mean_interval, of_patients
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, Gallery
 from cspine_train.prediction.predictor import LoadedRun, load_run
 from cspine_train.prediction.stored_volumes import Segmented, check_trained_on, segment
@@ -43,8 +43,8 @@ class PatientScore:
 
     Attributes
     ----------
-    case, split : str
-        Case id, and its part of the split.
+    case, split, patient : str
+        Case id, its part of the split, and its patient.
     whole : Agreement
         All measures of the whole volume: vertebra or background, whatever the labels.
     batch_averaged_dice : float
@@ -64,6 +64,7 @@ class PatientScore:
     labels: Mapping[int, Agreement] | None = None
     slices: Mapping[int, Mapping[int, Overlap]] = field(default_factory=dict)
     confusion: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    patient: str = ""
 
     @property
     def voxels(self) -> Overlap:
@@ -147,10 +148,15 @@ class Evaluation:
 
 def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
     """Return the means over patients of one split."""
-    means = {m.name: mean_interval([getattr(score.whole, m.name) for score in scores], m.within) for m in measures()}
+    patients = [score.patient or score.case for score in scores]
+
+    def of(figures: list[float], within: tuple[float, float]) -> MeanInterval:
+        return mean_interval(list(of_patients(figures, patients).values()), within)
+
+    means = {m.name: of([getattr(score.whole, m.name) for score in scores], m.within) for m in measures()}
     # Binary runs have no figures of labels.
     shares = {name: [getattr(score, name) for score in scores] for name in _SHARES}
-    return means | {name: mean_interval(known, (0.0, 1.0)) for name, known in shares.items() if None not in known}
+    return means | {name: of(known, (0.0, 1.0)) for name, known in shares.items() if None not in known}
 
 
 def evaluate(
@@ -280,6 +286,7 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
         label_agreements(found, truth, spacing_mm) if several else None,
         slices,
         dict(_confusion(found, truth)) if several else {},
+        loaded.record.patient(segmented.case),
     )
 
 
@@ -356,7 +363,7 @@ def _written(
 
 
 def _row(score: PatientScore, note: str) -> dict[str, Any]:
-    row = {"case": score.case, "split": score.split, **_figures(score.whole)}
+    row = {"case": score.case, "patient": score.patient, "split": score.split, **_figures(score.whole)}
     row["batch_averaged_dice"] = round(score.batch_averaged_dice, 6)
     if score.label_dice is not None and score.label_iou is not None:
         row |= {"label_dice": round(score.label_dice, 6), "label_iou": round(score.label_iou, 6)}

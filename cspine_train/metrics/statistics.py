@@ -66,6 +66,22 @@ def mean_interval(figures: Sequence[float], within: tuple[float, float] = (-math
     return MeanInterval(middle, max(middle - half, within[0]), min(middle + half, within[1]))
 
 
+def of_patients(figures: Sequence[float], patients: Sequence[str]) -> dict[str, float]:
+    """Return the mean figure of each patient over its cases, in order of the first.
+
+    Parameters
+    ----------
+    figures : sequence of float
+        A figure of each case.
+    patients : sequence of str
+        The patient of each case.
+    """
+    by_patient: dict[str, list[float]] = {}
+    for patient, figure in zip(patients, figures, strict=True):
+        by_patient.setdefault(patient, []).append(figure)
+    return {patient: mean(of_cases) for patient, of_cases in by_patient.items()}
+
+
 def too_few(patients: int, which: str = "") -> str | None:
     """Return a note where there are fewer than `FEWEST_PATIENTS` patients; else None."""
     if patients >= FEWEST_PATIENTS:

@@ -11,6 +11,7 @@ from typing import Any
 from cspine_data import Cohort
 from cspine_train.metrics.components import tidied
 from cspine_train.metrics.overlap import overlap
+from cspine_train.metrics.statistics import of_patients
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import segment_all
 
@@ -37,7 +38,8 @@ def chosen_postprocessing(
         for way in ways:
             # Components and holes include ignored voxels.
             dice[way].append(overlap(segmented.scored(tidied(found, *way)), truth).dice)
-    means = {way: mean(figures) for way, figures in dice.items()}
+    patients = [loaded.record.patient(case) for case in loaded.record.validation]
+    means = {way: mean(of_patients(figures, patients).values()) for way, figures in dice.items()}
     # Among equals, the first does least.
     best = max(ways, key=means.__getitem__)
     for way in ways[1:]:

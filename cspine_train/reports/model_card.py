@@ -9,7 +9,7 @@ from typing import Any
 
 from cspine_train.metrics.overlap import measures
 from cspine_train.metrics.statistics import mean_interval, too_few
-from cspine_train.run.evaluations import mean_over_patients, recorded_evaluations
+from cspine_train.run.evaluations import figures_of_patients, mean_over_patients, patient_of, recorded_evaluations
 from cspine_train.run.folder import CARD_NAME, write_text
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
@@ -53,6 +53,7 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
     """Return the fields of the template."""
     several = len(record.label_values) > 1
     scores = _scores(run, record)
+    patients = {part: len({patient_of(row) for row in rows}) for part, rows in scores.items()}
     chosen = [] if several else ["the threshold"]
     if record.settings.schedule == "plateau":
         chosen.append("the epoch")
@@ -66,13 +67,13 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
         # Chosen on the validation patients.
         "chosen": chosen,
         "tables": {
-            what: {part: [row[measure] for row in rows] for part, rows in scores.items()}
+            what: {part: figures_of_patients(rows, measure) for part, rows in scores.items()}
             for what, measure in tables.items()
             if scores
         },
         "measures": _measures(scores) if scores else [],
-        "intervals": any(too_few(len(rows)) is None for rows in scores.values()),
-        "too_few": [few for part, rows in scores.items() if (few := too_few(len(rows), part))],
+        "intervals": any(too_few(number) is None for number in patients.values()),
+        "too_few": [few for part, number in patients.items() if (few := too_few(number, part))],
         "tested": "test" in scores,
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cspine_train.metrics.overlap import Measure, measures
-from cspine_train.metrics.statistics import MeanInterval, mean_interval
+from cspine_train.metrics.statistics import MeanInterval, mean_interval, of_patients
 from cspine_train.run.folder import EVALUATION_FOLDER
 from cspine_train.run.record import RunRecord
 
@@ -23,7 +23,17 @@ def mean_over_patients(rows: Sequence[Mapping[str, Any]], measure: Measure) -> M
     """Return the mean of a measure over the rows of an evaluation; None unless all rows have it."""
     if not all(measure.name in row for row in rows):
         return None
-    return mean_interval([row[measure.name] for row in rows], measure.within)
+    return mean_interval(figures_of_patients(rows, measure.name), measure.within)
+
+
+def figures_of_patients(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Return a figure of each patient in the rows of an evaluation, which are by case."""
+    return list(of_patients([row[name] for row in rows], [patient_of(row) for row in rows]).values())
+
+
+def patient_of(row: Mapping[str, Any]) -> str:
+    """Return the patient of a row of an evaluation; older evaluations have only the case."""
+    return str(row.get("patient") or row["case"])
 
 
 def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, dict[str, Any]]]:

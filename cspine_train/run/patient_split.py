@@ -48,5 +48,7 @@ def what_is_fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     if ignored:
         notes = (*notes, f"voxels labelled {', '.join(map(str, sorted(ignored)))} do not count")
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
+    patients = {case: patient for case, patient in cohort.patients.items() if case in digests and patient != case}
     what = {"preprocessing": first.preprocessing, "notes": notes, "digests": digests, "cohort_looks": looks}
+    what["patients"] = patients
     return {"store": cohort.location, **what, **parts}

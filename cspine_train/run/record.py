@@ -49,6 +49,8 @@ class RunRecord(BaseModel):
         Ranges of properties of the training volumes; None in old records.
     digests : dict
         The store's digest of each case.
+    patients : dict
+        The patient of each case that is not its patient's only one.
     versions : dict
         Versions of the libraries that decide the outcome.
     processes, deterministic
@@ -82,6 +84,7 @@ class RunRecord(BaseModel):
     label_meaning: dict[int, str] = Field(default_factory=lambda: {0: "background", 1: "vertebra"})
     cohort_looks: CohortLooks | None = None
     digests: dict[str, str]
+    patients: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
     processes: int = 1
     deterministic: bool = False
@@ -96,6 +99,10 @@ class RunRecord(BaseModel):
     def split(self) -> Split:
         """The cases of each part."""
         return Split(self.train, self.validation, self.test)
+
+    def patient(self, case: str) -> str:
+        """Return the patient of a case."""
+        return self.patients.get(case, case)
 
     def caveats(self) -> tuple[str, ...]:
         """Return notes that belong beside every figure of this run."""

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from cspine_data.tools import atomic_write
-from cspine_train.run.evaluations import patient_measures
+from cspine_train.run.evaluations import patient_measures, patient_of
 from cspine_train.run.folder import METRICS_NAME, read_rows, write_text
 from cspine_train.run.record import RunRecord
 from cspine_train.study.plan import Cell, Plan, weights_name
@@ -66,7 +66,7 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
     for row in evaluation["patients"]:
         # Older evaluations lack some measures.
         figures = {name: float(row[name]) for name in names if name in row}
-        yield known | figures | {"patient": str(row["case"])}
+        yield known | figures | {"patient": patient_of(row)}
 
 
 def conditions(table: pd.DataFrame) -> pd.DataFrame:
@@ -88,7 +88,7 @@ def scores(table: pd.DataFrame, figure: str = "dice") -> pd.DataFrame:
     """
     known = table.drop(columns=CONDITION).join(conditions(table)).dropna(subset=figure)
     order = known[CONDITION].drop_duplicates()
-    by_seed = known.groupby(["patient", "seed", *CONDITION], sort=False)[figure].last().unstack(CONDITION)
+    by_seed = known.groupby(["patient", "seed", *CONDITION], sort=False)[figure].mean().unstack(CONDITION)
     by_seed = by_seed.reindex(columns=pd.MultiIndex.from_frame(order))
     there = by_seed.notna()
     has_patient = there.groupby(level="patient").transform("any")

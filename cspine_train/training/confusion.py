@@ -41,22 +41,41 @@ def confusion(
     return counts.view(patients, classes, classes)
 
 
-def mean_label_dice(counts: torch.Tensor, unknown: Sequence[int]) -> float:
+def over_patients(figures: torch.Tensor, patients: Sequence[int]) -> torch.Tensor:
+    """Return the mean over the cases of each patient: (cases, ...) becomes (patients, ...).
+
+    Parameters
+    ----------
+    figures : Tensor
+        float (cases, ...).
+    patients : sequence of int
+        A number of each case's patient.
+    """
+    known = torch.tensor(patients, device=figures.device)
+    return torch.stack([figures[known == patient].mean(0) for patient in dict.fromkeys(patients)])
+
+
+def mean_label_dice(counts: torch.Tensor, unknown: Sequence[int], patients: Sequence[int] | None = None) -> float:
     """Return the mean over patients of each patient's mean Dice over its labels.
 
-    Patients without a label are left out; without any other patient, the mean is 0.
+    Cases without a label are left out; without any other case, the mean is 0.
 
     Parameters
     ----------
     counts : Tensor
         Result of `confusion`, summed over batches.
     unknown : sequence of int
-        Number of labels of each patient that no training case has: their Dice is 0.
+        Number of labels of each case that no training case has: their Dice is 0.
+    patients : sequence of int, optional
+        A number of each case's patient; by default, each case has its own.
     """
     both = counts.diagonal(dim1=1, dim2=2)[:, 1:].double()
     truth, found = counts.sum(2)[:, 1:], counts.sum(1)[:, 1:]
     dice = 2 * both / (truth + found).clamp_min(1)
     has = truth > 0
     labels = has.sum(1) + torch.tensor(unknown, device=counts.device)
-    of_patients = ((dice * has).sum(1) / labels.clamp_min(1))[labels > 0]
-    return float(of_patients.mean()) if len(of_patients) else 0.0
+    of_cases = ((dice * has).sum(1) / labels.clamp_min(1))[labels > 0]
+    if not len(of_cases):
+        return 0.0
+    shown = torch.arange(len(labels), device=counts.device)[labels > 0].tolist()
+    return float(over_patients(of_cases, [patients[case] if patients else case for case in shown]).mean())

@@ -230,7 +230,10 @@ def _built(
     if world > 1 and trainer.strategy.root_device.type == "cuda":
         network = synchronised(network)
     missed = [len(unknown.get(case, ())) for case in split.validation]
-    module = SliceSegmenter(network, settings, split.validation, data.sizes, max(1, len(values)), missed, data.ignores)
+    names = sorted({cohort.patients[case] for case in split.validation})
+    patients = [names.index(cohort.patients[case]) for case in split.validation]
+    labels = max(1, len(values))
+    module = SliceSegmenter(network, settings, split.validation, data.sizes, labels, missed, data.ignores, patients)
     made = {
         "weights_used": weights_used,
         "size_hw": data.sizes.slice_hw,

@@ -15,7 +15,7 @@ from cspine_train.data.sizes import ImageSizes
 from cspine_train.data.transforms import coarser, inside
 from cspine_train.run.folder import MONITOR
 from cspine_train.run.settings import RunSettings
-from cspine_train.training.confusion import confusion, mean_label_dice
+from cspine_train.training.confusion import confusion, mean_label_dice, over_patients
 from cspine_train.training.losses import SegmentationLoss
 from cspine_train.training.optimisers import optimisation
 from cspine_train.training.processes import average_batch_statistics
@@ -46,23 +46,26 @@ class Seen(NamedTuple):
     shapes_hw: torch.Tensor
 
 
-def best_threshold(counts: torch.Tensor) -> tuple[float, float]:
+def best_threshold(counts: torch.Tensor, patients: Sequence[int] | None = None) -> tuple[float, float]:
     """Return the highest mean Dice over patients and its threshold: among equals, the nearest to 0.5.
 
-    Patients without a labelled pixel are left out; without any other patient, Dice is 0.
+    Cases without a labelled pixel are left out; without any other case, Dice is 0.
 
     Parameters
     ----------
     counts : Tensor
-        int64 (patients, 2, thresholds + 1): numbers of unlabelled and of labelled voxels, by the number of
-        `THRESHOLDS` that their probability exceeds.
+        int64 (cases, 2, thresholds + 1): numbers of unlabelled and of labelled voxels, by the number of `THRESHOLDS`
+        that their probability exceeds.
+    patients : sequence of int, optional
+        A number of each case's patient; by default, each case has its own.
     """
-    counts = counts[counts[:, 1].sum(1) > 0]
-    if not len(counts):
+    labelled = (counts[:, 1].sum(1) > 0).nonzero().flatten().tolist()
+    if not labelled:
         return 0.0, 0.5
+    counts = counts[labelled]
     marked = counts.flip(2).cumsum(2).flip(2)[..., 1:].double()
     both, total = marked[:, 1], marked.sum(1) + counts[:, 1].sum(1, keepdim=True)
-    dice = (2 * both / total).mean(0)
+    dice = over_patients(2 * both / total, [patients[case] if patients else case for case in labelled]).mean(0)
     best = (dice > dice.max() - 1e-9).nonzero().flatten().tolist()
     nearest = min(best, key=lambda number: abs(THRESHOLDS[number] - 0.5))
     return float(dice[nearest]), THRESHOLDS[nearest]
@@ -92,6 +95,8 @@ class SliceSegmenter(lightning.LightningModule):
         Number of labels of each validation case that no training case has, see `mean_label_dice`.
     ignores : bool
         Whether pixels may be ignored, see `shares_of`.
+    patients : sequence of int, optional
+        A number of each validation case's patient; by default, each case has its own.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class SliceSegmenter(lightning.LightningModule):
         labels: int = 1,
         unknown: Sequence[int] | None = None,
         ignores: bool = False,
+        patients: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
@@ -116,6 +122,7 @@ class SliceSegmenter(lightning.LightningModule):
         self._cases = tuple(validation_cases)
         self._labels = labels
         self._ignores = ignores
+        self._patients = patients
         self._unknown = tuple(unknown or [0] * len(self._cases))
         self._counts = self._no_counts()
 
@@ -178,7 +185,10 @@ class SliceSegmenter(lightning.LightningModule):
         """Log the mean Dice over the validation patients, and the threshold that gave it."""
         counts = self.trainer.strategy.reduce(self._counts.to(self.device), reduce_op="sum").cpu()
         several = self._labels > 1
-        dice, threshold = (mean_label_dice(counts, self._unknown), 0.5) if several else best_threshold(counts)
+        if several:
+            dice, threshold = mean_label_dice(counts, self._unknown, self._patients), 0.5
+        else:
+            dice, threshold = best_threshold(counts, self._patients)
         self.log(MONITOR, dice, logger=False)
         self.log(THRESHOLD, threshold, logger=False)
 
