@@ -112,12 +112,26 @@ def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError
 
 
+def _inflated(file: BinaryIO) -> Iterator[bytes]:
+    stream = isal_zlib.decompressobj()
+    while not stream.eof and (held := file.read(_PACKED_PIECE)):
+        if piece := stream.decompress(held):
+            yield piece
+    if not stream.eof:
+        raise EOFError
+
+
 def _bunzipped(file: BinaryIO) -> Iterator[bytes]:
     with bz2.BZ2File(file) as packed:
         yield from iter(lambda: packed.read(_RAW_PIECE), b"")
 
 
-_PIECES: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {"raw": _raw, "gzip": _gunzipped, "bzip2": _bunzipped}
+_PIECES: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
+    "raw": _raw,
+    "gzip": _gunzipped,
+    "zlib": _inflated,
+    "bzip2": _bunzipped,
+}
 
 
 def stored_bytes(path: Path, part: Path) -> int:
