@@ -17,24 +17,14 @@ from cspine_data.store.schema import CaseRecord, case_digest, case_path, volume_
 
 @dataclass(frozen=True)
 class Stored:
-    """What the summary of a run needs of a stored case, without its record.
-
-    Attributes
-    ----------
-    preprocessing : Preprocessing
-        Its parameters.
-    notes : tuple of str
-        The notes on it.
-    labelled : bool
-        Whether any voxel has a label.
-    written_bytes : int
-        Its size on disk, if this run has written it; else 0.
-    """
+    """What the summary of a run needs of a stored case, without its record."""
 
     preprocessing: Preprocessing
     notes: tuple[str, ...]
     labelled: bool
+    """Whether any voxel has a label."""
     written_bytes: int = 0
+    """Its size on disk, if this run has written it; else 0."""
 
     @classmethod
     def of(cls, record: CaseRecord, written_bytes: int = 0) -> Stored:
@@ -44,43 +34,26 @@ class Stored:
 
 @dataclass(frozen=True)
 class Job:
-    """One case to prepare: its files, parameters, and what the store has of it now. Small, to be sent to workers.
-
-    Attributes
-    ----------
-    case : Case
-        The case's files.
-    image_sha256, label_sha256 : str
-        Digests of the files when the job was planned.
-    preprocessing : Preprocessing
-        Parameters.
-    axes : tuple of int
-        The axes to slice along.
-    current : str or None
-        The case's digest in the store.
-    stored : Stored or None
-        The case in the store; None if there is none, or its record is damaged.
-    overwrite : bool
-        Prepare the case although the store has it, because it is damaged.
-    trust_voxels : bool
-        See `load_case`. It does not change the result, only whether files are refused.
-    ignore_label : int or None
-        The label value of voxels to ignore.
-    states : tuple
-        State of the volume and of the label map when they were hashed, see `Digested`. By default unknown.
-    """
+    """One case to prepare: its files, parameters, and what the store has of it now. Small, to be sent to workers."""
 
     case: Case
     image_sha256: str
     label_sha256: str | None
+    """Digests of the files when the job was planned."""
     preprocessing: Preprocessing
     axes: tuple[int, ...]
     current: str | None = None
+    """The case's digest in the store."""
     stored: Stored | None = None
+    """The case in the store; None if there is none, or its record is damaged."""
     overwrite: bool = False
+    """Prepare the case although the store has it, because it is damaged."""
     trust_voxels: bool = False
+    """See `load_case`. It does not change the result, only whether files are refused."""
     ignore_label: int | None = None
+    """The label value of voxels to ignore."""
     states: tuple[str | None, ...] = (None, None)
+    """State of the volume and of the label map when they were hashed, see `Digested`. By default unknown."""
 
     @property
     def volume_digest(self) -> str:

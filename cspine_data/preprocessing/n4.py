@@ -23,15 +23,10 @@ Real = TypeVar("Real", np.float32, np.float64)
 
 @dataclass(frozen=True, eq=False)
 class SplineField:
-    """A smooth field: cubic B-splines over the unit cube.
-
-    Attributes
-    ----------
-    lattice : ndarray
-        Control points, float64; an axis of n elements has n + 3 of them.
-    """
+    """A smooth field: cubic B-splines over the unit cube."""
 
     lattice: Array
+    """Control points, float64; an axis of n elements has n + 3 of them."""
 
     def at(self, *positions: Array) -> NDArray[np.float32]:
         """Evaluate the field on a regular grid, given by its positions along each axis, from 0 to 1."""

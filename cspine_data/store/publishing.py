@@ -38,19 +38,13 @@ class Replacement(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """The cases that `publish` did not change.
-
-    Attributes
-    ----------
-    overtaken : set of str
-        Cases that must be planned again: a concurrent run has published another digest, or the written data have
-        been collected as garbage.
-    duplicates : dict
-        Cases with the volume of another case, and that case.
-    """
+    """The cases that `publish` did not change."""
 
     overtaken: set[str]
+    """Cases that must be planned again: a concurrent run has published another digest, or the written data have been
+    collected as garbage."""
     duplicates: dict[str, str]
+    """Cases with the volume of another case, and that case."""
 
 
 def create_store(path: Path, *, neutral_ids: bool = False) -> None:
