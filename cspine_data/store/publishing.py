@@ -173,12 +173,8 @@ def mark_in_use(path: Path, case: str, digest: str) -> None:
 def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -> None:
     """Remove cases, or one variant of them, from a store; their files remain until garbage is collected.
 
-    Their place in the splits is kept, so that the parts of the other cases do not change.
-
-    Raises
-    ------
-    NotInStoreError
-        If the store lacks one of them; then none is removed.
+    Their place in the splits is kept, so that the parts of the other cases do not change. If the store lacks one of
+    them, `NotInStoreError` is raised and none is removed.
     """
     asked = list(dict.fromkeys(cases))
 
