@@ -547,6 +547,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         ({"n4": False, "preprocessing": Preprocessing()}, "n4=False: contradicts preprocessing"),
         ({"n4": True, "preprocessing": Preprocessing(bias=None)}, "n4=True: contradicts preprocessing"),
         ({"workers": 2, "scheduler": "tcp://127.0.0.1:9"}, "workers and scheduler: exclude each other"),
+        ({"axis": "0"}, "axis: is not known; give one of .*axes"),
+        ({"rehash": "often"}, "rehash 'often': is out of range"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -35,9 +35,7 @@ class Normalisation(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     method: str = Field(default="zscore", pattern=NAME)
-    """``zscore``: the tissue's mean becomes 0, its standard deviation 1. ``percentile``: its 1st percentile becomes 0,
-    its 99th 1, which a few bright or dark voxels do not move. ``nyul``: its percentiles 1, 10, 20 to 90 and 99 become a
-    cohort's standard ones (Nyul and Udupa 1999)."""
+    """Name of the normalisation that the points are from, such as `zscore`, `percentile` or `nyul`."""
     intensities: tuple[float, ...]
     """Ascending, in the units of the image."""
     values: tuple[float, ...]
@@ -177,7 +175,7 @@ def zscore(tissue: TissueStatistics, _standard: tuple[float, ...] | None) -> Poi
 
 
 def percentile(tissue: TissueStatistics, _standard: tuple[float, ...] | None) -> Points:
-    """Return the points where the 1st percentile of the tissue becomes 0 and its 99th becomes 1."""
+    """Return the points where the tissue's 1st percentile becomes 0 and its 99th 1; outliers do not move them."""
     return tissue.at(_ENDS), (0.0, 1.0)
 
 

@@ -133,6 +133,10 @@ def checked(model: type[Model], subject: str, values: dict[str, Any]) -> Model:
         if isinstance(cause, InputError):
             raise cause from None
         name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise InputError(
+                f"{subject}{name}", "is not known", f"give one of {', '.join(model.model_fields)}"
+            ) from None
         raise InputError(f"{subject}{name} {values.get(name)!r}", "is out of range", first["msg"].lower()) from None
 
 
