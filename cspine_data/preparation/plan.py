@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def plan_jobs(
     jobs, problems = [], []
     # A listed case may have another file now, so only the other cases of the store are searched for copies.
     listed = {case.id for case in cases}
-    seen = _stored_images(store, {case: digests for case, digests in published.items() if case not in listed})
+    seen = _stored_images(store, published, listed)
     for case in cases:
         job = new_job(case, preprocessing, axes, sources)
         if isinstance(job, Problem):
@@ -135,11 +135,17 @@ def _ignored_before(job: Job, store: Path, published: dict[str, dict[str, str]])
     return next((value for value in found if value is not None), None)
 
 
-def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return the case of each stored image, by the digest of its source file."""
-    digests = ((case, digest) for case, variants in published.items() for digest in variants.values())
-    found = ((case, stored_record(store, case, digest)) for case, digest in digests)
-    return {record.image_sha256: case for case, record in found if record}
+def _stored_images(store: Path, published: dict[str, dict[str, str]], without: Collection[str]) -> dict[str, str]:
+    """Return the case of each stored image, by the digest of its source file, without some cases."""
+    images = {}
+    for case, variants in published.items():
+        if case in without:
+            continue
+        for digest in variants.values():
+            record = stored_record(store, case, digest)
+            if record is not None:
+                images[record.image_sha256] = case
+    return images
 
 
 def new_job(
