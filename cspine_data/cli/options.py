@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -65,7 +69,7 @@ def _option(model: type[BaseModel], field: str, name: str, default: Any) -> Call
     kind: Any = info.annotation
     if NoneType in get_args(kind):
         (kind,) = (one for one in get_args(kind) if one is not NoneType)
-    spelling, text = f"--{name.replace('_', '-')}", " ".join((info.description or "").split())
+    spelling, text = f"--{name.replace('_', '-')}", _texts(model)[field]
     if kind is bool and default is None:
         return cloup.option(f"{spelling}/--no-{name}", name, default=True, help=text)
     if kind is bool:
@@ -75,6 +79,18 @@ def _option(model: type[BaseModel], field: str, name: str, default: Any) -> Call
     if isinstance(default, tuple):
         default = "".join(map(str, default))
     return cloup.option(spelling, name, type=_TYPES.get(kind, str), default=default, help=text)
+
+
+@cache
+def _texts(model: type[BaseModel]) -> dict[str, str]:
+    """Return the text below each field of a model; pydantic would parse it in every process that has the model."""
+    (definition,) = ast.parse(inspect.getsource(model)).body
+    pairs = pairwise(getattr(definition, "body", ()))
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
 
 def preprocessing_of(n4: bool, n4_preset: str | None, normalisation: str, spacing: str | None, **bias: Any) -> Any:

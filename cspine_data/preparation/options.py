@@ -32,7 +32,7 @@ def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
 class PrepareOptions(BaseModel):
     """Options of `prepare`; `cspine-data prepare --help` lists them too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pairs: Path | None = None
     """CSV file with the columns case,volume,label; replaces SOURCE."""

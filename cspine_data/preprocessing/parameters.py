@@ -29,7 +29,7 @@ NYUL_PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 #: Changed when equal parameters give another result. 2: noise is excluded from tissue, and bounds the gain. 3: air of
 #: whole grey values.
 REVISION = 3
-_FROZEN = ConfigDict(frozen=True, use_attribute_docstrings=True)
+_FROZEN = ConfigDict(frozen=True)
 Model = TypeVar("Model", bound=BaseModel)
 
 
