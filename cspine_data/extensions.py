@@ -20,18 +20,12 @@ NAME = r"^[a-z0-9][a-z0-9_.-]*$"
 
 @dataclass(frozen=True)
 class ExtensionPoint:
-    """A group of names, each of which stands for a Python object.
-
-    Attributes
-    ----------
-    group : str
-        The entry-point group of plug-ins.
-    built_in : dict
-        Where each name of the project is, as ``module:attribute`` or ``module``; imported when it is used.
-    """
+    """A group of names, each of which stands for a Python object."""
 
     group: str
+    """The entry-point group of plug-ins."""
     built_in: Mapping[str, str]
+    """Where each name of the project is, as ``module:attribute`` or ``module``; imported when it is used."""
 
     def names(self) -> tuple[str, ...]:
         """Return the names: the project's own, then those of installed plug-ins, which replace none."""
@@ -89,13 +83,13 @@ def _plug_ins(group: str, _path: tuple[str, ...]) -> dict[str, Any]:
 FORMATS = ExtensionPoint(
     "cspine.formats",
     {
-        "seg.nrrd": "cspine_data.volumes.nrrd",
-        "nii.gz": "cspine_data.volumes.nifti",
-        "nrrd": "cspine_data.volumes.nrrd",
-        "nhdr": "cspine_data.volumes.nrrd",
-        "nii": "cspine_data.volumes.nifti",
-        "mha": "cspine_data.volumes.metaimage",
-        "mhd": "cspine_data.volumes.metaimage",
+        "seg.nrrd": "cspine_data.volumes.formats.nrrd",
+        "nii.gz": "cspine_data.volumes.formats.nifti",
+        "nrrd": "cspine_data.volumes.formats.nrrd",
+        "nhdr": "cspine_data.volumes.formats.nrrd",
+        "nii": "cspine_data.volumes.formats.nifti",
+        "mha": "cspine_data.volumes.formats.metaimage",
+        "mhd": "cspine_data.volumes.formats.metaimage",
     },
 )
 #: Intensity normalisations; see `cspine_data.preprocessing.normalisation`.

@@ -20,29 +20,12 @@ _WRITING = ".writing-"
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces `path` when the block ends.
 
-    `path` has either its old or its new content, also after a kill or a power failure. When the block ends, the file is
-    on disk. If the block raises, `path` is unchanged. Several processes may write the same file; the last one wins.
+    `path` has either its old or its new content, also after a kill or a power failure. When the block ends, the
+    file is on disk. If the block raises, `path` is unchanged. Several processes may write the same file; the last
+    one wins. A link is replaced, not followed.
 
-    Parameters
-    ----------
-    path : Path
-        The file to write, in a folder that exists. A link is replaced, not followed.
-
-    Yields
-    ------
-    Path
-        An empty file in the same folder, with a unique name and the last suffixes of `path` in lower case. The block
-        writes to it, or moves another file there.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written; the error has a file name.
-
-    Examples
-    --------
-    >>> with atomic_write(folder / "curves.png") as temporary:
-    ...     figure.savefig(temporary, format="png")
+    The temporary file is empty, in the same folder, with a unique name and the last suffixes of `path` in lower
+    case. The block writes to it, or moves another file there.
     """
     temporary = path.with_name(f"{_WRITING}{uuid.uuid4().hex}{''.join(path.suffixes[-2:]).lower()}")
     with _file_name_in_errors(path):
@@ -131,22 +114,11 @@ def _file_name_in_errors(path: Path) -> Iterator[None]:
 def exclusive_lock(file: Path, patience_s: float = 0) -> AbstractContextManager[Any]:
     """Acquire a lock between processes and threads; leaving the returned context releases it.
 
-    The kernel releases the lock when the process ends for any reason. The empty file remains. A thread that holds the
-    lock may acquire it again.
+    The kernel releases the lock when the process ends for any reason. The empty file remains. A thread that holds
+    the lock may acquire it again.
 
-    Parameters
-    ----------
-    file : Path
-        The lock file, in an existing folder.
-    patience_s : float
-        Seconds to wait for another holder; 0 does not wait, and ``math.inf`` waits until the lock is free.
-
-    Raises
-    ------
-    TimeoutError
-        If another process or thread still holds the lock.
-    OSError
-        If the file cannot be opened.
+    Raises `TimeoutError` if another process or thread still holds the lock after `patience_s` seconds: 0 does not
+    wait, and ``math.inf`` waits until the lock is free.
     """
     # One lock object per file: a process cannot acquire the same file lock twice.
     lock = kept_lock(file.parent.resolve() / file.name)

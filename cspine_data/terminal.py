@@ -15,6 +15,9 @@ from cspine_data.errors import CspineDataError, describe_os_error, printable
 from cspine_data.extras import install_hint
 from cspine_data.progress import Progress
 
+#: Type of arguments and options. Paths are checked where they are used, with a message that names the remedy.
+PATH = click.Path(readable=False, path_type=Path)
+
 
 class CommandGroup(click.Group):
     """A group of commands that prints expected errors in one line, without a traceback, and exits non-zero."""

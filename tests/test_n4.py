@@ -8,18 +8,18 @@ import pytest
 from cspine_data.phantom.anatomy import make_case
 from cspine_data.preprocessing.bias_field import estimate_log_bias
 from cspine_data.preprocessing.n4 import SplineField, fit_log_bias, itk_log_bias
-from cspine_data.preprocessing.parameters import BiasParameters, N4Parameters
+from cspine_data.preprocessing.parameters import BiasParameters
 from cspine_data.preprocessing.tissue import average_down, tissue_threshold, working_factors
 
 
-def our_log_bias(image: np.ndarray, mask: np.ndarray, parameters: N4Parameters) -> np.ndarray:
+def our_log_bias(image: np.ndarray, mask: np.ndarray, parameters: BiasParameters) -> np.ndarray:
     field = fit_log_bias(np.log(np.where(mask, image, 1)).astype(float), mask, (1, 1, 1), parameters)
     return field.at(*(np.linspace(0, 1, n) for n in image.shape))
 
 
-def as_published(**changes: object) -> N4Parameters:
+def as_published(**changes: object) -> BiasParameters:
     """ITK's own defaults."""
-    return N4Parameters(**{"spline_mm": 0, "width": 0.15, "noise": 0.01, "stride": 1, **changes})
+    return BiasParameters(**{"spline_mm": 0, "width": 0.15, "noise": 0.01, "stride": 1, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_the_field_is_itks(neck, changes: dict[str, object]) -> None:
 
 def test_long_strides_end_where_short_ones_do(neck) -> None:
     image, mask = neck
-    default = N4Parameters(spline_mm=0.4)
+    default = BiasParameters(spline_mm=0.4)
     short, long = (our_log_bias(image, mask, default.model_copy(update={"stride": stride})) for stride in (1, 8))
     assert (short - long)[mask].std() < 0.02 * short[mask].std()
 
@@ -68,7 +68,8 @@ def test_a_stride_that_is_too_long_is_shortened() -> None:
     image = 100 * np.exp(field)
     mask = np.ones(image.shape, bool)
     by_one, by_many = (
-        our_log_bias(image, mask, N4Parameters(stride=stride, spline_mm=0, iterations=(200, 200))) for stride in (1, 64)
+        our_log_bias(image, mask, BiasParameters(stride=stride, spline_mm=0, iterations=(200, 200)))
+        for stride in (1, 64)
     )
     assert (by_many - field).std() < 1.2 * (by_one - field).std() < 0.2 * field.std()
 
@@ -76,7 +77,7 @@ def test_a_stride_that_is_too_long_is_shortened() -> None:
 def test_weights_count_in_the_fit(neck) -> None:
     image, mask = neck
     logarithm = np.log(np.where(mask, image, 1)).astype(float)
-    few = N4Parameters(iterations=(20, 20))
+    few = BiasParameters(iterations=(20, 20))
     full, half = (fit_log_bias(logarithm, mask * weight, (1, 1, 1), few).lattice for weight in (1.0, 0.5))
     np.testing.assert_allclose(full, half, atol=1e-9)
     behind = np.broadcast_to(np.linspace(0.1, 1, mask.shape[1])[:, None], mask.shape)
@@ -125,7 +126,7 @@ def test_a_constant_lattice_is_a_constant_field() -> None:
 def test_the_spline_is_as_fine_as_asked_in_millimetres(neck) -> None:
     image, mask = neck
     logarithm = np.log(np.where(mask, image, 1)).astype(float)
-    parameters = N4Parameters(iterations=(2, 2, 2, 2), spline_mm=40)
+    parameters = BiasParameters(iterations=(2, 2, 2, 2), spline_mm=40)
     field = fit_log_bias(logarithm, mask, (60.0, 120.0, 210.0), parameters)
     assert field.lattice.shape == (2 + 3, 3 + 3, 5 + 3)
 
@@ -148,7 +149,7 @@ def test_both_engines_correct_a_volume_alike() -> None:
             case.image_xyz,
             tissue,
             case.spacing_mm,
-            BiasParameters(engine=engine, **as_published(iterations=(10, 10, 10)).model_dump()),
+            as_published(engine=engine, iterations=(10, 10, 10)),
         )
         for engine in ("separable", "itk")
     )

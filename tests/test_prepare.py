@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import Result
@@ -22,6 +23,7 @@ from click.testing import Result
 from cspine_data import (
     BiasParameters,
     InputError,
+    PrepareOptions,
     Preprocessing,
     Volume,
     bias_parameters,
@@ -32,6 +34,8 @@ from cspine_data import (
     verify,
     write_volume,
 )
+from cspine_data.cli.commands import main as data_main
+from cspine_data.cli.options import preprocessing_of
 from cspine_data.preparation.case_writer import prepare_case
 from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
@@ -547,6 +551,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         ({"n4": False, "preprocessing": Preprocessing()}, "n4=False: contradicts preprocessing"),
         ({"n4": True, "preprocessing": Preprocessing(bias=None)}, "n4=True: contradicts preprocessing"),
         ({"workers": 2, "scheduler": "tcp://127.0.0.1:9"}, "workers and scheduler: exclude each other"),
+        ({"axis": "0"}, "axis: is not known; give one of .*axes"),
+        ({"rehash": "often"}, "rehash 'often': is out of range"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -608,11 +614,22 @@ def test_a_damaged_volume_is_not_reused_for_other_axes(store: Path) -> None:
     assert verify(store) == []
 
 
+def test_every_option_of_prepare_is_a_field_with_its_help_and_default() -> None:
+    command = data_main.commands["prepare"].complete
+    assert all(option.help for option in command.params if isinstance(option, click.Option))
+    defaults = command.make_context("prepare", []).params
+    fields = PrepareOptions.model_fields.keys() - {"preprocessing", "n4"}
+    assert PrepareOptions(**{name: defaults[name] for name in fields}) == PrepareOptions()
+    others = {name: value for name, value in defaults.items() if name not in {*fields, "source", "store"}}
+    assert preprocessing_of(**others) == Preprocessing()
+
+
 def test_help_starts_at_once_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, json; from cspine_data.cli.commands import main; "
         "import contextlib\nwith contextlib.suppress(SystemExit): main(['--help'])\n"
-        "print(json.dumps([m for m in ('numpy', 'dask', 'SimpleITK', 'zarr', 'torch') if m in sys.modules]))"
+        "heavy = 'numpy', 'pydantic', 'dask', 'SimpleITK', 'zarr', 'torch'\n"
+        "print(json.dumps([name for name in heavy if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == []

@@ -216,7 +216,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no file; check the path"):
         read_volume(tmp_path / "x.nrrd")
     (tmp_path / "x.txt").write_text("hello")
-    with pytest.raises(InputError, match="is neither NRRD nor NIfTI by its name"):
+    with pytest.raises(InputError, match="is no volume by its name"):
         read_volume(tmp_path / "x.txt")
     with pytest.raises(InputError, match=r"end it with \.nrrd, \.nii, \.nii\.gz or \.seg\.nrrd"):
         write_volume(tmp_path / "x.mha", ball()[0])
@@ -233,7 +233,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cspine_data.volumes.nrrd.write", full)
+    monkeypatch.setattr("cspine_data.volumes.formats.nrrd.write", full)
     with pytest.raises(OSError, match="No space"):
         write_volume(path, ball(seed=1)[0])
     assert path.read_bytes() == before

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from cspine_data.terminal import CommandGroup, can_go_on, print_notes, print_table, progress_bar, warn_in_one_line
+from cspine_data.terminal import PATH, CommandGroup, can_go_on, print_notes, print_table, progress_bar, warn_in_one_line
 
 if TYPE_CHECKING:
     from cspine_data.store.schema import CaseRecord
 
-# Paths are checked where they are used, with a message that names the remedy.
-PATH = click.Path(readable=False, path_type=Path)
 SOURCE = click.argument("source", type=PATH, default="data/raw")
 STORE = click.argument("store", type=PATH, default="data/cspine.zarr")
 VARIANT = click.option("--variant", help="n4 or raw; optional if the store has only one.")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -14,11 +18,13 @@ from pydantic import BaseModel
 from cspine_data.errors import InputError
 from cspine_data.preparation.options import PrepareOptions, Selection
 from cspine_data.preprocessing.parameters import PRESETS, BiasParameters, Preprocessing, bias_parameters, checked
+from cspine_data.terminal import PATH
 
 #: The options that select cases.
 SELECTION = tuple(Selection.model_fields)
 Command = TypeVar("Command", bound=Callable[..., Any])
-PATH = click.Path(readable=False, path_type=Path)
+# Other types are written as text, which the field parses.
+_TYPES: dict[Any, Any] = {Path: PATH, int: int, float: float}
 # By the name of the option's value, the field of the bias field's parameters. Their defaults depend on the preset.
 _BIAS = {
     "n4_engine": "engine", "n4_resolution": "resolution_mm", "n4_spacing": "spline_mm", "n4_iterations": "iterations",
@@ -28,7 +34,9 @@ _BIAS = {
 def prepare_options(command: Command) -> Command:
     """Give a command the options of `prepare`, in groups."""
     store = cloup.option("--store", type=PATH, default="data/cspine.zarr", help="Store to create or to add to.")
-    preset = cloup.option("--n4-preset", type=click.Choice(list(PRESETS)), help="Accuracy or speed; default: default.")
+    preset = cloup.option(
+        "--n4-preset", type=click.Choice(list(PRESETS)), help="Trade-off between accuracy and time. [default: default]"
+    )
     parameters = [field_option("normalisation", Preprocessing), field_option("spacing_mm", Preprocessing, "spacing")]
     groups = {
         "Input and output": [store, *map(field_option, (*SELECTION, "note", "anonymise"))],
@@ -60,22 +68,39 @@ def field_option(field: str, model: type[BaseModel] = PrepareOptions, name: str 
 
 def _option(model: type[BaseModel], field: str, name: str, default: Any) -> Callable[[Any], Any]:
     info = model.model_fields[field]
-    kinds = [kind for kind in get_args(info.annotation) or (info.annotation,) if kind is not NoneType]
-    spelling = f"--{name.replace('_', '-')}"
-    more: dict[str, Any] = {"help": " ".join((info.description or "").split()), "default": default}
-    if get_origin(info.annotation) is Literal:
-        more["type"] = click.Choice(kinds)
-    elif kinds == [bool]:
-        # A flag that is neither on nor off by default has two spellings.
-        more |= {"is_flag": True, "default": default is None}
-        spelling += f"/--no-{name}" if default is None else ""
-    elif default == ():
-        more |= {"multiple": True, "metavar": "PATTERN"}
-    elif isinstance(default, tuple):
-        more["default"] = "".join(map(str, default))
-    else:
-        more["type"] = {Path: PATH, int: int, float: float}.get(kinds[0], str)
-    return cloup.option(spelling, name, **more)
+    kind: Any = info.annotation
+    if NoneType in get_args(kind):
+        (kind,) = (one for one in get_args(kind) if one is not NoneType)
+    spelling, text = f"--{name.replace('_', '-')}", _texts(model)[field]
+    if kind is bool and default is None:
+        return cloup.option(f"{spelling}/--no-{name}", name, default=True, help=text)
+    if kind is bool:
+        return cloup.option(spelling, name, is_flag=True, help=text)
+    if get_origin(kind) is Literal:
+        return cloup.option(spelling, name, type=click.Choice(get_args(kind)), default=default, help=text)
+    if default == ():
+        return cloup.option(spelling, name, multiple=True, metavar="PATTERN", help=text)
+    if isinstance(default, tuple):
+        default = "".join(map(str, default))
+    return cloup.option(spelling, name, type=_TYPES.get(kind, str), default=default, help=text)
+
+
+@cache
+def _texts(model: type[BaseModel]) -> dict[str, str]:
+    """Return the text below each field of a model; pydantic would parse it in every process that has the model."""
+    fields = [
+        one for base in model.__mro__ if issubclass(base, BaseModel) and base is not BaseModel for one in _body(base)
+    ]
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in pairwise(fields)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def _body(model: type[BaseModel]) -> list[ast.stmt]:
+    (definition,) = ast.parse(inspect.getsource(model)).body
+    return list(getattr(definition, "body", ()))
 
 
 def preprocessing_of(n4: bool, n4_preset: str | None, normalisation: str, spacing: str | None, **bias: Any) -> Any:

@@ -34,17 +34,6 @@ _POLL_S, _LONGEST_POLL_S, _CHECK_S, _PATIENCE_S = 0.01, 0.5, 2.0, 60.0
 class Workers:
     """The processes that run tasks.
 
-    Attributes
-    ----------
-    number : int or None
-        Number of local worker processes; by default one per core.
-    scheduler : str or None
-        Address of a running scheduler whose workers are used instead.
-    threads : int
-        Threads of numeric libraries in each local worker; 1 if parallelism is over cases.
-    resource : str or None
-        Resource that each task needs one unit of, if a worker of the scheduler offers it (``dask worker --resources``).
-
     Raises
     ------
     InputError
@@ -52,9 +41,13 @@ class Workers:
     """
 
     number: int | None = None
+    """Number of local worker processes; by default one per core."""
     scheduler: str | None = None
+    """Address of a running scheduler whose workers are used instead."""
     threads: int = 1
+    """Threads of numeric libraries in each local worker; 1 if parallelism is over cases."""
     resource: str | None = None
+    """Resource that each task needs one unit of, if a worker of the scheduler offers it; see Dask's ``--resources``."""
 
     def __post_init__(self) -> None:
         if self.number is not None and self.scheduler is not None:

@@ -52,23 +52,16 @@ class PhantomCase:
     """One synthetic neck with its labels and the bias field it was given.
 
     Array axes are (x, y, z): x grows to the patient's left, y to the back, z to the head.
-
-    Attributes
-    ----------
-    image_xyz : ndarray of int16, shape (nx, ny, nz)
-        T2-like magnitude image in arbitrary units, about 0 to 1500.
-    label_xyz : ndarray of uint8, shape (nx, ny, nz)
-        0 is background, 1..7 are C1..C7 (C1 is the highest).
-    log_bias_xyz : ndarray of float32, shape (nx, ny, nz)
-        Natural log of the bias field, mean zero over the tissue (skin inwards, no airway).
-    spacing_mm : tuple of float
-        Voxel size along x, y, z in millimetres.
     """
 
     image_xyz: NDArray[np.int16]
+    """T2-like magnitude image in arbitrary units, about 0 to 1500."""
     label_xyz: Labels
+    """0 is background, 1..7 are C1..C7 (C1 is the highest)."""
     log_bias_xyz: NDArray[np.float32]
+    """Natural log of the bias field, mean zero over the tissue (skin inwards, no airway)."""
     spacing_mm: Triple
+    """Voxel size along x, y, z in millimetres."""
 
 
 @dataclass(frozen=True)

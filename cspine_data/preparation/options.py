@@ -34,7 +34,7 @@ def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
 class Selection(BaseModel):
     """Which cases of a source to use; see `find_cases`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layout: str = "auto"
     """How SOURCE is arranged: flat, folders, bids, nnunet, msd, dicom, or auto to recognise it."""
@@ -67,7 +67,7 @@ class PrepareOptions(Selection):
     axes: Annotated[tuple[int, ...], BeforeValidator(parse_axes)] = (0, 1, 2)
     """Slice directions: 0 sagittal, 1 coronal, 2 axial. Stored axes of a case are kept."""
     ignore_label: int | None = None
-    """Label value of voxels to ignore, such as -1; default: the value stored with the case."""
+    """Label value of voxels to ignore, such as -1. By default a stored case keeps its value."""
     trust_voxels: bool = False
     """Assume that a label map without a position in its header is on its volume's grid, voxel for voxel."""
     workers: int | None = None

@@ -46,6 +46,11 @@ def prepare(
     **options
         Fields of `PrepareOptions`, such as ``n4=False``, ``axes="0"`` or ``workers=4``.
 
+    Returns
+    -------
+    PrepareSummary
+        Computed, reused and failed cases.
+
     Raises
     ------
     InputError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,24 +17,14 @@ from cspine_data.store.schema import CaseRecord, case_digest, case_path, volume_
 
 @dataclass(frozen=True)
 class Stored:
-    """What the summary of a run needs of a stored case, without its record.
-
-    Attributes
-    ----------
-    preprocessing : Preprocessing
-        Its parameters.
-    notes : tuple of str
-        The notes on it.
-    labelled : bool
-        Whether any voxel has a label.
-    written_bytes : int
-        Its size on disk, if this run has written it; else 0.
-    """
+    """What the summary of a run needs of a stored case, without its record."""
 
     preprocessing: Preprocessing
     notes: tuple[str, ...]
     labelled: bool
+    """Whether any voxel has a label."""
     written_bytes: int = 0
+    """Its size on disk, if this run has written it; else 0."""
 
     @classmethod
     def of(cls, record: CaseRecord, written_bytes: int = 0) -> Stored:
@@ -44,43 +34,26 @@ class Stored:
 
 @dataclass(frozen=True)
 class Job:
-    """One case to prepare: its files, parameters, and what the store has of it now. Small, to be sent to workers.
-
-    Attributes
-    ----------
-    case : Case
-        The case's files.
-    image_sha256, label_sha256 : str
-        Digests of the files when the job was planned.
-    preprocessing : Preprocessing
-        Parameters.
-    axes : tuple of int
-        The axes to slice along.
-    current : str or None
-        The case's digest in the store.
-    stored : Stored or None
-        The case in the store; None if there is none, or its record is damaged.
-    overwrite : bool
-        Prepare the case although the store has it, because it is damaged.
-    trust_voxels : bool
-        See `load_case`. It does not change the result, only whether files are refused.
-    ignore_label : int or None
-        The label value of voxels to ignore.
-    states : tuple
-        State of the volume and of the label map when they were hashed, see `Digested`. By default unknown.
-    """
+    """One case to prepare: its files, parameters, and what the store has of it now. Small, to be sent to workers."""
 
     case: Case
     image_sha256: str
     label_sha256: str | None
+    """Digests of the files when the job was planned."""
     preprocessing: Preprocessing
     axes: tuple[int, ...]
     current: str | None = None
+    """The case's digest in the store."""
     stored: Stored | None = None
+    """The case in the store; None if there is none, or its record is damaged."""
     overwrite: bool = False
+    """Prepare the case although the store has it, because it is damaged."""
     trust_voxels: bool = False
+    """See `load_case`. It does not change the result, only whether files are refused."""
     ignore_label: int | None = None
+    """The label value of voxels to ignore."""
     states: tuple[str | None, ...] = (None, None)
+    """State of the volume and of the label map when they were hashed, see `Digested`. By default unknown."""
 
     @property
     def volume_digest(self) -> str:
@@ -116,7 +89,7 @@ def plan_jobs(
     jobs, problems = [], []
     # A listed case may have another file now, so only the other cases of the store are searched for copies.
     listed = {case.id for case in cases}
-    seen = _stored_images(store, {case: digests for case, digests in published.items() if case not in listed})
+    seen = _stored_images(store, published, listed)
     for case in cases:
         job = new_job(case, preprocessing, axes, sources)
         if isinstance(job, Problem):
@@ -162,11 +135,17 @@ def _ignored_before(job: Job, store: Path, published: dict[str, dict[str, str]])
     return next((value for value in found if value is not None), None)
 
 
-def _stored_images(store: Path, published: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return the case of each stored image, by the digest of its source file."""
-    digests = ((case, digest) for case, variants in published.items() for digest in variants.values())
-    found = ((case, stored_record(store, case, digest)) for case, digest in digests)
-    return {record.image_sha256: case for case, record in found if record}
+def _stored_images(store: Path, published: dict[str, dict[str, str]], without: Collection[str]) -> dict[str, str]:
+    """Return the case of each stored image, by the digest of its source file, without some cases."""
+    images = {}
+    for case, variants in published.items():
+        if case in without:
+            continue
+        for digest in variants.values():
+            record = stored_record(store, case, digest)
+            if record is not None:
+                images[record.image_sha256] = case
+    return images
 
 
 def new_job(

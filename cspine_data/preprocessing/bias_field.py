@@ -29,34 +29,23 @@ _LEAST_SNR = 0.5
 
 @dataclass(frozen=True, eq=False)
 class BiasEstimate:
-    """A volume's bias field and related estimates.
-
-    Attributes
-    ----------
-    log_bias_xyz : ndarray
-        Natural logarithm of the field, float32, (x, y, z), mean zero over the tissue.
-    corrected_xyz : ndarray
-        The corrected image, float32, (x, y, z); see `correct`.
-    tissue_xyz : ndarray of bool
-        Tissue mask: above `tissue_threshold` after correction, and above the noise before it.
-    air_level : float
-        Intensity of air. The field applies to intensities above it.
-    tissue_threshold : float
-        Threshold in the corrected image.
-    noise_ratio : float
-        Standard deviation of the noise before correction, divided by the median of corrected tissue above air. It
-        bounds the gain of `correct`.
-    noise_share : float
-        Share of the voxels above `tissue_threshold` that are not above the noise, and so no tissue.
-    """
+    """A volume's bias field and related estimates."""
 
     log_bias_xyz: NDArray[np.float32]
+    """Natural logarithm of the field, float32, (x, y, z), mean zero over the tissue."""
     corrected_xyz: NDArray[np.float32]
+    """The corrected image, float32, (x, y, z); see `correct`."""
     tissue_xyz: NDArray[np.bool_]
+    """Tissue mask: above `tissue_threshold` after correction, and above the noise before it."""
     air_level: float
+    """Intensity of air. The field applies to intensities above it."""
     tissue_threshold: float
+    """Threshold in the corrected image."""
     noise_ratio: float
+    """Standard deviation of the noise before correction, divided by the median of corrected tissue above air. It bounds
+    the gain of `correct`."""
     noise_share: float
+    """Share of the voxels above `tissue_threshold` that are not above the noise, and so no tissue."""
 
 
 def estimate_bias(image_xyz: NDArray[Any], spacing_mm: Triple, parameters: BiasParameters) -> BiasEstimate:

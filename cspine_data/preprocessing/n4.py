@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.preprocessing.parameters import N4Parameters
+from cspine_data.preprocessing.parameters import BiasParameters
 
 Array = NDArray[np.float64]
 Real = TypeVar("Real", np.float32, np.float64)
@@ -23,15 +23,10 @@ Real = TypeVar("Real", np.float32, np.float64)
 
 @dataclass(frozen=True, eq=False)
 class SplineField:
-    """A smooth field: cubic B-splines over the unit cube.
-
-    Attributes
-    ----------
-    lattice : ndarray
-        Control points, float64; an axis of n elements has n + 3 of them.
-    """
+    """A smooth field: cubic B-splines over the unit cube."""
 
     lattice: Array
+    """Control points, float64; an axis of n elements has n + 3 of them."""
 
     def at(self, *positions: Array) -> NDArray[np.float32]:
         """Evaluate the field on a regular grid, given by its positions along each axis, from 0 to 1."""
@@ -63,7 +58,7 @@ class SplineField:
 
 
 def fit_log_bias(
-    log_image: Array, weights: NDArray[Any], extent_mm: Sequence[float], parameters: N4Parameters
+    log_image: Array, weights: NDArray[Any], extent_mm: Sequence[float], parameters: BiasParameters
 ) -> SplineField:
     """Estimate the logarithm of a bias field from that of the intensities.
 
@@ -86,7 +81,7 @@ def fit_log_bias(
 
 
 def itk_log_bias(
-    image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: Sequence[float], parameters: N4Parameters
+    image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: Sequence[float], parameters: BiasParameters
 ) -> NDArray[Any]:
     """Estimate with SimpleITK's filter on the image's grid; it ignores `spline_mm` and `stride`."""
     import SimpleITK as sitk  # noqa: N813
@@ -107,7 +102,7 @@ def itk_log_bias(
     return np.asarray(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(volumes[0])).transpose())
 
 
-def _fit_level(field: SplineField, observed: Array, fit: _Fit, most: int, parameters: N4Parameters) -> SplineField:
+def _fit_level(field: SplineField, observed: Array, fit: _Fit, most: int, parameters: BiasParameters) -> SplineField:
     lattice, fitted = field.lattice, fit.values(field.lattice)
     change = fit.lattice(_sharpening(observed - fitted, parameters))
     stride, left = parameters.stride, float(most)
@@ -171,7 +166,7 @@ def _weights(positions: Array, elements: int) -> Array:
     return weights
 
 
-def _sharpening(values: Array, parameters: N4Parameters) -> Array:
+def _sharpening(values: Array, parameters: BiasParameters) -> Array:
     """Deconvolve the histogram of log intensities by a Gaussian; return how far each value is from what it was."""
     bins, noise = parameters.bins, parameters.noise
     lowest, highest = values.min(), values.max()

@@ -30,25 +30,16 @@ _HIGHEST_LEVEL = 32767
 
 
 class Normalisation(BaseModel):
-    """A piecewise linear map of intensities; the outermost lines continue beyond the points.
-
-    Attributes
-    ----------
-    method : str
-        ``zscore``: the tissue's mean becomes 0, its standard deviation 1. ``percentile``: its 1st percentile becomes
-        0, its 99th 1, which a few bright or dark voxels do not move. ``nyul``: its percentiles 1, 10, 20 to 90 and 99
-        become a cohort's standard ones (Nyul and Udupa 1999).
-    intensities : tuple of float
-        Ascending, in the units of the image.
-    values : tuple of float
-        The normalised values of these, ascending.
-    """
+    """A piecewise linear map of intensities; the outermost lines continue beyond the points."""
 
     model_config = ConfigDict(frozen=True)
 
     method: str = Field(default="zscore", pattern=NAME)
+    """Name of the normalisation that the points are from, such as `zscore`, `percentile` or `nyul`."""
     intensities: tuple[float, ...]
+    """Ascending, in the units of the image."""
     values: tuple[float, ...]
+    """The normalised values of these, ascending."""
 
     def apply(self, image: NDArray[Any]) -> NDArray[np.float32]:
         """Normalise an image of any shape; float32."""
@@ -60,17 +51,12 @@ class Normalisation(BaseModel):
 
 
 class Levels(BaseModel):
-    """16-bit integers for normalised intensities: ``level * scale``.
-
-    Attributes
-    ----------
-    scale : float
-        Size of one level; the rounding error is at most half of it.
-    """
+    """16-bit integers for normalised intensities: ``level * scale``."""
 
     model_config = ConfigDict(frozen=True)
 
     scale: float
+    """Size of one level; the rounding error is at most half of it."""
 
     @classmethod
     def spanning(cls, normalised: NDArray[np.float32]) -> Levels:
@@ -99,24 +85,17 @@ class Levels(BaseModel):
 
 
 class TissueStatistics(BaseModel):
-    """Intensity statistics of a volume's tissue, without outliers.
-
-    Attributes
-    ----------
-    fraction : float
-        Share of the volume's voxels that are tissue, outliers included.
-    mean, deviation : float
-        Mean and standard deviation, in the units of the image.
-    percentiles : tuple of float
-        The percentiles `TISSUE_PERCENTILES`, in the units of the image.
-    """
+    """Intensity statistics of a volume's tissue, without outliers."""
 
     model_config = ConfigDict(frozen=True)
 
     fraction: float
+    """Share of the volume's voxels that are tissue, outliers included."""
     mean: float
     deviation: float
+    """Mean and standard deviation, in the units of the image."""
     percentiles: tuple[float, ...]
+    """The percentiles `TISSUE_PERCENTILES`, in the units of the image."""
 
     @classmethod
     def of(cls, image: NDArray[Any], tissue: NDArray[np.bool_]) -> TissueStatistics:
@@ -196,7 +175,7 @@ def zscore(tissue: TissueStatistics, _standard: tuple[float, ...] | None) -> Poi
 
 
 def percentile(tissue: TissueStatistics, _standard: tuple[float, ...] | None) -> Points:
-    """Return the points where the 1st percentile of the tissue becomes 0 and its 99th becomes 1."""
+    """Return the points where the tissue's 1st percentile becomes 0 and its 99th 1; outliers do not move them."""
     return tissue.at(_ENDS), (0.0, 1.0)
 
 

@@ -29,12 +29,12 @@ NYUL_PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 #: Changed when equal parameters give another result. 2: noise is excluded from tissue, and bounds the gain. 3: air of
 #: whole grey values.
 REVISION = 3
-_FROZEN = ConfigDict(frozen=True, use_attribute_docstrings=True)
+_FROZEN = ConfigDict(frozen=True)
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class N4Parameters(BaseModel):
-    """Parameters of N4; docs/bias-field.md has the comparisons behind the defaults."""
+class BiasParameters(BaseModel):
+    """Parameters of N4; each is part of a case's digest. docs/bias-field.md has the comparisons behind the defaults."""
 
     model_config = _FROZEN
 
@@ -57,13 +57,6 @@ class N4Parameters(BaseModel):
     stride: float = Field(default=8.0, ge=1)
     """Step length in iterations: consecutive iterations of N4 have similar directions, so a longer step saves time. A
     step that goes too far is undone and halved. 1 is N4 as published."""
-
-
-class BiasParameters(N4Parameters):
-    """Parameters of the bias field estimate; each is part of a case's digest."""
-
-    model_config = _FROZEN
-
     engine: Literal["separable", "itk"] = "separable"
     """N4 implementation: separable, matrix products on a regular grid; or itk, SimpleITK's filter, which is slow and
     has no distance between control points."""
@@ -133,6 +126,10 @@ def checked(model: type[Model], subject: str, values: dict[str, Any]) -> Model:
         if isinstance(cause, InputError):
             raise cause from None
         name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise InputError(
+                f"{subject}{name}", "is not known", f"give one of {', '.join(model.model_fields)}"
+            ) from None
         raise InputError(f"{subject}{name} {values.get(name)!r}", "is out of range", first["msg"].lower()) from None
 
 

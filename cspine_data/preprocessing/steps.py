@@ -39,37 +39,25 @@ _FEWEST_ALONG_AXIS = 4
 
 @dataclass(frozen=True, eq=False)
 class CorrectedVolume:
-    """A volume in anatomical order, after bias field correction.
-
-    Attributes
-    ----------
-    image_xyz : ndarray
-        Intensities in the file's units, (x, y, z): float32 after correction, else as in the file.
-    geometry : Geometry
-        Grid of the source file.
-    air_level : float
-        Intensity of air; 0 without air.
-    tissue_threshold : float
-        Intensity of `image_xyz` above which a voxel is tissue.
-    tissue : TissueStatistics
-        Intensity statistics of tissue.
-    log_bias_deviation : float
-        Standard deviation of the log field over tissue; 0 without an estimate.
-    noise_ratio, noise_share : float
-        See `BiasEstimate`; 0 without an estimate.
-    name : str
-        Name in messages.
-    """
+    """A volume in anatomical order, after bias field correction."""
 
     image_xyz: NDArray[Any]
+    """Intensities in the file's units, (x, y, z): float32 after correction, else as in the file."""
     geometry: Geometry
+    """Grid of the source file."""
     air_level: float
+    """Intensity of air; 0 without air."""
     tissue_threshold: float
+    """Intensity of `image_xyz` above which a voxel is tissue."""
     tissue: TissueStatistics
+    """Intensity statistics of tissue."""
     log_bias_deviation: float = 0.0
+    """Standard deviation of the log field over tissue; 0 without an estimate."""
     noise_ratio: float = 0.0
     noise_share: float = 0.0
+    """See `BiasEstimate`; 0 without an estimate."""
     name: str = "volume"
+    """Name in messages."""
 
     @property
     def spacing_mm(self) -> Triple:

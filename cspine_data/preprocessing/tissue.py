@@ -108,21 +108,14 @@ def air_level(image_xyz: NDArray[Any], threshold: float) -> float:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Noise of an image where there is no signal.
-
-    Attributes
-    ----------
-    level : float
-        Mean intensity. Noise in a magnitude image is not centred on zero (Gudbjartsson and Patz 1995).
-    deviation : float
-        Standard deviation of one voxel. 0 where the image shows no noise: no air in view, or air set to one value.
-    averaged_deviation : float
-        Standard deviation after averaging to the grid that tissue is separated on.
-    """
+    """Noise of an image where there is no signal."""
 
     level: float
+    """Mean intensity. Noise in a magnitude image is not centred on zero (Gudbjartsson and Patz 1995)."""
     deviation: float
+    """Standard deviation of one voxel. 0 where the image shows no noise: no air in view, or air set to one value."""
     averaged_deviation: float
+    """Standard deviation after averaging to the grid that tissue is separated on."""
 
     @property
     def clear_level(self) -> float:

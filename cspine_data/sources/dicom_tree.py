@@ -9,8 +9,8 @@ from cspine_data.errors import InputError, Problem, count
 from cspine_data.sources.cases import Case
 from cspine_data.sources.file_names import name_of, patient_and_sequence, without_label_ending
 from cspine_data.sources.layout import Found, Layout, Wanted, folders_in, pair, volume_files
-from cspine_data.volumes import dicom
-from cspine_data.volumes.dicom_frames import is_dicom
+from cspine_data.volumes.formats import dicom
+from cspine_data.volumes.formats.dicom_frames import is_dicom
 
 # Files of a folder that are looked at before it is taken for one without DICOM.
 _FIRST_FILES = 5

@@ -39,19 +39,13 @@ class Replacement(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """The cases that `publish` did not change.
-
-    Attributes
-    ----------
-    overtaken : set of str
-        Cases that must be planned again: a concurrent run has published another digest, or the written data have
-        been collected as garbage.
-    duplicates : dict
-        Cases with the volume of another case, and that case.
-    """
+    """The cases that `publish` did not change."""
 
     overtaken: set[str]
+    """Cases that must be planned again: a concurrent run has published another digest, or the written data have been
+    collected as garbage."""
     duplicates: dict[str, str]
+    """Cases with the volume of another case, and that case."""
 
 
 def create_store(path: Path, *, neutral_ids: bool = False) -> None:
@@ -180,12 +174,8 @@ def mark_in_use(path: Path, case: str, digest: str) -> None:
 def remove_cases(path: Path, cases: Iterable[str], variant: str | None = None) -> None:
     """Remove cases, or one variant of them, from a store; their files remain until garbage is collected.
 
-    Their place in the splits is kept, so that the parts of the other cases do not change.
-
-    Raises
-    ------
-    NotInStoreError
-        If the store lacks one of them; then none is removed.
+    Their place in the splits is kept, so that the parts of the other cases do not change. If the store lacks one of
+    them, `NotInStoreError` is raised and none is removed.
     """
     asked = list(dict.fromkeys(cases))
 

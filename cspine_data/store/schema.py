@@ -63,42 +63,29 @@ class Standard(BaseModel):
 
 
 class RootRecord(BaseModel):
-    """The attributes of a store's root.
-
-    Attributes
-    ----------
-    schema_version : int
-        Schema version.
-    axes : tuple of str
-        Anatomical names of the array axes.
-    cases : dict
-        ``cases[case id][variant]`` is the current digest. A case exists when it is listed here.
-    notes : tuple of str
-        Description of stand-in data (synthetic, another region), shown beside figures.
-    enrolled : tuple of tuple of str
-        The labelled cases in batches, in the order in which they were added. Splits are computed from the batches, so
-        that added cases do not change them.
-    standards : dict
-        The standards of Nyul's method by `standard_key`, computed once, so that added cases use the same.
-    voxels : dict
-        The `voxels_sha256` of each listed digest, to detect copies of a volume.
-    neutral_ids : bool
-        Whether the case ids are neutral numbers, with a key outside the store.
-    identities : dict
-        The identity of each case, except of those that are their patient's only one, without a site or sequence.
-    """
+    """The attributes of a store's root."""
 
     model_config = ConfigDict(frozen=True)
 
     schema_version: int = SCHEMA_VERSION
+    """Schema version."""
     axes: tuple[str, ...] = AXIS_NAMES
+    """Anatomical names of the array axes."""
     cases: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """``cases[case id][variant]`` is the current digest. A case exists when it is listed here."""
     notes: tuple[str, ...] = ()
+    """Description of stand-in data (synthetic, another region), shown beside figures."""
     enrolled: tuple[tuple[str, ...], ...] = ()
+    """The labelled cases in batches, in the order in which they were added. Splits are computed from the batches, so
+    that added cases do not change them."""
     standards: dict[str, Standard] = Field(default_factory=dict)
+    """The standards of Nyul's method by `standard_key`, computed once, so that added cases use the same."""
     voxels: dict[str, str] = Field(default_factory=dict)
+    """The `voxels_sha256` of each listed digest, to detect copies of a volume."""
     neutral_ids: bool = False
+    """Whether the case ids are neutral numbers, with a key outside the store."""
     identities: dict[str, Identity] = Field(default_factory=dict)
+    """The identity of each case, except of those that are their patient's only one, without a site or sequence."""
 
     @model_serializer(mode="wrap")
     def _without_empty(self, handler: Callable[[RootRecord], dict[str, Any]]) -> dict[str, Any]:
@@ -121,55 +108,7 @@ class RootRecord(BaseModel):
 
 
 class CaseRecord(BaseModel):
-    """Record of one variant of one case; without names, dates, comments or paths of its source.
-
-    Attributes
-    ----------
-    case, variant, digest : str
-        Identify the stored case.
-    volume_digest : str
-        Digest of the image file and the bias parameters: equal if the corrected volume can be reused.
-    image_sha256, label_sha256 : str
-        Digests of the source files; None for a missing label map.
-    voxels_sha256 : str
-        Digest of the voxels in anatomical order: equal for the same voxels in another file.
-    preprocessing : Preprocessing
-        The parameters.
-    geometry : Geometry
-        Grid of the source file, to which results are written back.
-    assumed_orientation : bool
-        True if the source does not define its orientation.
-    image_dtype, label_dtype : str
-        Data types of the source files.
-    size_xyz, spacing_xyz_mm : tuple
-        Grid of the volume in anatomical order.
-    sliced_size_xyz, sliced_spacing_xyz_mm : tuple
-        Grid of the slices, which differs if they are resampled.
-    normalisation : Normalisation
-        Maps the intensities of `volume/0` to those of the slices.
-    levels : Levels
-        Scale of the 16-bit integers of the slices.
-    air_level, tissue_threshold, log_bias_deviation, noise_ratio, noise_share : float
-        See `CorrectedVolume`; revision 1 has no noise statistics.
-    tissue : TissueStatistics or None
-        Statistics for the normalisation; None in revision 1.
-    tissue_fraction, tissue_percentiles : float, tuple of float
-        See `PreparedVolume`.
-    axes : tuple of int
-        The axes with stored slices.
-    label_voxels : dict
-        Number of voxels of each label value, without background and ignored voxels.
-    labelled_voxels : dict
-        ``labelled_voxels[axis][i]`` is the number of labelled voxels in slice ``i``, for all three axes.
-    files : dict
-        SHA-256 of every file of the case except this record's, by path within the case.
-    notes : tuple of str
-        Notes on the source files; see `Volume`.
-    ignore_label : int or None
-        The label value of voxels to ignore.
-    ignored_voxels : int
-        Number of ignored voxels.
-    """
+    """Record of one variant of one case; without names, dates, comments or paths of its source."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -177,36 +116,58 @@ class CaseRecord(BaseModel):
     case: str
     variant: str
     digest: str
+    """Identify the stored case."""
     volume_digest: str
+    """Digest of the image file and the bias parameters: equal if the corrected volume can be reused."""
     image_sha256: str
     label_sha256: str | None
+    """Digests of the source files; None for a missing label map."""
     voxels_sha256: str
+    """Digest of the voxels in anatomical order: equal for the same voxels in another file."""
     preprocessing: RecordedPreprocessing
+    """The parameters."""
     geometry: Geometry
+    """Grid of the source file, to which results are written back."""
     assumed_orientation: bool
+    """True if the source does not define its orientation."""
     image_dtype: str
     label_dtype: str | None
+    """Data types of the source files."""
     size_xyz: tuple[int, int, int]
     spacing_xyz_mm: Triple
+    """Grid of the volume in anatomical order."""
     sliced_size_xyz: tuple[int, int, int]
     sliced_spacing_xyz_mm: Triple
+    """Grid of the slices, which differs if they are resampled."""
     normalisation: Normalisation
+    """Maps the intensities of `volume/0` to those of the slices."""
     levels: Levels
+    """Scale of the 16-bit integers of the slices."""
     air_level: float
     tissue_threshold: float
     tissue_fraction: float
     tissue_percentiles: tuple[float, ...]
+    """See `PreparedVolume`."""
     log_bias_deviation: float
     noise_ratio: float = 0.0
     noise_share: float = 0.0
+    """See `CorrectedVolume`; revision 1 has no noise statistics."""
     tissue: TissueStatistics | None = None
+    """Statistics for the normalisation; None in revision 1."""
     axes: tuple[int, ...]
+    """The axes with stored slices."""
     label_voxels: dict[int, int]
+    """Number of voxels of each label value, without background and ignored voxels."""
     labelled_voxels: dict[int, tuple[int, ...]]
+    """``labelled_voxels[axis][i]`` is the number of labelled voxels in slice ``i``, for all three axes."""
     files: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of every file of the case except this record's, by path within the case."""
     notes: tuple[str, ...] = ()
+    """Notes on the source files; see `Volume`."""
     ignore_label: int | None = None
+    """The label value of voxels to ignore."""
     ignored_voxels: int = 0
+    """Number of ignored voxels."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: Callable[[CaseRecord], dict[str, Any]]) -> dict[str, Any]:

@@ -33,29 +33,21 @@ class NiftiForms(BaseModel):
 
     Both are in the header's RAS coordinates and in millimetres. Programs use one or the other, so both are kept and
     written back.
-
-    Attributes
-    ----------
-    qform_code, sform_code : int
-        Reference of each form: 1 scanner, 2 another scan, 4 a template; 0 or less if the form is not set.
-    quaternion : tuple of float
-        Parts b, c and d of the qform's unit quaternion.
-    qfac : float
-        -1 if the third axis is inverted, else 1.
-    qoffset_mm : tuple of float
-        Position of the first voxel in the qform.
-    srow_mm : tuple of three tuples of float
-        The sform: the first three rows of its 4 x 4 matrix.
     """
 
     model_config = ConfigDict(frozen=True)
 
     qform_code: int
     sform_code: int
+    """Reference of each form: 1 scanner, 2 another scan, 4 a template; 0 or less if the form is not set."""
     quaternion: Numbers
+    """Parts b, c and d of the qform's unit quaternion."""
     qfac: FiniteFloat
+    """-1 if the third axis is inverted, else 1."""
     qoffset_mm: Numbers
+    """Position of the first voxel in the qform."""
     srow_mm: tuple[Row, Row, Row]
+    """The sform: the first three rows of its 4 x 4 matrix."""
 
     def qform(self, spacing_mm: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the qform as a matrix, (3, 4): steps to the next voxel along each axis, and the first voxel."""

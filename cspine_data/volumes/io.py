@@ -17,9 +17,9 @@ import numpy as np
 from cspine_data.errors import InputError
 from cspine_data.extensions import FORMATS
 from cspine_data.files import atomic_write, make_folder
-from cspine_data.volumes import dicom
 from cspine_data.volumes.bounded import grid, stored_bytes
-from cspine_data.volumes.nrrd_writer import SEGMENTATION_SUFFIX as SEGMENTATION_SUFFIX
+from cspine_data.volumes.formats import dicom
+from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX as SEGMENTATION_SUFFIX
 from cspine_data.volumes.volume import Volume as Volume
 
 

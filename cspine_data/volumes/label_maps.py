@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
+from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX
 from cspine_data.volumes.geometry import Geometry
-from cspine_data.volumes.nrrd_writer import SEGMENTATION_SUFFIX
 from cspine_data.volumes.volume import Volume
 
 # Rounding error of whole numbers in single precision.

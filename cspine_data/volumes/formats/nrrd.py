@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from cspine_data.errors import InputError
 from cspine_data.names import on_disk
 from cspine_data.volumes.bounded import Source, check_claim, grid, stored_bytes
+from cspine_data.volumes.formats.nrrd_writer import write as write
 from cspine_data.volumes.geometry import Geometry
-from cspine_data.volumes.nrrd_writer import write as write
 from cspine_data.volumes.volume import Volume
 
 _MAX_HEADER_BYTES = 1 << 20

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import InputError, count
 from cspine_data.volumes.bounded import RESAMPLE, check_claim, grid
-from cspine_data.volumes.dicom_frames import CONVERT, FETCH, Frame, frames_of, is_dicom, transfer_syntax, untrusted
+from cspine_data.volumes.formats.dicom_frames import (
+    CONVERT,
+    FETCH,
+    Frame,
+    frames_of,
+    is_dicom,
+    transfer_syntax,
+    untrusted,
+)
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, skew
 
 #: Separates a folder or file from the number of one of its volumes: ``folder#2``.
