@@ -529,7 +529,7 @@ def test_nothing_labelled_is_told_before_training(tmp_path: Path) -> None:
 )
 def test_a_damaged_record_is_told(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunError, match=f"{message} .*; train it anew"):
+    with pytest.raises(RunError, match=f"{message} .*; train it again"):
         load_run(tmp_path)
 
 

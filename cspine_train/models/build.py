@@ -178,5 +178,5 @@ def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classe
         network.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{path}: cannot be loaded ({reason}); train the run anew") from None
+        raise ModelError(f"{path}: cannot be loaded ({reason}); train the run again") from None
     return network.eval()

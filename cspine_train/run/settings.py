@@ -221,8 +221,8 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
 
     @model_validator(mode="after")
     def _postprocessing_is_for_one_label(self) -> Self:
-        for asked, option in ((self.largest_components, "--largest-components"), (self.fill_holes, "--fill-holes")):
-            if asked and self.labels == "stored":
+        for requested, option in ((self.largest_components, "--largest-components"), (self.fill_holes, "--fill-holes")):
+            if requested and self.labels == "stored":
                 raise ValueError(f"{option} is for binary labels; leave it out")
         return self
 
