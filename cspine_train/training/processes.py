@@ -54,7 +54,9 @@ class Machines(BaseModel):
     strategy: Literal["auto", "ddp"] = "auto"
     deterministic: bool = False
 
-    def _devices_of_a_node(self) -> int:
+    @property
+    def devices_of_a_node(self) -> int:
+        """Number of devices to use on this machine; a `RunError` if it has fewer GPUs."""
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
         if self.devices == "auto":
             return gpus or 1
@@ -71,7 +73,7 @@ class Machines(BaseModel):
         Raises `RunError` if the machine has fewer GPUs, processes cannot be started, or torchrun started another number
         of them.
         """
-        devices = self._devices_of_a_node()
+        devices = self.devices_of_a_node
         options: dict[str, Any] = {"devices": devices, "num_nodes": self.nodes, "use_distributed_sampler": False}
         options |= {"deterministic": self.deterministic or None}
         world = devices * self.nodes
