@@ -46,14 +46,8 @@ from cspine_train.run.settings import OptimisationSettings, RunSettings
 from cspine_train.training.callbacks import Curves, Keep, Plateau, WeightEMA
 from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.training.loggers import check_loggers, open_loggers
-from cspine_train.training.processes import (
-    ONE_DEVICE,
-    Machines,
-    ProcessCheck,
-    precision_of,
-    synchronised,
-    training_errors,
-)
+from cspine_train.training.optimisers import precision_of
+from cspine_train.training.processes import ONE_DEVICE, Machines, ProcessCheck, synchronised, training_errors
 from cspine_train.training.progress import TrainingProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
 from cspine_train.training.step_check import check_steps

@@ -1,4 +1,4 @@
-"""Devices, processes and numeric precision of a run, through Lightning."""
+"""Devices and processes of a run, through Lightning's DDP."""
 
 from __future__ import annotations
 
@@ -110,24 +110,6 @@ class Machines(BaseModel):
 
 #: The default: one device.
 ONE_DEVICE = Machines()
-
-
-def precision_of(name: str) -> Any:
-    """Return Lightning's name of a precision: ``auto``, ``32`` or ``bf16``.
-
-    ``auto`` is bf16 if the processor has it, else 32.
-    """
-    half = name == "bf16"
-    if name == "auto":
-        half = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else "avx512_bf16" in _cpu_information()
-    return "bf16-mixed" if half else "32-true"
-
-
-def _cpu_information() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 class _DDP(DDPStrategy):
