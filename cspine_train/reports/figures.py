@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.tools import atomic_write
+from cspine_train.errors import reason_of
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MONITOR, read_rows
 from cspine_train.run.planes import PLANES
@@ -90,8 +91,7 @@ def never_fatal(what: str) -> Iterator[None]:
         yield
     # Fonts, disks, memory, a store that was removed.
     except Exception as error:  # noqa: BLE001
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        warnings.warn(f"{what}: could not be made ({reason}); the run goes on without it", stacklevel=3)
+        warnings.warn(f"{what}: could not be made ({reason_of(error)}); the run goes on without it", stacklevel=3)
 
 
 def draw_overlays(path: Path, views: Sequence[SliceView], title: str, notes: Sequence[str] = ()) -> None:
