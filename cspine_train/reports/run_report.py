@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cspine_train.metrics.overlap import Measure
-from cspine_train.metrics.statistics import too_few
+from cspine_train.metrics.statistics import counted, too_few
 from cspine_train.run.evaluations import mean_over_patients, patient_measures, recorded_evaluations
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
@@ -79,7 +79,7 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         patients = [row for row in rows if row["split"] == split]
         known = [mean_over_patients(patients, measure) for measure in patient_measures()]
         yield {
-            "title": f"mean of {len(patients)} {split} patient{'s' if len(patients) > 1 else ''}",
+            "title": f"mean of {counted(len(patients), f'{split} patient')}",
             "few": too_few(len(patients), split),
             "means": [
                 _figure(measure, one.mean if one else None)
