@@ -617,7 +617,7 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_
         (("--pixel-mm", "-1"), "-1.0 is not in the range x>=0.05"),
         (("--learning-rate", "nan"), "--learning-rate: Input should be a finite number"),
         (("--crop-margin-mm", "inf"), "--crop-margin-mm: Input should be a finite number"),
-        (("--fold", "1"), "a fold needs --folds, the number of all"),
+        (("--fold", "1"), "a fold needs --folds"),
         (("--folds", "5", "--fold", "5"), "fold 5 is none of 5, which are counted from 0"),
     ],
 )
