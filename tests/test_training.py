@@ -648,7 +648,7 @@ def test_a_store_that_moved_is_asked_for(trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
     record = load_record(run)
     (run / "run.json").write_text(record.model_copy(update={"store": str(tmp_path / "gone.zarr")}).model_dump_json())
-    with pytest.raises(RunError, match="gone.zarr: is not there any more; say with --store where the store of"):
+    with pytest.raises(RunError, match="gone.zarr: does not exist any more; .*--store"):
         evaluate(run)
     assert evaluate(run, store=record.store).scores
 
