@@ -35,6 +35,11 @@ def error_message(name: str, error: Exception) -> str:
     return str(error) if isinstance(error, CspineTrainError) else describe_problem(name, error).message
 
 
+def reason_of(error: Exception) -> str:
+    """Return the text of an error of a library as one line of at most 200 characters; its type if it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def meant(name: str, known: Iterable[str]) -> str:
     """Return a suggestion in brackets: the known name most similar to an unknown one; empty if none is similar."""
     near = difflib.get_close_matches(name, known, n=1)

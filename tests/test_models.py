@@ -188,5 +188,5 @@ def test_a_tampered_model_is_refused(damage: str, tmp_path: Path) -> None:
         path.unlink()
     else:
         save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be loaded .*; train the run anew"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be loaded .*; train the run again"):
         load_model("fpn", "resnet18", tmp_path)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from cspine_train import RunError, RunSettings, train
 from cspine_train.run.folder import MONITOR
 from cspine_train.training.callbacks import Plateau, WeightEMA
-from cspine_train.training.optimisers import cosine_share, optimisation
+from cspine_train.training.optimisers import cosine_share, optimisation, precision_of
 from cspine_train.training.processes import training_errors
 from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
@@ -217,3 +217,20 @@ def test_steps_that_cannot_be_compiled_are_told_in_one_line(tmp_path: Path) -> N
     told = r"cannot be trained with --compile here \(.*No working C\+\+ compiler found.*\); leave the option out$"
     with pytest.raises(RunError, match=told), training_errors(trainer, tmp_path):
         raise TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [
+        ("auto", "flags : avx2 avx512_bf16", "bf16-mixed"),
+        ("auto", "flags : avx2", "32-true"),
+        ("32", "flags : avx512_bf16", "32-true"),
+        ("bf16", "", "bf16-mixed"),
+    ],
+)
+def test_automatic_precision_is_that_of_the_processor(
+    name: str, flags: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("cspine_train.training.optimisers._cpu_information", lambda: flags)
+    assert precision_of(name) == expected

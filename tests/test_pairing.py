@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,11 +94,12 @@ def test_a_store_knows_a_case_by_its_name_in_either_encoding(tmp_path: Path, ser
 def test_weights_and_comparisons_take_a_name_in_either_encoding() -> None:
     import numpy as np
 
-    from cspine_train.data.sampling import weights_of
+    from cspine_train.data.datamodule import _weights
     from cspine_train.run.settings import RunSettings
 
     for asked, stored in ((NFC, NFD), (NFD, NFC)):
-        assert weights_of([stored, "A"], {asked: 3.0}, [stored, "A"]).tolist() == [3.0, 1.0]
+        weighted = RunSettings(case_weights={asked: 3.0})
+        assert _weights([stored, "A"], weighted, SimpleNamespace(cases=(stored, "A"))).tolist() == [3.0, 1.0]
         settings = RunSettings(case_weights={asked: 0.0})
         assert (settings.weight_of(stored), settings.weight_of("A")) == (0.0, 1.0)
         np.testing.assert_equal(settings.case_weights, {NFC: 0.0})

@@ -182,7 +182,7 @@ def tilted(volume: Volume) -> Volume:
         (tilted, "its grid is tilted by 29 degrees, in training by at most"),
         (inverted, "its tissue's intensities have another distribution than in training"),
         (lambda v: Volume(v.array - 1000, v.geometry), "its air is as dark as in CT, unlike training volumes"),
-        (lambda v: replace(v, assumed_orientation=True), "it does not say how it lies in the patient, and was taken"),
+        (lambda v: replace(v, assumed_orientation=True), "its file holds no orientation; LPS is assumed"),
     ],
 )  # fmt: skip
 def test_in_what_a_volume_is_unlike_training_is_told(
@@ -405,7 +405,7 @@ def test_what_contradicts_itself_is_refused_at_once(
 ) -> None:
     volume = write_case(tmp_path / "raw", "A", label=False)
     for asked, told in (
-        ((volume, "--run", run, "--run", f"{run}/", "-o", "o"), "a --run is given twice; --weights says what each"),
+        ((volume, "--run", run, "--run", f"{run}/", "-o", "o"), "a --run is given twice"),
         ((tmp_path / "no.nrrd", "--run", run, "-o", "o"), "no.nrrd: does not exist; check the path"),
         ((volume, "--run", run, "--format", "seg.nrrd", "-o", tmp_path / "m.nrrd"),
          "m.nrrd: does not end in .seg.nrrd; leave --format out"),

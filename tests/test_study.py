@@ -29,7 +29,7 @@ from cspine_data import Cohort, Preprocessing, open_cohort, prepare
 from cspine_data.tools import Workers, side_by_side, usable_cores
 from cspine_train import RunError, RunSettings, evaluate, train
 from cspine_train.metrics.overlap import MEASURES
-from cspine_train.run.patient_split import what_is_fed
+from cspine_train.run.patient_split import cohort_fields
 from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.study.cost import costs
 from cspine_train.study.plan import Cell, Grid, Plan, load_plan, plan_study, queued
@@ -436,7 +436,7 @@ def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(co
     run.mkdir(parents=True)
     with FileLock(run / ".lock") as others, cell_process(cohort, run, cell) as process:
         # A worker of a command that was killed may still be at this cell.
-        assert process.stderr.readline() == f"{run.name}: waits for another process that trains it\n"
+        assert process.stderr.readline() == f"{run.name}: waiting for another process that trains it\n"
         others.release()
         told = process.stdout.read()
     assert json.loads(told)["failure"].startswith("its data or weights file have changed")
@@ -449,7 +449,7 @@ def test_a_cell_goes_on_when_its_weights_have_moved_and_not_with_other_defaults(
     before = weighed(cohort, tmp_path / "weights.pth")
     run = tmp_path / "runs" / before.name
     (run / "evaluation").mkdir(parents=True)
-    known = what_is_fed(cohort, cohort.split(variant="raw"), "raw")
+    known = cohort_fields(cohort, cohort.split(variant="raw"), "raw")
     result = {
         "weights_used": "",
         "size_hw": (32, 32),

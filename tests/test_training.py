@@ -529,7 +529,7 @@ def test_nothing_labelled_is_told_before_training(tmp_path: Path) -> None:
 )
 def test_a_damaged_record_is_told(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunError, match=f"{message} .*; train it anew"):
+    with pytest.raises(RunError, match=f"{message} .*; train it again"):
         load_run(tmp_path)
 
 
@@ -617,7 +617,7 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_
         (("--pixel-mm", "-1"), "-1.0 is not in the range x>=0.05"),
         (("--learning-rate", "nan"), "--learning-rate: Input should be a finite number"),
         (("--crop-margin-mm", "inf"), "--crop-margin-mm: Input should be a finite number"),
-        (("--fold", "1"), "a fold needs --folds, the number of all"),
+        (("--fold", "1"), "a fold needs --folds"),
         (("--folds", "5", "--fold", "5"), "fold 5 is none of 5, which are counted from 0"),
     ],
 )
@@ -648,7 +648,7 @@ def test_a_store_that_moved_is_asked_for(trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
     record = load_record(run)
     (run / "run.json").write_text(record.model_copy(update={"store": str(tmp_path / "gone.zarr")}).model_dump_json())
-    with pytest.raises(RunError, match="gone.zarr: is not there any more; say with --store where the store of"):
+    with pytest.raises(RunError, match="gone.zarr: does not exist any more; .*--store"):
         evaluate(run)
     assert evaluate(run, store=record.store).scores
 

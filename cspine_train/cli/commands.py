@@ -269,7 +269,7 @@ def _print_prediction(done: Predicted) -> None:
     verb = "there already:" if done.already else "wrote"
     say(f"{verb} {done.label} (expected Dice {done.expected_dice:.3f}{agreement})")
     for warning in done.warnings:
-        say(f"warning: {done.volume}: {warning}; look before you count", err=True)
+        say(f"warning: {done.volume}: {warning}; check the label map", err=True)
 
 
 @main.command()

@@ -86,15 +86,15 @@ class CohortSlices(lightning.LightningDataModule):
         self._rank, self._world = rank, world
         #: The epoch to start from, and the number of its batches that are done; above 0 in a resumed run.
         self.first_epoch, self.batches_done = 0, 0
+        how: dict[str, Any] = {"variant": settings.variant, "labels": settings.labels, "context": settings.context}
+        train = cohort.slices(settings.axes, cases=split.train, **how)
+        validation = cohort.slices(settings.axes, cases=split.validation, **how)
+        weights = _weights(train.cases, settings, cohort)
         training, validating, testing = (
             _Records(cohort, part, settings.variant) for part in (split.train, split.validation, split.test)
         )
         #: Sizes of the images, see `ImageSizes`.
         self.sizes = image_sizes(training, validating, testing, settings, sides)
-        how: dict[str, Any] = {"variant": settings.variant, "labels": settings.labels, "context": settings.context}
-        train = cohort.slices(settings.axes, cases=split.train, **how)
-        validation = cohort.slices(settings.axes, cases=split.validation, **how)
-        weights = _weights(train.cases, settings, cohort)
         self._sampler = EpochSampler(
             train.labelled_voxels, settings.empty_share, settings.seed, train.case_numbers, weights, settings.balance
         )

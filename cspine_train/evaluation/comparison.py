@@ -123,8 +123,8 @@ def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:
     groups: dict[str, list[Path]] = {}
     for path, record in records.items():
         alike = record.settings.model_dump(exclude={"fold"} if record.settings.folds else set())
-        fed = record.preprocessing.model_dump(mode="json"), record.digests
-        key = json.dumps([alike, record.weights_used, *fed], sort_keys=True)
+        fields = record.preprocessing.model_dump(mode="json"), record.digests
+        key = json.dumps([alike, record.weights_used, *fields], sort_keys=True)
         # Without folds, equal runs are different models: their machines or stores may differ.
         groups.setdefault(key if record.settings.folds else str(path), []).append(path)
     for paths in groups.values():

@@ -24,7 +24,7 @@ from cspine_train.metrics.overlap import (
     mean_over_labels,
     measures,
 )
-from cspine_train.metrics.statistics import MeanInterval, mean_interval, of_patients
+from cspine_train.metrics.statistics import MeanInterval, counted, mean_interval, of_patients
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, Gallery
 from cspine_train.prediction.predictor import LoadedRun, load_run
 from cspine_train.prediction.stored_volumes import Segmented, check_trained_on, segment
@@ -243,7 +243,7 @@ def _evaluate(
     pictures: list[Path] = []
     # Before the scores, which mark the evaluation as complete.
     with never_fatal(f"{folder}: pictures"):
-        of = f"{len(scores)} {' and '.join(splits)} patient{'s' if len(scores) > 1 else ''}"
+        of = counted(len(scores), f"{' and '.join(splits)} patient")
         pictures += gallery.draw(folder, f"{name}-", of, record.caveats())
     evaluation = _written(loaded, name, tuple(scores), tuple(failed), time.monotonic() - started, nothing)
     files = [*evaluation.files, *pictures]

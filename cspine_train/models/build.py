@@ -16,7 +16,7 @@ from torch import nn
 
 from cspine_data.tools import atomic_write, make_folder
 from cspine_train.data.sizes import Sides
-from cspine_train.errors import ModelError, RunError, meant
+from cspine_train.errors import ModelError, RunError, meant, reason_of
 from cspine_train.extensions import ARCHITECTURES, load, names
 from cspine_train.models.pretrained import give_weights
 
@@ -125,7 +125,7 @@ def _create(model: str, encoder: str, weights: str | None, channels: int, classe
             raise
         # Architectures, encoders, timm and the hub raise errors of many kinds.
         except Exception as error:  # noqa: BLE001
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)
     raise ModelError(
         f"{model} with encoder {encoder!r}: cannot be built ({reason}); choose another --encoder or --model, "
         "cspine-train models lists them"
@@ -177,6 +177,5 @@ def load_model(model: str, encoder: str, folder: Path, channels: int = 1, classe
     try:
         network.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{path}: cannot be loaded ({reason}); train the run anew") from None
+        raise ModelError(f"{path}: cannot be loaded ({reason_of(error)}); train the run again") from None
     return network.eval()

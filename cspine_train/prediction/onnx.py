@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cspine_data.tools import atomic_write, make_folder
-from cspine_train.errors import ModelError, RunError
+from cspine_train.errors import ModelError, RunError, reason_of
 from cspine_train.models.build import sides_of
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.run.process_state import quieten, restored_process_state
@@ -83,7 +83,7 @@ def export_onnx(loaded: LoadedRun, output: Path) -> bool:
                 _check(network, loaded, file, any_size)
             # PyTorch's exporter and onnxruntime raise errors of many kinds.
             except Exception as error:  # noqa: BLE001
-                reasons.append(" ".join(str(error).split())[:160])
+                reasons.append(reason_of(error))
             else:
                 _describe(loaded, file, any_size)
                 with atomic_write(output) as temporary:

@@ -13,6 +13,7 @@ import numpy as np
 from cspine_data import Cohort
 from cspine_data.tools import make_folder
 from cspine_train.metrics.overlap import Overlap
+from cspine_train.metrics.statistics import counted
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented, segment_all
 from cspine_train.reports.figures import SliceView, as_seen, draw_overlays
@@ -98,7 +99,7 @@ def save_overlays(
     gallery = Gallery(record.settings.axes, (BEST, WORST))
     for segmented in segment_all(loaded, cohort, cases, progress):
         gallery.add(segmented)
-    of = f"{len(record.validation)} validation patient{'s' if len(record.validation) > 1 else ''}"
+    of = counted(len(record.validation), "validation patient")
     if len(cases) < len(record.validation):
         of = f"the first {len(cases)} of {of}"
     return gallery.draw(loaded.path / OVERLAYS_FOLDER, "", of, record.caveats())

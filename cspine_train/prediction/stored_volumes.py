@@ -87,9 +87,9 @@ def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:
         if now != then:
             raise RunError(
                 f"{cohort.path}: holds {case} prepared with {now.description}, and {loaded.path} was trained on "
-                f"{then.description}; prepare it that way again, or train anew"
+                f"{then.description}; prepare it that way again, or train again"
             )
-        raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it anew")
+        raise RunError(f"{cohort.path}: holds other data of {case} than {loaded.path} was trained with; train it again")
 
 
 def segment_all(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.tools import atomic_write
+from cspine_train.errors import reason_of
 from cspine_train.metrics.overlap import Overlap
-from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MONITOR
+from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MONITOR, read_rows
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import load_record
 
@@ -91,8 +91,7 @@ def never_fatal(what: str) -> Iterator[None]:
         yield
     # Fonts, disks, memory, a store that was removed.
     except Exception as error:  # noqa: BLE001
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        warnings.warn(f"{what}: could not be made ({reason}); the run goes on without it", stacklevel=3)
+        warnings.warn(f"{what}: could not be made ({reason_of(error)}); the run goes on without it", stacklevel=3)
 
 
 def draw_overlays(path: Path, views: Sequence[SliceView], title: str, notes: Sequence[str] = ()) -> None:
@@ -154,14 +153,13 @@ def _show(axes: Axes, view: SliceView) -> None:
 def draw_curves(run: Path) -> None:
     """Draw `curves.png` of a run folder from its `metrics.csv`: loss, validation Dice and learning rate by epoch."""
     record = load_record(run)
-    with (run / METRICS_NAME).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    epochs = [int(row["epoch"]) + 1 for row in rows]
+    shown = {"train_loss": "training loss", MONITOR: "validation Dice", "learning_rate": "learning rate"}
+    rows = read_rows(run / METRICS_NAME, {"epoch": int, **dict.fromkeys(shown, float)})
+    epochs = [row["epoch"] + 1 for row in rows]
     figure = _figure(6.4, 6.4)
     panels = figure.subplots(3, 1, sharex=True)
-    shown = (("train_loss", "training loss"), (MONITOR, "validation Dice"), ("learning_rate", "learning rate"))
-    for axes, (name, label) in zip(panels, shown, strict=True):
-        axes.plot(epochs, [float(row[name]) for row in rows], color="black", marker=".", linewidth=1)
+    for axes, (name, label) in zip(panels, shown.items(), strict=True):
+        axes.plot(epochs, [row[name] for row in rows], color="black", marker=".", linewidth=1)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if record.kept_epoch is not None:

@@ -37,7 +37,7 @@ def write_card(run: Path, record: RunRecord) -> Path:
         undefined=StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else escaped(value),
     )
-    pages.filters["told"] = lambda dice: Markup(mean_interval(dice, (0.0, 1.0)).text())  # noqa: S704
+    pages.filters["with_interval"] = lambda dice: Markup(mean_interval(dice, (0.0, 1.0)).text())  # noqa: S704
     pages.filters["capitalize_first"] = lambda text: text[0].upper() + text[1:]
     text = pages.get_template("model_card.md.jinja").render(**_fields(run, record))
     write_text(run / CARD_NAME, text)

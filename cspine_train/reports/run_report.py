@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cspine_train.metrics.overlap import Measure
-from cspine_train.metrics.statistics import too_few
+from cspine_train.metrics.statistics import counted, too_few
 from cspine_train.run.evaluations import mean_over_patients, patient_measures, recorded_evaluations
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
@@ -79,7 +79,7 @@ def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         patients = [row for row in rows if row["split"] == split]
         known = [mean_over_patients(patients, measure) for measure in patient_measures()]
         yield {
-            "title": f"mean of {len(patients)} {split} patient{'s' if len(patients) > 1 else ''}",
+            "title": f"mean of {counted(len(patients), f'{split} patient')}",
             "few": too_few(len(patients), split),
             "means": [
                 _figure(measure, one.mean if one else None)
@@ -98,7 +98,7 @@ def _figure(measure: Measure, figure: float | None) -> str:
 def embedded_pictures(named: Iterable[tuple[Path, str]]) -> list[dict[str, str]]:
     """Return the existing pictures as text for a page, with their captions."""
     return [
-        {"data": base64.b64encode(path.read_bytes()).decode(), "told": caption}
+        {"data": base64.b64encode(path.read_bytes()).decode(), "caption": caption}
         for path, caption in named
         if path.exists()
     ]
@@ -120,7 +120,7 @@ def slice_plots(table: Path) -> Iterator[dict[str, Any]]:
             before = index
         mean = sum(dice for _, dice in points) / len(points)
         caption = f"{case}, {plane}: mean {mean:.3f} over {len(points)} slices"
-        yield {"told": caption, "path": path, "first": first, "last": last, "lowest": mean}
+        yield {"caption": caption, "path": path, "first": first, "last": last, "lowest": mean}
 
 
 def _plane(axis: str) -> str:
@@ -143,7 +143,7 @@ def _confusion(table: Path) -> dict[str, Any] | None:
                 "value": value,
                 "voxels": int(voxels.sum()),
                 "shares": [
-                    {"told": f"{100 * share:.1f}", "own": value == other}
+                    {"text": f"{100 * share:.1f}", "own": value == other}
                     for other, share in (voxels / voxels.sum()).items()
                 ],
             }

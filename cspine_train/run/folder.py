@@ -59,7 +59,7 @@ def read_rows(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[d
     except FileNotFoundError:
         return []
     except (ValueError, LookupError, TypeError, csv.Error) as error:
-        raise RunError(f"{path}: is damaged ({error}); restore it, or make it anew") from None
+        raise RunError(f"{path}: is damaged ({error}); restore it, or make it again") from None
 
 
 def is_in_use(folder: Path) -> bool:

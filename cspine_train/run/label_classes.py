@@ -32,8 +32,8 @@ def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[
     if too_wide or len(values) > MOST_LABELS:
         problem = f"the label value {too_wide[0]}" if too_wide else f"{len(values)} different label values"
         raise RunError(
-            f"{cohort.path}: its training cases have {problem}; a network has at most {MOST_LABELS} classes, of 32-bit "
-            "label values: renumber them, or train with --labels binary"
+            f"{cohort.path}: its training cases have {problem}; at most {MOST_LABELS} values of 32 bits are possible: "
+            "renumber them, or train with --labels binary"
         )
     return tuple(sorted(values))
 

@@ -29,7 +29,7 @@ def split_of(cohort: Cohort, settings: DataSettings) -> Split:
     return split
 
 
-def what_is_fed(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
+def cohort_fields(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     """Return the fields of a run's record about its cases; a `RunError` if their preprocessing differs."""
     cases = (*split.train, *split.validation, *split.test)
     first = cohort.record(cases[0], variant)

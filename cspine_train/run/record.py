@@ -157,7 +157,7 @@ def load_record(run: Path) -> RunRecord:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
-        raise RunError(f"{run / RECORD_NAME}: is damaged ({where}: {first['msg']}); train it anew") from None
+        raise RunError(f"{run / RECORD_NAME}: is damaged ({where}: {first['msg']}); train it again") from None
 
 
 def record_to_resume(run: Path, settings: RunSettings, digests: dict[str, str], first: bool) -> RunRecord | None:

@@ -25,7 +25,7 @@ from pydantic import (
 from cspine_train.extensions import AUGMENTATIONS, LOSSES, check_name
 from cspine_train.run.planes import AXES
 
-# A record may come from anybody: beyond these bounds a run needs more memory than any machine has.
+# A record may come from anybody: beyond these bounds, a run needs more memory than any machine has.
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -33,16 +33,16 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attri
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a field is written on the command line, where its name and type do not say it.
+    """Option of a field, if it does not follow from name and type.
 
     Attributes
     ----------
     option : str
-        The option's name.
+        Name of the option.
     metavar : str or None
-        Placeholder for its value in the help.
+        Placeholder of its value in the help.
     choices : tuple of str
-        What it can be; any text where empty.
+        Possible values; empty for any text.
     multiple : bool
         Whether the option may be given several times.
     """
@@ -133,7 +133,7 @@ class DataSettings(BaseModel):
     crop_margin_mm: float | None = Field(default=None, ge=0)
     """Train on random crops of the size of the largest labelled region plus this margin, mm; default: whole slices."""
     empty_share: float = Field(default=0.25, ge=0)
-    """Slices without a label in an epoch, as a share of those with one."""
+    """Empty slices in an epoch, as a share of the labelled ones."""
     case_weights: Annotated[
         dict[str, Annotated[float, Field(ge=0)]],
         BeforeValidator(_case_weights),
@@ -141,7 +141,7 @@ class DataSettings(BaseModel):
     ] = Field(default_factory=dict)
     """How often slices of CASE are seen, relative to the others; 0 leaves them out. May be given several times."""
     balance: Literal["slices", "cases"] = "slices"
-    """What is seen equally often, times its weight: each labelled slice, or each case."""
+    """Sample each labelled slice, or each case, equally often, times its weight."""
     augment: Annotated[str, AfterValidator(_check_augmentations), Spelling(metavar="NAME[+NAME]")] = "light"
     """Augmentation: none; light: position, contrast, noise; reference: the 2020 study's; strong: for scans of other
     scanners and sequences; or a plug-in's. +NAME adds a plug-in's transform."""
@@ -204,9 +204,9 @@ class PostprocessingSettings(BaseModel):
 
 
 class RunSettings(ModelSettings, DataSettings, OptimisationSettings, PostprocessingSettings):
-    """Settings that decide the outcome of a run: two runs of equal settings on equal data give equal models.
+    """Settings that decide the outcome of a run: equal settings and data give equal models.
 
-    The fields and their meaning are those of the four parts; `cspine-train run --help` lists them.
+    The four parts define the fields; `cspine-train run --help` lists them.
     """
 
     model_config = _FROZEN
@@ -214,15 +214,15 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
     @model_validator(mode="after")
     def _fold_is_one_of_folds(self) -> Self:
         if self.fold and not self.folds:
-            raise ValueError("a fold needs --folds, the number of all")
+            raise ValueError("a fold needs --folds, the number of folds")
         if self.folds and self.fold >= self.folds:
             raise ValueError(f"fold {self.fold} is none of {self.folds}, which are counted from 0")
         return self
 
     @model_validator(mode="after")
     def _postprocessing_is_for_one_label(self) -> Self:
-        for asked, option in ((self.largest_components, "--largest-components"), (self.fill_holes, "--fill-holes")):
-            if asked and self.labels == "stored":
+        for requested, option in ((self.largest_components, "--largest-components"), (self.fill_holes, "--fill-holes")):
+            if requested and self.labels == "stored":
                 raise ValueError(f"{option} is for binary labels; leave it out")
         return self
 
@@ -234,7 +234,7 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
 
 
 def problem_of(error: ValidationError) -> str:
-    """Return the first problem of invalid settings in one line, with the option that it is about."""
+    """Return the first problem of invalid settings in one line, with the name of the option."""
     first = error.errors()[0]
     name, *within = map(str, first["loc"] or ("",))
     where = " ".join([option_name(name), *within]) + ": " if name else ""
@@ -242,7 +242,7 @@ def problem_of(error: ValidationError) -> str:
 
 
 def option_name(field: str) -> str:
-    """Return the command line's name of a field of `RunSettings`."""
+    """Return the option of a field of `RunSettings`."""
     known = RunSettings.model_fields.get(field)
     return (known and spelling_of(known.metadata).option) or "--" + field.replace("_", "-")
 

@@ -20,7 +20,7 @@ from cspine_train.run.patient_split import split_of
 from cspine_train.run.process_state import restored_process_state
 from cspine_train.run.settings import RunSettings
 from cspine_train.study.plan import Cell
-from cspine_train.training.processes import precision_of
+from cspine_train.training.optimisers import precision_of
 from cspine_train.training.step_check import check_steps
 
 # The fastest step counts: the first one is slower, and other work on the machine makes steps slower.

@@ -25,22 +25,19 @@ def check_weights(cells: Sequence[Cell]) -> None:
     The error has a line of details for each such encoder.
     """
     reasons: dict[tuple[str, str], str] = {}
-    fit: set[tuple[str, str]] = set()
-    settings = (cell.settings for cell in cells)
-    for model, encoder, weights, channels in dict.fromkeys(
-        (s.model, s.encoder, s.weights, s.channels) for s in settings
-    ):
-        key = encoder, weights
-        if weights == "none" or key in fit or key in reasons:
+    checked: set[tuple[str, str]] = set()
+    for one in (cell.settings for cell in cells):
+        key = one.encoder, one.weights
+        if one.weights == "none" or key in checked:
             continue
         try:
-            build_model(model, encoder, "none", channels)
+            build_model(one.model, one.encoder, "none", one.channels)
         except ModelError:
             # Not a problem of weights; the cell will fail with this message.
             continue
+        checked.add(key)
         try:
-            build_model(model, encoder, weights, channels)
-            fit.add(key)
+            build_model(one.model, one.encoder, one.weights, one.channels)
         except ModelError as error:
             reasons[key] = str(error)
     if not reasons:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cspine_data import Cohort
 from cspine_train.errors import RunError
 from cspine_train.run.folder import write_text
-from cspine_train.run.patient_split import split_of, what_is_fed
+from cspine_train.run.patient_split import cohort_fields, split_of
 from cspine_train.run.planes import AXES
 from cspine_train.run.settings import RunSettings, problem_of
 
@@ -161,17 +161,17 @@ def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
     CspineDataError
         If the store lacks a variant, an axis or a fold.
     """
-    fed: dict[tuple[str, int | None, int], Any] = {}
+    fields: dict[tuple[str, int | None, int], Any] = {}
     files: dict[str, str] = {}
     cells: dict[str, Cell] = {}
     for one in settings:
         key = one.variant, one.folds, one.fold
-        if key not in fed:
+        if key not in fields:
             split = split_of(cohort, one)
-            fed[key] = split, what_is_fed(cohort, split, one.variant)["digests"]
+            fields[key] = split, cohort_fields(cohort, split, one.variant)["digests"]
         if one.weights not in files:
             files[one.weights] = _digest_of_file(Path(one.weights)) if _starts_from_file(one) else ""
-        split, digests = fed[key]
+        split, digests = fields[key]
         cohort.slices(one.axes, cases=split.train, variant=one.variant)
         # The split depends on when cases were added to the store.
         parts = [[[case, digests[case]] for case in part] for part in (split.train, split.validation, split.test)]
@@ -181,7 +181,7 @@ def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
         cells[name] = Cell(name=name, settings=one)
     if not cells:
         raise RunError("nothing to run: give at least one of each of --models, --encoders, --variants and --axes")
-    _check_same_patients(cohort, {key: split for key, (split, _) in fed.items()})
+    _check_same_patients(cohort, {key: split for key, (split, _) in fields.items()})
     return Plan(store=cohort.location, cells=tuple(cells.values()))
 
 

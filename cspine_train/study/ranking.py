@@ -111,7 +111,7 @@ def _others(factor: str) -> list[str]:
 
 
 def _blocks(scores: pd.DataFrame, factor: str) -> pd.DataFrame:
-    """Return the scores with a column a level of the factor, and a row a patient of otherwise equal conditions."""
+    """Return scores with a column for each level of a factor, and rows by the other factors and patient."""
     names = scores.columns.get_level_values(factor).unique()
     # Sorted by condition, so that the order of the study's rows does not matter.
     return scores.unstack().dropna().unstack(factor).reindex(columns=names)

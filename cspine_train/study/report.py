@@ -96,8 +96,8 @@ def _costs(cells: pd.DataFrame) -> Table:
 
 def _patients(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for condition, dice in scores(table).items():
-        dots = [{"x": f"{10 + 300 * one:.1f}", "told": f"{name}: {one:.4f}"} for name, one in dice.dropna().items()]
-        yield {"told": condition_name(condition), "dots": dots}
+        dots = [{"x": f"{10 + 300 * one:.1f}", "caption": f"{name}: {one:.4f}"} for name, one in dice.dropna().items()]
+        yield {"caption": condition_name(condition), "dots": dots}
 
 
 def _curves(study: Path, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -108,7 +108,7 @@ def _curves(study: Path, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         path = " ".join(f"{'L' if n else 'M'}{30 + n * step:.1f} {100 - 95 * d:.1f}" for n, d in enumerate(dice))
         # A single point would be invisible.
         path += " h3" if len(dice) == 1 else ""
-        yield {"told": f"{title}: {max(dice, default=0.0):.3f}", "last": len(dice), "path": path}
+        yield {"caption": f"{title}: {max(dice, default=0.0):.3f}", "last": len(dice), "path": path}
 
 
 def _shown(study: Path, table: pd.DataFrame, cells: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -122,7 +122,7 @@ def _shown(study: Path, table: pd.DataFrame, cells: Mapping[str, str]) -> Iterat
         yield {
             # Examples, not a ranking: often a cell has one or two patients.
             "title": f"{kind} Dice of a cell",
-            "told": (
+            "caption": (
                 f"{cells[cell]}: mean Dice {mean:.4f} of {counted(int(patients), 'patient')} ({RUNS_FOLDER}/{cell})"
             ),
             "pictures": embedded_pictures(

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 
 from cspine_data.tools import make_folder
-from cspine_train.errors import RunError, meant
+from cspine_train.errors import RunError, meant, reason_of
 from cspine_train.run.folder import MLFLOW_FOLDER, MONITOR, TENSORBOARD_FOLDER, write_text
 from cspine_train.run.process_state import quieten
 from cspine_train.run.record import RunRecord
@@ -53,7 +53,7 @@ class RunLogger(Logger):
         except Exception as error:  # noqa: BLE001
             self._failed = True
             name = next(name for name, kind in LOGGERS.items() if isinstance(self, kind))
-            warnings.warn(f"logger {name} failed ({_reason(error)}); training continues without it", stacklevel=3)
+            warnings.warn(f"logger {name} failed ({reason_of(error)}); training continues without it", stacklevel=3)
 
 
 class RunTensorBoard(RunLogger, TensorBoardLogger):
@@ -105,7 +105,7 @@ class RunMLflow(RunLogger, MLFlowLogger):
             client = self.experiment
         except MlflowException as error:
             raise RunError(
-                f"logger mlflow: run {run_id} is unavailable ({_reason(error)}); name the server that has it, or "
+                f"logger mlflow: run {run_id} is unavailable ({reason_of(error)}); name the server that has it, or "
                 f"delete {known} to start a new one"
             ) from error
         client.update_run(run_id, status="RUNNING")
@@ -140,9 +140,5 @@ def open_loggers(names: Sequence[str], run: Path, record: RunRecord, epochs: int
         except RunError:
             raise
         except Exception as error:
-            raise RunError(f"logger {name}: cannot start ({_reason(error)}); correct that or omit it") from error
+            raise RunError(f"logger {name}: cannot start ({reason_of(error)}); correct that or omit it") from error
     return opened
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,8 +1,9 @@
-"""Optimiser and learning rate schedule."""
+"""Optimiser, learning rate schedule and numeric precision."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,3 +43,21 @@ def cosine_share(step: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def precision_of(name: str) -> Any:
+    """Return Lightning's name of a precision: ``auto``, ``32`` or ``bf16``.
+
+    ``auto`` is bf16 if the processor has it, else 32.
+    """
+    half = name == "bf16"
+    if name == "auto":
+        half = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else "avx512_bf16" in _cpu_information()
+    return "bf16-mixed" if half else "32-true"
+
+
+def _cpu_information() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -39,21 +39,15 @@ from cspine_train.run.label_classes import (
     unknown_labels,
     unknown_labels_note,
 )
-from cspine_train.run.patient_split import split_of, what_is_fed
+from cspine_train.run.patient_split import cohort_fields, split_of
 from cspine_train.run.process_state import quieten, restored_process_state
 from cspine_train.run.record import RunRecord, record_to_resume, save_record
 from cspine_train.run.settings import OptimisationSettings, RunSettings
 from cspine_train.training.callbacks import Curves, Keep, Plateau, WeightEMA
 from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.training.loggers import check_loggers, open_loggers
-from cspine_train.training.processes import (
-    ONE_DEVICE,
-    Machines,
-    ProcessCheck,
-    precision_of,
-    synchronised,
-    training_errors,
-)
+from cspine_train.training.optimisers import precision_of
+from cspine_train.training.processes import ONE_DEVICE, Machines, ProcessCheck, synchronised, training_errors
 from cspine_train.training.progress import TrainingProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
 from cspine_train.training.step_check import check_steps
@@ -147,12 +141,12 @@ def _train(
     first = trainer.is_global_zero
     cohort = open_cohort(store)
     split = split_of(cohort, settings)
-    fed = what_is_fed(cohort, split, settings.variant)
-    earlier = record_to_resume(run, settings, fed["digests"], first)
+    fields = cohort_fields(cohort, split, settings.variant)
+    earlier = record_to_resume(run, settings, fields["digests"], first)
     if first and earlier is not None and not earlier.finished:
         lock.enter_context(only_writer(run))
         # Another process may have finished it before this one held the lock.
-        earlier = record_to_resume(run, settings, fed["digests"], first)
+        earlier = record_to_resume(run, settings, fields["digests"], first)
     if earlier is not None and earlier.finished:
         _log.info("nothing to do: %s is finished", run)
         return earlier
@@ -161,7 +155,7 @@ def _train(
     # A checkpoint holds the weights already.
     initial_weights = "none" if checkpoint else settings.weights
     module, data, made = _built(trainer, cohort, split, settings, initial_weights, workers)
-    record = RunRecord(settings=settings, **fed, **made, deterministic=bool(devices["deterministic"]))
+    record = RunRecord(settings=settings, **fields, **made, deterministic=bool(devices["deterministic"]))
     if earlier and checkpoint:
         kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
         record = record.model_copy(update=kept)

@@ -1,4 +1,4 @@
-"""Devices, processes and numeric precision of a run, through Lightning."""
+"""Devices and processes of a run, through Lightning's DDP."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class Machines(BaseModel):
     strategy: Literal["auto", "ddp"] = "auto"
     deterministic: bool = False
 
-    def _devices_of_a_node(self) -> int:
+    @property
+    def devices_of_a_node(self) -> int:
+        """Number of devices to use on this machine; a `RunError` if it has fewer GPUs."""
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
         if self.devices == "auto":
             return gpus or 1
@@ -71,7 +73,7 @@ class Machines(BaseModel):
         Raises `RunError` if the machine has fewer GPUs, processes cannot be started, or torchrun started another number
         of them.
         """
-        devices = self._devices_of_a_node()
+        devices = self.devices_of_a_node
         options: dict[str, Any] = {"devices": devices, "num_nodes": self.nodes, "use_distributed_sampler": False}
         options |= {"deterministic": self.deterministic or None}
         world = devices * self.nodes
@@ -108,24 +110,6 @@ class Machines(BaseModel):
 
 #: The default: one device.
 ONE_DEVICE = Machines()
-
-
-def precision_of(name: str) -> Any:
-    """Return Lightning's name of a precision: ``auto``, ``32`` or ``bf16``.
-
-    ``auto`` is bf16 if the processor has it, else 32.
-    """
-    half = name == "bf16"
-    if name == "auto":
-        half = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else "avx512_bf16" in _cpu_information()
-    return "bf16-mixed" if half else "32-true"
-
-
-def _cpu_information() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 class _DDP(DDPStrategy):

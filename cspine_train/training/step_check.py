@@ -16,7 +16,7 @@ from distributed.system import MEMORY_LIMIT
 from torch import nn
 
 from cspine_train.data.sizes import ImageSizes
-from cspine_train.errors import RunError
+from cspine_train.errors import RunError, reason_of
 from cspine_train.run.settings import RunSettings
 
 _GIB = 1024**3
@@ -60,7 +60,7 @@ def _refusal(settings: RunSettings, verb: str, size_hw: tuple[int, int]) -> Iter
         yield
     # Layers raise all kinds of errors for sizes that they do not take.
     except Exception as error:  # noqa: BLE001
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         named, size = f"{settings.model} with encoder {settings.encoder!r}: cannot {verb}", _text(size_hw)
         if reason.startswith(_ONE_VALUE):
             remedy = "--batch-size 2 or more" if settings.batch_size == 1 else "a larger --empty-share"

@@ -29,7 +29,7 @@ box.addEventListener("input", () => {
   const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
   let count = 0;
   for (const one of document.querySelectorAll("table.sortable tbody tr, figure.filtered")) {
-    const text = (one.dataset.told || Array.from(one.cells || [], (cell) => cell.textContent).join(" ")).toLowerCase();
+    const text = (one.dataset.caption || Array.from(one.cells || [], (cell) => cell.textContent).join(" ")).toLowerCase();
     one.hidden = !words.every((word) => text.includes(word));
     count += !one.hidden;
   }
