@@ -410,7 +410,7 @@ def test_the_table_has_a_row_for_each_patient_of_each_cell(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"epoch,valid_dice\n0,0.5\n", "is damaged ('seconds'); restore it, or make it anew"),
+        (b"epoch,valid_dice\n0,0.5\n", "is damaged ('seconds'); restore it, or make it again"),
         (
             b"epoch,valid_dice,seconds\n0,0.5,never\n",
             "is damaged (could not convert string to float: 'never'); ",
