@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from click.testing import Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -290,6 +292,24 @@ def test_no_patient_is_on_both_sides_of_a_split(tmp_path: Path, serially: None) 
     assert (after.validation, after.test) == (before.validation, before.test)
     table = open_cohort(store).table()
     assert table.loc["sub-1_STIR", ["patient", "sequence", "split"]].tolist() == ["sub-1", "STIR", "train"]
+
+
+def test_scan_reads_headers_only_and_writes_a_list(tmp_path: Path, run_data: Callable[..., Result]) -> None:
+    raw, table = tmp_path / "raw", tmp_path / "list.csv"
+    volume = write_case(raw / "P1", "T2")
+    write_case(raw / "P2", "T2")
+    # A damaged end, which only a full scan reads.
+    volume.write_bytes(volume.read_bytes()[:-40])
+    quick = run_data("scan", raw, "--quick", "--write-pairs", table)
+    assert quick.exit_code == 0
+    assert "2 cases with a readable header" in quick.output
+    full = run_data("scan", raw)
+    assert full.exit_code == 1
+    assert "P1/T2.nrrd" in full.output
+    table.write_text(table.read_text().replace("P1_T2,raw/P1/T2.nrrd", "moved,raw/P1/T2.nrrd"))
+    assert [case.id for case in find_cases(raw, table).cases] == ["P2_T2", "moved"]
+    again = run_data("scan", "--pairs", table, "--quick", "--exclude", "moved")
+    assert "1 case with a readable header" in again.output
 
 
 def test_neutral_patients_stay_the_same_as_cases_are_added(tmp_path: Path, serially: None) -> None:

@@ -74,13 +74,19 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
     cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "ignore_label", "trust_voxels")
 )
 @SOURCE
+@click.option("--quick", is_flag=True, help="Read headers only: fast, and without the checks of voxels.")
 @click.option("--write-pairs", type=PATH, metavar="FILE.csv", help="Write a list of the cases, for --pairs.")
 def scan(
-    source: Path, write_pairs: Path | None, ignore_label: int | None, trust_voxels: bool, **selection: Any
+    source: Path,
+    quick: bool,
+    write_pairs: Path | None,
+    ignore_label: int | None,
+    trust_voxels: bool,
+    **selection: Any,
 ) -> None:
     """List the cases in SOURCE and all problems, without writing anything."""
     from cspine_data.errors import Problem, count, printable
-    from cspine_data.sources.cases import scan_case
+    from cspine_data.sources.cases import scan_case, scan_header
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
 
@@ -92,7 +98,7 @@ def scan(
     seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
         for number, case in enumerate(listing.cases, start=1):
-            found = scan_case(case, seen, ignore_label, trust_voxels=trust_voxels)
+            found = scan_header(case) if quick else scan_case(case, seen, ignore_label, trust_voxels=trust_voxels)
             if isinstance(found, Problem):
                 problems.append(found)
             else:
@@ -108,10 +114,9 @@ def scan(
     if write_pairs is not None:
         write_list(write_pairs, listing.cases)
         click.echo(f"wrote {write_pairs}: {count(len(listing.cases), 'case')}; correct it and give it as --pairs")
-    click.echo(
-        f"{count(len(rows), 'case')} can be prepared, {unlabelled} without a label map; "
-        f"{count(len(problems), 'problem')}"
-    )
+    state = "with a readable header" if quick else "can be prepared"
+    cases = f"{count(len(rows), 'case')} {state}, {unlabelled} without a label map"
+    click.echo(f"{cases}; {count(len(problems), 'problem')}")
     if problems:
         raise SystemExit(1)
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from cspine_data.errors import CspineDataError, Problem, describe_problem, printable
 from cspine_data.preprocessing.tissue import tissue_threshold
-from cspine_data.volumes.geometry import Orientation
+from cspine_data.volumes.geometry import Geometry, Orientation
 from cspine_data.volumes.image_checks import usable_image
-from cspine_data.volumes.io import Volume, read_volume
+from cspine_data.volumes.io import Volume, read_geometry, read_volume
 from cspine_data.volumes.label_checks import (
     check_labels,
     check_not_the_image,
@@ -31,6 +31,7 @@ _LONGEST_NOTE = 200
 EMPTY_LABEL_MAP = "label map is empty: the case counts as unlabelled"
 _FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\]+")
 _LONGEST_ID_BYTES = 200
+_UNLABELLED = ": for prediction only"
 
 
 @dataclass(frozen=True)
@@ -215,12 +216,24 @@ def scan_case(
     orientation = geometry.orientation_code + (" (assumed)" if loaded.image.assumed_orientation else "")
     found = value_counts(loaded.label.array)[0].tolist() if loaded.label else []
     labels = " ".join(f"{value}{' (ignored)' * (value == ignore_label)}" for value in found if value)
-    row = (
-        case.id,
-        " x ".join(map(str, geometry.size)),
-        " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm),
-        orientation,
-        labels or "-",
-        case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}: for prediction only",
-    )
-    return ScannedCase(row, loaded.notes, loaded.label is not None)
+    label = case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}{_UNLABELLED}"
+    return ScannedCase((case.id, *_grid_cells(geometry), orientation, labels or "-", label), loaded.notes, bool(found))
+
+
+def scan_header(case: Case) -> ScannedCase | Problem:
+    """Describe a case by its headers alone; its voxels are neither read nor checked."""
+    try:
+        geometry = read_geometry(case.volume)
+        of_label = read_geometry(case.label) if case.label else None
+    except (CspineDataError, OSError, MemoryError) as error:
+        return describe_problem(case.id, error)
+    notes: tuple[str, ...] = ()
+    if of_label is not None and not of_label.same_place(geometry):
+        notes = ("the label map is on another grid; scan without --quick checks whether it can be used",)
+    label = case.label.name if case.label else f"none{_UNLABELLED}"
+    row = (case.id, *_grid_cells(geometry), geometry.orientation_code, "not read", label)
+    return ScannedCase(row, notes, case.label is not None)
+
+
+def _grid_cells(geometry: Geometry) -> tuple[str, str]:
+    return " x ".join(map(str, geometry.size)), " x ".join(f"{mm:.3g}" for mm in geometry.spacing_mm)

@@ -20,6 +20,7 @@ from cspine_data.files import atomic_write, make_folder
 from cspine_data.volumes.bounded import grid, stored_bytes
 from cspine_data.volumes.formats import dicom
 from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX as SEGMENTATION_SUFFIX
+from cspine_data.volumes.geometry import Geometry
 from cspine_data.volumes.volume import Volume as Volume
 
 
@@ -77,6 +78,26 @@ def read_volume(path: str | Path) -> Volume:
             return Volume(array, geometry, path, notes=notes)
         volume: Volume = _format(path).read(path)
         return volume
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "fix this and run it again") from None
+
+
+def read_geometry(path: str | Path) -> Geometry:
+    """Read the grid of a volume, from its header alone where the format can do that.
+
+    Raises
+    ------
+    InputError
+        As `read_volume`; damage of the voxels is not noticed.
+    """
+    path = Path(path)
+    try:
+        if _is_series(path):
+            return dicom.read_geometry(path)
+        form = _format(path)
+        reads = getattr(form, "read_geometry", None)
+        geometry: Geometry = reads(path) if reads else form.read(path).geometry
+        return geometry
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})", "fix this and run it again") from None
 

@@ -170,6 +170,11 @@ def files_of(path: Path) -> tuple[list[Path], int | None]:
     return sorted({frame.path for frame in volume.frames}), split_number(path)[1]
 
 
+def read_geometry(path: Path) -> Geometry:
+    """Read the grid of a DICOM volume."""
+    return _stacked(path, chosen(path)[0].frames)[1]
+
+
 def read(path: Path) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
     """Read a DICOM volume.
 

@@ -74,6 +74,11 @@ def read(path: Path) -> Volume:
     return Volume(array, header.geometry, path, header.assumed_orientation)
 
 
+def read_geometry(path: Path) -> Geometry:
+    """Read the grid from the header."""
+    return _read_header(path).geometry
+
+
 def files(path: Path) -> list[Path]:
     """Return the files of a volume: the header and its data file, if this is another file."""
     data_file = _read_header(path).data_file

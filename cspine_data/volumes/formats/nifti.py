@@ -117,6 +117,11 @@ def _read_header(path: Path) -> NiftiHeader:
         return _header(path, bytes(source.read(_HEADER_BYTES)))
 
 
+def read_geometry(path: Path) -> Geometry:
+    """Read the grid from the header."""
+    return _read_header(path).geometry
+
+
 def write(path: Path, volume: Volume, _segments: Mapping[int, str]) -> None:
     """Write a volume, compressed if the name ends in ``.gz``.
 

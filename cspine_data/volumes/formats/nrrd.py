@@ -100,6 +100,11 @@ class NrrdHeader:
     notes: tuple[str, ...]
 
 
+def read_geometry(path: Path) -> Geometry:
+    """Read the grid from the header."""
+    return read_header(path).geometry
+
+
 def read(path: Path) -> Volume:
     """Read a volume."""
     header = read_header(path)
