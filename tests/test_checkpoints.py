@@ -129,7 +129,7 @@ def test_early_stopping_goes_on_counting(
 ) -> None:
     """The rate falls on a plateau, and the run stops, when they would have."""
     # Dice that never gains: at any rate of learning, statistics of batch normalisation move it a little.
-    monkeypatch.setattr("cspine_train.training.segmentation_module.best_threshold", lambda counts: (0.5, 0.5))
+    monkeypatch.setattr("cspine_train.training.segmentation_module.best_threshold", lambda counts, patients: (0.5, 0.5))
     settings = RunSettings(**{**SMALL, "model": "linknet"}, learning_rate=1e-4, epochs=12, batch_size=32)
     train(phantom_store, tmp_path / "undisturbed", settings)
     count, run = batches_of(phantom_store, settings), tmp_path / "run"

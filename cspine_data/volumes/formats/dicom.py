@@ -165,9 +165,12 @@ def chosen(path: Path) -> tuple[DicomVolume, tuple[str, ...]]:
 
 
 def files_of(path: Path) -> tuple[list[Path], int | None]:
-    """Return the files of the volume that a path names, sorted by name, and its number if the path has one."""
+    """Return the files that a path names, sorted by name, and the number of the volume if the path has one."""
+    base, number = split_number(path)
+    if number is None:
+        return list(files(base)), None
     volume, _ = chosen(path)
-    return sorted({frame.path for frame in volume.frames}), split_number(path)[1]
+    return sorted({frame.path for frame in volume.frames}), number
 
 
 def read_geometry(path: Path) -> Geometry:
