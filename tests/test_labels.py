@@ -266,7 +266,7 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     """Through the command line: train, evaluate and predict."""
     import segmentation_models_pytorch as smp
 
-    run, options = tmp_path / "run", {**SMALL, "epochs": 1, "axis": "0", "labels": "stored", "loss": "dice_focal"}
+    run, options = tmp_path / "run", {**SMALL, "epochs": 3, "axis": "0", "labels": "stored", "loss": "dice_focal"}
     given = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     done = called("run", "--store", phantom_store, *given, "-o", run)
     assert "at the network's pixels and over labels 1, 2, 3, 4, 5, 6, 7" in done.output
@@ -276,7 +276,7 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     loaded, image = load_run(run), torch.rand(1, 1, 64, 64)
     with torch.inference_mode():
         again = smp.from_pretrained(str(run / "model")).eval()(image)
-        torch.testing.assert_close(again, loaded.network(image), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again, loaded.network(image), atol=1e-2, rtol=1e-3)
     scored = called("evaluate", run)
     assert scored.output.splitlines()[0].endswith("surface Dice at 1 mm  Dice of labels  IoU of labels")
     twin = shutil.copytree(run, tmp_path / "twin")
@@ -296,7 +296,7 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     }
     with (run / "evaluation" / "test.csv").open() as file:
         (row,) = csv.DictReader(file)
-    del columns[2]
+    columns[1:3] = ["patient", "split"]
     assert list(row) == [*columns, "batch_averaged_dice", "label_dice", "label_iou", "note"]
     assert float(row["dice"]) == pytest.approx(overlap(found.array > 0, truth.array > 0).dice, abs=1e-6)
     assert float(row["label_dice"]) == pytest.approx(mean_over_labels(overlaps, "dice"), abs=1e-6)

@@ -117,7 +117,7 @@ def test_scores_are_of_whole_volumes_patient_by_patient(trained: Path, phantom_s
     assert written["means"]["test"]["dice"]["mean"] == pytest.approx(evaluation.scores[1].dice, abs=1e-6)
     assert written["patients"][1]["dice"] == pytest.approx(evaluation.scores[1].dice, abs=1e-6)
     assert written["caveats"] == list(evaluation.caveats)
-    assert evaluation.files[0].read_text().startswith("case,split,dice,iou")
+    assert evaluation.files[0].read_text().startswith("case,patient,split,dice,iou")
 
 
 @pytest.mark.parametrize("case", ["CS_03", "CS_04"])
@@ -556,7 +556,7 @@ def test_the_command_line_evaluates_and_predicts(
     scored = run_train("evaluate", trained)
     assert scored.exit_code == 0
     columns = re.split("  +", scored.output.splitlines()[0])
-    assert columns[:5] == ["patient", "split", "Dice", "IoU", "Hausdorff 95 %, mm"]
+    assert columns[:5] == ["case", "split", "Dice", "IoU", "Hausdorff 95 %, mm"]
     assert re.search(r"CS_04 +test +0\.\d{4}", scored.output)
     assert "note: encoder tu-mobilenetv3_small_100 started from random weights" in scored.output
     assert "note: data: synthetic" in scored.output

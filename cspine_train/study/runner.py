@@ -144,8 +144,9 @@ def run_study(
         to_do = [cell for cell in plan.cells if not is_done(folder, cell)]
         number, threads, gpus = processes_here(workers, len(to_do))
         how = CellWork(str(folder), plan.store, () if scheduler else gpus, shares_cores=scheduler is not None)
+        processes = Workers(None if scheduler else number, scheduler, threads, resource=_GPU)
         outcomes: list[Outcome] = []
-        for batch in side_by_side(how, to_do, _lost, Workers(number, scheduler, threads, resource=_GPU)):
+        for batch in side_by_side(how, to_do, _lost, processes):
             for _, outcome in batch:
                 outcomes.append(outcome)
                 if outcome.failure:
