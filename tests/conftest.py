@@ -110,7 +110,7 @@ def run_data() -> Callable[..., Result]:
 
 
 def do_serially(patches: pytest.MonkeyPatch) -> None:
-    """Let `prepare` do its jobs one after the other in this process: hundreds of runs, without Dask's start."""
+    """Let `prepare` do its jobs one after the other in this process: starting Dask's workers takes seconds."""
 
     def run_jobs(work: Callable[..., object], jobs: Sequence[Job], store: Path, *_: object) -> Iterator[list[object]]:
         for job in jobs:
@@ -121,8 +121,14 @@ def do_serially(patches: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def serially(monkeypatch: pytest.MonkeyPatch) -> None:
-    do_serially(monkeypatch)
+def in_workers() -> None:
+    """Let `prepare` start worker processes, as users do; without it, a test prepares in its own process."""
+
+
+@pytest.fixture(autouse=True)
+def _serially(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "in_workers" not in request.fixturenames:
+        do_serially(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +137,9 @@ def ball_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("balls")
     for number, name in enumerate("AB"):
         write_case(folder / "raw", name, number)
-    assert prepare(folder / "raw", folder / "s.zarr", n4=False).done == ("A", "B")
+    with pytest.MonkeyPatch.context() as patches:
+        do_serially(patches)
+        assert prepare(folder / "raw", folder / "s.zarr", n4=False).done == ("A", "B")
     return folder
 
 
@@ -161,10 +169,11 @@ def run_train() -> Callable[..., Result]:
 
 @pytest.fixture(scope="module")
 def without_pictures() -> Iterator[None]:
-    """Let `train` leave out its pictures, which are drawn as long as a tiny network trains."""
+    """Let `train` and `evaluate` leave out their pictures, which take longer than training a tiny network."""
+    places = ("training.callbacks.draw_curves", "training.pipeline.draw_curves", "training.pipeline.save_overlays")
     with pytest.MonkeyPatch.context() as patches:
-        for place in ("callbacks.draw_curves", "pipeline.draw_curves", "pipeline.save_overlays"):
-            patches.setattr(f"cspine_train.training.{place}", lambda *_: ())
+        for place in (*places, "evaluation.scoring.Gallery.draw"):
+            patches.setattr(f"cspine_train.{place}", lambda *_: ())
         yield
 
 
@@ -179,10 +188,10 @@ def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def phantom_store(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four phantoms in both variants, all axes."""
     store = tmp_path_factory.mktemp("store") / "cspine.zarr"
-    for preprocessing in (QUICK_N4, Preprocessing(bias=None)):
-        summary = prepare(phantom_folder, store, preprocessing=preprocessing)
-        assert len(summary.done) == 4
-        assert not summary.failed
+    with pytest.MonkeyPatch.context() as patches:
+        do_serially(patches)
+        for preprocessing in (QUICK_N4, Preprocessing(bias=None)):
+            assert len(prepare(phantom_folder, store, preprocessing=preprocessing).done) == 4
     return store
 
 
