@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,37 @@ def started(
         # Whoever runs the tests in a shell's background has Ctrl-C ignored, and so would this process.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+
+
+#: Starts processes by forking one that has imported PyTorch and all that trains, once: importing takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["tests.conftest", "cspine_train.training.pipeline", "cspine_train.models.build", "cspine_train.evaluation.scoring"]
+)
+
+
+def forked(function: Callable[..., object], *arguments: object, output: str | Path = os.devnull) -> BaseProcess:
+    """Call a function in a process that leads a session of its own; what it prints goes to a file."""
+    process = FORKS.Process(target=_call, args=(function, arguments, str(output)))
+    process.start()
+    return process
+
+
+def train_command(arguments: Sequence[object]) -> None:
+    """Call `cspine-train`, in a forked process."""
+    train_main([str(argument) for argument in arguments])
+
+
+def _call(function: Callable[..., object], arguments: Sequence[object], output: str) -> None:
+    import torch
+
+    os.setsid()
+    with Path(output).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # As many in each process, or sums differ in their last bits.
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 class Stopped(BaseException):

@@ -49,7 +49,7 @@ offset = cspine_plug_in:offset
 unet-scse = cspine_plug_in:unet_scse
 """
 CHOICES = {"model": "unet-scse", "loss": "squared_error", "augment": "light+offset"}
-SMALL = {"encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 12.0, "precision": "32", "epochs": 1}
+SMALL = {"encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32", "epochs": 1}
 
 
 @pytest.fixture
