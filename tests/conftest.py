@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,37 @@ def started(
     )  # fmt: skip
 
 
+#: Starts processes by forking one that has imported PyTorch and all that trains, once: importing takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["tests.conftest", "cspine_train.training.pipeline", "cspine_train.models.build", "cspine_train.evaluation.scoring"]
+)
+
+
+def forked(function: Callable[..., object], *arguments: object, output: str | Path = os.devnull) -> BaseProcess:
+    """Call a function in a process that leads a session of its own; what it prints goes to a file."""
+    process = FORKS.Process(target=_call, args=(function, arguments, str(output)))
+    process.start()
+    return process
+
+
+def train_command(arguments: Sequence[object]) -> None:
+    """Call `cspine-train`, in a forked process."""
+    train_main([str(argument) for argument in arguments])
+
+
+def _call(function: Callable[..., object], arguments: Sequence[object], output: str) -> None:
+    import torch
+
+    os.setsid()
+    with Path(output).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # As many in each process, or sums differ in their last bits.
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
 class Stopped(BaseException):
     """Stands for whatever ends a process, which nobody who expects errors may catch."""
 
@@ -110,7 +143,7 @@ def run_data() -> Callable[..., Result]:
 
 
 def do_serially(patches: pytest.MonkeyPatch) -> None:
-    """Let `prepare` do its jobs one after the other in this process: hundreds of runs, without Dask's start."""
+    """Let `prepare` do its jobs one after the other in this process: starting Dask's workers takes seconds."""
 
     def run_jobs(work: Callable[..., object], jobs: Sequence[Job], store: Path, *_: object) -> Iterator[list[object]]:
         for job in jobs:
@@ -121,8 +154,14 @@ def do_serially(patches: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def serially(monkeypatch: pytest.MonkeyPatch) -> None:
-    do_serially(monkeypatch)
+def in_workers() -> None:
+    """Let `prepare` start worker processes, as users do; without it, a test prepares in its own process."""
+
+
+@pytest.fixture(autouse=True)
+def _serially(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "in_workers" not in request.fixturenames:
+        do_serially(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +170,9 @@ def ball_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("balls")
     for number, name in enumerate("AB"):
         write_case(folder / "raw", name, number)
-    assert prepare(folder / "raw", folder / "s.zarr", n4=False).done == ("A", "B")
+    with pytest.MonkeyPatch.context() as patches:
+        do_serially(patches)
+        assert prepare(folder / "raw", folder / "s.zarr", n4=False).done == ("A", "B")
     return folder
 
 
@@ -161,10 +202,11 @@ def run_train() -> Callable[..., Result]:
 
 @pytest.fixture(scope="module")
 def without_pictures() -> Iterator[None]:
-    """Let `train` leave out its pictures, which are drawn as long as a tiny network trains."""
+    """Let `train` and `evaluate` leave out their pictures, which take longer than training a tiny network."""
+    places = ("training.callbacks.draw_curves", "training.pipeline.draw_curves", "training.pipeline.save_overlays")
     with pytest.MonkeyPatch.context() as patches:
-        for place in ("callbacks.draw_curves", "pipeline.draw_curves", "pipeline.save_overlays"):
-            patches.setattr(f"cspine_train.training.{place}", lambda *_: ())
+        for place in (*places, "evaluation.scoring.Gallery.draw"):
+            patches.setattr(f"cspine_train.{place}", lambda *_: ())
         yield
 
 
@@ -179,10 +221,10 @@ def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def phantom_store(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four phantoms in both variants, all axes."""
     store = tmp_path_factory.mktemp("store") / "cspine.zarr"
-    for preprocessing in (QUICK_N4, Preprocessing(bias=None)):
-        summary = prepare(phantom_folder, store, preprocessing=preprocessing)
-        assert len(summary.done) == 4
-        assert not summary.failed
+    with pytest.MonkeyPatch.context() as patches:
+        do_serially(patches)
+        for preprocessing in (QUICK_N4, Preprocessing(bias=None)):
+            assert len(prepare(phantom_folder, store, preprocessing=preprocessing).done) == 4
     return store
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +22,13 @@ from cspine_train.data.sampling import EpochSampler
 from cspine_train.run.record import load_record
 from cspine_train.training.checkpoints import DurableCheckpoints, Place, checkpoints, newest_checkpoint
 from cspine_train.training.segmentation_module import SliceSegmenter
-from tests.conftest import Stopped
+from tests.conftest import Stopped, forked, train_command
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 #: Dropout draws in FPN; at every step there is a checkpoint.
-SMALL = {"model": "fpn", "encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
+SMALL = {"model": "fpn", "encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
+SMALL |= {"batch_size": 16}
 ALWAYS = 1e-9
 
 
@@ -130,7 +129,7 @@ def test_early_stopping_goes_on_counting(
     """The rate falls on a plateau, and the run stops, when they would have."""
     # Dice that never gains: at any rate of learning, statistics of batch normalisation move it a little.
     monkeypatch.setattr("cspine_train.training.segmentation_module.best_threshold", lambda counts, patients: (0.5, 0.5))
-    settings = RunSettings(**{**SMALL, "model": "linknet"}, learning_rate=1e-4, epochs=12, batch_size=32)
+    settings = RunSettings(**{**SMALL, "model": "linknet", "batch_size": 32}, learning_rate=1e-4, epochs=12)
     train(phantom_store, tmp_path / "undisturbed", settings)
     count, run = batches_of(phantom_store, settings), tmp_path / "run"
     for stop in (5 * count + 2, 7 * count + 1):
@@ -144,45 +143,32 @@ def test_early_stopping_goes_on_counting(
     assert same(weights(run), weights(tmp_path / "undisturbed"))
 
 
-#: The same number of threads in each process, or sums differ in their last bits.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def command_line(store: Path, run: Path, workers: int) -> list[str]:
     options = {**SMALL, "epochs": 2, "schedule": "onecycle", "learning_rate": 3e-3, "workers": workers}
     options |= {"store": store, "output": run, "checkpoint_minutes": 0.1 / 60}
-    command = [sys.executable, "-m", "cspine_train", "run"]
-    return command + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return ["run", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    subprocess.run(command_line(phantom_store, run, 0), env=ENVIRONMENT, check=True, capture_output=True)
-    return run
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_process_goes_on_within_its_epoch(
-    workers: int, undisturbed: Path, phantom_store: Path, tmp_path: Path
-) -> None:
-    killed = tmp_path / "killed"
-    command = command_line(phantom_store, killed, workers)
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+def test_a_killed_process_goes_on_within_its_epoch(phantom_store: Path, tmp_path: Path) -> None:
+    """With two processes that load slices; an undisturbed run has none."""
+    undisturbed, killed, said = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "said"
+    whole = forked(train_command, command_line(phantom_store, undisturbed, 0))
+    process = forked(train_command, command_line(phantom_store, killed, 2))
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not any(place.batches for place in checkpoints(killed / "checkpoints")):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     assert not load_record(killed).finished
     stopped = next(iter(checkpoints(killed / "checkpoints")))
     assert stopped.batches
-    again = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    assert f"going on after {stopped} of 2" in again.stderr
-    assert "warning" not in again.stderr
+    again = forked(train_command, command_line(phantom_store, killed, 2), output=said)
+    for one in (whole, again):
+        one.join()
+        assert one.exitcode == 0, said.read_text()
+    assert f"going on after {stopped} of 2" in said.read_text()
+    assert "warning" not in said.read_text()
     assert same(weights(killed), weights(undisturbed))
     assert history(killed, (0, 1)) == history(undisturbed, (0, 1))
     kept = {"kept_epoch", "kept_dice", "threshold"}

@@ -59,9 +59,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def test_files_are_hashed_once_and_again_only_if_asked(
-    serially: None, raw: Path, tmp_path: Path, hashed: Counter[str]
-) -> None:
+def test_files_are_hashed_once_and_again_only_if_asked(raw: Path, tmp_path: Path, hashed: Counter[str]) -> None:
     every = {"A.nrrd", "B.nrrd", "AS-label.nrrd", "BS-label.nrrd"}
     for options, reused, times in (({}, 0, 1), ({}, 2, 0), ({"rehash": True}, 2, 1), ({"axes": "2"}, 2, 0)):
         hashed.clear()
@@ -72,9 +70,7 @@ def test_files_are_hashed_once_and_again_only_if_asked(
     assert hashed == {"B.nrrd": 1}
 
 
-def test_a_file_that_was_just_written_is_hashed_each_time(
-    serially: None, raw: Path, tmp_path: Path, hashed: Counter[str]
-) -> None:
+def test_a_file_that_was_just_written_is_hashed_each_time(raw: Path, tmp_path: Path, hashed: Counter[str]) -> None:
     """It could be written once more without another time of change."""
     for seconds in (0, 3600):
         moment = time.time_ns() + seconds * 10**9
@@ -85,9 +81,7 @@ def test_a_file_that_was_just_written_is_hashed_each_time(
             assert hashed["A.nrrd"] >= 1
 
 
-def test_files_of_one_size_and_age_that_change_their_names_are_noticed(
-    serially: None, raw: Path, tmp_path: Path
-) -> None:
+def test_files_of_one_size_and_age_that_change_their_names_are_noticed(raw: Path, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     prepare(raw, store, n4=False)
     before = {case: open_cohort(store).record(case).image_sha256 for case in "AB"}
@@ -103,9 +97,7 @@ def test_files_of_one_size_and_age_that_change_their_names_are_noticed(
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"entries": {"a": []}, "checksum": "x"}', b"\xff" * 9])
-def test_a_damaged_cache_is_made_anew(
-    content: bytes, serially: None, raw: Path, tmp_path: Path, hashed: Counter[str]
-) -> None:
+def test_a_damaged_cache_is_made_anew(content: bytes, raw: Path, tmp_path: Path, hashed: Counter[str]) -> None:
     store, cache = tmp_path / "s.zarr", tmp_path / ".s.zarr.digests.json"
     prepare(raw, store, n4=False)
     cache.write_bytes(content)
@@ -115,7 +107,7 @@ def test_a_damaged_cache_is_made_anew(
     assert not hashed
 
 
-def test_a_wrong_digest_in_the_cache_is_not_believed(serially: None, raw: Path, tmp_path: Path) -> None:
+def test_a_wrong_digest_in_the_cache_is_not_believed(raw: Path, tmp_path: Path) -> None:
     cache = tmp_path / ".s.zarr.digests.json"
     prepare(raw, tmp_path / "s.zarr", n4=False)
     digest = content_digest(raw / "A.nrrd").encode()
@@ -123,7 +115,7 @@ def test_a_wrong_digest_in_the_cache_is_not_believed(serially: None, raw: Path, 
     assert prepare(raw, tmp_path / "s.zarr", n4=False).reused == ("A", "B")
 
 
-def test_the_cache_names_nobody_and_lies_beside_the_store(serially: None, raw: Path, tmp_path: Path) -> None:
+def test_the_cache_names_nobody_and_lies_beside_the_store(raw: Path, tmp_path: Path) -> None:
     (raw / "A.nrrd").rename(raw / "Doe_Jane.nrrd")
     prepare(raw, tmp_path / "s.zarr", n4=False, anonymise=True)
     cache = tmp_path / ".s.zarr.digests.json"

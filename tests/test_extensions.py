@@ -99,7 +99,7 @@ volume_ml = cspine_plug_in:volume
 dice = cspine_plug_in:volume
 """
 CHOICES = {"model": "unet-scse", "loss": "squared_error", "augment": "light+offset"}
-SMALL = {"encoder": "tu-mobilenetv3_small_100", "weights": "none", "pixel_mm": 12.0, "precision": "32", "epochs": 1}
+SMALL = {"encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32", "epochs": 1}
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def cohort_of(folder: Path, value: int, ignore: int | None, names: str = "ABCD")
 
 
 @pytest.mark.parametrize("value", [-1, 9])
-def test_a_store_does_not_count_them(value: int, tmp_path: Path, serially: None) -> None:
+def test_a_store_does_not_count_them(value: int, tmp_path: Path) -> None:
     store = cohort_of(tmp_path, value, value, "AB")
     cohort = open_cohort(store)
     record = cohort.record("A")
@@ -87,7 +87,7 @@ def test_a_store_does_not_count_them(value: int, tmp_path: Path, serially: None)
     assert len(cohort.slices(axis=0, cases=["A"], only_labelled=True)) == np.count_nonzero(counted.any((1, 2)))
 
 
-def test_a_case_without_them_keeps_its_bytes(ball_cohort: Path, tmp_path: Path, serially: None) -> None:
+def test_a_case_without_them_keeps_its_bytes(ball_cohort: Path, tmp_path: Path) -> None:
     record = open_cohort(ball_cohort / "s.zarr").record("A")
     written = next((ball_cohort / "s.zarr" / "cases" / "A").glob("*/zarr.json")).read_text()
     assert "ignore" not in written
@@ -101,7 +101,7 @@ def test_a_case_without_them_keeps_its_bytes(ball_cohort: Path, tmp_path: Path, 
     assert not other.slices().ignores
 
 
-def test_the_value_stays_with_a_case(tmp_path: Path, serially: None, run_data) -> None:
+def test_the_value_stays_with_a_case(tmp_path: Path, run_data) -> None:
     store = cohort_of(tmp_path, 9, 9, "AB")
     # Forgotten once, the ignored voxels must not become a vertebra.
     again = run_data("prepare", tmp_path / "raw", "--store", store, "--no-n4")
@@ -117,7 +117,7 @@ def test_the_value_stays_with_a_case(tmp_path: Path, serially: None, run_data) -
     assert "1 3 9 (ignored)" in scanned.stdout
 
 
-def test_the_value_holds_for_the_other_variant_and_not_for_another_label_map(tmp_path: Path, serially: None) -> None:
+def test_the_value_holds_for_the_other_variant_and_not_for_another_label_map(tmp_path: Path) -> None:
     store = cohort_of(tmp_path, 9, 9, "AB")
     prepare(tmp_path / "raw", store, preprocessing=QUICK_N4)
     assert open_cohort(store).record("A", variant="n4").ignored_values == (9,)
@@ -129,7 +129,7 @@ def test_the_value_holds_for_the_other_variant_and_not_for_another_label_map(tmp
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_damaged_case_is_made_again_with_it(lost: bool, tmp_path: Path, serially: None) -> None:
+def test_a_damaged_case_is_made_again_with_it(lost: bool, tmp_path: Path) -> None:
     store = cohort_of(tmp_path, -1, -1, "AB")
     before = contents(store)
     folder = next(path for path in (store / "cases" / "A").iterdir() if path.is_dir())
@@ -184,7 +184,7 @@ def test_a_batch_of_which_nothing_counts_moves_nothing(name: str, labels: int) -
 
 @pytest.mark.parametrize("labels", ["binary", "stored"])
 @pytest.mark.parametrize("pixel_mm", [None, 2.0])
-def test_batches_say_what_does_not_count(labels: Any, pixel_mm: float | None, tmp_path: Path, serially: None) -> None:
+def test_batches_say_what_does_not_count(labels: Any, pixel_mm: float | None, tmp_path: Path) -> None:
     slices = open_cohort(cohort_of(tmp_path, -1, -1, "A")).slices(axis=0, labels=labels)
     values = (1, 3) if labels == "stored" else ()
     batch = SliceBatches(slices, pixel_mm, (64, 64), values, ignores=True).__getitems__(list(range(16)))
@@ -288,7 +288,7 @@ def results(store: Path, run: Path, settings: RunSettings) -> tuple[list[dict[st
 
 
 @pytest.mark.parametrize("labels", ["binary", "stored"])
-def test_training_and_scores_do_not_depend_on_what_is_ignored(labels: Any, tmp_path: Path, serially: None) -> None:
+def test_training_and_scores_do_not_depend_on_what_is_ignored(labels: Any, tmp_path: Path) -> None:
     how = {**BALLS, "epochs": 2, "crop_margin_mm": 2.0, "pixel_mm": 1.3, "augment": "strong", "coarse_share": 0.5}
     settings = RunSettings(**{**how, "learning_rate": 1e-2}, labels=labels)
     # One value of the training data's own, one that is the last of a byte, one negative.
@@ -301,7 +301,7 @@ def test_training_and_scores_do_not_depend_on_what_is_ignored(labels: Any, tmp_p
     assert other[0]["train_loss"] != found[0][0][0]["train_loss"]
 
 
-def test_a_label_map_that_labels_nothing_neither_validates_nor_is_scored(tmp_path: Path, serially: None) -> None:
+def test_a_label_map_that_labels_nothing_neither_validates_nor_is_scored(tmp_path: Path) -> None:
     raw, store = tmp_path / "raw", tmp_path / "s.zarr"
     for name in "ABCD":
         write_case(raw, name)
@@ -334,7 +334,7 @@ def test_a_label_map_that_labels_nothing_neither_validates_nor_is_scored(tmp_pat
         train(store, tmp_path / "other", RunSettings(**BALLS))
 
 
-def test_slices_are_batched_by_a_plain_loader(tmp_path: Path, serially: None) -> None:
+def test_slices_are_batched_by_a_plain_loader(tmp_path: Path) -> None:
     slices = open_cohort(cohort_of(tmp_path, -1, -1, "A")).slices(axis=0, size_hw=(32, 32))
     _, masks = next(iter(DataLoader(slices, batch_size=16)))
     assert masks.dtype == torch.uint8

@@ -21,8 +21,6 @@ from cspine_data import (
 )
 from tests.conftest import QUICK_N4, ball, geometry
 
-pytestmark = pytest.mark.usefixtures("serially")
-
 
 def with_nan(where: Callable[[np.ndarray], np.ndarray]) -> Volume:
     """A ball in floats, with NaN where a function of voxel indices (i, j, k) says so."""

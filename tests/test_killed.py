@@ -63,7 +63,7 @@ def test_runs_killed_at_random_moments_end_with_the_undisturbed_bytes(tmp_path: 
         assert started(raw, undisturbed, *options).communicate()
         lasted[options] = time.monotonic() - begun
     expected = contents(undisturbed)
-    wanted, kills, rounds, sessions = 500 if long_run else 15, 0, 0, []
+    wanted, kills, rounds, sessions = 500 if long_run else 6, 0, 0, []
     store = tmp_path / "store0.zarr"
     while kills < wanted:
         victim = ("coordinator", "worker", "group")[rounds % 3]

@@ -151,7 +151,7 @@ def empty_segmentation(folder: Path, *, same_origin: bool) -> None:
 
 
 @pytest.mark.parametrize("same_origin", [True, False])
-def test_a_segmentation_that_nobody_drew_is_empty(same_origin: bool, tmp_path: Path, run_data, serially: None) -> None:
+def test_a_segmentation_that_nobody_drew_is_empty(same_origin: bool, tmp_path: Path, run_data) -> None:
     empty_segmentation(tmp_path, same_origin=same_origin)
     done = run_data("scan", tmp_path)
     assert (done.exit_code, "note: P1: label map is empty" in done.stderr) == (0, True)
@@ -163,7 +163,7 @@ def test_a_segmentation_that_nobody_drew_is_empty(same_origin: bool, tmp_path: P
     assert (record.labelled, record.label_voxels) == (False, {})
 
 
-def test_an_empty_label_map_makes_no_labelled_case(tmp_path: Path, serially: None, run_data) -> None:
+def test_an_empty_label_map_makes_no_labelled_case(tmp_path: Path, run_data) -> None:
     raw, store = tmp_path / "raw", tmp_path / "s.zarr"
     for name in ("P1", "P2", "P3", "P4"):
         write_case(raw, name)

@@ -15,8 +15,6 @@ from cspine_data.volumes.label_maps import on_volume_grid, whole_numbers
 from tests.conftest import ball, geometry
 from tests.test_volumes import nifti_header
 
-pytestmark = pytest.mark.usefixtures("serially")
-
 
 def image_and_label() -> tuple[Volume, Volume]:
     """A ball, and a label map of it with the values 0 to 7."""

@@ -327,7 +327,7 @@ def balls(folder: Path, **values: dict[int, int]) -> Path:
     return folder / "s.zarr"
 
 
-def test_labels_are_learnt(tmp_path: Path, serially: None) -> None:
+def test_labels_are_learnt(tmp_path: Path) -> None:
     """A ball within a shell: the same intensities, told apart by where they are."""
     store = balls(tmp_path, A={}, B={}, C={}, D={})
     train(store, tmp_path / "run", RunSettings(**{**BALLS, "epochs": 10, "learning_rate": 1e-2}, labels="stored"))
@@ -343,7 +343,7 @@ def test_labels_are_learnt(tmp_path: Path, serially: None) -> None:
     )
 
 
-def test_a_label_that_no_training_case_has_counts_as_missed(tmp_path: Path, serially: None) -> None:
+def test_a_label_that_no_training_case_has_counts_as_missed(tmp_path: Path) -> None:
     store = balls(tmp_path, A={}, B={1: 300}, C={1: 9}, D={})
     settings = RunSettings(**BALLS, labels="stored", loss="tversky")
     told = r"^labels that no training case has count as missed \(C has 9\); to learn them"
@@ -358,7 +358,7 @@ def test_a_label_that_no_training_case_has_counts_as_missed(tmp_path: Path, seri
     assert score.label_dice == pytest.approx(score.labels[3].dice / 2)
 
 
-def test_one_value_alone_is_trained_as_binary_labels_are(tmp_path: Path, serially: None) -> None:
+def test_one_value_alone_is_trained_as_binary_labels_are(tmp_path: Path) -> None:
     store = balls(tmp_path, A={1: 0, 3: 7}, B={1: 7, 3: 7}, C={1: 0, 3: 7}, D={1: 0, 3: 7})
     runs = {labels: tmp_path / labels for labels in ("binary", "stored")}
     records = [train(store, run, RunSettings(**BALLS, labels=labels)) for labels, run in runs.items()]

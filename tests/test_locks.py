@@ -22,6 +22,7 @@ from cspine_train.run.folder import only_writer, write_text
 from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.run.settings import RunSettings
 from cspine_train.training.pipeline import _begin
+from tests.conftest import forked, train_command
 
 HOLD = """
 import os, sys, time
@@ -178,18 +179,19 @@ def test_a_second_command_on_a_run_ends_in_one_line(
 ) -> None:
     run = tmp_path / "run"
     asked = ("run", "--store", phantom_store, *TRAIN, "--epochs", "2000", "--schedule", "onecycle", "-o", run)
-    with subprocess.Popen([sys.executable, "-m", "cspine_train", *map(str, asked)], stderr=subprocess.DEVNULL) as first:
-        deadline = time.monotonic() + 120
-        while not (run / "model" / "model.safetensors").exists() and time.monotonic() < deadline:
-            assert first.poll() is None
-            time.sleep(0.05)
-        for command in (asked, ("evaluate", run)):
-            second = run_train(*command)
-            assert second.exit_code == 1
-            assert second.stderr.startswith(f"Error: {run}: is being trained or evaluated by another process")
-            assert second.stderr.count("\n") == 1
-        assert first.poll() is None
-        first.kill()
+    first = forked(train_command, asked)
+    deadline = time.monotonic() + 120
+    while not (run / "model" / "model.safetensors").exists() and time.monotonic() < deadline:
+        assert first.is_alive()
+        time.sleep(0.05)
+    for command in (asked, ("evaluate", run)):
+        second = run_train(*command)
+        assert second.exit_code == 1
+        assert second.stderr.startswith(f"Error: {run}: is being trained or evaluated by another process")
+        assert second.stderr.count("\n") == 1
+    assert first.is_alive()
+    first.kill()
+    first.join()
     with only_writer(run):
         record = load_record(run)
     with pytest.raises(RunError, match="another process has begun it meanwhile"):

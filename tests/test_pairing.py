@@ -76,7 +76,7 @@ def test_a_list_of_pairs_names_files_in_either_encoding(tmp_path: Path) -> None:
     assert (case.id, case.volume, case.label) == (NFC, folder / f"{NFD}.nrrd", folder / f"{NFC}-label.nrrd")
 
 
-def test_a_store_knows_a_case_by_its_name_in_either_encoding(tmp_path: Path, serially: None) -> None:
+def test_a_store_knows_a_case_by_its_name_in_either_encoding(tmp_path: Path) -> None:
     raw, store = tmp_path / "raw", tmp_path / "s.zarr"
     for name in (NFD, "A", "B"):
         write_case(raw, name)
@@ -128,7 +128,7 @@ def test_scan_finds_copies_in_another_format_as_prepare_does(tmp_path: Path, run
     assert {problem.case, problem.copy_of} == {*summary.done, problem.case} == {"A", "A_copy"}
 
 
-def test_copies_of_a_refused_file_are_refused_for_its_reason(tmp_path: Path, serially: None) -> None:
+def test_copies_of_a_refused_file_are_refused_for_its_reason(tmp_path: Path) -> None:
     _, label = ball()
     for name in ("A", "B", "C"):
         write_volume(tmp_path / f"{name}.nrrd", label)

@@ -147,7 +147,7 @@ def faults(recorder: Recorder, folder: Path, often: int) -> Iterator[str]:
 
 
 @pytest.fixture
-def life_of_a_store(tmp_path: Path, serially: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recorder]:
+def life_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recorder]:
     """Make a store, change a case, remove one and prepare it again, collect garbage; record it all."""
 
     def live(forgets: Callable[[Path], bool] = lambda path: False) -> Recorder:

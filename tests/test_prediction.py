@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +28,7 @@ from cspine_train.prediction.predictor import LoadedRun, expected_dice
 from cspine_train.prediction.preview import draw_overview
 from cspine_train.run.cohort_range import CohortLooks, differences, looks_of, looks_of_record
 from cspine_train.run.record import save_record
-from tests.conftest import ball, write_case
+from tests.conftest import ball, forked, train_command, write_case
 from tests.test_dicom import volume_of, write_series
 from tests.test_labels import a_run
 from tests.test_training import SMALL
@@ -240,13 +236,13 @@ def test_a_folder_is_predicted_once_and_goes_on_where_it_was_killed(
     run: Path, phantom_folder: Path, tmp_path: Path, run_train: Callable[..., Result]
 ) -> None:
     """Killed after its first label map, and given again; label maps of the folder are no volumes to predict."""
-    command = [sys.executable, "-m", "cspine_train", "predict", str(phantom_folder), "--run", str(run), "-o"]
-    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["predict", phantom_folder, "--run", run, "-o", tmp_path / "out"]
+    process = forked(train_command, command)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("*-label.nrrd")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in labels(tmp_path / "out")}
     assert before
     # What a kill in the middle of a row leaves.

@@ -53,13 +53,13 @@ def test_the_second_run_does_nothing_and_says_so(store: Path, run_data) -> None:
     assert contents(store) == before
 
 
-def test_the_same_inputs_make_the_same_bytes(store: Path, tmp_path: Path) -> None:
+def test_the_same_inputs_make_the_same_bytes(store: Path, tmp_path: Path, in_workers: None) -> None:
     again = tmp_path / "again.zarr"
     prepare(store.parent / "raw", again, n4=False, workers=1)
     assert contents(again) == contents(store)
 
 
-def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data) -> None:
+def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data, in_workers: None) -> None:
     raw = tmp_path / "raw"
     write_case(raw, "good")
     image, label = ball()
@@ -122,7 +122,9 @@ def test_bad_cases_are_named_and_the_others_done(tmp_path: Path, run_data) -> No
         (("phantom", "new", "--seed", "-1"), "Error: seed -1: is negative"),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, message, store: Path, run_data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_end_in_one_line(
+    arguments, message, store: Path, run_data, monkeypatch: pytest.MonkeyPatch, in_workers: None
+) -> None:
     monkeypatch.chdir(store.parent)
     Path("empty").mkdir()
     done = run_data(*arguments)
@@ -154,7 +156,7 @@ def test_only_what_a_change_touches_is_computed(store: Path, monkeypatch: pytest
     assert verify(store) == []
 
 
-def test_how_n4_was_told_to_estimate_is_recorded(tmp_path: Path, run_data) -> None:
+def test_how_n4_was_told_to_estimate_is_recorded(tmp_path: Path, run_data, in_workers: None) -> None:
     write_case(tmp_path / "raw", "A")
     told = ("--n4-preset", "fast", "--n4-resolution", "12", "--n4-spacing", "70", "--n4-iterations", "5,4")
     store = tmp_path / "s.zarr"
@@ -241,7 +243,7 @@ def test_nyul_learns_from_the_cohort_once_and_keeps_to_it(tmp_path: Path, run_da
     assert {record.preprocessing.standard for record in open_cohort(store).records()} == standards
 
 
-def test_a_cohort_without_contrast_is_told_so_by_nyul_too(tmp_path: Path, run_data) -> None:
+def test_a_cohort_without_contrast_is_told_so_by_nyul_too(tmp_path: Path, run_data, in_workers: None) -> None:
     image, _ = ball()
     write_volume(tmp_path / "raw" / "A.nrrd", Volume(np.where(image.array > 100, 400, image.array), image.geometry))
     done = run_data("prepare", tmp_path / "raw", "--store", tmp_path / "s.zarr", "--no-n4", "--normalisation", "nyul")
@@ -311,7 +313,7 @@ def test_one_patient_under_two_names_in_two_runs_at_once_is_refused_once(tmp_pat
     assert len(open_cohort(tmp_path / "s.zarr").cases) == 1
 
 
-def test_cases_that_exchange_their_files_do_so_in_both_variants(store: Path, serially: None) -> None:
+def test_cases_that_exchange_their_files_do_so_in_both_variants(store: Path) -> None:
     raw = store.parent / "raw"
     prepare(raw, store, preprocessing=QUICK_N4)
     before = {case: open_cohort(store).export(case, "raw").array for case in "AB"}
@@ -325,9 +327,7 @@ def test_cases_that_exchange_their_files_do_so_in_both_variants(store: Path, ser
         np.testing.assert_array_equal(open_cohort(store).export(case, "raw").array, before[other])
 
 
-def test_an_exchange_waits_for_the_half_that_was_overtaken(
-    store: Path, serially: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exchange_waits_for_the_half_that_was_overtaken(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = store.parent / "raw"
     for name in ("{}.nrrd", "{}S-label.nrrd"):
         (raw / name.format("A")).rename(raw / "between")
@@ -457,9 +457,7 @@ def stopped_clock(patches: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_cases_are_published_together_and_not_one_by_one(
-    serially: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cases_are_published_together_and_not_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A publication takes time in proportion to the store's cases, so one for each would be quadratic."""
     for number in range(12):
         write_case(tmp_path / "raw", f"case{number:02d}", label=False)
@@ -555,14 +553,16 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         ({"rehash": "often"}, "rehash 'often': is out of range"),
     ],
 )
-def test_arguments_that_contradict_each_other_are_refused(arguments: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_arguments_that_contradict_each_other_are_refused(
+    arguments: dict[str, Any], told: str, tmp_path: Path, in_workers: None
+) -> None:
     write_case(tmp_path / "raw", "A")
     with pytest.raises(InputError, match=told):
         prepare(tmp_path / "raw", tmp_path / "s.zarr", **arguments)
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_what_n4_and_preprocessing_both_say_is_done(tmp_path: Path, serially: None) -> None:
+def test_what_n4_and_preprocessing_both_say_is_done(tmp_path: Path) -> None:
     write_case(tmp_path / "raw", "A")
     for n4 in (False, None):
         prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=n4, preprocessing=Preprocessing(bias=None))
@@ -577,7 +577,7 @@ def test_axes() -> None:
             parse_axes(wrong)
 
 
-def test_a_running_scheduler_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_scheduler_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_workers: None) -> None:
     from distributed import LocalCluster
 
     write_case(tmp_path / "raw", "A")
@@ -587,7 +587,7 @@ def test_a_running_scheduler_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert summary.done == ("A",)
 
 
-def test_the_commands_fit_together(store: Path, tmp_path: Path, run_data) -> None:
+def test_the_commands_fit_together(store: Path, tmp_path: Path, run_data, in_workers: None) -> None:
     info = run_data("info", store)
     assert "A     raw      16 x 20 x 24" in info.output
     assert run_data("verify", store).output == f"{store}: sound\n"

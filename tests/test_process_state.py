@@ -222,7 +222,7 @@ def test_using_a_run_changes_nothing(run: Path, phantom_folder: Path, phantom_st
         assert len(open_cohort(phantom_store).slices(axis=0, variant="n4")) > 0
 
 
-def test_preparing_changes_nothing(tmp_path: Path) -> None:
+def test_preparing_changes_nothing(tmp_path: Path, in_workers: None) -> None:
     """Worker processes included, where more open files have to be allowed."""
     write_case(tmp_path / "raw", "A")
     prepare(tmp_path / "raw", tmp_path / "first.zarr", n4=False, workers=1)

@@ -73,7 +73,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room_kb", range(4, 160, 12))
-def test_a_disk_that_is_full_at_any_point(room_kb: int, small_disk: Path, tmp_path: Path, serially: None) -> None:
+def test_a_disk_that_is_full_at_any_point(room_kb: int, small_disk: Path, tmp_path: Path) -> None:
     for name in "AB":
         write_case(tmp_path / "raw", name)
     subprocess.run(["mount", "-o", f"remount,size={room_kb}k", small_disk], check=True)

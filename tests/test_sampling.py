@@ -197,7 +197,7 @@ def test_the_command_line_passes_weights_on(
     phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result]
 ) -> None:
     done = run_train(
-        "run", "--store", phantom_store, "--encoder", "tu-mobilenetv3_small_100", "--weights", "none", "--epochs", 1,
+        "run", "--store", phantom_store, "--encoder", "tu-test_resnet", "--weights", "none", "--epochs", 1,
         "--pixel-mm", 12, "--case-weight", "CS_01=2", "--case-weight", "CS_02=0.5", "--balance", "cases",
         "-o", tmp_path / "run",
     )  # fmt: skip

@@ -230,7 +230,7 @@ def test_a_store_is_what_a_dictionary_says(long_run: bool) -> None:
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=400 if long_run else 40, stateful_step_count=40 if long_run else 20, deadline=None,
+            max_examples=400 if long_run else 20, stateful_step_count=40 if long_run else 20, deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip

@@ -34,7 +34,15 @@ from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.study.cost import costs
 from cspine_train.study.plan import Cell, Grid, Plan, load_plan, plan_study, queued
 from cspine_train.study.results import tidy, write_results
-from cspine_train.study.runner import CellWork, check_output, is_done, processes_here, run_study, threads_of_cell
+from cspine_train.study.runner import (
+    CellWork,
+    check_output,
+    do_cell,
+    is_done,
+    processes_here,
+    run_study,
+    threads_of_cell,
+)
 from tests.conftest import QUICK_N4
 from tests.test_report import Page
 
@@ -42,7 +50,7 @@ PATIENCE_S = 240
 RECIPE = RunSettings(epochs=1, pixel_mm=12.0, learning_rate=3e-3, schedule="onecycle", precision="32")
 TINY = ("--epochs", 1, "--pixel-mm", 12, "--learning-rate", 3e-3, "--schedule", "onecycle", "--precision", "32")
 #: Two cells: with N4 and without.
-SMALLEST = "tu-mobilenetv3_small_100:random"
+SMALLEST = "tu-test_resnet:random"
 ASKED = ("--models", "unet", "--encoders", SMALLEST, "--axes", "2", *TINY)
 
 
@@ -244,7 +252,7 @@ def test_weights_that_cannot_be_had_are_told_before_anything_starts(
 
 
 def test_costs_are_the_time_of_a_step_times_steps_and_epochs(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoders = ("tu-mobilenetv3_small_100:random",)
+    encoders = ("tu-test_resnet:random",)
     grid = Grid(("unet",), encoders, variants=("n4", "raw"), axes=((2,),))
     cells = [
         *plan_study(cohort, grid.settings(RECIPE)).cells,
@@ -385,7 +393,7 @@ def test_killed_anywhere_a_study_goes_on_and_gives_what_single_runs_give(
         (row,) = (r for r in rows if (r["patient"], r["variant"]) == (score.case, "raw"))
         for measure in MEASURES:
             assert float(row[measure.name]) == pytest.approx(getattr(score.whole, measure.name), abs=1e-6)
-        assert row["note"].startswith("encoder tu-mobilenetv3_small_100 started from random weights; data: synthetic")
+        assert row["note"].startswith("encoder tu-test_resnet started from random weights; data: synthetic")
     assert parquet.read_table(study / "results.parquet").num_rows == len(rows)
 
     told = run_train("table", study)
@@ -416,30 +424,27 @@ def weighed(cohort: Cohort, weights: Path) -> Cell:
     return plan_study(cohort, grid.settings(RECIPE)).cells[0]
 
 
-@contextmanager
-def cell_process(cohort: Cohort, run: Path, cell: Cell) -> Iterator[subprocess.Popen]:
-    """Start what a worker starts for a cell."""
-    request = {"store": cohort.location, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
-    command, pipe = [sys.executable, "-m", "cspine_train", "cell"], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        # It ends when its standard input does.
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        yield process
+def asked_of_a_cell(cohort: Cohort, run: Path, cell: Cell) -> dict[str, Any]:
+    return {"store": cohort.location, "run": str(run), "settings": cell.settings.model_dump(mode="json")}
 
 
-def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(cohort: Cohort, tmp_path: Path) -> None:
+def test_a_cell_waits_for_its_turn_and_is_not_trained_on_what_was_not_planned(
+    cohort: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "weights.pth").write_bytes(b"one")
     cell = weighed(cohort, tmp_path / "weights.pth")
     (tmp_path / "weights.pth").write_bytes(b"two")
     run = tmp_path / "runs" / cell.name
     run.mkdir(parents=True)
-    with FileLock(run / ".lock") as others, cell_process(cohort, run, cell) as process:
+    told: list[str | None] = []
+    with FileLock(run / ".lock") as others:
+        turn = Thread(target=lambda: told.append(do_cell(asked_of_a_cell(cohort, run, cell))))
+        turn.start()
         # A worker of a command that was killed may still be at this cell.
-        assert process.stderr.readline() == f"{run.name}: waiting for another process that trains it\n"
+        wait_until(lambda: f"{run.name}: waiting for another process" in capfd.readouterr().err)
         others.release()
-        told = process.stdout.read()
-    assert json.loads(told)["failure"].startswith("its data or weights file have changed")
+        turn.join()
+    assert told[0].startswith("its data or weights file have changed")
     assert [path.name for path in run.iterdir()] == [".lock"]
 
 
@@ -467,14 +472,11 @@ def test_a_cell_goes_on_when_its_weights_have_moved_and_not_with_other_defaults(
     after = weighed(cohort, moved)
     assert after.name == before.name
     assert is_done(tmp_path, after)
-    with cell_process(cohort, run, after) as process:
-        assert json.loads(process.stdout.read()) == {"failure": None}
+    assert do_cell(asked_of_a_cell(cohort, run, after)) is None
     assert load_record(run) == record.model_copy(update={"settings": after.settings})
     other = after.settings.model_copy(update={"empty_share": 0.123})
     save_record(run, record.model_copy(update={"settings": other}))
-    with cell_process(cohort, run, after) as process:
-        told = json.loads(process.stdout.read())["failure"]
-    assert told == f"{run}: was trained with other defaults of cspine; delete this folder to train it again"
+    assert "was trained with other defaults of cspine" in do_cell(asked_of_a_cell(cohort, run, after))
 
 
 @pytest.mark.parametrize(

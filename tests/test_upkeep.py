@@ -182,9 +182,7 @@ def test_links_are_not_followed_out_of_a_store(store: Path, tmp_path: Path, run_
         (tmp_path / "aside").rename(store / linked)
 
 
-def test_repair_undoes_nothing_that_another_run_does_meanwhile(
-    store: Path, serially: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repair_undoes_nothing_that_another_run_does_meanwhile(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lose_a_shard(store)
     one(store, "B/*/axis0/image/c/0/0/0").write_bytes(b"")
     spoil_groups(store)
@@ -208,9 +206,7 @@ def test_repair_undoes_nothing_that_another_run_does_meanwhile(
     assert verify(store) == []
 
 
-def test_repair_tells_where_it_could_not_make_the_very_bytes(
-    store: Path, serially: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repair_tells_where_it_could_not_make_the_very_bytes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another version of a library may bring about: here, another level of compression."""
     lose_a_shard(store)
     codecs = schema.codecs

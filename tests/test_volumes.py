@@ -632,7 +632,6 @@ def test_a_label_map_may_lie_where_either_form_says(by: str, suffix: str, tmp_pa
     assert len(told) == (by == "sform" and suffix == "-label.nii")
 
 
-@pytest.mark.usefixtures("serially")
 def test_a_store_keeps_both_forms(tmp_path: Path, run_data) -> None:
     from cspine_data import open_cohort
 

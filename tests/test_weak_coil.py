@@ -110,7 +110,7 @@ def test_a_linear_log_field_is_found_whatever_its_slope() -> None:
         assert left < 0.12
 
 
-def test_an_implausible_estimate_is_a_note(tmp_path: Path, run_data, serially) -> None:
+def test_an_implausible_estimate_is_a_note(tmp_path: Path, run_data) -> None:
     assert doubts(0.9, 0.4, 0.1) == ()
     assert "bias field" in doubts(1.7, 0.4, 0.1)[0]
     assert "tissue" in doubts(0.9, 0.01, 0.1)[0]
