@@ -56,6 +56,18 @@ class Npy:
         grid = Geometry(size=array.shape, spacing_mm=(1, 1, 1), directions=directions, origin_mm=(0, 0, 0))
         return Volume(array, grid, path)
 
+from cspine_data import Case
+from cspine_data.sources.layout import Found, Layout
+
+def listed(folder):
+    return "it holds index.txt" if (folder / "index.txt").is_file() else None
+
+def cases_of(folder, wanted):
+    names = (folder / "index.txt").read_text().split()
+    return Found(cases=[Case(name, folder / "all" / f"{name}.nii", patient="one") for name in names])
+
+INDEXED = Layout(listed, cases_of)
+
 def robust(tissue, standard):
     return tissue.at((2, 98)), (0.0, 1.0)
 from cspine_train import MaskMeasure
@@ -77,6 +89,9 @@ ENTRY_POINTS = """
 [cspine.formats]
 npy = cspine_plug_in:Npy
 nrrd = cspine_plug_in:Npy
+
+[cspine.layouts]
+indexed = cspine_plug_in:INDEXED
 
 [cspine.normalisations]
 robust = cspine_plug_in:robust
@@ -286,8 +301,19 @@ def test_a_format_is_read_and_found_by_its_suffix(install: Callable[[], None], t
     np.testing.assert_array_equal(read_volume(tmp_path / "B.nrrd").array, ours.array)
 
 
+def test_a_layout_is_recognised_after_the_projects_own(install: Callable[[], None], tmp_path: Path) -> None:
+    (tmp_path / "index.txt").write_text("A B")
+    with pytest.raises(InputError, match="holds no volume"):
+        find_cases(tmp_path)
+    install()
+    listing = find_cases(tmp_path)
+    assert listing.notes[0] == "layout indexed: it holds index.txt"
+    assert [(case.id, case.patient) for case in listing.cases] == [("A", "one"), ("B", "one")]
+    assert find_cases(tmp_path, layout="indexed").cases == listing.cases
+
+
 def test_a_store_with_a_plug_ins_normalisation_is_read_without_it(
-    install: Callable[[], None], serially: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    install: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_case(tmp_path / "raw", "A")
     store, robust = tmp_path / "s.zarr", Preprocessing(bias=None, normalisation="robust")

@@ -267,7 +267,7 @@ def test_any_name_has_a_patient(name: str) -> None:
     assert patient in name
 
 
-def test_no_patient_is_on_both_sides_of_a_split(tmp_path: Path, serially: None) -> None:
+def test_no_patient_is_on_both_sides_of_a_split(tmp_path: Path) -> None:
     for number in range(1, 6):
         for sequence in ("T1w", "T2w"):
             write_case(tmp_path / "raw", f"sub-{number}_{sequence}")
@@ -312,7 +312,7 @@ def test_scan_reads_headers_only_and_writes_a_list(tmp_path: Path, run_data: Cal
     assert "1 case with a readable header" in again.output
 
 
-def test_neutral_patients_stay_the_same_as_cases_are_added(tmp_path: Path, serially: None) -> None:
+def test_neutral_patients_stay_the_same_as_cases_are_added(tmp_path: Path) -> None:
     raw, store = tmp_path / "raw", tmp_path / "s.zarr"
     names = {}
     for batch in (["Doe_T1w", "Roe_T1w"], ["Doe_T2w"]):
