@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from cspine_data.preprocessing.steps import PreparedVolume, preprocess_volume
     from cspine_data.sources.cases import Case, Listing
+    from cspine_data.sources.layout import Found, Layout
     from cspine_data.sources.listing import find_cases, find_volumes, volumes_in
     from cspine_data.store.garbage import Garbage, collect_garbage
     from cspine_data.store.publishing import remove_cases
@@ -68,6 +69,7 @@ _HOME = {
     "volumes.image_checks": ("usable_image",),
     "preparation.repair": ("RepairSummary", "repair"),
     "sources.listing": ("find_cases", "find_volumes", "volumes_in"),
+    "sources.layout": ("Found", "Layout"),
     "preparation.options": ("PrepareOptions", "parse_axes"),
     "preparation.pipeline": ("prepare",),
     "preparation.summary": ("PrepareSummary",),
@@ -92,8 +94,10 @@ __all__ = [
     "DamagedStoreError",
     "Digested",
     "Garbage",
+    "Found",
     "Geometry",
     "InputError",
+    "Layout",
     "Listing",
     "NewerSchemaError",
     "NotInStoreError",

@@ -56,8 +56,7 @@ class Npy:
         grid = Geometry(size=array.shape, spacing_mm=(1, 1, 1), directions=directions, origin_mm=(0, 0, 0))
         return Volume(array, grid, path)
 
-from cspine_data import Case
-from cspine_data.sources.layout import Found, Layout
+from cspine_data import Case, Found, Layout
 
 def listed(folder):
     return "it holds index.txt" if (folder / "index.txt").is_file() else None
