@@ -367,3 +367,16 @@ def test_a_metaimage_header_names_no_file_elsewhere(name: str, tmp_path: Path) -
     (home / "x.mhd").write_text(header)
     with pytest.raises(InputError, match="data file"):
         read_volume(home / "x.mhd")
+
+
+def test_several_dicom_volumes_of_a_folder_are_prepared(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in (1, 2):
+        tags = {"SeriesInstanceUID": f"1.2.{number}", "SeriesNumber": number}
+        for path in write_series(tmp_path / "s", volume_of(rng, (9, 8, 7)), lambda n, own, tags=tags: own | tags):
+            (tmp_path / "raw" / "P1").mkdir(parents=True, exist_ok=True)
+            path.rename(tmp_path / "raw" / "P1" / f"{number}-{path.name}")
+    summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, axes="2")
+    assert (summary.done, summary.failed) == (("P1-1", "P1-2"), ())
+    assert open_cohort(tmp_path / "s.zarr").patients == {"P1-1": "P1", "P1-2": "P1"}
+    assert prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, axes="2").reused == ("P1-1", "P1-2")

@@ -13,6 +13,7 @@ from cspine_data.preparation.plan import Job, Stored, planned_anew
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import copy_problem
 from cspine_data.store.publishing import Refused, publish
+from cspine_data.volumes.io import size_bytes
 
 # A job is planned again when a concurrent run has published the same case; this many times at most.
 _MOST_ROUNDS = 6
@@ -77,7 +78,7 @@ def run_jobs(
     `work` runs one job in a worker: it takes the job and the store, returns a small result or a problem, and never
     raises.
     """
-    ordered = sorted(jobs, key=lambda job: job.case.volume.stat().st_size, reverse=True)
+    ordered = sorted(jobs, key=lambda job: size_bytes(job.case.volume), reverse=True)
 
     def do(job: Job) -> Result | Problem:
         return work(job, str(store))

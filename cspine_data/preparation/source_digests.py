@@ -154,8 +154,6 @@ def files_of(case: Case) -> list[Path]:
 def digest_file(path: Path) -> Digested | Problem:
     """Hash a volume or label map; a problem if it cannot be used."""
     try:
-        if not (path.is_file() or path.is_dir()):
-            raise InputError(path, "is no file", "check the path")
         return digest_source(path)
     except (InputError, OSError) as error:
         return describe_problem("", error)

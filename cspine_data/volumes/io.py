@@ -159,6 +159,11 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def size_bytes(path: Path) -> int:
+    """Return the size of a volume's file, or of all files in its DICOM folder."""
+    return sum(file.stat().st_size for file in (source_files(path) if _is_series(path) else [path]))
+
+
 def source_files(path: Path) -> list[Path]:
     """Return the files of a volume; of a folder of DICOM slices all files in it."""
     if _is_series(path):
