@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cspine_data import Geometry, Volume, open_cohort, prepare, schema, write_volume
+from cspine_data import Geometry, Volume, open_cohort, prepare, write_volume
+from cspine_data.store import schema
 from cspine_data.store.publishing import write_record
 from cspine_data.store.records import read_root
 
