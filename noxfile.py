@@ -1,6 +1,7 @@
 """What a contributor runs: lint, tests, the demonstration, the benchmarks. `nox -l` lists the sessions.
 
-PyTorch is gigabytes, so all sessions share one environment, made once and made again when `pyproject.toml` changes.
+PyTorch is gigabytes, so all sessions share one environment. Each adds the extras that it needs, and does so again when
+`pyproject.toml` changes.
 """
 
 from __future__ import annotations
@@ -23,22 +24,24 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
     session.run(str(PROGRAMS / program), *arguments, external=True)
 
 
-def install(session: nox.Session) -> None:
-    """Make the shared environment with the project and all that its sessions need, unless that has been done."""
-    stamp = ENVIRONMENT / "installed"
+def install(session: nox.Session, *extras: str) -> None:
+    """Make the shared environment, and install the project there with those of its extras that are not there yet."""
     wanted = hashlib.sha256(Path("pyproject.toml").read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == wanted:
+    stamps = {extra: ENVIRONMENT / f"installed-{extra}" for extra in extras}
+    missing = [extra for extra, stamp in stamps.items() if not stamp.exists() or stamp.read_text() != wanted]
+    if not missing:
         return
     if not ENVIRONMENT.exists():
         session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
-    run(session, "python", "-m", "pip", "install", "--quiet", "-e", ".[train,test,lint]")
-    stamp.write_text(wanted)
+    run(session, "python", "-m", "pip", "install", "--quiet", "-e", f".[{','.join(missing)}]")
+    for extra in missing:
+        stamps[extra].write_text(wanted)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check format, style, docstrings, types, and that dependencies point one way."""
-    install(session)
+    install(session, "train", "test", "lint")
     run(session, "ruff", "format", "--check", ".")
     run(session, "ruff", "check", ".")
     run(session, "mypy")
@@ -48,14 +51,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
-    install(session)
+    install(session, "train", "test")
     run(session, "pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
     """Do the main job on a synthetic cohort: make it, prepare it, train, evaluate."""
-    install(session)
+    install(session, "train")
     folder = Path("demo")
     raw, store, trained = (str(folder / name) for name in ("raw", "cspine.zarr", "run"))
     run(session, "cspine-data", "phantom", raw)
@@ -71,8 +74,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure, an hour or two; `-- COHORT` adds a folder of real volumes to all that can use one."""
-    install(session)
-    run(session, "python", "-m", "pip", "install", "--quiet", "-e", ".[bench]")
+    install(session, "train", "bench")
     cohort = session.posargs[:1]
     run(session, "python", "benchmarks/streaming.py", *cohort)
     run(session, "python", "benchmarks/feeding.py")

@@ -228,6 +228,11 @@ def phantom_store(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory
     return store
 
 
+def not_installed(what: str) -> None:
+    """Skip a test for want of a program; in CI, which installs it, fail."""
+    (pytest.fail if "CSPINE_CI" in os.environ else pytest.skip)(f"NOT TESTED: {what} is not installed")
+
+
 @pytest.fixture(scope="session")
 def realdata() -> Path:
     """The folder of real MRI; named and missing is a failure, not named and missing a loud skip."""

@@ -23,7 +23,7 @@ from cspine_data.preparation.jobs import run_jobs
 from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
 from cspine_data.store.records import read_root
-from tests.conftest import ball, contents, write_case
+from tests.conftest import ball, contents, not_installed, write_case
 from tests.test_volumes import header
 
 #: Longer than any of these runs takes; a run that hangs is ended by it and fails the test.
@@ -97,7 +97,7 @@ def test_a_quota_and_a_broken_disk(error: str, tmp_path: Path) -> None:
     """The kernel's own answer to `fsync` is exchanged, from the eighth call on; all else is real."""
     strace = shutil.which("strace")
     if strace is None:
-        pytest.skip("A QUOTA IS NOT TESTED: strace is not installed")
+        not_installed("strace")
     for name in "AB":
         write_case(tmp_path / "raw", name)
     store = tmp_path / "s.zarr"
@@ -158,7 +158,9 @@ def test_too_few_open_files(most: int, tmp_path: Path) -> None:
     assert run(*told, within=open_files(most, 4096)).returncode == 0
 
 
-def test_a_worker_that_dies_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_workers: None
+) -> None:
     write_case(tmp_path / "raw", "fine")
     write_case(tmp_path / "raw", "deadly")
     # A module that the worker imports first and that kills it at once, as the kernel would.
@@ -198,7 +200,9 @@ def told_of_the_giant(raw: Path) -> str:
     return f"{raw / 'giant.nrrd'}: {problem}"
 
 
-def test_a_worker_over_dasks_limit(cohort_with_a_giant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_over_dasks_limit(
+    cohort_with_a_giant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_workers: None
+) -> None:
     from dask.system import CPU_COUNT
     from distributed import system
 

@@ -37,6 +37,7 @@ from cspine_train.study.results import CONDITION, FIGURES, scores, study_table, 
 from cspine_train.study.runner import is_done
 from cspine_train.study.tables import Findings, findings, rendered
 from tests.browser import CHROMIUM, browser
+from tests.conftest import not_installed
 
 HOSTILE = "<img src=x onerror=alert(1)>|\"'&{{ 7 * 7 }}_%"
 PATIENTS = tuple(f"P{number}" for number in range(8))
@@ -563,8 +564,9 @@ CONTRAST = """
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="THE PAGE IS NOT TRIED: no Chromium is installed")
 def test_in_a_browser_the_page_is_read_sorted_and_filtered_by_keyboard(tmp_path: Path) -> None:
+    if CHROMIUM is None:
+        not_installed("chromium")
     page = write_outcome(study_of(tmp_path / "study", f"/weights/{HOSTILE}", HOSTILE))[1][-1]
     with browser(tmp_path / "profile") as seen:
         for width, scheme in product((400, 1600), ("light", "dark")):
