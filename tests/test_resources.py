@@ -136,6 +136,8 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
         ):
             list(run_jobs(wait, [job], tmp_path, Workers(scheduler=address)))
         cluster.scale(1)
+        while not cluster.scheduler.workers:
+            time.sleep(0.1)
         threading.Timer(3, cluster.scale, (0,)).start()
         (((_, problem),),) = run_jobs(wait, [job], tmp_path, Workers(scheduler=address))
         assert isinstance(problem, Problem)
