@@ -266,7 +266,8 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     """Through the command line: train, evaluate and predict."""
     import segmentation_models_pytorch as smp
 
-    run, options = tmp_path / "run", {**SMALL, "epochs": 3, "axis": "0", "labels": "stored", "loss": "dice_focal"}
+    run, options = tmp_path / "run", {**SMALL, "encoder": "tu-mobilenetv3_small_100", "epochs": 3, "axis": "0"}
+    options |= {"labels": "stored", "loss": "dice_focal"}
     given = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     done = called("run", "--store", phantom_store, *given, "-o", run)
     assert "at the network's pixels and over labels 1, 2, 3, 4, 5, 6, 7" in done.output
@@ -311,7 +312,7 @@ def called(*arguments: str | Path) -> Result:
     return done
 
 
-BALLS = {**SMALL, "variant": "raw", "epochs": 1, "pixel_mm": None, "axes": (0,)}
+BALLS = {**SMALL, "encoder": "tu-mobilenetv3_small_100", "variant": "raw", "epochs": 1, "pixel_mm": None, "axes": (0,)}
 
 
 def balls(folder: Path, **values: dict[int, int]) -> Path:

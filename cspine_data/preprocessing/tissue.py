@@ -85,7 +85,7 @@ def tissue_threshold(image_xyz: NDArray[Any], spacing_mm: Triple) -> float:
 def _split_classes(values: NDArray[np.float32], darkest: float, brightest: float) -> tuple[float, float]:
     """Return the threshold between a dark and a bright class, and the relative spread of the dark one."""
     span = brightest - darkest
-    if span <= 0:
+    if span < np.finfo(np.float32).tiny:
         # The two differ by less than single precision resolves.
         return brightest, 0.0
     levels = np.log(np.clip((values - darkest) / span, 0, 1) + np.float32(_LOG_FLOOR))
