@@ -387,6 +387,10 @@ def test_a_multi_frame_file_comes_back_as_it_went(tmp_path: Path) -> None:
         read_volume(tmp_path / "two.dcm")
     for number, volume in ((1, first), (2, second)):
         np.testing.assert_array_equal(read_volume(f"{tmp_path / 'two.dcm'}#{number}").array, volume.array)
+    (tmp_path / "twice").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "twice" / name).write_bytes((tmp_path / "one.dcm").read_bytes())
+    assert read_volume(tmp_path / "twice").notes == ("1 duplicate file left out",)
     digests = {content_digest(Path(f"{tmp_path / 'two.dcm'}#{number}")) for number in (1, 2)}
     assert len(digests) == 2
 

@@ -151,6 +151,21 @@ def check_claim(path: Path, claimed: int, there: int, *, compressed: bool) -> No
         )  # fmt: skip
 
 
+def check_read(path: Path, held: int, claimed: int) -> None:
+    """Check that all bytes of voxels that a header claims were read.
+
+    Raises
+    ------
+    InputError
+        If there are fewer.
+    """
+    if held < claimed:
+        raise InputError(
+            path, f"holds {held} bytes of voxels where its header claims {claimed}",
+            "the file is truncated or its header is wrong: fetch it again",
+        )  # fmt: skip
+
+
 def grid(
     path: Path,
     size: tuple[int, int, int],

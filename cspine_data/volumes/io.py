@@ -1,14 +1,15 @@
 """Reading and writing volumes in all supported formats.
 
 A format is a module, or any object, with the function ``read(path) -> Volume``; and, if it has them,
-``write(path, volume, segments)``, and ``files(path)`` for the files of a volume that is more than one.
+``read_geometry(path)``, ``write(path, volume, segments)``, and ``files(path)`` for the files of a volume that is more
+than one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,12 @@ def label_name(volume: Path) -> str:
 
 
 def read_volume(path: str | Path) -> Volume:
-    """Read a NRRD (``.nrrd``, ``.nhdr``) or NIfTI (``.nii``, ``.nii.gz``) file, or a folder of DICOM slices.
+    """Read a NRRD, NIfTI, MetaImage or multi-frame DICOM file, or a folder of DICOM slices.
 
     Parameters
     ----------
     path : str or Path
-        The file, or a folder with one DICOM series, one file per slice. Plug-ins may add other suffixes.
+        The file, or the folder. ``path#2`` is the second of several DICOM volumes. Plug-ins may add other suffixes.
 
     Returns
     -------
@@ -62,8 +63,8 @@ def read_volume(path: str | Path) -> Volume:
     Raises
     ------
     InputError
-        If the file is missing, not a 3-D scalar volume, truncated or damaged; if a folder holds no DICOM series or
-        several, or slices are missing.
+        If the file is missing, not a 3-D scalar volume, truncated or damaged; if there is no DICOM volume or several,
+        or slices are missing.
 
     Examples
     --------
@@ -72,14 +73,9 @@ def read_volume(path: str | Path) -> Volume:
     ((50, 118, 128), 'LPS')
     """
     path = Path(path)
-    try:
-        if _is_series(path):
-            array, geometry, notes = dicom.read(path)
-            return Volume(array, geometry, path, notes=notes)
+    with _readable(path):
         volume: Volume = _format(path).read(path)
-        return volume
-    except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", "fix this and run it again") from None
+    return volume
 
 
 def read_geometry(path: str | Path) -> Geometry:
@@ -91,15 +87,11 @@ def read_geometry(path: str | Path) -> Geometry:
         As `read_volume`; damage of the voxels is not noticed.
     """
     path = Path(path)
-    try:
-        if _is_series(path):
-            return dicom.read_geometry(path)
+    with _readable(path):
         form = _format(path)
         reads = getattr(form, "read_geometry", None)
         geometry: Geometry = reads(path) if reads else form.read(path).geometry
-        return geometry
-    except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", "fix this and run it again") from None
+    return geometry
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:
@@ -172,8 +164,18 @@ def source_files(path: Path) -> list[Path]:
     return _parts(path)
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "fix this and run it again") from None
+
+
 def _format(path: Path) -> Any:
-    """Return the format of an existing file."""
+    """Return the format of an existing file, or of a folder."""
+    if _is_series(path):
+        return dicom
     if not path.is_file():
         raise InputError(path, "is no file", "check the path")
     suffix = volume_suffix(path).lower()

@@ -7,6 +7,7 @@ that no slice is missing.
 
 from __future__ import annotations
 
+import filecmp
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from cspine_data.volumes.formats.dicom_frames import (
     untrusted,
 )
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, skew
+from cspine_data.volumes.volume import Volume
 
 #: Separates a folder or file from the number of one of its volumes: ``folder#2``.
 NUMBER_MARK = "#"
@@ -78,7 +80,7 @@ def split_number(path: Path) -> tuple[Path, int | None]:
     return path, None
 
 
-def files(path: Path) -> Iterator[Path]:
+def dicom_files(path: Path) -> Iterator[Path]:
     """Iterate over the DICOM files of a folder, by name, or the one file that is given."""
     if path.is_file():
         yield path
@@ -106,22 +108,20 @@ def volumes_at(path: Path) -> tuple[list[DicomVolume], tuple[str, ...]]:
     InputError
         If a file is damaged.
     """
-    frames: dict[tuple[str, int | None], Frame] = {}
+    frames: list[Frame] = []
+    first_of: dict[str, Path] = {}
     others = copies = 0
-    for file in files(path):
-        found = frames_of(file)
-        others += not found
-        for frame in found:
-            key = (frame.instance or str(frame.path), frame.index)
-            first = frames.setdefault(key, frame)
-            if first is frame:
-                continue
-            if first.path.read_bytes() == frame.path.read_bytes():
-                copies += 1
-            else:
-                frames[str(frame.path), frame.index] = frame
+    for file in dicom_files(path):
+        of_file = frames_of(file)
+        others += not of_file
+        # An empty identifier identifies nothing.
+        first = first_of.setdefault(of_file[0].instance or str(file), file) if of_file else file
+        if first != file and filecmp.cmp(first, file, shallow=False):
+            copies += 1
+        else:
+            frames += of_file
     volumes, strays = [], 0
-    for series in _by_series(frames.values()):
+    for series in _by_series(frames):
         for same_grid in _by_grid(series):
             volumes += _split_by_kind(same_grid)
     # Scouts are recorded as localisers, or as single slices across the volumes.
@@ -168,7 +168,7 @@ def files_of(path: Path) -> tuple[list[Path], int | None]:
     """Return the files that a path names, sorted by name, and the number of the volume if the path has one."""
     base, number = split_number(path)
     if number is None:
-        return list(files(base)), None
+        return list(dicom_files(base)), None
     volume, _ = chosen(path)
     return sorted({frame.path for frame in volume.frames}), number
 
@@ -178,7 +178,7 @@ def read_geometry(path: Path) -> Geometry:
     return _stacked(path, chosen(path)[0].frames)[1]
 
 
-def read(path: Path) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
+def read(path: Path) -> Volume:
     """Read a DICOM volume.
 
     Parameters
@@ -189,12 +189,8 @@ def read(path: Path) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
 
     Returns
     -------
-    ndarray
-        Voxels: columns, rows, slices, scaled by the headers' slope and intercept.
-    Geometry
-        The grid.
-    tuple of str
-        Notes on objects that were left out.
+    Volume
+        Voxels: columns, rows, slices, scaled by the headers' slope and intercept; with notes on objects left out.
 
     Raises
     ------
@@ -216,7 +212,7 @@ def read(path: Path) -> tuple[NDArray[Any], Geometry, tuple[str, ...]]:
             array = array.astype(np.result_type(array, pixels), order="F")
         array[..., number] = pixels
     assert array is not None  # noqa: S101
-    return array, geometry, notes
+    return Volume(array, geometry, path, notes=notes)
 
 
 def _by_series(frames: Iterable[Frame]) -> list[list[Frame]]:

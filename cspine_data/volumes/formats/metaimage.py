@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
-from cspine_data.volumes.bounded import Source, check_claim, grid, stored_bytes
+from cspine_data.volumes.bounded import Source, check_claim, check_read, grid, stored_bytes
 from cspine_data.volumes.geometry import Geometry
 from cspine_data.volumes.volume import Volume
 
@@ -66,9 +66,10 @@ def read(path: Path) -> Volume:
         file.seek(header.data_start)
         source = Source(path, file, "zlib" if header.compressed else "raw")
         content = source.read(count)
-        complete = len(content) == count and source.ended()
-    if not complete:
-        raise InputError(path, "holds other voxels than its header claims", "it is damaged: fetch it again")
+        if not source.ended():
+            problem = f"holds more than the {count} bytes its header claims"
+            raise InputError(path, problem, "its header is wrong: export it again")
+    check_read(path, len(content), count)
     array: NDArray[np.generic] = np.frombuffer(content, header.dtype).reshape(header.size, order="F")
     array = array.astype(header.dtype.newbyteorder("="), copy=False)
     return Volume(array, header.geometry, path, header.assumed_orientation)

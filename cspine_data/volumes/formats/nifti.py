@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cspine_data.errors import InputError
-from cspine_data.volumes.bounded import GZIP, RESAMPLE, Source, check_claim, grid, stored_bytes
+from cspine_data.volumes.bounded import GZIP, RESAMPLE, Source, check_claim, check_read, grid, stored_bytes
 from cspine_data.volumes.geometry import MOST_SKEW, Geometry, NiftiForms, rotation, skew
 from cspine_data.volumes.volume import Volume
 
@@ -101,11 +101,7 @@ def read(path: Path) -> Volume:
             if not source.ended():
                 problem = f"holds far more than the {wanted} bytes of voxels its header claims"
                 raise InputError(path, problem, _EXPORT)
-    if len(payload) < wanted:
-        raise InputError(
-            path, f"holds {len(payload)} bytes of voxels where its header claims {wanted}",
-            "the file is truncated or its header is wrong: fetch it again",
-        )  # fmt: skip
+    check_read(path, len(payload), wanted)
     stored = np.frombuffer(payload, dtype=header.dtype).reshape(size, order="F")
     array = _scaled(stored.astype(header.dtype.newbyteorder("="), copy=False), header)
     return Volume(array, header.geometry, path, header.assumed_orientation, header.notes, header.intensity_step)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
 from cspine_data.names import on_disk
-from cspine_data.volumes.bounded import Source, check_claim, grid, stored_bytes
+from cspine_data.volumes.bounded import Source, check_claim, check_read, grid, stored_bytes
 from cspine_data.volumes.formats.nrrd_writer import write as write
 from cspine_data.volumes.geometry import Geometry
 from cspine_data.volumes.volume import Volume
@@ -314,11 +314,7 @@ def _read_bytes(path: Path, header: NrrdHeader, file: BinaryIO, expected: int) -
         if from_end:
             problem = f"holds more than {_MAX_SKIPPED_BYTES} bytes before its voxels"
         raise InputError(path, problem, "its header is wrong: export it again")
-    if len(data) < expected:
-        raise InputError(
-            path, f"holds {len(data)} bytes of voxels where its header claims {expected}",
-            "the file is truncated or its header is wrong: fetch it again",
-        )  # fmt: skip
+    check_read(path, len(data), expected)
     return memoryview(data)[len(data) - expected :]
 
 
