@@ -183,8 +183,7 @@ def info(store: Path) -> None:
     cohort = open_cohort(store)
     rows, descriptions = [], []
     for variant in cohort.variants:
-        split = cohort.split(variant=variant)
-        part_of = {case: part for part in ("train", "validation", "test") for case in split.cases(part)}
+        part_of = cohort.split(variant=variant).part_of
         for record in cohort.records(variant):
             descriptions.append((variant, record.preprocessing.description))
             deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"

@@ -100,8 +100,7 @@ class Cohort:
         from pandas import DataFrame
 
         variant = self._variant(variant)
-        split = self.split(variant=variant)
-        part_of = {case: part for part in (TRAIN, VALIDATION, TEST) for case in split.cases(part)}
+        part_of = self.split(variant=variant).part_of
         rows = [
             {
                 "case": record.case,

@@ -24,6 +24,11 @@ class Split:
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
+    @property
+    def part_of(self) -> dict[str, str]:
+        """The part of each case."""
+        return {case: part for part in (TRAIN, VALIDATION, TEST) for case in self.cases(part)}
+
     def cases(self, part: str) -> tuple[str, ...]:
         """Return the cases of ``train``, ``validation`` or ``test``.
 
