@@ -42,14 +42,11 @@ def _find(folder: Path, wanted: Wanted) -> Found:
     images: list[Path] = []
     labels: list[Path] = []
     for home in _image_folders(_raw(folder)):
-        files, problems = volume_files(home, wanted)
-        found.problems += problems
-        for path in files:
+        for path in volume_files(home, wanted, found.problems):
             (labels if _LABEL.fullmatch(name_of(path)) else images).append(path)
     if (folder / "derivatives").is_dir():
         for home in folders_in(folder / "derivatives"):
-            files, problems = volume_files(home, wanted)
-            found.problems += problems
+            files = volume_files(home, wanted, found.problems)
             labels += [path for path in files if _LABEL.fullmatch(name_of(path))]
     claims, left_out = _owners(images, labels)
     for path in images:

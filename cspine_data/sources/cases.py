@@ -31,6 +31,9 @@ _LONGEST_NOTE = 200
 EMPTY_LABEL_MAP = "label map is empty: the case counts as unlabelled"
 _FITS_A_FOLDER_NAME = re.compile(r"(?!\.)(?!__)[^/\\]+")
 _LONGEST_ID_BYTES = 200
+#: Letters of a patient, site or sequence.
+LONGEST_NAME = 200
+_SHOWN = 40
 _UNLABELLED = ": for prediction only"
 
 
@@ -64,6 +67,12 @@ class Case:
     def __post_init__(self) -> None:
         if not self.patient:
             object.__setattr__(self, "patient", self.id)
+
+    @property
+    def unusable_name(self) -> str | None:
+        """The start of a patient, site or sequence that a store cannot keep, if there is one."""
+        names = (self.patient, self.site or "", self.sequence or "")
+        return next((name[:_SHOWN] for name in names if len(name) > LONGEST_NAME or printable(name) != name), None)
 
 
 @dataclass(frozen=True)

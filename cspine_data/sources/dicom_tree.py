@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from cspine_data.errors import InputError, Problem, count
@@ -23,7 +24,7 @@ def _recognise(folder: Path) -> str | None:
 
 def _holds_dicom(folder: Path) -> bool:
     files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
-    return any(is_dicom(path) for path, _ in zip(files, range(_FIRST_FILES), strict=False))
+    return any(map(is_dicom, islice(files, _FIRST_FILES)))
 
 
 def _find(folder: Path, wanted: Wanted) -> Found:
@@ -31,9 +32,9 @@ def _find(folder: Path, wanted: Wanted) -> Found:
     owners: dict[Path, str] = {}
     cases: list[Case] = []
     for home in folders_in(folder):
-        files, problems = volume_files(home, wanted)
-        found.problems += problems
+        files = volume_files(home, wanted, found.problems)
         parts = home.relative_to(folder).parts
+        place = "_".join(parts) or home.resolve().name
         # A label map beside a folder has its name; one within it belongs to its only series.
         owners |= {path: "_".join([*parts, without_label_ending(name_of(path))]) for path in files}
         if not _holds_dicom(home):
@@ -41,10 +42,9 @@ def _find(folder: Path, wanted: Wanted) -> Found:
         try:
             volumes, notes = dicom.volumes_at(home)
         except (InputError, OSError) as error:
-            found.problems.append(Problem("_".join(parts) or home.resolve().name, str(error)))
+            found.problems.append(Problem(place, str(error)))
             continue
         found.notes += [f"{home}: {note}" for note in notes]
-        place = "_".join(parts) or home.resolve().name
         if len(volumes) == 1 and len(files) == 1:
             owners[files[0]] = place
         many = len(volumes) > 1

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cspine_data.sources.cases import Case
 from cspine_data.sources.file_names import (
     is_plain_label_name,
     is_visible_volume,
     label_maps,
     name_of,
-    patient_and_sequence,
 )
-from cspine_data.sources.layout import Found, Layout, Wanted, pair, volume_files
+from cspine_data.sources.layout import Found, Layout, Wanted, case_named, pair, volume_files
 
 
 def pair_in_folder(files: list[Path]) -> tuple[dict[Path, str], dict[Path, str], list[str]]:
@@ -47,12 +45,10 @@ def _recognise(folder: Path) -> str | None:
 
 
 def _find(folder: Path, wanted: Wanted) -> Found:
-    files, problems = volume_files(folder, wanted)
-    volumes, owners, notes = pair_in_folder(files)
-    found = Found(problems=problems, notes=notes)
+    found = Found()
+    volumes, owners, found.notes = pair_in_folder(volume_files(folder, wanted, found.problems))
     for volume, label in pair(found, volumes, owners, "put {}.nrrd beside it"):
-        patient, sequence = patient_and_sequence(volumes[volume])
-        found.cases.append(Case(volumes[volume], volume, label, patient, sequence=sequence))
+        found.cases.append(case_named(volumes[volume], volume, label))
     return found
 
 

@@ -43,8 +43,7 @@ def _find(folder: Path, wanted: Wanted) -> Found:
     found = Found()
     groups: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
     for home in folders_in(folder):
-        files, problems = volume_files(home, wanted)
-        found.problems += problems
+        files = volume_files(home, wanted, found.problems)
         parts = home.relative_to(folder).parts
         names = {part.lower() for part in parts}
         images, labels = groups[tuple(part for part in parts if part.lower() not in _LABELS | _IMAGES)]

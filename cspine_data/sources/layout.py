@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cspine_data.errors import Problem
 from cspine_data.sources.cases import Case
-from cspine_data.sources.file_names import is_visible_volume, name_of
+from cspine_data.sources.file_names import is_visible_volume, name_of, patient_and_sequence
 
 # Folders below a cohort's folder. Deeper ones are not searched.
 _DEEPEST = 8
@@ -62,14 +62,18 @@ class Layout:
     find: Callable[[Path, Wanted], Found]
 
 
-def volume_files(folder: Path, wanted: Wanted) -> tuple[list[Path], list[Problem]]:
-    """Return the volumes in a folder by their names, and problems with entries that are no files."""
+def volume_files(folder: Path, wanted: Wanted, problems: list[Problem]) -> list[Path]:
+    """Return the volumes in a folder by their names, and add problems with entries that are no files."""
     named = sorted(path for path in folder.iterdir() if is_visible_volume(path) and wanted(path))
     problem = "is called like a volume and is no file; fetch the file behind it, or remove it"
-    return (
-        [path for path in named if path.is_file()],
-        [Problem(name_of(path), f"{path}: {problem}") for path in named if not path.is_file()],
-    )
+    problems += [Problem(name_of(path), f"{path}: {problem}") for path in named if not path.is_file()]
+    return [path for path in named if path.is_file()]
+
+
+def case_named(name: str, volume: Path, label: Path | None) -> Case:
+    """Return a case whose name gives its patient and sequence."""
+    patient, sequence = patient_and_sequence(name)
+    return Case(name, volume, label, patient, sequence=sequence)
 
 
 def folders_in(folder: Path) -> Iterator[Path]:

@@ -63,8 +63,6 @@ def find_cases(
         home, found = source.parent, read_pairs(source)
     else:
         source = home = Path(source)
-        if not source.is_dir():
-            raise InputError(source, "is no folder", "give the folder that holds the volumes")
         found = _find(source, layout, lambda path: not _matches(exclude, home, path))
     cases = found.cases
     if sequence is not None:
@@ -93,6 +91,8 @@ def volumes_in(folder: str | Path) -> list[Path]:
 
 
 def _find(folder: Path, name: str, wanted: Wanted) -> Found:
+    if not folder.is_dir():
+        raise InputError(folder, "is no folder", "give the folder that holds the volumes")
     if name != AUTO:
         layout: Layout = LAYOUTS.load(name)
         return layout.find(folder, wanted)
@@ -132,6 +132,9 @@ def _checked(source: Path, cases: Iterable[Case], found: Iterable[Problem], note
             problems.append(Problem(case_id, f"{names}: claim the same case {case_id!r}; keep one of them"))
         elif not is_case_id(case_id):
             message = f"{claims[0].volume}: {case_id!r} is no usable case id; rename the file"
+            problems.append(Problem(case_id, message))
+        elif unusable := claims[0].unusable_name:
+            message = f"{claims[0].volume}: {unusable!r} cannot name a patient, site or sequence; give a shorter name"
             problems.append(Problem(case_id, message))
         else:
             kept.append(claims[0])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from cspine_data.errors import Problem, printable
-from cspine_data.sources.cases import Case
-from cspine_data.sources.file_names import is_visible_volume, name_of, patient_and_sequence
-from cspine_data.sources.layout import Found, Layout, Wanted, pair, volume_files
+from cspine_data.sources.file_names import is_visible_volume, name_of
+from cspine_data.sources.layout import Found, Layout, Wanted, case_named, pair, volume_files
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 _FIRST = "0000"
@@ -40,26 +40,22 @@ def _find_nnunet(folder: Path, wanted: Wanted) -> Found:
     for images, labels in _FOLDERS:
         if not (folder / images).is_dir():
             continue
-        files, problems = volume_files(folder / images, wanted)
-        found.problems += problems
+        files = volume_files(folder / images, wanted, found.problems)
         matches = {path: _CHANNEL.fullmatch(name_of(path)) for path in files}
         first = {path: match["case"] for path, match in matches.items() if match and match["channel"] == _FIRST}
         label_of = {}
         owners = _label_files(found, folder / labels, wanted)
         for volume, label in pair(found, first, owners, f"put {{}}_0000 into {images}"):
-            case = first[volume]
-            label_of[case] = label
-            patient, sequence = patient_and_sequence(case)
-            found.cases.append(Case(case, volume, label, patient, sequence=names.get(_FIRST, sequence)))
+            label_of[first[volume]] = label
+            case = case_named(first[volume], volume, label)
+            found.cases.append(replace(case, sequence=names.get(_FIRST, case.sequence)))
         for path, match in matches.items():
             if match is None:
                 message = f"{path}: has no channel number; name it {name_of(path)}_0000"
                 found.problems.append(Problem(name_of(path), message))
             elif match["channel"] != _FIRST and match["case"] in label_of:
-                case, channel = match["case"], match["channel"]
-                patient, _ = patient_and_sequence(case)
-                sequence = names.get(channel, channel)
-                found.others.append(Case(case, path, label_of[case], patient, sequence=sequence))
+                other = case_named(match["case"], path, label_of[match["case"]])
+                found.others.append(replace(other, sequence=names.get(match["channel"], match["channel"])))
             elif match["channel"] != _FIRST and match["case"] not in first.values():
                 message = f"{path}: is a second channel without a first one; add {match['case']}_0000"
                 found.problems.append(Problem(match["case"], message))
@@ -74,22 +70,17 @@ def _find_msd(folder: Path, wanted: Wanted) -> Found:
     for images, labels in _FOLDERS:
         if not (folder / images).is_dir():
             continue
-        files, problems = volume_files(folder / images, wanted)
-        found.problems += problems
-        volumes = {path: name_of(path) for path in files}
+        volumes = {path: name_of(path) for path in volume_files(folder / images, wanted, found.problems)}
         owners = _label_files(found, folder / labels, wanted)
         for volume, label in pair(found, volumes, owners, f"put {{}} into {images}"):
-            patient, sequence = patient_and_sequence(volumes[volume])
-            found.cases.append(Case(volumes[volume], volume, label, patient, sequence=sequence))
+            found.cases.append(case_named(volumes[volume], volume, label))
     return found
 
 
 def _label_files(found: Found, folder: Path, wanted: Wanted) -> dict[Path, str]:
     if not folder.is_dir():
         return {}
-    files, problems = volume_files(folder, wanted)
-    found.label_problems += problems
-    return {path: name_of(path) for path in files}
+    return {path: name_of(path) for path in volume_files(folder, wanted, found.label_problems)}
 
 
 def _channel_names(folder: Path) -> dict[str, str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cspine_data.sources.cases import Case
-
-_LONGEST_NAME = 200
+from cspine_data.sources.cases import LONGEST_NAME, Case
 
 
 class Identity(BaseModel):
@@ -24,9 +22,9 @@ class Identity(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    patient: str = Field(min_length=1, max_length=_LONGEST_NAME)
-    site: str | None = Field(None, max_length=_LONGEST_NAME)
-    sequence: str | None = Field(None, max_length=_LONGEST_NAME)
+    patient: str = Field(min_length=1, max_length=LONGEST_NAME)
+    site: str | None = Field(None, max_length=LONGEST_NAME)
+    sequence: str | None = Field(None, max_length=LONGEST_NAME)
 
 
 def identity_of(case: Case) -> Identity:
