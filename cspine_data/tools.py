@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from cspine_data.errors import describe_problem
+from cspine_data.errors import count, describe_problem
 from cspine_data.extensions import ExtensionPoint
 from cspine_data.extras import install_hint
 from cspine_data.files import atomic_write, exclusive_lock, make_folder, remove_unfinished
@@ -15,6 +15,7 @@ __all__ = [
     "ExtensionPoint",
     "Workers",
     "atomic_write",
+    "count",
     "describe_problem",
     "exclusive_lock",
     "install_hint",

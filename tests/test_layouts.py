@@ -19,6 +19,7 @@ from cspine_data import InputError, find_cases, open_cohort, prepare, read_volum
 from cspine_data.sources.file_names import patient_and_sequence
 from cspine_data.sources.pair_lists import write_pairs
 from cspine_data.volumes.io import content_digest
+from cspine_train.run.evaluations import figures_of_patients, number_of_patients
 from tests.conftest import write_case
 from tests.test_dicom import volume_of, write_series
 
@@ -380,3 +381,30 @@ def test_several_dicom_volumes_of_a_folder_are_prepared(tmp_path: Path) -> None:
     assert (summary.done, summary.failed) == (("P1-1", "P1-2"), ())
     assert open_cohort(tmp_path / "s.zarr").patients == {"P1-1": "P1", "P1-2": "P1"}
     assert prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, axes="2").reused == ("P1-1", "P1-2")
+
+
+@pytest.mark.parametrize("name", ["x" * 201, "a\x1bb"])
+@pytest.mark.parametrize("column", ["patient", "site", "sequence"])
+def test_a_name_that_a_store_cannot_keep_is_refused_before_anything_is_prepared(
+    column: str, name: str, tmp_path: Path
+) -> None:
+    write_case(tmp_path, "A")
+    (tmp_path / "list.csv").write_text(f"case,volume,label,{column}\nA,A.nrrd,,{name}\n")
+    summary = prepare(store=tmp_path / "s.zarr", pairs=tmp_path / "list.csv", n4=False)
+    assert summary.done == ()
+    (problem,) = summary.failed
+    assert problem.case == "A"
+    assert "patient, site or sequence" in problem.message
+    assert len(problem.message) < 300 + len(str(tmp_path))
+
+
+def test_a_missing_folder_is_named_for_prediction_too(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing: is no folder"):
+        volumes_in(tmp_path / "missing")
+
+
+def test_the_patients_of_an_evaluation_count_once() -> None:
+    rows = [{"case": "a", "patient": "P"}, {"case": "b", "patient": "P"}, {"case": "c"}]
+    rows = [{**row, "dice": dice} for row, dice in zip(rows, (0.2, 0.4, 0.9), strict=True)]
+    assert number_of_patients(rows) == 2
+    assert figures_of_patients(rows, "dice") == pytest.approx([0.3, 0.9])

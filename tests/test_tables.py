@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
 from cspine_data import Preprocessing
+from cspine_data.tools import count
 from cspine_train.metrics.overlap import MEASURES
-from cspine_train.metrics.statistics import MeanInterval, counted
+from cspine_train.metrics.statistics import MeanInterval
 from cspine_train.run.evaluations import patient_measures
 from cspine_train.run.folder import write_rows
 from cspine_train.run.record import RunRecord, save_record
@@ -172,7 +173,7 @@ def test_too_few_patients_have_no_interval_test_or_ranking_in_any_form(form: str
     rows = [one for one in grid({"n4": 0.05}) if one["patient"] < f"P{patients}"]
     found = found_in(rows)
     assert len(found.ranking.frame) == len(found.factors.frame) == 0
-    assert any("too few" in caveat and counted(patients, "patient") in caveat for caveat in found.caveats)
+    assert any("too few" in caveat and count(patients, "patient") in caveat for caveat in found.caveats)
     means = [one for one in found.conditions.to_numpy().flat if isinstance(one, MeanInterval)]
     assert len(means) == 4 * (len(MEASURES) + 2)
     assert all(one.low is None for one in means)

@@ -127,7 +127,7 @@ def _axes(names: Sequence[str]) -> list[tuple[int, ...]]:
 
 def _run(plan: Plan, output: Path, to_do: Sequence[Cell], workers: int | None, scheduler: str | None) -> None:
     """Run the cells of a plan that are not done, print their outcomes, and write the tables."""
-    from cspine_train.metrics.statistics import counted
+    from cspine_data.tools import count
     from cspine_train.study.report import write_outcome
     from cspine_train.study.runner import LOGS_FOLDER, run_study
 
@@ -166,7 +166,7 @@ def _run(plan: Plan, output: Path, to_do: Sequence[Cell], workers: int | None, s
             say(f"wrote {file}")
         say(found.answer)
     if failed:
-        click.echo(f"{len(failed)} of {counted(cells, 'cell')} failed; run the command again to retry", err=True)
+        click.echo(f"{len(failed)} of {count(cells, 'cell')} failed; run the command again to retry", err=True)
         raise SystemExit(1)
 
 
@@ -208,7 +208,7 @@ def _requested(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunS
     """Return the settings of all runs of the grid, or of the queue file."""
     if queue is None:
         return grid.settings(recipe)
-    from cspine_train.metrics.statistics import counted
+    from cspine_data.tools import count
     from cspine_train.study.plan import queued
 
     context = click.get_current_context()
@@ -217,7 +217,7 @@ def _requested(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunS
             raise click.UsageError(f"--{name.replace('_', '-')}: is a column of the file of --from; leave it out")
     settings, done = queued(queue, grid, recipe)
     if done:
-        click.echo(f"note: {counted(done, 'line')} of {queue} marked as done left out")
+        click.echo(f"note: {count(done, 'line')} of {queue} marked as done left out")
     if not settings:
         click.echo("nothing to do: all lines are marked as done")
     return settings
@@ -225,7 +225,7 @@ def _requested(grid: Grid, queue: Path | None, recipe: RunSettings) -> list[RunS
 
 def _print_plan(plan: Plan, output: Path, to_do: Sequence[Cell], requested: int) -> None:
     """Print the cells of a plan; refuse unknown networks."""
-    from cspine_train.metrics.statistics import counted
+    from cspine_data.tools import count
     from cspine_train.study.plan import RANDOM_ENCODER, RANDOM_NOTE
     from cspine_train.study.runner import cells_of_others
 
@@ -235,11 +235,11 @@ def _print_plan(plan: Plan, output: Path, to_do: Sequence[Cell], requested: int)
 
         check_network_names(to_do)
     cells = [cell.settings for cell in plan.cells]
-    click.echo(f"{counted(len(cells), 'cell')}, {len(cells) - len(to_do)} of them done")
+    click.echo(f"{count(len(cells), 'cell')}, {len(cells) - len(to_do)} of them done")
     if any((one.encoder, one.weights) == (RANDOM_ENCODER, "none") for one in cells):
         click.echo(f"note: {RANDOM_NOTE}")
     if twice := requested - len(cells):
-        click.echo(f"note: {counted(twice, 'run')} of the grid would be the same as others, and are done once")
+        click.echo(f"note: {count(twice, 'run')} of the grid would be the same as others, and are done once")
     for name, values in {
         "models": [one.model for one in cells],
         "encoders": [
@@ -253,7 +253,7 @@ def _print_plan(plan: Plan, output: Path, to_do: Sequence[Cell], requested: int)
     }.items():
         click.echo(f"  {name}: {', '.join(dict.fromkeys(values))}")
     if others := cells_of_others(output, plan):
-        click.echo(f"note: {output} holds {counted(others, 'cell')} of other grids, which stay and are in no table")
+        click.echo(f"note: {output} holds {count(others, 'cell')} of other grids, which stay and are in no table")
 
 
 def _check_weights(to_do: Sequence[Cell]) -> None:
@@ -268,7 +268,7 @@ def _check_weights(to_do: Sequence[Cell]) -> None:
 
 
 def _print_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> None:
-    from cspine_train.metrics.statistics import counted
+    from cspine_data.tools import count
     from cspine_train.study.cost import costs, duration
     from cspine_train.study.runner import processes_here
     from cspine_train.training.allocator import keep_large_blocks, release_free_blocks
@@ -297,7 +297,7 @@ def _print_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> N
     total = duration(sum(cost.seconds for cost in found.values()) / at_once)
     how = f", {side_by_side} at a time" if side_by_side > 1 else ""
     click.echo(
-        f"to do: {counted(len(to_do), 'cell')}, about {total} of training steps on this machine{how}, plus validation "
+        f"to do: {count(len(to_do), 'cell')}, about {total} of training steps on this machine{how}, plus validation "
         "and tests, less with early stopping"
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import Cohort, CspineDataError, Problem, open_cohort
-from cspine_data.tools import make_folder
+from cspine_data.tools import count, make_folder
 from cspine_train.errors import RunError
 from cspine_train.metrics.overlap import (
     Agreement,
@@ -24,7 +24,7 @@ from cspine_train.metrics.overlap import (
     mean_over_labels,
     measures,
 )
-from cspine_train.metrics.statistics import MeanInterval, counted, mean_interval, of_patients
+from cspine_train.metrics.statistics import MeanInterval, mean_interval, of_patients
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, Gallery
 from cspine_train.prediction.predictor import LoadedRun, load_run
 from cspine_train.prediction.stored_volumes import Segmented, check_trained_on, segment
@@ -243,7 +243,7 @@ def _evaluate(
     pictures: list[Path] = []
     # Before the scores, which mark the evaluation as complete.
     with never_fatal(f"{folder}: pictures"):
-        of = counted(len(scores), f"{' and '.join(splits)} patient")
+        of = count(len({score.patient for score in scores}), f"{' and '.join(splits)} patient")
         pictures += gallery.draw(folder, f"{name}-", of, record.caveats())
     evaluation = _written(loaded, name, tuple(scores), tuple(failed), time.monotonic() - started, nothing)
     files = [*evaluation.files, *pictures]
@@ -296,10 +296,10 @@ def _confusion(found: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[tuple
     values = np.union1d(truth[marked], found[marked])
     # Pairs as single numbers: numpy's unique rows are a hundred times slower.
     numbers = np.searchsorted(values, truth[marked]) * len(values) + np.searchsorted(values, found[marked])
-    for pair, count in enumerate(np.bincount(numbers).tolist()):
-        if count:
+    for pair, voxels in enumerate(np.bincount(numbers).tolist()):
+        if voxels:
             true, was = divmod(pair, len(values))
-            yield (int(values[true]), int(values[was])), count
+            yield (int(values[true]), int(values[was])), voxels
 
 
 def _written(

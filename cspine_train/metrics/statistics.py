@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from cspine_data.tools import count
+
 #: No interval, test or ranking over fewer patients. With five, the signed-rank test cannot reach 5 %, and an interval
 #: of the mean is wider than the patients' own scatter; see docs/decisions/0033-minimum-number-of-patients.md.
 FEWEST_PATIENTS = 6
@@ -86,13 +88,8 @@ def too_few(patients: int, which: str = "") -> str | None:
     """Return a note where there are fewer than `FEWEST_PATIENTS` patients; else None."""
     if patients >= FEWEST_PATIENTS:
         return None
-    who = counted(patients, f"{which} patient".lstrip())
+    who = count(patients, f"{which} patient".lstrip())
     return f"{who}: too few for an interval, a test or a ranking, which take at least {FEWEST_PATIENTS}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: ``1 cell``, ``2 cells``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def paired_differences(figures: Iterable[float], others: Iterable[float]) -> list[float]:

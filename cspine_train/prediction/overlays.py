@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cspine_data import Cohort
-from cspine_data.tools import make_folder
+from cspine_data.tools import count, make_folder
 from cspine_train.metrics.overlap import Overlap
-from cspine_train.metrics.statistics import counted
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented, segment_all
 from cspine_train.reports.figures import SliceView, as_seen, draw_overlays
@@ -99,9 +98,10 @@ def save_overlays(
     gallery = Gallery(record.settings.axes, (BEST, WORST))
     for segmented in segment_all(loaded, cohort, cases, progress):
         gallery.add(segmented)
-    of = counted(len(record.validation), "validation patient")
-    if len(cases) < len(record.validation):
-        of = f"the first {len(cases)} of {of}"
+    shown, patients = ({record.patient(case) for case in part} for part in (cases, record.validation))
+    of = count(len(patients), "validation patient")
+    if len(shown) < len(patients):
+        of = f"the first {len(shown)} of {of}"
     return gallery.draw(loaded.path / OVERLAYS_FOLDER, "", of, record.caveats())
 
 

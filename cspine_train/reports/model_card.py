@@ -9,7 +9,12 @@ from typing import Any
 
 from cspine_train.metrics.overlap import measures
 from cspine_train.metrics.statistics import mean_interval, too_few
-from cspine_train.run.evaluations import figures_of_patients, mean_over_patients, patient_of, recorded_evaluations
+from cspine_train.run.evaluations import (
+    figures_of_patients,
+    mean_over_patients,
+    number_of_patients,
+    recorded_evaluations,
+)
 from cspine_train.run.folder import CARD_NAME, write_text
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
@@ -53,7 +58,7 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
     """Return the fields of the template."""
     several = len(record.label_values) > 1
     scores = _scores(run, record)
-    patients = {part: len({patient_of(row) for row in rows}) for part, rows in scores.items()}
+    patients = {part: number_of_patients(rows) for part, rows in scores.items()}
     chosen = [] if several else ["the threshold"]
     if record.settings.schedule == "plateau":
         chosen.append("the epoch")

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cspine_data.tools import count
 from cspine_train.metrics.overlap import Measure
-from cspine_train.metrics.statistics import counted, too_few
-from cspine_train.run.evaluations import mean_over_patients, patient_measures, recorded_evaluations
+from cspine_train.metrics.statistics import too_few
+from cspine_train.run.evaluations import mean_over_patients, number_of_patients, patient_measures, recorded_evaluations
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
@@ -76,11 +77,12 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
 def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Iterate over the means of each split; validation patients, which chose epoch and threshold, are apart."""
     for split in dict.fromkeys(row["split"] for row in rows):
-        patients = [row for row in rows if row["split"] == split]
-        known = [mean_over_patients(patients, measure) for measure in patient_measures()]
+        of_split = [row for row in rows if row["split"] == split]
+        patients = number_of_patients(of_split)
+        known = [mean_over_patients(of_split, measure) for measure in patient_measures()]
         yield {
-            "title": f"mean of {counted(len(patients), f'{split} patient')}",
-            "few": too_few(len(patients), split),
+            "title": f"mean of {count(patients, f'{split} patient')}",
+            "few": too_few(patients, split),
             "means": [
                 _figure(measure, one.mean if one else None)
                 for measure, one in zip(patient_measures(), known, strict=True)

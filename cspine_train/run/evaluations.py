@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ def mean_over_patients(rows: Sequence[Mapping[str, Any]], measure: Measure) -> M
 def figures_of_patients(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """Return a figure of each patient in the rows of an evaluation, which are by case."""
     return list(of_patients([row[name] for row in rows], [patient_of(row) for row in rows]).values())
+
+
+def number_of_patients(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Return the number of patients in the rows of an evaluation, which are by case."""
+    return len(set(map(patient_of, rows)))
 
 
 def patient_of(row: Mapping[str, Any]) -> str:

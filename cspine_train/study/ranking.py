@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cspine_data.tools import count
 from cspine_train.metrics.statistics import (
     FEWEST_PATIENTS,
-    counted,
     holm,
     mean_interval,
     paired_differences,
@@ -148,7 +148,7 @@ def n4_answer(found: pd.DataFrame) -> str:
     )
     evidence = (
         f"Dice with N4 minus Dice without is {100 * sign * contrast.difference.mean:+.2f} points over "
-        f"{counted(contrast.patients, 'patient')} and {counted(contrast.pairs, 'pair')} of conditions (higher with N4 "
+        f"{count(contrast.patients, 'patient')} and {count(contrast.pairs, 'pair')} of conditions (higher with N4 "
         f"in {patients} of {contrast.patients} patients, {pairs} of {contrast.pairs} pairs)"
     )
     if (few := too_few(contrast.patients)) is not None:
@@ -164,5 +164,5 @@ def n4_answer(found: pd.DataFrame) -> str:
     note = ""
     # The test leaves out patients without a difference.
     if contrast.patients_higher + contrast.patients_lower < fewest:
-        note = f" (after {counted(tests, 'comparison')} fewer than {fewest} patients never can)"
+        note = f" (after {count(tests, 'comparison')} fewer than {fewest} patients never can)"
     return f"Does N4 help? The evidence does not decide{note}: {evidence}."

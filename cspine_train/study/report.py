@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from cspine_train.metrics.statistics import counted
+from cspine_data.tools import count
 from cspine_train.reports.run_report import embedded_pictures, page, slice_plots
 from cspine_train.run.folder import EVALUATION_FOLDER, METRICS_NAME, REPORT_NAME, read_rows, write_text
 from cspine_train.study.plan import Plan, load_plan
@@ -53,7 +53,7 @@ def _page(study: Path, plan: Plan, found: Findings, table: pd.DataFrame) -> str:
     cells = dict(zip(one_each.cell, _cell_titles(one_each), strict=True))
     return page(
         "study.html.jinja",
-        title=f"Study of {counted(len(plan.cells), 'cell')}, {len(cells)} of them done",
+        title=f"Study of {count(len(plan.cells), 'cell')}, {len(cells)} of them done",
         answer=found.answer,
         caveats=found.caveats,
         tables=[*found.tables, *_failures(study), _costs(one_each)],
@@ -123,7 +123,7 @@ def _shown(study: Path, table: pd.DataFrame, cells: Mapping[str, str]) -> Iterat
             # Examples, not a ranking: often a cell has one or two patients.
             "title": f"{kind} Dice of a cell",
             "caption": (
-                f"{cells[cell]}: mean Dice {mean:.4f} of {counted(int(patients), 'patient')} ({RUNS_FOLDER}/{cell})"
+                f"{cells[cell]}: mean Dice {mean:.4f} of {count(int(patients), 'patient')} ({RUNS_FOLDER}/{cell})"
             ),
             "pictures": embedded_pictures(
                 (folder / f"test-{which}.png", f"slices of {which} Dice") for which in ("best", "median", "worst")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from cspine_data.tools import count
 from cspine_train.metrics.overlap import measures
-from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, counted, mean_interval, too_few
+from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
 from cspine_train.run.planes import PLANES
 from cspine_train.study.plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_NOTE
 from cspine_train.study.published import PublishedCell, published_percent
@@ -114,7 +115,7 @@ def _caveats(table: pd.DataFrame, dice: pd.DataFrame, unfinished: Sequence[str])
         yield "folds share training patients, although tests and intervals assume independence"
     if unfinished:
         verb = "is" if len(unfinished) == 1 else "are"
-        yield f"{counted(len(unfinished), 'cell')} {verb} not done, and left out"
+        yield f"{count(len(unfinished), 'cell')} {verb} not done, and left out"
     seeds = table.groupby([series for _, series in conditions(table).items()]).seed.agg(frozenset)
     if table.seed.nunique() == 1:
         yield "one seed: differences between conditions include the randomness of single trainings"

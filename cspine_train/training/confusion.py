@@ -41,18 +41,20 @@ def confusion(
     return counts.view(patients, classes, classes)
 
 
-def over_patients(figures: torch.Tensor, patients: Sequence[int]) -> torch.Tensor:
+def over_patients(figures: torch.Tensor, cases: torch.Tensor, patients: Sequence[int] | None) -> torch.Tensor:
     """Return the mean over the cases of each patient: (cases, ...) becomes (patients, ...).
 
     Parameters
     ----------
     figures : Tensor
         float (cases, ...).
-    patients : sequence of int
-        A number of each case's patient.
+    cases : Tensor
+        int64 (cases,): the number of each case.
+    patients : sequence of int or None
+        A number of the patient of every case; None: each case has its own.
     """
-    known = torch.tensor(patients, device=figures.device)
-    return torch.stack([figures[known == patient].mean(0) for patient in dict.fromkeys(patients)])
+    of_cases = cases if patients is None else torch.tensor(patients, device=cases.device)[cases]
+    return torch.stack([figures[of_cases == patient].mean(0) for patient in dict.fromkeys(of_cases.tolist())])
 
 
 def mean_label_dice(counts: torch.Tensor, unknown: Sequence[int], patients: Sequence[int] | None = None) -> float:
@@ -74,8 +76,8 @@ def mean_label_dice(counts: torch.Tensor, unknown: Sequence[int], patients: Sequ
     dice = 2 * both / (truth + found).clamp_min(1)
     has = truth > 0
     labels = has.sum(1) + torch.tensor(unknown, device=counts.device)
-    of_cases = ((dice * has).sum(1) / labels.clamp_min(1))[labels > 0]
-    if not len(of_cases):
+    cases = (labels > 0).nonzero().flatten()
+    if not len(cases):
         return 0.0
-    shown = torch.arange(len(labels), device=counts.device)[labels > 0].tolist()
-    return float(over_patients(of_cases, [patients[case] if patients else case for case in shown]).mean())
+    of_cases = ((dice * has).sum(1) / labels.clamp_min(1))[cases]
+    return float(over_patients(of_cases, cases, patients).mean())

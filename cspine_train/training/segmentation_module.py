@@ -59,13 +59,13 @@ def best_threshold(counts: torch.Tensor, patients: Sequence[int] | None = None) 
     patients : sequence of int, optional
         A number of each case's patient; by default, each case has its own.
     """
-    labelled = (counts[:, 1].sum(1) > 0).nonzero().flatten().tolist()
-    if not labelled:
+    labelled = (counts[:, 1].sum(1) > 0).nonzero().flatten()
+    if not len(labelled):
         return 0.0, 0.5
     counts = counts[labelled]
     marked = counts.flip(2).cumsum(2).flip(2)[..., 1:].double()
     both, total = marked[:, 1], marked.sum(1) + counts[:, 1].sum(1, keepdim=True)
-    dice = over_patients(2 * both / total, [patients[case] if patients else case for case in labelled]).mean(0)
+    dice = over_patients(2 * both / total, labelled, patients).mean(0)
     best = (dice > dice.max() - 1e-9).nonzero().flatten().tolist()
     nearest = min(best, key=lambda number: abs(THRESHOLDS[number] - 0.5))
     return float(dice[nearest]), THRESHOLDS[nearest]
