@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         bias_parameters,
     )
     from cspine_data.preprocessing.steps import PreparedVolume, preprocess_volume
+    from cspine_data.report.dataset import DatasetReport, report_source, report_store
     from cspine_data.sources.cases import Case, Listing
     from cspine_data.sources.layout import Found, Layout
     from cspine_data.sources.listing import find_cases, find_volumes, volumes_in
@@ -74,6 +75,7 @@ _HOME = {
     "preparation.pipeline": ("prepare",),
     "preparation.summary": ("PrepareSummary",),
     "preprocessing.steps": ("PreparedVolume", "preprocess_volume"),
+    "report.dataset": ("DatasetReport", "report_source", "report_store"),
     "store.publishing": ("remove_cases",),
     "store.schema": ("CaseRecord",),
     "datasets.splits": ("Split",),
@@ -92,6 +94,7 @@ __all__ = [
     "CspineDataError",
     "Damage",
     "DamagedStoreError",
+    "DatasetReport",
     "Digested",
     "Found",
     "Garbage",
@@ -130,6 +133,8 @@ __all__ = [
     "read_volume",
     "remove_cases",
     "repair",
+    "report_source",
+    "report_store",
     "usable_image",
     "verify",
     "volume_stem",

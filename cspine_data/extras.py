@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _MODULES = {
     "train": (
-        "PIL", "huggingface_hub", "jinja2", "lightning", "markupsafe", "matplotlib", "pandas", "psutil", "pyarrow",
+        "huggingface_hub", "lightning", "matplotlib", "pandas", "psutil", "pyarrow",
         "safetensors", "segmentation_models_pytorch", "tabulate", "timm", "torch", "torchvision",
     ),
     "dicom": ("gdcm",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
@@ -71,54 +72,86 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 
 
 @main.command(
-    cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "ignore_label", "trust_voxels")
+    cls=FieldCommand,
+    fields=("layout", "pairs", "sequence", "include", "exclude", "ignore_label", "trust_voxels", "workers"),
 )
 @SOURCE
 @click.option("--quick", is_flag=True, help="Read headers only: fast, and without the checks of voxels.")
 @click.option("--write-pairs", type=PATH, metavar="FILE.csv", help="Write a list of the cases, for --pairs.")
+@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with pictures, outliers first.")
 def scan(
     source: Path,
     quick: bool,
     write_pairs: Path | None,
+    report: Path | None,
     ignore_label: int | None,
     trust_voxels: bool,
+    workers: int | None,
     **selection: Any,
 ) -> None:
-    """List the cases in SOURCE and all problems, without writing anything."""
-    from cspine_data.errors import Problem, count, printable
-    from cspine_data.sources.cases import scan_case, scan_header
+    """List the cases in SOURCE and all problems; only --write-pairs and --report write a file."""
+    from cspine_data.errors import InputError, count, printable
+    from cspine_data.sources.cases import scan_cases
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
 
+    if report and quick:
+        raise InputError("--report and --quick", "exclude each other", "a report needs the voxels: leave out --quick")
     listing = find_cases(source, **selection)
     for note in listing.notes:
         click.echo(printable(f"note: {note}"))
-    rows, problems, notes = [], list(listing.problems), []
-    unlabelled = 0
-    seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
-        for number, case in enumerate(listing.cases, start=1):
-            found = scan_header(case) if quick else scan_case(case, seen, ignore_label, trust_voxels=trust_voxels)
-            if isinstance(found, Problem):
-                problems.append(found)
-            else:
-                rows.append(found.row)
-                notes += [(case.id, found.notes)]
-                unlabelled += not found.labelled
-            if progress:
-                progress(number, len(listing.cases), case.id)
-    print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
-    print_notes(notes)
+        if report:
+            from cspine_data.report.dataset import report_source
+
+            found = report_source(
+                listing,
+                report,
+                command=_source_arguments(source, **selection),
+                ignore_label=ignore_label,
+                trust_voxels=trust_voxels,
+                workers=workers,
+                progress=progress,
+            )
+            cases, problems = found.cases, found.problems
+        else:
+            cases, problems = scan_cases(
+                listing, quick=quick, ignore_label=ignore_label, trust_voxels=trust_voxels, progress=progress
+            )
+    print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), [case.row for case in cases])
+    print_notes((case.row[0], case.notes) for case in cases)
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
     if write_pairs is not None:
         write_list(write_pairs, listing.cases)
         click.echo(f"wrote {write_pairs}: {count(len(listing.cases), 'case')}; correct it and give it as --pairs")
+    if report is not None:
+        click.echo(
+            f"wrote {report}: {count(found.suspects, 'case')} to look at; it shows patients, keep it confidential"
+        )
     state = "with a readable header" if quick else "can be prepared"
-    cases = f"{count(len(rows), 'case')} {state}, {unlabelled} without a label map"
-    click.echo(f"{cases}; {count(len(problems), 'problem')}")
+    unlabelled = sum(not case.labelled for case in cases)
+    click.echo(
+        f"{count(len(cases), 'case')} {state}, {unlabelled} without a label map; {count(len(problems), 'problem')}"
+    )
     if problems:
         raise SystemExit(1)
+
+
+def _report_line(page: Path, suspects: int) -> str:
+    from cspine_data.errors import count
+
+    return f"wrote {page}: {count(suspects, 'case')} to look at; the page shows patients, keep it confidential"
+
+
+def _source_arguments(source: Path, **selection: Any) -> str:
+    """Return the arguments that select the same cases again, quoted for a shell."""
+    arguments = [str(source)] if selection["pairs"] is None else []
+    for name, given in selection.items():
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and (name, value) != ("layout", "auto"):
+                arguments += [f"--{name}", str(value)]
+    return shlex.join(arguments)
 
 
 @main.command(cls=FieldCommand)
@@ -206,6 +239,23 @@ def info(store: Path) -> None:
         for record in cohort.records(variant)
     )
     click.echo(f"{store}: {len(cohort.cases)} cases, variants {', '.join(cohort.variants) or 'none'}")
+
+
+@main.command(cls=FieldCommand, fields=("workers",))
+@STORE
+@click.option("-o", "--output", type=PATH, required=True, metavar="FILE.html", help="The page; replaced if it exists.")
+@VARIANT
+def report(store: Path, output: Path, variant: str | None, workers: int | None) -> None:
+    """Write a page about the cases of STORE: outliers first, pictures before and after bias field correction."""
+    from cspine_data.report.dataset import report_store
+
+    with progress_bar("reading") as progress:
+        found = report_store(store, output, variant=variant, workers=workers, progress=progress)
+    for problem in found.problems:
+        click.echo(f"problem: {problem.message}", err=True)
+    click.echo(_report_line(output, found.suspects))
+    if found.problems:
+        raise SystemExit(1)
 
 
 @main.command(cls=FieldCommand, fields=("pairs", "workers"))

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from cspine_data.errors import DamagedStoreError, InputError
 from cspine_data.files import make_folder
 from cspine_data.preparation.plan import Job, Stored, is_unchanged
+from cspine_data.preprocessing.bias_field import field_factors
 from cspine_data.preprocessing.steps import CorrectedVolume, PreparedVolume, correct_volume, normalise_volume
 from cspine_data.sources.cases import LoadedCase, load_case, voxels_digest
 from cspine_data.store import schema
-from cspine_data.store.attributes import image_metadata, level_attributes, slice_grid
+from cspine_data.store.attributes import averaged_metadata, image_metadata, level_attributes, slice_grid
 from cspine_data.store.publishing import (
     REMOVED,
     UNFINISHED,
@@ -124,6 +125,11 @@ def _write_arrays(writer: CaseWriter, record: CaseRecord, prepared: PreparedVolu
     writer.write_group("volume", {"ome": ome})
     chunks = schema.volume_chunks(record.size_xyz)
     writer.write_array(schema.VOLUME_IMAGE, prepared.corrected.image_xyz, chunks, schema.AXES_XYZ, {})
+    log_bias = prepared.corrected.log_bias_xyz
+    if log_bias is not None:
+        factors = field_factors(record.size_xyz, record.spacing_xyz_mm)
+        writer.write_group("bias_field", {"ome": averaged_metadata(record.spacing_xyz_mm, origin_mm, factors)})
+        writer.write_array(schema.BIAS_FIELD, log_bias, schema.volume_chunks(log_bias.shape), schema.AXES_XYZ, {})
     sliced = {"image": (prepared.levels_xyz, level_attributes(prepared.levels))}
     if label is not None:
         writer.write_group("volume/labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})

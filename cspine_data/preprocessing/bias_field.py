@@ -25,6 +25,8 @@ from cspine_data.volumes.geometry import Triple
 # Where the signal of median tissue is this many standard deviations of the noise, the gain is halved. Below 1, since
 # networks average neighbours; docs/bias-field.md has the Dice for 1, 0.5 and 0.25.
 _LEAST_SNR = 0.5
+# Voxel size at which a field is stored: it has no detail finer than this.
+_FIELD_MM = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +159,31 @@ def correct(
         np.copyto(plane, gain, where=plane > 0)
         plane += level
     return corrected
+
+
+def uncorrect(
+    corrected: NDArray[Any], log_bias: NDArray[np.float32], air: float, noise_ratio: float
+) -> NDArray[np.float32]:
+    """Return the intensities before `correct`; arrays of any three-dimensional shape."""
+    gain = correct(np.ones_like(log_bias), log_bias, noise_ratio=noise_ratio)
+    signal = corrected - np.float32(air)
+    return np.where(signal > 0, signal / gain, signal) + np.float32(air)
+
+
+def field_factors(size_xyz: tuple[int, ...], spacing_mm: Triple) -> tuple[int, int, int]:
+    """Return how many voxels of an image a voxel of its stored field averages, along x, y and z."""
+    x, y, z = (min(n, size) for n, size in zip(working_factors(spacing_mm, _FIELD_MM), size_xyz, strict=True))
+    return x, y, z
+
+
+def field_at(
+    field_xyz: NDArray[np.float32], factors: tuple[int, int, int], indices: tuple[NDArray[np.int_], ...]
+) -> NDArray[np.float32]:
+    """Interpolate a stored field at voxels of its image, on the grid of their indices along x, y and z."""
+    from scipy.ndimage import map_coordinates
+
+    at = [(index - (factor - 1) / 2) / factor for index, factor in zip(indices, factors, strict=True)]
+    return np.asarray(map_coordinates(field_xyz, np.meshgrid(*at, indexing="ij"), order=1, mode="nearest"))
 
 
 @dataclass(frozen=True, eq=False)

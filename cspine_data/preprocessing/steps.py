@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.errors import InputError
-from cspine_data.preprocessing.bias_field import estimate_bias
+from cspine_data.preprocessing.bias_field import estimate_bias, field_factors
 from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics, normalisation_of
 from cspine_data.preprocessing.parameters import BiasParameters, Preprocessing
 from cspine_data.preprocessing.resampling import resample_image, resample_label, resampled_size
 from cspine_data.preprocessing.threads import one_blas_thread
-from cspine_data.preprocessing.tissue import air_level, looks_like_ct, tissue_threshold
+from cspine_data.preprocessing.tissue import air_level, average_down, looks_like_ct, tissue_threshold
 from cspine_data.volumes.geometry import Geometry, Orientation, Triple
 from cspine_data.volumes.image_checks import usable_image
 from cspine_data.volumes.volume import Volume
@@ -56,6 +56,8 @@ class CorrectedVolume:
     noise_ratio: float = 0.0
     noise_share: float = 0.0
     """See `BiasEstimate`; 0 without an estimate."""
+    log_bias_xyz: NDArray[np.float32] | None = None
+    """Natural logarithm of the field, (x, y, z), averaged to voxels of about 8 mm; None without an estimate."""
     name: str = "volume"
     """Name in messages."""
 
@@ -193,6 +195,7 @@ def correct_volume(volume: Volume, bias: BiasParameters | None) -> CorrectedVolu
         log_bias_deviation=float(in_tissue.std(dtype=np.float64)) if in_tissue.size else 0.0,
         noise_ratio=found.noise_ratio,
         noise_share=found.noise_share,
+        log_bias_xyz=average_down(found.log_bias_xyz, field_factors(image.shape, spacing_mm)),
         name=volume.name,
     )
 

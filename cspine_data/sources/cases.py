@@ -12,6 +12,7 @@ import numpy as np
 
 from cspine_data.errors import CspineDataError, Problem, describe_problem, printable
 from cspine_data.preprocessing.tissue import tissue_threshold
+from cspine_data.progress import Progress
 from cspine_data.volumes.geometry import Geometry, Orientation
 from cspine_data.volumes.image_checks import usable_image
 from cspine_data.volumes.io import Volume, read_geometry, read_volume
@@ -193,6 +194,31 @@ class ScannedCase:
     labelled: bool = False
 
 
+def scan_cases(
+    listing: Listing,
+    *,
+    quick: bool = False,
+    ignore_label: int | None = None,
+    trust_voxels: bool = False,
+    progress: Progress | None = None,
+) -> tuple[tuple[ScannedCase, ...], tuple[Problem, ...]]:
+    """Read and check the cases of a listing one by one; return descriptions and problems.
+
+    With `quick`, only headers are read; see `load_case` for the others.
+    """
+    cases: list[ScannedCase] = []
+    problems, seen = list(listing.problems), dict[str, str]()
+    for number, case in enumerate(listing.cases, start=1):
+        found = scan_header(case) if quick else scan_case(case, seen, ignore_label, trust_voxels=trust_voxels)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            cases.append(found)
+        if progress:
+            progress(number, len(listing.cases), case.id)
+    return tuple(cases), tuple(problems)
+
+
 def scan_case(
     case: Case, seen: dict[str, str], ignore_label: int | None = None, *, trust_voxels: bool = False
 ) -> ScannedCase | Problem:
@@ -221,7 +247,12 @@ def scan_case(
             return copy_problem(case, first)
     except (CspineDataError, OSError, MemoryError) as error:
         return describe_problem(case.id, error)
-    geometry = loaded.image.geometry
+    return describe_case(loaded, ignore_label)
+
+
+def describe_case(loaded: LoadedCase, ignore_label: int | None) -> ScannedCase:
+    """Describe a checked case."""
+    case, geometry = loaded.case, loaded.image.geometry
     orientation = geometry.orientation_code + (" (assumed)" if loaded.image.assumed_orientation else "")
     found = value_counts(loaded.label.array)[0].tolist() if loaded.label else []
     labels = " ".join(f"{value}{' (ignored)' * (value == ignore_label)}" for value in found if value)

@@ -48,3 +48,9 @@ def image_metadata(spacing_mm: Triple, origin_mm: Triple) -> dict[str, Any]:
             }
         ],
     }
+
+
+def averaged_metadata(spacing_mm: Triple, origin_mm: Triple, factors: tuple[int, int, int]) -> dict[str, Any]:
+    """Return OME-Zarr attributes of an image that averages blocks of voxels of another."""
+    x, y, z = ((mm * n, first + (n - 1) / 2 * mm) for mm, first, n in zip(spacing_mm, origin_mm, factors, strict=True))
+    return image_metadata((x[0], y[0], z[0]), (x[1], y[1], z[1]))

@@ -12,11 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cspine_data.errors import DamagedStoreError, NewerSchemaError, NotInStoreError, StoreError
 from cspine_data.names import as_known
+from cspine_data.preprocessing.bias_field import field_factors
 from cspine_data.preprocessing.normalisation import TissueStatistics
 from cspine_data.preprocessing.steps import CorrectedVolume
 from cspine_data.store import schema
@@ -123,6 +125,7 @@ def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
         log_bias_deviation=record.log_bias_deviation,
         noise_ratio=record.noise_ratio,
         noise_share=record.noise_share,
+        log_bias_xyz=read_log_bias_xyz(path, record),
         name=f"{record.case} ({record.variant})",
     )
 
@@ -134,20 +137,30 @@ def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
     return _read_array(path, record, schema.VOLUME_LABEL)
 
 
-def _read_array(path: Path, record: CaseRecord, name: str) -> NDArray[Any]:
+def read_log_bias_xyz(path: Path, record: CaseRecord) -> NDArray[np.float32] | None:
+    """Read the logarithm of the bias field; None without correction, and in stores of schema version 7 or older."""
+    if f"{schema.BIAS_FIELD}/{METADATA}" not in record.files:
+        return None
+    factors = field_factors(record.size_xyz, record.spacing_xyz_mm)
+    size = tuple(-(-n // factor) for n, factor in zip(record.size_xyz, factors, strict=True))
+    return _read_array(path, record, schema.BIAS_FIELD, size)
+
+
+def _read_array(path: Path, record: CaseRecord, name: str, size: tuple[int, ...] | None = None) -> NDArray[Any]:
+    size = size or record.size_xyz
     case_folder = path / schema.case_path(record.case, record.digest)
     folder = case_folder / name
     try:
         metadata = read_array_metadata(folder, record.files.get(f"{name}/{METADATA}", ""))
-        if tuple(metadata["shape"]) != record.size_xyz:
+        if tuple(metadata["shape"]) != size:
             raise ValueError("its shape is not the volume's")
-        chunks = schema.volume_chunks(record.size_xyz)
+        chunks = schema.volume_chunks(size)
         if not is_local(path) or not schema.is_own_layout(metadata, chunks):
             from cspine_data.store.zarr_fallback import ForeignArray
 
             return ForeignArray(folder, metadata).read()
         dtype = schema.DTYPES[metadata["data_type"]]
-        return read_whole(folder / "c" / "0" / "0" / "0", record.size_xyz, dtype, chunks)
+        return read_whole(folder / "c" / "0" / "0" / "0", size, dtype, chunks)
     except (FileNotFoundError, NotADirectoryError):
         if is_local(path) and not case_folder.is_dir():
             raise StoreError(f"{path}: {record.case} ({record.variant}) {REPLACED}") from None

@@ -6,6 +6,7 @@ Only this module knows the layout. A store is a Zarr format 3 group::
       cases/<case id>/<digest>/          written once, never changed; attributes: a `CaseRecord`
         volume/0                         the image, (x, y, z), OME-Zarr 0.5
         volume/labels/segmentation/0     its label map
+        bias_field/0                     logarithm of the estimated bias field, (x, y, z), voxels of about 8 mm
         axis0/image   axis0/label        slices first, (n, H, W): one slice an inner chunk, one shard an array;
                                          images normalised, in 16-bit levels
         axis1/...     axis2/...
@@ -32,7 +33,7 @@ from cspine_data.store.identities import Identity
 from cspine_data.volumes.geometry import Geometry, Triple
 
 #: Part of every digest: raise it when the bytes for the same source and parameters change.
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 ATTRIBUTE = "cspine"
 #: The attribute beside the record with its `record_checksum`.
 CHECKSUM_ATTRIBUTE = "cspine_sha256"
@@ -40,6 +41,7 @@ AXIS_NAMES = ("left-right", "anterior-posterior", "inferior-superior")
 AXES_XYZ = "xyz"
 VOLUME_IMAGE = "volume/0"
 VOLUME_LABEL = "volume/labels/segmentation/0"
+BIAS_FIELD = "bias_field/0"
 # A cube of 64 voxels: a viewer can read a region, and a volume has a few dozen chunks.
 VOLUME_CHUNK = 64
 CHECKSUM_BYTES = 4

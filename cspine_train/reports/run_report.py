@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cspine_data.tools import count
+from cspine_data.tools import count, render_page
 from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import too_few
 from cspine_train.run.evaluations import mean_over_patients, number_of_patients, patient_measures, recorded_evaluations
@@ -45,12 +45,7 @@ def write_report(run: Path, record: RunRecord) -> Path:
 
 def page(template: str, **known: Any) -> str:
     """Render one of the package's page templates; all values are escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    pages = Environment(
-        loader=PackageLoader("cspine_train.reports", "templates"), autoescape=True, undefined=StrictUndefined
-    )
-    return pages.get_template(template).render(**known)
+    return render_page("cspine_train.reports", "templates", template, **known)
 
 
 def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +43,6 @@ def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:
 
 
 def _page(study: Path, plan: Plan, found: Findings, table: pd.DataFrame) -> str:
-    from markupsafe import Markup
-
-    script = files("cspine_train.reports").joinpath("templates/study.js").read_text(encoding="utf-8")
     one_each = table.drop_duplicates("cell")
     cells = dict(zip(one_each.cell, _cell_titles(one_each), strict=True))
     return page(
@@ -60,9 +54,6 @@ def _page(study: Path, plan: Plan, found: Findings, table: pd.DataFrame) -> str:
         patients=list(_patients(table)),
         curves=list(_curves(study, cells)),
         shown=list(_shown(study, table, cells)),
-        # The browser runs only the script of this digest.
-        script=Markup(script),  # noqa: S704
-        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 

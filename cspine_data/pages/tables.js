@@ -33,5 +33,5 @@ box.addEventListener("input", () => {
     one.hidden = !words.every((word) => text.includes(word));
     count += !one.hidden;
   }
-  shown.textContent = words.length ? `${count} rows and plots` : "";
+  shown.textContent = words.length ? `${count} rows and figures` : "";
 });

@@ -1,0 +1,193 @@
+"""Report on the cases of a source or of a store: examine them in parallel, and write the page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cspine_data.datasets.cohort import open_cohort
+from cspine_data.datasets.splits import by_patient, reference_split
+from cspine_data.errors import Problem, describe_problem
+from cspine_data.parallel.workers import Workers, side_by_side
+from cspine_data.progress import Progress
+from cspine_data.report.case_summary import CaseSummary, Examined, examine_source_case, summarise_stored_case
+from cspine_data.report.page import About, write_page
+from cspine_data.sources.cases import Listing, ScannedCase, copy_problem
+from cspine_data.store.records import read_root
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a report has found.
+
+    Attributes
+    ----------
+    cases : tuple of ScannedCase
+        The valid cases, by id.
+    problems : tuple of Problem
+        Cases and files that cannot be used.
+    suspects : int
+        Number of cases to look at, those with problems included.
+    """
+
+    cases: tuple[ScannedCase, ...]
+    problems: tuple[Problem, ...]
+    suspects: int
+
+
+def report_source(
+    listing: Listing,
+    output: str | Path,
+    *,
+    command: str = "SOURCE",
+    ignore_label: int | None = None,
+    trust_voxels: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> DatasetReport:
+    """Check every case of a source as `prepare` does, and write a page about them.
+
+    Parameters
+    ----------
+    listing : Listing
+        From `find_cases`.
+    output : str or Path
+        The page, an ``.html`` file; it is replaced if it exists. It shows patients.
+    command : str
+        The source in the commands that the page suggests.
+    ignore_label : int, optional
+        The label value of voxels to ignore.
+    trust_voxels : bool
+        Assume that a label map without a position in its header is on the volume's grid, voxel for voxel.
+    workers : int, optional
+        Number of worker processes; by default one per core.
+    progress : callable, optional
+        Called with (cases finished, cases, case id) after each case.
+
+    Returns
+    -------
+    DatasetReport
+        The valid cases and the problems.
+
+    Raises
+    ------
+    InputError
+        If `output` has another suffix or there is nothing to show.
+    """
+    examine = partial(examine_source_case, ignore_label=ignore_label, trust_voxels=trust_voxels)
+    found = _side_by_side(examine, listing.cases, [case.id for case in listing.cases], workers, progress)
+    problems, seen = list(listing.problems), dict[str, str]()
+    examined: list[Examined] = []
+    for case, one in zip(listing.cases, found, strict=True):
+        if isinstance(one, Problem):
+            problems.append(one)
+        elif (first := seen.setdefault(one.voxels_sha256, case.id)) != case.id:
+            problems.append(copy_problem(case, first))
+        else:
+            examined.append(one)
+    summaries = [one.summary for one in examined]
+    about = About(
+        title=f"Dataset report: {len(summaries)} cases before preparation",
+        command=command,
+        stored=False,
+        notes=(*listing.notes, "split: what a new store of these cases would have"),
+        part_of=_split_of(summaries),
+    )
+    suspects = write_page(Path(output), about, summaries, problems)
+    return DatasetReport(tuple(one.scanned for one in examined), tuple(problems), suspects)
+
+
+def report_store(
+    store: str | Path,
+    output: str | Path,
+    *,
+    variant: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> DatasetReport:
+    """Write a page about the cases of a store, with the volumes before and after bias field correction.
+
+    Parameters
+    ----------
+    store : str or Path
+        The store.
+    output : str or Path
+        The page, an ``.html`` file; it is replaced if it exists. It shows patients.
+    variant : str, optional
+        ``n4`` or ``raw``; by default n4 if the store has it.
+    workers, progress
+        As for `report_source`.
+
+    Returns
+    -------
+    DatasetReport
+        The number of cases to look at, and the problems: damaged cases.
+
+    Raises
+    ------
+    StoreError
+        If there is no store.
+    InputError
+        If `output` has another suffix or there is nothing to show.
+    """
+    cohort = open_cohort(store)
+    variant = variant or (cohort.variants[0] if cohort.variants else "n4")
+    root = read_root(cohort.path)
+    cases = [case for case in cohort.cases if variant in root.cases[case]]
+    summarise = partial(summarise_stored_case, store=cohort.path, variant=variant)
+    found = _side_by_side(summarise, cases, cases, workers, progress)
+    summaries = [one for one in found if not isinstance(one, Problem)]
+    problems = tuple(one for one in found if isinstance(one, Problem))
+    about = About(
+        title=f"Dataset report: {len(summaries)} prepared cases ({variant})",
+        command=shlex.quote(str(store)),
+        stored=True,
+        notes=cohort.notes,
+        part_of=cohort.split(variant=variant).part_of if summaries else {},
+    )
+    return DatasetReport((), problems, write_page(Path(output), about, summaries, problems))
+
+
+def _split_of(cases: Sequence[CaseSummary]) -> dict[str, str]:
+    """Return the part of each labelled case in the reference split of a new store."""
+    patient_of = {case.case: case.identity.patient for case in cases if case.label}
+    part_of = reference_split(by_patient([tuple(patient_of)], patient_of)).part_of if patient_of else {}
+    return {case: part_of[patient] for case, patient in patient_of.items()}
+
+
+def _side_by_side(
+    work: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    names: Sequence[str],
+    workers: int | None,
+    progress: Progress | None,
+) -> list[Any]:
+    """Run a function on each case in parallel; return results in order, a `Problem` for each case that failed."""
+    found: dict[str, Any] = {}
+    numbered = list(zip(names, tasks, strict=True))
+    for finished in side_by_side(partial(_guarded, work), numbered, _lost, Workers(workers)):
+        for (name, _), result in finished:
+            found[name] = result
+            if progress:
+                progress(len(found), len(names), name)
+    return [found[name] for name in names]
+
+
+def _guarded(work: Callable[[Any], Any], task: tuple[str, Any]) -> Any:
+    from numcodecs import blosc
+
+    blosc.use_threads = False
+    try:
+        return work(task[1])
+    except Exception as error:  # noqa: BLE001 - a case that fails does not stop the others
+        return describe_problem(task[0], error)
+
+
+def _lost(task: tuple[str, Any], reason: str | Exception) -> Problem:
+    if isinstance(reason, Exception):
+        return describe_problem(task[0], reason)
+    return Problem(task[0], f"{task[0]}: {reason}")

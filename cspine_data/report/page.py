@@ -1,0 +1,229 @@
+"""The dataset report: one self-contained page about a cohort, outliers first."""
+
+from __future__ import annotations
+
+import base64
+import glob
+import shlex
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cspine_data.errors import InputError, Problem, count
+from cspine_data.files import atomic_write
+from cspine_data.pages.page import render_page
+from cspine_data.report.case_summary import CaseSummary, Histogram
+from cspine_data.report.findings import Finding, Measure, find_outliers, measures
+
+_BARS = 30
+_MOST_PROBLEMS = 4
+_SOURCE_LEGEND = "One slice along each axis, with the outlines of the label map."
+_STORE_LEGEND = (
+    "One slice along each axis. With bias field correction: before it; after it, with the outlines of the label map; "
+    "and the logarithm of the field, black -1, white 1."
+)
+
+
+@dataclass(frozen=True)
+class About:
+    """What the page says of a whole cohort.
+
+    `command` completes the commands that it suggests: the source as `prepare` takes it, or the store. `part_of` is the
+    part of each case in the split.
+    """
+
+    title: str
+    command: str
+    stored: bool
+    notes: tuple[str, ...] = ()
+    part_of: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_page(path: Path, about: About, cases: Sequence[CaseSummary], problems: Sequence[Problem]) -> int:
+    """Write the page, atomically, and return the number of cases to look at; an existing file is replaced."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(path, "is no name of a page", "give a name that ends in .html")
+    findings = [Finding(problem.case, problem.message, np.inf, "file") for problem in problems]
+    findings += find_outliers(cases)
+    of_case: dict[str, list[Finding]] = defaultdict(list)
+    for finding in findings:
+        of_case[finding.case].append(finding)
+    ordered = sorted(cases, key=lambda case: (-_strength(of_case[case.case]), case.case))
+    anchors = {case.case: f"case-{number}" for number, case in enumerate(ordered, start=1)}
+    suspects = [case for case, found in of_case.items() if found]
+    patients = len({case.identity.patient for case in cases})
+    text = render_page(
+        "cspine_data.report",
+        "templates",
+        "dataset.html.jinja",
+        title=about.title,
+        answer=f"{count(len(cases), 'case')} of {count(patients, 'patient')}; {len(suspects)} to look at.",
+        notes=about.notes,
+        suspects=[_suspect(case, of_case[case], anchors, about) for case in suspects],
+        patients=_patients(cases, about.part_of),
+        plots=[plot for measure in measures() if (plot := _plot(measure, cases, anchors))],
+        table=_table(ordered, about, anchors),
+        legend=_STORE_LEGEND if about.stored else _SOURCE_LEGEND,
+        cases=list(_cards(ordered, anchors, of_case)),
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return len(suspects)
+
+
+def _strength(findings: Sequence[Finding]) -> float:
+    return max((finding.strength for finding in findings), default=0.0)
+
+
+def _suspect(case: str, findings: Sequence[Finding], anchors: Mapping[str, str], about: About) -> dict[str, Any]:
+    problems = [finding.problem for finding in findings[:_MOST_PROBLEMS]]
+    if len(findings) > _MOST_PROBLEMS:
+        problems.append(f"and {len(findings) - _MOST_PROBLEMS} more values")
+    kinds = dict.fromkeys(finding.kind for finding in findings)
+    remedies = [remedy for kind in kinds for remedy in _remedies(kind, case, about)]
+    return {"case": case, "anchor": anchors.get(case), "problems": problems, "remedies": remedies}
+
+
+def _remedies(kind: str, case: str, about: About) -> list[dict[str, str]]:
+    if kind == "file":
+        return []
+    leave_out = (
+        {"text": "To remove it:", "command": f"cspine-data remove {about.command} {shlex.quote(case)}"}
+        if about.stored
+        else {
+            "text": "To leave it out:",
+            "command": f"cspine-data prepare {about.command} --exclude {shlex.quote(glob.escape(case))}",
+        }
+    )
+    if kind == "patient":
+        command = f"cspine-data scan {'SOURCE' if about.stored else about.command} --write-pairs pairs.csv"
+        text = "If both are one patient, write a list, correct its column patient, and prepare it with --pairs:"
+        return [{"text": text, "command": command}, leave_out]
+    if kind == "field":
+        text = "If its field is wrong, prepare it with another preset, or all cases with --no-n4:"
+        command = f"cspine-data prepare SOURCE --store {about.command} --include {shlex.quote(glob.escape(case))}"
+        return [{"text": text, "command": f"{command} --n4-preset thorough"}, leave_out]
+    return [{"text": "Compare it with its original in a viewer, and correct the file.", "command": ""}, leave_out]
+
+
+def _patients(cases: Sequence[CaseSummary], part_of: Mapping[str, str]) -> dict[str, Any]:
+    """Return the number of patients and cases by site, sequence and part of the split."""
+    groups: dict[tuple[str, ...], list[CaseSummary]] = defaultdict(list)
+    for case in cases:
+        key = (case.identity.site or "-", case.identity.sequence or "-", part_of.get(case.case, "-"))
+        groups[key].append(case)
+    rows = [
+        (*key, str(len({case.identity.patient for case in group})), str(len(group)))
+        for key, group in sorted(groups.items())
+    ]
+    return {"columns": ("site", "sequence", "split", "patients", "cases"), "rows": rows}
+
+
+def _table(cases: Sequence[CaseSummary], about: About, anchors: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row for each case; columns without any value are left out."""
+    rows = [_cells(case, about.part_of.get(case.case)) for case in cases]
+    columns = [name for name in (rows[0] if rows else {}) if any(row[name] for row in rows)]
+    return {
+        "columns": ["case", *columns],
+        "rows": [
+            {"anchor": anchors[case.case], "case": case.case, "cells": [row[name] or "-" for name in columns]}
+            for case, row in zip(cases, rows, strict=True)
+        ],
+    }
+
+
+def _cells(case: CaseSummary, part: str | None) -> dict[str, str | None]:
+    label, identity = case.label, case.identity
+    return {
+        "patient": identity.patient if identity.patient != case.case else None,
+        "site": identity.site,
+        "sequence": identity.sequence,
+        "split": part,
+        "size xyz": " x ".join(map(str, case.size_xyz)),
+        "voxel size, mm": " x ".join(f"{mm:.3g}" for mm in case.spacing_mm),
+        "field of view, mm": " x ".join(f"{mm:.0f}" for mm in case.field_of_view_mm),
+        "orientation": case.orientation,
+        "intensity": f"{case.intensity:.4g}",
+        "labels": " ".join(map(str, label.volumes_ml)) if label else None,
+        "labelled ml": f"{sum(label.volumes_ml.values()):.1f}" if label else None,
+        "fit of labels": f"{label.fit.here:.1f}" if label else None,
+        "log bias SD": None if case.log_bias_deviation is None else f"{case.log_bias_deviation:.3f}",
+    }
+
+
+def _plot(measure: Measure, cases: Sequence[CaseSummary], anchors: Mapping[str, str]) -> dict[str, Any] | None:
+    having, values = measure.values(cases)
+    if not having:
+        return None
+    low, high = float(values.min()), float(values.max())
+    counts, _ = np.histogram(values, _BARS, (low, high if high > low else low + 1))
+    width = 300 // _BARS
+    bars = [
+        {
+            "x": f"{10 + n * width:.1f}",
+            "y": f"{55 - height:.1f}",
+            "width": f"{width - 1:.1f}",
+            "height": f"{height:.1f}",
+        }
+        for n, height in enumerate(50 * counts / counts.max())
+        if height
+    ]
+    outliers = [
+        {
+            "anchor": anchors[case.case],
+            "x": f"{10 + 300 * (value - low) / max(high - low, 1e-9):.1f}",
+            "caption": f"{case.case}: {measure.text(value)}",
+        }
+        for case, value, distance in zip(having, values, measure.distances(values), strict=True)
+        if abs(distance) > 1
+    ]
+    return {
+        "title": measure.title,
+        "bars": bars,
+        "outliers": outliers,
+        "low": measure.text(low),
+        "high": measure.text(high),
+        "median": measure.text(float(np.median(values))),
+    }
+
+
+def _cards(cases: Sequence[CaseSummary], anchors: Mapping[str, str], of_case: Mapping[str, Sequence[Finding]]) -> Any:
+    mean = tuple(np.mean([case.after.heights for case in cases], axis=0).tolist()) if len(cases) > 1 else ()
+    for case in cases:
+        identity = case.identity
+        patient = f"patient {identity.patient}" if identity.patient != case.case else None
+        known = (patient, identity.site, identity.sequence)
+        yield {
+            "anchor": anchors[case.case],
+            "case": case.case,
+            "caption": ", ".join([case.case, *filter(None, known)]),
+            "problems": [finding.problem for finding in of_case.get(case.case, ())],
+            "notes": case.notes,
+            "picture": base64.b64encode(case.picture.content).decode(),
+            "width": case.picture.width,
+            "height": case.picture.height,
+            "histograms": [
+                _histogram("intensity", case.before, ()),
+                _histogram("normalised", case.after, mean),
+            ],
+        }
+
+
+def _histogram(title: str, histogram: Histogram, mean: Sequence[float]) -> dict[str, str]:
+    return {
+        "title": title,
+        "path": _path(histogram.heights),
+        "mean": _path(mean),
+        "low": f"{histogram.low:.4g}",
+        "high": f"{histogram.high:.4g}",
+    }
+
+
+def _path(heights: Sequence[float]) -> str:
+    step = 300 / max(1, len(heights) - 1)
+    points = (f"{10 + n * step:.0f} {45 - 40 * height:.0f}" for n, height in enumerate(heights))
+    return "M" + "L".join(points) if heights else ""
