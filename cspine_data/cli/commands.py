@@ -87,13 +87,14 @@ def scan(
     """List the cases in SOURCE and all problems, without writing anything."""
     from cspine_data.errors import Problem, count, printable
     from cspine_data.sources.cases import scan_case, scan_header
+    from cspine_data.sources.duplicates import look_alike_notes
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
 
     listing = find_cases(source, **selection)
     for note in listing.notes:
         click.echo(printable(f"note: {note}"))
-    rows, problems, notes = [], list(listing.problems), []
+    rows, problems, notes, fingerprints = [], list(listing.problems), [], []
     unlabelled = 0
     seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
@@ -105,10 +106,13 @@ def scan(
                 rows.append(found.row)
                 notes += [(case.id, found.notes)]
                 unlabelled += not found.labelled
+                fingerprints += [found.fingerprint] if found.fingerprint else []
             if progress:
                 progress(number, len(listing.cases), case.id)
     print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), rows)
     print_notes(notes)
+    for note in look_alike_notes(fingerprints):
+        click.echo(f"note: {note}")
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
     if write_pairs is not None:
