@@ -92,6 +92,7 @@ def scan(
     """List the cases in SOURCE and all problems; only --write-pairs and --report write a file."""
     from cspine_data.errors import InputError, count, printable
     from cspine_data.sources.cases import scan_cases
+    from cspine_data.sources.duplicates import look_alike_notes
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
 
@@ -120,6 +121,8 @@ def scan(
             )
     print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), [case.row for case in cases])
     print_notes((case.row[0], case.notes) for case in cases)
+    for note in look_alike_notes(case.fingerprint for case in cases if case.fingerprint):
+        click.echo(f"note: {note}")
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
     if write_pairs is not None:

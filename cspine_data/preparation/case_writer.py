@@ -20,6 +20,7 @@ from cspine_data.preparation.plan import Job, Stored, is_unchanged
 from cspine_data.preprocessing.bias_field import field_factors
 from cspine_data.preprocessing.steps import CorrectedVolume, PreparedVolume, correct_volume, normalise_volume
 from cspine_data.sources.cases import LoadedCase, load_case, voxels_digest
+from cspine_data.sources.duplicates import Fingerprint
 from cspine_data.store import schema
 from cspine_data.store.attributes import averaged_metadata, image_metadata, level_attributes, slice_grid
 from cspine_data.store.publishing import (
@@ -72,7 +73,8 @@ def prepare_case(job: Job, store: Path) -> Stored:
     record = _record(job, loaded, prepared, label)
     write_case(store, record, prepared, label, overwrite=job.overwrite)
     folder = store / schema.case_path(job.case.id, job.digest)
-    return Stored.of(record, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+    written_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Stored.of(record, written_bytes, Fingerprint.of(job.case.id, job.case.patient, loaded.image))
 
 
 def stored_volume(job: Job, store: Path) -> CorrectedVolume | None:

@@ -77,4 +77,5 @@ def prepare(
     stored = {*summary.done, *summary.reused}
     enrol(store, summary.labelled, note, {case.id: identity_of(case) for case in listing.cases if case.id in stored})
     seconds = time.perf_counter() - started
-    return replace(summary, standard_cases=standard_cases, seconds=seconds, source_notes=listing.notes)
+    notes = (*listing.notes, *summary.source_notes)
+    return replace(summary, standard_cases=standard_cases, seconds=seconds, source_notes=notes)

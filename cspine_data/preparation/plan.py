@@ -10,6 +10,7 @@ from cspine_data.errors import Problem
 from cspine_data.preparation.source_digests import Digested, files_of
 from cspine_data.preprocessing.parameters import Preprocessing
 from cspine_data.sources.cases import Case, copy_problem
+from cspine_data.sources.duplicates import Fingerprint
 from cspine_data.store.publishing import Replacement
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import CaseRecord, case_digest, case_path, volume_digest
@@ -25,11 +26,13 @@ class Stored:
     """Whether any voxel has a label."""
     written_bytes: int = 0
     """Its size on disk, if this run has written it; else 0."""
+    fingerprint: Fingerprint | None = None
+    """Of its volume, if this run has read it."""
 
     @classmethod
-    def of(cls, record: CaseRecord, written_bytes: int = 0) -> Stored:
+    def of(cls, record: CaseRecord, written_bytes: int = 0, fingerprint: Fingerprint | None = None) -> Stored:
         """Return what is needed of a record."""
-        return cls(record.preprocessing, record.warnings, bool(record.labels), written_bytes)
+        return cls(record.preprocessing, record.warnings, bool(record.labels), written_bytes, fingerprint)
 
 
 @dataclass(frozen=True)

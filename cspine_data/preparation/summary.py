@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cspine_data.errors import Problem
 from cspine_data.preparation.plan import Job, Stored
+from cspine_data.sources.duplicates import look_alike_notes
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class PrepareSummary:
     labelled : tuple of str
         Cases with labelled voxels that were computed or reused.
     source_notes : tuple of str
-        Notes on the source, see `Listing`.
+        Notes on the source, see `Listing`, and on computed cases that look like one patient.
     """
 
     done: tuple[str, ...]
@@ -65,6 +66,7 @@ def summarise(
         written_bytes=sum(one.written_bytes for one in usable.values()),
         notes={case: one.notes for case, one in usable.items() if one.notes},
         labelled=tuple(case for case, one in usable.items() if one.labelled),
+        source_notes=tuple(look_alike_notes(one.fingerprint for one in usable.values() if one.fingerprint)),
     )
 
 

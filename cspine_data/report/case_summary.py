@@ -140,7 +140,7 @@ def examine_source_case(case: Case, ignore_label: int | None, *, trust_voxels: b
     before, after = _histograms(image_xyz, normalisation_of(tissue, "zscore", None, loaded.image.name))
     summary = CaseSummary(
         identity=identity_of(case),
-        fingerprint=Fingerprint(case.id, case.patient, image_xyz.shape, spacing_mm, fingerprint(image_xyz)),
+        fingerprint=Fingerprint.of(case.id, case.patient, loaded.image),
         orientation=loaded.image.geometry.orientation_code,
         intensity=tissue.at((50,))[0],
         before=before,

@@ -13,6 +13,7 @@ import numpy as np
 from cspine_data.errors import CspineDataError, Problem, describe_problem, printable
 from cspine_data.preprocessing.tissue import tissue_threshold
 from cspine_data.progress import Progress
+from cspine_data.sources.duplicates import Fingerprint
 from cspine_data.volumes.geometry import Geometry, Orientation
 from cspine_data.volumes.image_checks import usable_image
 from cspine_data.volumes.io import Volume, read_geometry, read_volume
@@ -192,6 +193,8 @@ class ScannedCase:
     row: tuple[str, ...]
     notes: tuple[str, ...] = ()
     labelled: bool = False
+    fingerprint: Fingerprint | None = None
+    """None if its voxels were not read."""
 
 
 def scan_cases(
@@ -245,9 +248,9 @@ def scan_case(
         first = seen.setdefault(voxels_digest(loaded.image), case.id)
         if first != case.id:
             return copy_problem(case, first)
+        return describe_case(loaded, ignore_label)
     except (CspineDataError, OSError, MemoryError) as error:
         return describe_problem(case.id, error)
-    return describe_case(loaded, ignore_label)
 
 
 def describe_case(loaded: LoadedCase, ignore_label: int | None) -> ScannedCase:
@@ -257,7 +260,9 @@ def describe_case(loaded: LoadedCase, ignore_label: int | None) -> ScannedCase:
     found = value_counts(loaded.label.array)[0].tolist() if loaded.label else []
     labels = " ".join(f"{value}{' (ignored)' * (value == ignore_label)}" for value in found if value)
     label = case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}{_UNLABELLED}"
-    return ScannedCase((case.id, *_grid_cells(geometry), orientation, labels or "-", label), loaded.notes, bool(found))
+    row = (case.id, *_grid_cells(geometry), orientation, labels or "-", label)
+    fingerprint = Fingerprint.of(case.id, case.patient, loaded.image)
+    return ScannedCase(row, loaded.notes, bool(found), fingerprint)
 
 
 def scan_header(case: Case) -> ScannedCase | Problem:

@@ -11,6 +11,7 @@ from pathlib import Path
 from cspine_data.errors import InputError, Problem, count
 from cspine_data.extensions import LAYOUTS
 from cspine_data.sources.cases import Case, Listing, is_case_id
+from cspine_data.sources.duplicates import name_notes
 from cspine_data.sources.flat import FLAT
 from cspine_data.sources.layout import Found, Layout, Wanted
 from cspine_data.sources.pair_lists import read_pairs
@@ -73,7 +74,7 @@ def find_cases(
     if (include or exclude) and found.cases and not cases:
         raise InputError(source, "holds no case that --include and --exclude select", "change the patterns")
     usable = [case for case in cases if case.volume not in found.unclear]
-    notes = [*found.notes, *_patient_notes(usable)]
+    notes = [*found.notes, *_patient_notes(usable), *name_notes({case.id: case.patient for case in usable})]
     return _checked(source, usable, [*found.problems, *found.label_problems], notes)
 
 
