@@ -61,9 +61,10 @@ class Browser:
         """Type a text where the focus is."""
         self._call("Input.insertText", text=text)
 
-    def value(self, expression: str) -> Any:
-        """Return what an expression of JavaScript gives on the page."""
-        return self._call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+    def value(self, expression: str, *, wait: bool = False) -> Any:
+        """Return what an expression of JavaScript gives on the page; with `wait`, what its promise gives."""
+        found = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=wait)
+        return found["result"].get("value")
 
     def _call(self, method: str, **parameters: Any) -> Any:
         number = next(self._numbers)

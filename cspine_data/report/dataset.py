@@ -15,7 +15,7 @@ from cspine_data.errors import Problem, describe_problem
 from cspine_data.parallel.workers import Workers, side_by_side
 from cspine_data.progress import Progress
 from cspine_data.report.case_summary import CaseSummary, Examined, examine_source_case, summarise_stored_case
-from cspine_data.report.page import About, write_page
+from cspine_data.report.page import About, check_page, write_page
 from cspine_data.sources.cases import Listing, ScannedCase, copy_problem
 from cspine_data.store.records import read_root
 
@@ -78,6 +78,7 @@ def report_source(
     InputError
         If `output` has another suffix or there is nothing to show.
     """
+    check_page(Path(output))
     examine = partial(examine_source_case, ignore_label=ignore_label, trust_voxels=trust_voxels)
     found = _side_by_side(examine, listing.cases, [case.id for case in listing.cases], workers, progress)
     problems, seen = list(listing.problems), dict[str, str]()
@@ -134,6 +135,7 @@ def report_store(
     InputError
         If `output` has another suffix or there is nothing to show.
     """
+    check_page(Path(output))
     cohort = open_cohort(store)
     variant = variant or (cohort.variants[0] if cohort.variants else "n4")
     root = read_root(cohort.path)

@@ -83,6 +83,8 @@ def surroundings(image_xyz: NDArray[Any], labelled_xyz: NDArray[np.bool_], spaci
         at.append(centre + (np.arange(count) - (count - 1) / 2) * _SURROUNDINGS_MM / mm)
     found = map_coordinates(image, np.meshgrid(*at, indexing="ij"), order=1, cval=np.nan)
     inside = np.isfinite(found)
+    if not inside.any():
+        return np.zeros(_SURROUNDINGS, np.float32)
     found = found - gaussian_filter(np.where(inside, found, found[inside].mean()), 4)
     found = (found - found[inside].mean()) / (found[inside].std() or 1.0)
     return np.where(inside, found, 0).astype(np.float32)

@@ -43,10 +43,16 @@ class About:
     part_of: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_page(path: Path, about: About, cases: Sequence[CaseSummary], problems: Sequence[Problem]) -> int:
-    """Write the page, atomically, and return the number of cases to look at; an existing file is replaced."""
+def check_page(path: Path) -> None:
+    """Raise `InputError` unless a page can have this name: a wrong name must not cost the work before."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(path, "is no name of a page", "give a name that ends in .html")
+    if not path.parent.is_dir():
+        raise InputError(path.parent, "is no folder", "make it, or choose another place for the page")
+
+
+def write_page(path: Path, about: About, cases: Sequence[CaseSummary], problems: Sequence[Problem]) -> int:
+    """Write the page, atomically, and return the number of cases to look at; an existing file is replaced."""
     findings = [Finding(problem.case, problem.message, np.inf, "file") for problem in problems]
     findings += find_outliers(cases)
     of_case: dict[str, list[Finding]] = defaultdict(list)

@@ -14,8 +14,8 @@ from cspine_data.preprocessing.bias_field import field_at, field_factors, uncorr
 from cspine_data.preprocessing.steps import CorrectedVolume
 from cspine_data.volumes.geometry import Triple
 
-#: Longest side of a slice, pixels; 1,000 cases of nine slices take about 30 MB.
-_LONGEST_SIDE = 240
+#: Longest side of a slice, pixels; a page of 1,000 cases with nine slices each has about 30 MB.
+_LONGEST_SIDE = 320
 _GAP = 4
 _QUALITY = 60
 # Shown as black and white; fat near a coil is very bright.
