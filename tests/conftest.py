@@ -136,6 +136,11 @@ def do_serially(patches: pytest.MonkeyPatch) -> None:
         patches.setattr(f"cspine_data.preparation.{module}.run_jobs", run_jobs)
 
 
+def serially() -> None:
+    """Do the same in a process of its own, for as long as that lives."""
+    do_serially(pytest.MonkeyPatch())
+
+
 @pytest.fixture
 def in_workers() -> None:
     """Let `prepare` start worker processes, as users do; without it, a test prepares in its own process."""

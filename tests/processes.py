@@ -90,6 +90,9 @@ class Command:
         self._output, self._errors = (Path(self._folder.name, name) for name in ("output", "errors"))
         if not errors_apart:
             self._errors = self._output
+        for file in (self._output, self._errors):
+            # It may be killed before it opens them.
+            file.touch()
         given = [str(argument) for argument in arguments]
         self._process = _forked(
             command, (program, given, before, dict(environment or {}), name), str(self._output), str(self._errors)
@@ -119,9 +122,12 @@ class Command:
         return output, "" if self._errors == self._output else self._errors.read_text()
 
 
-def preparing(raw: Path, store: Path, *options: str, errors_apart: bool = False) -> Command:
-    """Start `cspine-data prepare`."""
-    return Command("cspine-data", "prepare", raw, "--store", store, *options, errors_apart=errors_apart)
+def preparing(raw: Path, store: Path, *options: str, in_workers: bool = False, errors_apart: bool = False) -> Command:
+    """Start `cspine-data prepare`, with worker processes or without."""
+    from tests.conftest import serially
+
+    asked = ("cspine-data", "prepare", raw, "--store", store, *options)
+    return Command(*asked, before=None if in_workers else serially, errors_apart=errors_apart)
 
 
 def command(

@@ -19,6 +19,10 @@ RAW = ("--no-n4",)
 N4 = ("--n4-preset", "fast", "--n4-resolution", "12", "--n4-iterations", "5,5")
 
 
+#: A run that starts no workers is killed several times while another one starts them.
+VICTIMS = ("alone", "alone", "coordinator", "alone", "alone", "worker", "alone", "alone", "group")
+
+
 def processes(session: int) -> dict[int, str]:
     """Return the living processes of a session, and their command lines."""
     found = {}
@@ -58,21 +62,21 @@ def test_runs_killed_at_random_moments_end_with_the_undisturbed_bytes(tmp_path: 
         write_case(raw, f"case{number}", label=number != 2)
     undisturbed = tmp_path / "undisturbed.zarr"
     lasted = {}
-    for options in (RAW, N4):
-        begun = time.monotonic()
-        assert preparing(raw, undisturbed, *options).communicate()
-        lasted[options] = time.monotonic() - begun
+    for place, in_workers in ((tmp_path / "other.zarr", True), (undisturbed, False)):
+        for options in (RAW, N4):
+            begun = time.monotonic()
+            assert preparing(raw, place, *options, in_workers=in_workers).communicate()
+            lasted[options, in_workers] = time.monotonic() - begun
     expected = contents(undisturbed)
     wanted, kills, rounds, sessions = 500 if long_run else 15, 0, 0, []
     store = tmp_path / "store0.zarr"
     while kills < wanted:
-        victim = ("coordinator", "worker", "group")[rounds % 3]
-        options = rng.choice((RAW, N4))
-        # Starting workers is what takes time.
-        process = preparing(raw, store, *options, "--workers", str(rng.choice((1, 1, 2))))
+        victim = VICTIMS[rounds % len(VICTIMS)]
+        options, in_workers = rng.choice((RAW, N4)), victim != "alone"
+        process = preparing(raw, store, *options, in_workers=in_workers)
         sessions.append(process.pid)
         # The last part of a run is Python's own end; there is nothing left to be killed in.
-        time.sleep(rng.uniform(0, 0.85 * lasted[options]))
+        time.sleep(rng.uniform(0, 0.85 * lasted[options, in_workers]))
         killed = kill(process, victim, rng)
         kills += killed
         rounds += 1

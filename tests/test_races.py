@@ -79,7 +79,7 @@ def test_the_same_command_many_times_at_once(raw: Path, tmp_path: Path) -> None:
     store, undisturbed = tmp_path / "s.zarr", tmp_path / "undisturbed.zarr"
     prepare(raw, undisturbed, n4=False)
     with watched(store, raw) as looks:
-        finished([preparing(raw, store, "--no-n4", "--workers", "1") for _ in range(4)])
+        finished([preparing(raw, store, "--no-n4", "--workers", "1", in_workers=number == 0) for number in range(4)])
     assert looks
     assert contents(store) == contents(undisturbed)
 
@@ -89,7 +89,7 @@ def test_other_variants_and_axes_at_once(raw: Path, tmp_path: Path, run_data) ->
     store, undisturbed = tmp_path / "s.zarr", tmp_path / "undisturbed.zarr"
     told = (("--no-n4", "--axes", "0"), ("--no-n4", "--axes", "12"), (*N4, "--axes", "2"), (*N4, "--axes", "01"))
     with watched(store, raw):
-        finished([preparing(raw, store, *options, "--workers", "1") for options in told])
+        finished([preparing(raw, store, *options) for options in told])
     for options in (("--no-n4",), N4):
         assert run_data("prepare", raw, "--store", undisturbed, *options).exit_code == 0
     assert read_root(store) == read_root(undisturbed)
@@ -101,7 +101,7 @@ def test_other_parameters_at_once(raw: Path, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     told = (("--spacing", "2"), ("--normalisation", "percentile"))
     with watched(store, raw):
-        finished([preparing(raw, store, "--no-n4", *options, "--workers", "1") for options in told])
+        finished([preparing(raw, store, "--no-n4", *options) for options in told])
     ways = {record.preprocessing.description for record in open_cohort(store).records()}
     assert ways <= {"no N4, zscore, 2 x 2 x 2 mm", "no N4, percentile, native voxels"}
     assert open_cohort(store).cases == tuple("ABCD")
