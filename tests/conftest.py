@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from multiprocessing.process import BaseProcess
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from cspine_data import BiasParameters, Geometry, Preprocessing, Volume, prepare, write_volume
 from cspine_data.cli.commands import main as data_main
+from cspine_data.phantom.anatomy import PhantomCase, make_case
 from cspine_data.phantom.cohort import make_phantom_cohort
 from cspine_data.preparation.plan import Job
 from cspine_train.cli.commands import main as train_main
 from cspine_train.cli.waiting import stay_awake
+from tests.processes import start_fork_server
 
 # Before PyTorch is imported, as `cspine-train` does.
 stay_awake()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # The processes that share the tests share the cores too.
+XDIST = "PYTEST_XDIST_WORKER" in os.environ
+if XDIST:
+    # xdist workers share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Examples of each property test. No deadline: machines that run the tests may be busy.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile("short", UNHURRIED, max_examples=30)
+settings.register_profile("long", UNHURRIED, max_examples=300)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="The long versions of the reliability tests.")
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if session.items:
+        start_fork_server()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("long" if config.getoption("--long") else "short")
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +87,15 @@ def ball(size: tuple[int, int, int] = (16, 20, 24), seed: int = 0) -> tuple[Volu
     return Volume(np.clip(image, 0, None).astype(np.int16), grid), Volume(label, grid)
 
 
+@cache
+def phantom(seed: int, number: int, spacing_mm: tuple[float, float, float] | None = None) -> PhantomCase:
+    """Make a phantom once for all tests of a process; its arrays are read-only."""
+    made = make_case(seed, number, spacing_mm)
+    for array in (made.image_xyz, made.label_xyz, made.log_bias_xyz):
+        array.setflags(write=False)
+    return made
+
+
 def write_case(folder: Path, name: str, seed: int | None = None, *, label: bool = True) -> Path:
     """Write a ball as a case in the naming of the reference study; balls of other names are others."""
     image, truth = ball(seed=zlib.crc32(name.encode()) if seed is None else seed)
@@ -83,49 +109,6 @@ def contents(store: Path) -> dict[str, bytes]:
     """Return what every file of a store holds, but for those that no reader looks at."""
     files = {str(file.relative_to(store)): file for file in sorted(store.rglob("*")) if file.is_file()}
     return {name: file.read_bytes() for name, file in files.items() if not HIDDEN.search(name)}
-
-
-def started(
-    raw: Path, store: Path, *options: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.STDOUT
-) -> subprocess.Popen[str]:
-    """Start `cspine-data prepare` as a process that leads a session of its own."""
-    command = [sys.executable, "-m", "cspine_data", "prepare", str(raw), "--store", str(store), *options]
-    return subprocess.Popen(
-        command, start_new_session=True, text=True, stdout=stdout, stderr=stderr,
-        # Whoever runs the tests in a shell's background has Ctrl-C ignored, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
-#: Starts processes by forking one that has imported PyTorch and all that trains, once: importing takes seconds.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["tests.conftest", "cspine_train.training.pipeline", "cspine_train.models.build", "cspine_train.evaluation.scoring"]
-)
-
-
-def forked(function: Callable[..., object], *arguments: object, output: str | Path = os.devnull) -> BaseProcess:
-    """Call a function in a process that leads a session of its own; what it prints goes to a file."""
-    process = FORKS.Process(target=_call, args=(function, arguments, str(output)))
-    process.start()
-    return process
-
-
-def train_command(arguments: Sequence[object]) -> None:
-    """Call `cspine-train`, in a forked process."""
-    train_main([str(argument) for argument in arguments])
-
-
-def _call(function: Callable[..., object], arguments: Sequence[object], output: str) -> None:
-    import torch
-
-    os.setsid()
-    with Path(output).open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    # As many in each process, or sums differ in their last bits.
-    torch.set_num_threads(1)
-    function(*arguments)
 
 
 class Stopped(BaseException):
@@ -151,6 +134,11 @@ def do_serially(patches: pytest.MonkeyPatch) -> None:
 
     for module in ("jobs", "standard"):
         patches.setattr(f"cspine_data.preparation.{module}.run_jobs", run_jobs)
+
+
+def serially() -> None:
+    """Do the same in a process of its own, for as long as that lives."""
+    do_serially(pytest.MonkeyPatch())
 
 
 @pytest.fixture
@@ -200,32 +188,59 @@ def run_train() -> Callable[..., Result]:
     return lambda *arguments: CliRunner().invoke(train_main, [str(argument) for argument in arguments])
 
 
+def leave_out_pictures(patches: pytest.MonkeyPatch) -> None:
+    """Let `train` and `evaluate` draw no pictures, which takes longer than training a tiny network."""
+    places = ("training.callbacks.draw_curves", "training.pipeline.draw_curves", "training.pipeline.save_overlays")
+    for place in (*places, "evaluation.scoring.Gallery.draw"):
+        patches.setattr(f"cspine_train.{place}", lambda *_: ())
+
+
 @pytest.fixture(scope="module")
 def without_pictures() -> Iterator[None]:
-    """Let `train` and `evaluate` leave out their pictures, which take longer than training a tiny network."""
-    places = ("training.callbacks.draw_curves", "training.pipeline.draw_curves", "training.pipeline.save_overlays")
     with pytest.MonkeyPatch.context() as patches:
-        for place in (*places, "evaluation.scoring.Gallery.draw"):
-            patches.setattr(f"cspine_train.{place}", lambda *_: ())
+        leave_out_pictures(patches)
         yield
+
+
+def once_per_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first xdist worker to ask for it makes, for all of them."""
+    base = factory.getbasetemp()
+    folder = (base.parent if XDIST else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{name}-unfinished")
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantom")
-    make_phantom_cohort(folder, cases=4, seed=3)
-    return folder
+    """Four phantoms with large voxels: few slices, so that training on them takes a second."""
+
+    def coarse(seed: int, number: int) -> PhantomCase:
+        return make_case(seed, number, tuple(1.8 * mm for mm in make_case(seed, number).spacing_mm))
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr("cspine_data.phantom.cohort.make_case", coarse)
+            make_phantom_cohort(folder, cases=4, seed=3)
+
+    return once_per_run(tmp_path_factory, "phantom", make)
 
 
 @pytest.fixture(scope="session")
 def phantom_store(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four phantoms in both variants, all axes."""
-    store = tmp_path_factory.mktemp("store") / "cspine.zarr"
-    with pytest.MonkeyPatch.context() as patches:
-        do_serially(patches)
-        for preprocessing in (QUICK_N4, Preprocessing(bias=None)):
-            assert len(prepare(phantom_folder, store, preprocessing=preprocessing).done) == 4
-    return store
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patches:
+            do_serially(patches)
+            for preprocessing in (QUICK_N4, Preprocessing(bias=None)):
+                assert len(prepare(phantom_folder, folder / "cspine.zarr", preprocessing=preprocessing).done) == 4
+
+    return once_per_run(tmp_path_factory, "store", make) / "cspine.zarr"
 
 
 def not_installed(what: str) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cspine_train.data.augmentation import Amounts, Augmentation, Stream, sample_seeds
@@ -240,7 +239,6 @@ def test_a_small_field_of_view_shows_one_part_and_a_dark_margin() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.integers(0, 99))
-@hypothesis_settings(deadline=None)
 def test_a_map_is_linear_between_its_values(values: list[float], seed: int) -> None:
     images = torch.rand(2, 2, 5, 7, generator=torch.Generator().manual_seed(seed)) * 1.4 - 0.2
     table = np.array([values, values[::-1]], np.float32)

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from cspine_data.errors import InputError
-from cspine_data.phantom.anatomy import make_case
 from cspine_data.preprocessing.bias_field import correct, estimate_bias, estimate_log_bias
 from cspine_data.preprocessing.parameters import BiasParameters, bias_parameters
 from cspine_data.preprocessing.resampling import resample_image
 from cspine_data.preprocessing.tissue import average_down, tissue_threshold, working_factors
+from tests.conftest import phantom
 
 
 @given(st.tuples(*[st.integers(1, 7)] * 3), st.tuples(*[st.integers(1, 3)] * 3))
@@ -48,8 +48,8 @@ def test_thick_slices_are_not_averaged_away() -> None:
 
 @pytest.mark.parametrize("air", [0, 30, 200])
 def test_tissue_is_told_from_air_whatever_the_air_level(air: int) -> None:
-    case = make_case(1, 0)
-    body = make_case(1, 0).image_xyz * np.exp(-case.log_bias_xyz) > 60
+    case = phantom(1, 0)
+    body = phantom(1, 0).image_xyz * np.exp(-case.log_bias_xyz) > 60
     shifted = case.image_xyz + air
     tissue = shifted > tissue_threshold(shifted, case.spacing_mm)
     assert (tissue & body).sum() / body.sum() > 0.9
@@ -60,13 +60,13 @@ def test_tissue_is_told_from_air_whatever_the_air_level(air: int) -> None:
 
 @pytest.mark.parametrize("index", range(4))
 def test_a_crop_without_air_keeps_every_voxel(index: int) -> None:
-    case = make_case(1, index)
+    case = phantom(1, index)
     inside = case.image_xyz[10:-10, 45:75, 20:-40]
     assert (inside > tissue_threshold(inside, case.spacing_mm)).all()
 
 
 def test_exact_zeros_around_the_patient_do_not_mislead() -> None:
-    case = make_case(1, 1)
+    case = phantom(1, 1)
     masked = np.where(case.image_xyz > 60, case.image_xyz, 0)
     tissue = masked > tissue_threshold(masked, case.spacing_mm)
     assert tissue[case.label_xyz > 0].mean() > 0.85
@@ -77,7 +77,7 @@ def test_exact_zeros_around_the_patient_do_not_mislead() -> None:
 @pytest.mark.parametrize("index", range(3))
 def test_bright_fat_beside_the_coil_does_not_hide_the_rest(index: int, brighter: float) -> None:
     """A band of tissue many times as bright, as fat beside a surface coil is."""
-    case = make_case(0, index)
+    case = phantom(0, index)
     image = case.image_xyz.astype(np.float32)
     tissue = image > tissue_threshold(image, case.spacing_mm)
     image[:, -12:][tissue[:, -12:]] *= brighter
@@ -90,7 +90,7 @@ def test_bright_fat_beside_the_coil_does_not_hide_the_rest(index: int, brighter:
 @pytest.mark.parametrize("noise", [0, 1e-3, 0.5])
 @pytest.mark.parametrize("margin", [0, 60, 120])
 def test_a_small_patient_in_a_padded_field_of_view_keeps_its_air(margin: int, noise: float) -> None:
-    case = make_case(0, 1)
+    case = phantom(0, 1)
     alone = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
     padded = np.pad(case.image_xyz.astype(np.float32), ((0, 0), (margin, margin), (margin, margin)))
     padded[padded == 0] += np.abs(np.random.default_rng(0).normal(0, noise, np.count_nonzero(padded == 0)))
@@ -106,7 +106,7 @@ def test_a_small_patient_in_a_padded_field_of_view_keeps_its_air(margin: int, no
 )
 def test_another_scan_of_the_same_neck_has_the_same_field(spacing_mm: tuple, tolerance: float) -> None:
     """Millimetres, not voxels: finer voxels, and thick slices."""
-    first, second = make_case(0, 0, (1.0, 1.0, 1.0)), make_case(0, 0, spacing_mm)
+    first, second = phantom(0, 0, (1.0, 1.0, 1.0)), phantom(0, 0, spacing_mm)
     expected, found = (
         estimate_bias(case.image_xyz, case.spacing_mm, BiasParameters()).log_bias_xyz for case in (first, second)
     )
@@ -116,7 +116,7 @@ def test_another_scan_of_the_same_neck_has_the_same_field(spacing_mm: tuple, tol
 
 
 def test_n4_recovers_most_of_a_known_field() -> None:
-    case = make_case(0, 0)
+    case = phantom(0, 0)
     found = estimate_bias(case.image_xyz, case.spacing_mm, BiasParameters())
     tissue = found.tissue_xyz
     before, left = case.log_bias_xyz[tissue].std(), (case.log_bias_xyz - found.log_bias_xyz)[tissue].std()
@@ -133,7 +133,7 @@ def test_n4_recovers_most_of_a_known_field() -> None:
 
 
 def test_the_field_does_not_depend_on_a_label_or_on_the_air() -> None:
-    case = make_case(0, 1)
+    case = phantom(0, 1)
     tissue = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
     quick = BiasParameters(resolution_mm=12, iterations=(5, 5))
     found = estimate_log_bias(case.image_xyz, tissue, case.spacing_mm, quick)
@@ -150,7 +150,7 @@ def behind_a_coil(image: np.ndarray, deviation: float) -> np.ndarray:
 
 def test_an_offset_changes_neither_field_nor_tissue() -> None:
     """A multiplicative field holds above the level of air; somebody's rescaling moves that level."""
-    case = make_case(0, 2)
+    case = phantom(0, 2)
     quick = BiasParameters(iterations=(30, 30, 30))
     plain = estimate_bias(case.image_xyz, case.spacing_mm, quick)
     moved = estimate_bias(case.image_xyz * 0.5 + 40, case.spacing_mm, quick)
@@ -162,7 +162,7 @@ def test_an_offset_changes_neither_field_nor_tissue() -> None:
 
 def test_the_level_that_n4_leaves_open_does_not_reach_tissue_or_field() -> None:
     """In a small crop the field's level drifts far over many iterations; SimpleITK's does too."""
-    case = make_case(0, 1)
+    case = phantom(0, 1)
     crop = case.image_xyz[10:26, 50:90, 60:90]
     found = estimate_bias(crop, case.spacing_mm, BiasParameters())
     assert found.tissue_xyz.mean() > 0.8
@@ -171,7 +171,7 @@ def test_the_level_that_n4_leaves_open_does_not_reach_tissue_or_field() -> None:
 
 
 def test_tissue_that_a_weak_field_darkens_is_found_again() -> None:
-    case = make_case(0, 3)
+    case = phantom(0, 3)
     clean = case.image_xyz * np.exp(-case.log_bias_xyz)
     biased = behind_a_coil(clean, 0.6)
     tissue = clean > tissue_threshold(clean, case.spacing_mm)
@@ -184,7 +184,7 @@ def test_tissue_that_a_weak_field_darkens_is_found_again() -> None:
 
 
 def test_both_engines_estimate_alike_from_air_to_field() -> None:
-    case = make_case(2, 1)
+    case = phantom(2, 1)
     ours, itks = (
         estimate_bias(
             case.image_xyz, case.spacing_mm, BiasParameters(engine=engine, iterations=(10, 10), spline_mm=0, stride=1)

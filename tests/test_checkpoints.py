@@ -22,13 +22,14 @@ from cspine_train.data.sampling import EpochSampler
 from cspine_train.run.record import load_record
 from cspine_train.training.checkpoints import DurableCheckpoints, Place, checkpoints, newest_checkpoint
 from cspine_train.training.segmentation_module import SliceSegmenter
-from tests.conftest import Stopped, forked, train_command
+from tests.conftest import Stopped
+from tests.processes import Command
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 #: Dropout draws in FPN; at every step there is a checkpoint.
 SMALL = {"model": "fpn", "encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
-SMALL |= {"batch_size": 16}
+SMALL |= {"batch_size": 8}
 ALWAYS = 1e-9
 
 
@@ -129,7 +130,7 @@ def test_early_stopping_goes_on_counting(
     """The rate falls on a plateau, and the run stops, when they would have."""
     # Dice that never gains: at any rate of learning, statistics of batch normalisation move it a little.
     monkeypatch.setattr("cspine_train.training.segmentation_module.best_threshold", lambda counts, patients: (0.5, 0.5))
-    settings = RunSettings(**{**SMALL, "model": "linknet", "batch_size": 32}, learning_rate=1e-4, epochs=12)
+    settings = RunSettings(**{**SMALL, "model": "linknet", "batch_size": 16}, learning_rate=1e-4, epochs=12)
     train(phantom_store, tmp_path / "undisturbed", settings)
     count, run = batches_of(phantom_store, settings), tmp_path / "run"
     for stop in (5 * count + 2, 7 * count + 1):
@@ -151,24 +152,24 @@ def command_line(store: Path, run: Path, workers: int) -> list[str]:
 
 def test_a_killed_process_goes_on_within_its_epoch(phantom_store: Path, tmp_path: Path) -> None:
     """With two processes that load slices; an undisturbed run has none."""
-    undisturbed, killed, said = tmp_path / "undisturbed", tmp_path / "killed", tmp_path / "said"
-    whole = forked(train_command, command_line(phantom_store, undisturbed, 0))
-    process = forked(train_command, command_line(phantom_store, killed, 2))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    whole = Command("cspine-train", *command_line(phantom_store, undisturbed, 0))
+    process = Command("cspine-train", *command_line(phantom_store, killed, 2))
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not any(place.batches for place in checkpoints(killed / "checkpoints")):
         assert process.is_alive(), "the run ended before it could be killed"
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    process.communicate()
     assert not load_record(killed).finished
     stopped = next(iter(checkpoints(killed / "checkpoints")))
     assert stopped.batches
-    again = forked(train_command, command_line(phantom_store, killed, 2), output=said)
+    again = Command("cspine-train", *command_line(phantom_store, killed, 2))
     for one in (whole, again):
-        one.join()
-        assert one.exitcode == 0, said.read_text()
-    assert f"going on after {stopped} of 2" in said.read_text()
-    assert "warning" not in said.read_text()
+        told, _ = one.communicate()
+        assert one.returncode == 0, told
+    assert f"after {stopped} of 2" in told
+    assert "warning" not in told
     assert same(weights(killed), weights(undisturbed))
     assert history(killed, (0, 1)) == history(undisturbed, (0, 1))
     kept = {"kept_epoch", "kept_dice", "threshold"}

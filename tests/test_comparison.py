@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, rankdata, wilcoxon
 
@@ -162,7 +162,6 @@ def exact_p(differences: Sequence[float]) -> float:
 
 
 @given(st.lists(st.floats(0.01, 0.2), min_size=6, max_size=9, unique=True), st.integers(0, 511))
-@settings(deadline=None)
 def test_p_is_what_all_signs_give(sizes: list[float], signs: int) -> None:
     differences = [size * (1 if signs >> place & 1 else -1) for place, size in enumerate(sizes)]
     assert signed_rank_p(differences) == pytest.approx(exact_p(differences))
@@ -204,7 +203,6 @@ def test_an_evaluation_that_was_being_written_is_none(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=9))
-@settings(deadline=None)
 def test_holm_is_between_no_correction_and_bonferroni(p_values: list[float]) -> None:
     corrected = holm(p_values)
     for p, more in zip(p_values, corrected, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -51,7 +51,6 @@ def test_components_touch_through_faces_and_the_first_of_equals_stays() -> None:
 
 
 @given(st.integers(0, 2**32), st.floats(0.3, 0.9))
-@settings(deadline=None)
 def test_a_hole_is_what_no_path_leads_out_of(seed: int, share: float) -> None:
     mask = np.random.default_rng(seed).random((5, 6, 7)) < share
     outside, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))

@@ -11,7 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
@@ -82,7 +82,6 @@ def texts(numbers: Iterable[float]) -> list[str]:
 
 
 @given(seed=st.integers(0, 2**32), compressed=st.booleans())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_series_comes_back_as_it_went(seed: int, compressed: bool, tmp_path: Path) -> None:
     """Oblique, turned and flipped grids of any spacing; files in any order."""
     rng = np.random.default_rng(seed)
@@ -208,7 +207,6 @@ def test_a_header_that_claims_more_than_the_file_holds_takes_no_memory(series: t
 
 
 @given(at=st.integers(0, 10**6), value=st.integers(0, 255))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_byte_is_read_or_refused(at: int, value: int, series: tuple[Path, Volume]) -> None:
     folder, _ = series
     path = sorted(folder.iterdir())[0]

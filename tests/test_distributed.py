@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from cspine_train.run.record import load_record
 from cspine_train.training.checkpoints import Place, checkpoints
 from cspine_train.training.processes import ProcessCheck, synchronised, training_errors
 from cspine_train.training.segmentation_module import SliceSegmenter
-from tests.conftest import forked
+from tests.processes import Command, forked
 from tests.test_checkpoints import same, weights
 from tests.test_killed import processes
 
@@ -131,6 +130,12 @@ if world > 1:
 """
 
 
+def free_port() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
 def one_step(world: str, folder: str, environment: dict[str, str]) -> None:
     os.environ |= environment
     sys.argv = ["", world, folder]
@@ -139,9 +144,7 @@ def one_step(world: str, folder: str, environment: dict[str, str]) -> None:
 
 def test_loss_gradients_and_counts_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     """Without batch normalisation and dropout, two processes take the step of one, to single precision."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = {"MASTER_PORT": str(free.getsockname()[1])}
+    port = free_port()
     two = [forked(one_step, "2", str(tmp_path), port | {"LOCAL_RANK": n}, output=tmp_path / f"said{n}") for n in "01"]
     for number, process in enumerate([*two, forked(one_step, "1", str(tmp_path), {})]):
         process.join(SECONDS)
@@ -170,19 +173,22 @@ def test_synchronised_batch_norm_keeps_the_activations_of_timm() -> None:
     assert torch.equal(found(images), expected)
 
 
-def start(store: Path, run: Path, main: tuple[str, ...] = ("-m", "cspine_train"), **options: Any) -> Any:
-    """Start `cspine-train run --devices 2` as a process that leads a session of its own."""
+def start(store: Path, run: Path, **options: Any) -> Command:
+    """Start `cspine-train run --devices 2`; `name`, `environment`: how, `before`: what is done first."""
+    how = {key: options.pop(key) for key in ("name", "environment") if key in options}
     options = OPTIONS | {"store": store, "output": run, "devices": 2} | options
-    command = [
-        sys.executable,
-        *main,
-        "run",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()),
-    ]
-    return subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return Command("cspine-train", "run", *arguments, **how)
+
+
+def pair(store: Path, run: Path) -> str:
+    """Train in two processes that something else than Lightning started; return what they print."""
+    two = [start(store, run, environment=port | {"LOCAL_RANK": rank}) for port in (free_port(),) for rank in "01"]
+    told = [process.communicate(SECONDS)[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0], told
+    # Rank 0 alone prints.
+    assert told[1] == ""
+    return told[0]
 
 
 def wait_for(happened: Callable[[], Any], seconds: float = SECONDS) -> Any:
@@ -201,12 +207,8 @@ def children(process: Any) -> list[int]:
 def two(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing disturbed."""
     run = tmp_path_factory.mktemp("runs") / "two"
-    process = start(phantom_store, run)
-    told, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, told
-    # Rank 0 alone prints.
+    told = pair(phantom_store, run)
     assert told.count("epoch 1 of 2") == told.count("kept epoch") == told.count(f"run: {run}") == 1
-    assert not processes(process.pid)
     return run
 
 
@@ -250,8 +252,8 @@ def test_a_run_that_is_stopped_leaves_no_process_and_resumes(
     ways = [
         (kill_others, "another process of the run has ended|terminated with code -9"),
         (ctrl_c, "^Error: .*: interrupted; "),
-        (subprocess.Popen.kill, "\\A"),
-        (subprocess.Popen.terminate, "^Error: .*: interrupted; "),
+        (Command.kill, "\\A"),
+        (Command.terminate, "^Error: .*: interrupted; "),
     ]
     for stop, message in ways if long_run else ways[:2]:
         before = next(iter(checkpoints(run / "checkpoints")), Place())
@@ -264,17 +266,14 @@ def test_a_run_that_is_stopped_leaves_no_process_and_resumes(
         assert len(re.findall(message, told, re.MULTILINE)) == 1
         wait_for(lambda process=process: not processes(process.pid))
         assert not load_record(run).finished
-    process = start(phantom_store, run)
-    told, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, told
+    pair(phantom_store, run)
     assert same(weights(run), weights(two))
     assert rows(run)[-1][2:5] == rows(two)[-1][2:5]
 
 
 def test_a_process_that_cannot_start_ends_the_run(phantom_store: Path, tmp_path: Path) -> None:
-    """Lightning runs the command line again, and there is no such file as ``-c``."""
-    main = ("-c", "from cspine_train.cli.commands import main; main()")
-    process = start(phantom_store, tmp_path / "run", main)
+    """Lightning runs the program again, and there is no such file."""
+    process = start(phantom_store, tmp_path / "run", name="no such program")
     told, _ = process.communicate(timeout=SECONDS)
     assert process.returncode
     assert "terminated with code 2" in told

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import SimpleITK as sitk
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
@@ -39,7 +39,6 @@ def itk_agrees_on_orientation(grid: Geometry) -> bool:
 
 
 @given(grids())
-@settings(max_examples=200, deadline=None)
 def test_anatomical_order_agrees_with_simpleitk(grid: Geometry) -> None:
     assume(itk_agrees_on_orientation(grid))
     array = np.arange(np.prod(grid.size)).reshape(grid.size)

@@ -6,17 +6,21 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from cspine_data import collect_garbage, open_cohort, verify
-from tests.conftest import contents, started, write_case
+from tests.conftest import contents, write_case
+from tests.processes import Command, preparing
 
 RAW = ("--no-n4",)
 N4 = ("--n4-preset", "fast", "--n4-resolution", "12", "--n4-iterations", "5,5")
+
+
+#: A run that starts no workers is killed several times while another one starts them.
+VICTIMS = ("alone", "alone", "coordinator", "alone", "alone", "worker", "alone", "alone", "group")
 
 
 def processes(session: int) -> dict[int, str]:
@@ -34,9 +38,9 @@ def workers(session: int) -> list[int]:
     return [pid for pid, command in processes(session).items() if "spawn_main" in command]
 
 
-def kill(process: subprocess.Popen[str], victim: str, rng: random.Random) -> bool:
+def kill(process: Command, victim: str, rng: random.Random) -> bool:
     """Kill the victim; return whether it was there to be killed."""
-    if process.poll() is not None:
+    if process.returncode is not None:
         return False
     with contextlib.suppress(ProcessLookupError):
         if victim == "worker":
@@ -58,20 +62,21 @@ def test_runs_killed_at_random_moments_end_with_the_undisturbed_bytes(tmp_path: 
         write_case(raw, f"case{number}", label=number != 2)
     undisturbed = tmp_path / "undisturbed.zarr"
     lasted = {}
-    for options in (RAW, N4):
-        begun = time.monotonic()
-        assert started(raw, undisturbed, *options).communicate()
-        lasted[options] = time.monotonic() - begun
+    for place, in_workers in ((tmp_path / "other.zarr", True), (undisturbed, False)):
+        for options in (RAW, N4):
+            begun = time.monotonic()
+            assert preparing(raw, place, *options, in_workers=in_workers).communicate()
+            lasted[options, in_workers] = time.monotonic() - begun
     expected = contents(undisturbed)
-    wanted, kills, rounds, sessions = 500 if long_run else 6, 0, 0, []
+    wanted, kills, rounds, sessions = 500 if long_run else 15, 0, 0, []
     store = tmp_path / "store0.zarr"
     while kills < wanted:
-        victim = ("coordinator", "worker", "group")[rounds % 3]
-        options = rng.choice((RAW, N4))
-        process = started(raw, store, *options)
+        victim = VICTIMS[rounds % len(VICTIMS)]
+        options, in_workers = rng.choice((RAW, N4)), victim != "alone"
+        process = preparing(raw, store, *options, in_workers=in_workers)
         sessions.append(process.pid)
         # The last part of a run is Python's own end; there is nothing left to be killed in.
-        time.sleep(rng.uniform(0, 0.85 * lasted[options]))
+        time.sleep(rng.uniform(0, 0.85 * lasted[options, in_workers]))
         killed = kill(process, victim, rng)
         kills += killed
         rounds += 1
@@ -80,14 +85,13 @@ def test_runs_killed_at_random_moments_end_with_the_undisturbed_bytes(tmp_path: 
             assert process.returncode == 0, told
             assert " 0 failed" in told
         else:
-            process.stdout.close()
-            process.wait()
+            process.communicate()
         if (store / "zarr.json").exists():
             assert verify(store) == []
         if contents(store) == expected:
             store = tmp_path / f"store{rounds}.zarr"
     for options in (RAW, N4):
-        told, _ = started(raw, store, *options).communicate(timeout=120)
+        told, _ = preparing(raw, store, *options).communicate(timeout=120)
         assert " 0 failed" in told
     assert contents(store) == expected
     assert open_cohort(store).variants == ("n4", "raw")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -150,7 +150,6 @@ def test_labels_are_scored_by_value_and_averaged_over_those_a_patient_has() -> N
 
 
 @given(st.integers(2, 4), st.integers(0, 999), st.lists(st.integers(0, 2), min_size=3, max_size=3))
-@settings(max_examples=50, deadline=None)
 def test_validation_counts_what_evaluation_counts(labels: int, seed: int, unknown: list[int]) -> None:
     rng = np.random.default_rng(seed)
     # Few voxels, so that patients lack labels, or have none.
@@ -211,7 +210,6 @@ def a_run(
     st.lists(st.sampled_from([(0,), (1,), (2,), (0, 1, 2)]), min_size=1, max_size=2),
     st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
 def test_a_network_that_is_right_gives_the_label_map_back(
     values: list[int],
     order: list[int],

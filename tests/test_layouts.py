@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from click.testing import Result
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cspine_data import InputError, find_cases, open_cohort, prepare, read_volume, volumes_in
@@ -346,7 +346,6 @@ def test_metaimage_files_are_read_as_itk_writes_them(tmp_path: Path) -> None:
 
 
 @given(at=st.integers(0, 10**6), value=st.integers(0, 255), compressed=st.booleans())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_byte_of_a_metaimage_is_read_or_refused(
     at: int, value: int, compressed: bool, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from cspine_train.run.folder import only_writer, write_text
 from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.run.settings import RunSettings
 from cspine_train.training.pipeline import _begin
-from tests.conftest import forked, train_command
+from tests.processes import Command
 
 HOLD = """
 import os, sys, time
@@ -179,7 +179,7 @@ def test_a_second_command_on_a_run_ends_in_one_line(
 ) -> None:
     run = tmp_path / "run"
     asked = ("run", "--store", phantom_store, *TRAIN, "--epochs", "2000", "--schedule", "onecycle", "-o", run)
-    first = forked(train_command, asked)
+    first = Command("cspine-train", *asked)
     deadline = time.monotonic() + 120
     while not (run / "model" / "model.safetensors").exists() and time.monotonic() < deadline:
         assert first.is_alive()
@@ -191,7 +191,7 @@ def test_a_second_command_on_a_run_ends_in_one_line(
         assert second.stderr.count("\n") == 1
     assert first.is_alive()
     first.kill()
-    first.join()
+    first.communicate()
     with only_writer(run):
         record = load_record(run)
     with pytest.raises(RunError, match="another process has begun it meanwhile"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from monai.metrics import (
     compute_average_surface_distance,
@@ -112,7 +112,6 @@ def held_equal(found: Mask, truth: Mask, spacing_mm: Spacing) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 2**32), spacings)
-@settings(max_examples=60, deadline=None)
 def test_measures_are_those_of_monai_and_simpleitk(one: int, other: int, spacing_mm: Spacing) -> None:
     held_equal(blobs(one), blobs(other), spacing_mm)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cspine_data.phantom.anatomy import make_case
 from cspine_data.preprocessing.bias_field import estimate_log_bias
 from cspine_data.preprocessing.n4 import SplineField, fit_log_bias, itk_log_bias
 from cspine_data.preprocessing.parameters import BiasParameters
 from cspine_data.preprocessing.tissue import average_down, tissue_threshold, working_factors
+from tests.conftest import phantom
 
 
 def our_log_bias(image: np.ndarray, mask: np.ndarray, parameters: BiasParameters) -> np.ndarray:
@@ -25,7 +25,7 @@ def as_published(**changes: object) -> BiasParameters:
 @pytest.fixture(scope="module")
 def neck() -> tuple[np.ndarray, np.ndarray]:
     """A phantom at a working resolution, and its tissue."""
-    case = make_case(0, 0)
+    case = phantom(0, 0)
     factors = working_factors(case.spacing_mm, 8.0)
     tissue = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
     return average_down(case.image_xyz, factors), average_down(tissue, factors) > 0.5
@@ -142,7 +142,7 @@ def test_any_size_is_taken(shape: tuple[int, int, int]) -> None:
 
 
 def test_both_engines_correct_a_volume_alike() -> None:
-    case = make_case(2, 1)
+    case = phantom(2, 1)
     tissue = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
     ours, itks = (
         estimate_log_bias(

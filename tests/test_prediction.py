@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import Result
 from filelock import FileLock
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -28,7 +28,8 @@ from cspine_train.prediction.predictor import LoadedRun, expected_dice
 from cspine_train.prediction.preview import draw_overview
 from cspine_train.run.cohort_range import CohortLooks, differences, looks_of, looks_of_record
 from cspine_train.run.record import save_record
-from tests.conftest import ball, forked, train_command, write_case
+from tests.conftest import ball, write_case
+from tests.processes import Command
 from tests.test_dicom import volume_of, write_series
 from tests.test_labels import a_run
 from tests.test_training import SMALL
@@ -110,7 +111,6 @@ def test_mirrored_what_is_found_on_the_left_is_found_on_the_right() -> None:
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
 def test_the_expected_dice_is_what_truths_drawn_from_the_probabilities_have(seed: int) -> None:
     rng = np.random.default_rng(seed)
     probabilities = rng.beta(0.3, 0.6, (12, 13, 14)).astype(np.float32)
@@ -236,13 +236,12 @@ def test_a_folder_is_predicted_once_and_goes_on_where_it_was_killed(
     run: Path, phantom_folder: Path, tmp_path: Path, run_train: Callable[..., Result]
 ) -> None:
     """Killed after its first label map, and given again; label maps of the folder are no volumes to predict."""
-    command = ["predict", phantom_folder, "--run", run, "-o", tmp_path / "out"]
-    process = forked(train_command, command)
+    process = Command("cspine-train", "predict", phantom_folder, "--run", run, "-o", tmp_path / "out")
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("*-label.nrrd")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.join()
+    process.communicate()
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in labels(tmp_path / "out")}
     assert before
     # What a kill in the middle of a row leaves.

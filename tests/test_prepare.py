@@ -41,7 +41,8 @@ from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
 from cspine_data.store.publishing import Refused, Replacement, create_store, publish
 from cspine_data.store.records import read_root
-from tests.conftest import QUICK_N4, ball, contents, started, write_case
+from tests.conftest import QUICK_N4, ball, contents, write_case
+from tests.processes import preparing
 
 
 def test_the_second_run_does_nothing_and_says_so(store: Path, run_data) -> None:
@@ -304,7 +305,7 @@ def test_one_patient_under_two_names_in_two_runs_at_once_is_refused_once(tmp_pat
     runs = []
     for name in "AB":
         write_case(tmp_path / name, name, seed=3)
-        runs.append(started(tmp_path / name, tmp_path / "s.zarr", "--no-n4", "--workers", "1"))
+        runs.append(preparing(tmp_path / name, tmp_path / "s.zarr", "--no-n4"))
     told = [run.communicate(timeout=60)[0] for run in runs]
     assert sorted(run.returncode for run in runs) == [0, 1]
     assert (
@@ -424,7 +425,7 @@ def slow_cohort(tmp_path: Path) -> Path:
 
 def test_two_runs_side_by_side_say_nothing_of_each_other(slow_cohort: Path, tmp_path: Path) -> None:
     stores = [tmp_path / "one.zarr", tmp_path / "two.zarr"]
-    runs = [started(slow_cohort, store, "--no-n4", stderr=subprocess.PIPE) for store in stores]
+    runs = [preparing(slow_cohort, store, "--no-n4", in_workers=True, errors_apart=True) for store in stores]
     assert [run.communicate()[1] for run in runs] == ["", ""]
     assert [run.returncode for run in runs] == [0, 0]
     assert contents(stores[0]) == contents(stores[1])
@@ -435,7 +436,7 @@ def test_an_interrupted_run_says_that_it_can_go_on(tmp_path: Path) -> None:
     raw, store = tmp_path / "raw", tmp_path / "s.zarr"
     for number in range(16):
         write_case(raw, f"case{number:02d}")
-    process = started(raw, store, "--no-n4", "--workers", "1", stderr=subprocess.PIPE)
+    process = preparing(raw, store, "--no-n4", "--workers", "1", in_workers=True, errors_apart=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not ((store / "zarr.json").exists() and read_root(store).cases):
         time.sleep(0.002)
@@ -523,7 +524,7 @@ def test_a_killed_run_loses_no_case_that_was_written(tmp_path: Path) -> None:
     def written() -> dict[Path, int]:
         return {record: record.stat().st_mtime_ns for record in store.glob("cases/case*/[0-9a-f]*/zarr.json")}
 
-    process = started(raw, store, "--no-n4", "--workers", "1", stderr=subprocess.PIPE)
+    process = preparing(raw, store, "--no-n4")
     deadline = time.monotonic() + 60
     while len(written()) < 4 and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import BaseModel
@@ -145,11 +145,7 @@ def prepared(source: Source) -> Iterator[tuple[Cohort, Path, Path]]:
         yield cohort, *paths
 
 
-generated = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
 @given(sources(), st.sampled_from((".nrrd", ".nii.gz")))
-@generated
 def test_what_is_exported_is_what_was_given(source: Source, ending: str) -> None:
     ending = ending if ".nii.gz" in source.suffixes else ".nrrd"
     with prepared(source) as (cohort, *paths):
@@ -164,7 +160,6 @@ def test_what_is_exported_is_what_was_given(source: Source, ending: str) -> None
 
 
 @given(sources())
-@generated
 def test_slices_along_every_axis_are_the_anatomical_arrays(source: Source) -> None:
     turn = Orientation.of(source.image.geometry).to_anatomical
     with prepared(source) as (cohort, *_):
@@ -182,7 +177,6 @@ def test_slices_along_every_axis_are_the_anatomical_arrays(source: Source) -> No
 
 
 @given(sources())
-@generated
 def test_the_stored_volume_is_what_simpleitk_makes_of_the_same_file(source: Source) -> None:
     assume(itk_agrees_on_orientation(source.image.geometry))
     with prepared(source) as (cohort, image, label):
@@ -264,7 +258,6 @@ def digest_of(image: str, label: str | None, preprocessing: Preprocessing, axes:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
 def test_two_digests_are_equal_exactly_where_the_inputs_are(data: st.DataObject) -> None:
     one = data.draw(inputs())
     other = data.draw(inputs(like=one))
@@ -278,7 +271,6 @@ PARAMETERS = [(model, name) for model in (Preprocessing, BiasParameters) for nam
 
 @pytest.mark.parametrize(("model", "name"), PARAMETERS, ids=[f"{model.__name__}.{name}" for model, name in PARAMETERS])
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
 def test_every_parameter_changes_the_digest(model: type[BaseModel], name: str, data: st.DataObject) -> None:
     before = Preprocessing(normalisation="nyul") if name == "standard" else Preprocessing()
     now = getattr(before if model is Preprocessing else before.bias, name)
@@ -325,7 +317,6 @@ def detached(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["A.raw", "A.nhdr", "A-label.nrrd"])
 @given(spot=st.integers(0, 10**9), bit=st.integers(0, 7))
-@settings(max_examples=25, deadline=None)
 def test_one_flipped_bit_of_any_file_matters(name: str, detached: Path, spot: int, bit: int) -> None:
     before = (detached / name).read_bytes()
     flipped = bytearray(before)

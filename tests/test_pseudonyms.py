@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cspine_data import Case, InputError, Listing, Problem, find_cases
@@ -168,7 +168,6 @@ def test_a_key_that_cannot_be_a_file_is_refused_in_one_line(tmp_path: Path) -> N
 
 
 @given(st.lists(st.sets(st.text("abcØ, \"'\u00e9", min_size=1, max_size=4), max_size=5), min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None)
 def test_whatever_is_added_or_taken_away_no_id_changes_or_is_given_twice(batches: list[set[str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         key, given_ids = Path(folder, "key.csv"), {}

@@ -18,7 +18,8 @@ import pytest
 from cspine_data import StoreError, open_cohort, prepare, read_volume, remove_cases, verify
 from cspine_data.store import publishing
 from cspine_data.store.records import read_root
-from tests.conftest import contents, started, write_case
+from tests.conftest import contents, write_case
+from tests.processes import Command, preparing
 
 N4 = ("--n4-resolution", "12", "--n4-iterations", "5,5")
 
@@ -54,6 +55,7 @@ def watched(store: Path, raw: Path) -> Iterator[list[int]]:
             except Exception as error:  # noqa: BLE001 - whatever it is, the test must not miss it
                 wrong.append(error)
             looks.append(len(root.cases))
+            ended.wait(0.01)
 
     reader = threading.Thread(target=look)
     reader.start()
@@ -66,7 +68,7 @@ def watched(store: Path, raw: Path) -> Iterator[list[int]]:
     assert looks == sorted(looks)
 
 
-def finished(runs: list[subprocess.Popen[str]]) -> None:
+def finished(runs: list[Command]) -> None:
     for run in runs:
         told, _ = run.communicate(timeout=200)
         assert run.returncode == 0, told
@@ -77,7 +79,7 @@ def test_the_same_command_many_times_at_once(raw: Path, tmp_path: Path) -> None:
     store, undisturbed = tmp_path / "s.zarr", tmp_path / "undisturbed.zarr"
     prepare(raw, undisturbed, n4=False)
     with watched(store, raw) as looks:
-        finished([started(raw, store, "--no-n4", "--workers", "1") for _ in range(4)])
+        finished([preparing(raw, store, "--no-n4", "--workers", "1", in_workers=number == 0) for number in range(4)])
     assert looks
     assert contents(store) == contents(undisturbed)
 
@@ -87,7 +89,7 @@ def test_other_variants_and_axes_at_once(raw: Path, tmp_path: Path, run_data) ->
     store, undisturbed = tmp_path / "s.zarr", tmp_path / "undisturbed.zarr"
     told = (("--no-n4", "--axes", "0"), ("--no-n4", "--axes", "12"), (*N4, "--axes", "2"), (*N4, "--axes", "01"))
     with watched(store, raw):
-        finished([started(raw, store, *options, "--workers", "1") for options in told])
+        finished([preparing(raw, store, *options) for options in told])
     for options in (("--no-n4",), N4):
         assert run_data("prepare", raw, "--store", undisturbed, *options).exit_code == 0
     assert read_root(store) == read_root(undisturbed)
@@ -99,7 +101,7 @@ def test_other_parameters_at_once(raw: Path, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     told = (("--spacing", "2"), ("--normalisation", "percentile"))
     with watched(store, raw):
-        finished([started(raw, store, "--no-n4", *options, "--workers", "1") for options in told])
+        finished([preparing(raw, store, "--no-n4", *options) for options in told])
     ways = {record.preprocessing.description for record in open_cohort(store).records()}
     assert ways <= {"no N4, zscore, 2 x 2 x 2 mm", "no N4, percentile, native voxels"}
     assert open_cohort(store).cases == tuple("ABCD")

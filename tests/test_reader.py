@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
@@ -50,7 +50,6 @@ def read(slices: SliceArray, position: int) -> np.ndarray:
     axis=st.integers(0, 2),
     empty=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
 def test_the_direct_path_equals_zarr(data: st.DataObject, dtype: str, shape: tuple, axis: int, empty: bool) -> None:
     elements = hnp.from_dtype(np.dtype(dtype), allow_nan=False, allow_infinity=False)
     array = data.draw(hnp.arrays(dtype, shape, elements=elements))
@@ -75,7 +74,6 @@ def test_the_direct_path_equals_zarr(data: st.DataObject, dtype: str, shape: tup
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
     chunks=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
 )
-@settings(max_examples=40, deadline=None)
 def test_zarr_reads_what_is_written(data: st.DataObject, dtype: str, shape: tuple, chunks: tuple) -> None:
     elements = hnp.from_dtype(np.dtype(dtype), allow_nan=False, allow_infinity=False)
     array = data.draw(hnp.arrays(dtype, shape, elements=elements))
@@ -171,7 +169,6 @@ def foreign_layouts(draw: st.DrawFn) -> dict[str, object]:
     shape=st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(1, 12)),
     layout=foreign_layouts(),
 )
-@settings(max_examples=60, deadline=None)
 def test_any_other_layout_goes_through_zarr(data: st.DataObject, dtype: str, shape: tuple, layout: dict) -> None:
     elements = hnp.from_dtype(np.dtype(dtype), allow_nan=False, allow_infinity=False)
     array = data.draw(hnp.arrays(dtype, shape, elements=elements))

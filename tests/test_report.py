@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cspine_data import open_cohort
@@ -206,7 +206,6 @@ def test_a_patient_that_cannot_be_read_is_named_and_the_others_are_scored(
 
 
 @given(st.integers(0, 2**32), st.sampled_from([np.uint8, np.int16, np.int32]))
-@settings(deadline=None)
 def test_confusion_counts_pairs_of_any_values(seed: int, dtype: type) -> None:
     rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
     values = np.array([0, 1, 2, limits.min, limits.max], dtype)

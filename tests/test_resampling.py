@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -23,7 +23,6 @@ def positions_mm(size: tuple[int, ...], spacing_mm: tuple[float, ...]) -> list[n
 
 
 @given(SIZES, SPACINGS)
-@settings(max_examples=30, deadline=None)
 def test_the_same_grid_changes_nothing(size: tuple, spacing: tuple) -> None:
     image = np.random.default_rng(0).normal(size=size).astype(np.float32)
     assert resampled_size(size, spacing, spacing) == size
@@ -73,7 +72,6 @@ def test_shrinking_leaves_no_pattern_of_what_is_too_fine() -> None:
 
 
 @given(SIZES, SPACINGS, SPACINGS, st.lists(st.integers(-3, 300), min_size=1, max_size=4), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
 def test_no_label_value_and_no_intensity_is_invented(
     size: tuple, spacing: tuple, new: tuple, values: list[int], seed: int
 ) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import yaml
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -273,7 +272,6 @@ def test_slices_are_turned_as_radiologists_see_them() -> None:
 
 
 @given(st.integers(0, 2), st.integers(0, 2**32))
-@hypothesis_settings(max_examples=30, deadline=None)
 def test_slices_are_counted_as_each_alone_would_be(axis: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     found, truth = (rng.random((4, 5, 6)) < rng.choice([0, 0.05, 0.5]) for _ in range(2))
@@ -395,7 +393,6 @@ def test_the_cards_snippet_runs(
 
 
 @given(st.text(st.sampled_from("<>[]()*_`#|~$&;!:/\\\"'-+.=1ax \n\t"), max_size=40))
-@hypothesis_settings(max_examples=200, deadline=None)
 def test_what_came_from_a_file_is_no_markup(text: str) -> None:
     from html import unescape
 

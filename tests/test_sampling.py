@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
@@ -56,7 +56,6 @@ def test_the_order_of_many_slices_is_as_it_was() -> None:
 
 
 @given(cohorts, some_weights, balances, st.sampled_from([0, 0.25, 9]), st.integers(0, 99))
-@settings(max_examples=300)
 def test_each_slice_and_each_case_comes_as_often_as_expected(
     cohort: list[list[int]], weights: list[float], balance: str, empty_share: float, seed: int
 ) -> None:

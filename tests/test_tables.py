@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
@@ -195,7 +195,6 @@ def test_six_patients_have_intervals_tests_and_a_ranking() -> None:
 
 
 @given(st.lists(st.floats(0, 1).map(lambda d: round(d, 4)), min_size=16, max_size=16), st.randoms())
-@settings(deadline=None, max_examples=25)
 def test_the_order_of_rows_changes_nothing(dice: list[float], random: Any) -> None:
     rows = [
         row("unet", variant, patient, one)

@@ -16,7 +16,6 @@ import pytest
 import torch
 from click.testing import Result
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -206,7 +205,6 @@ def test_of_equally_good_thresholds_the_middle_one_is_taken() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.floats(0, 1, width=32)), min_size=1))
-@hypothesis_settings(max_examples=60, deadline=None)
 def test_thresholds_are_compared_by_mean_dice_over_patients(voxels: list[tuple[int, bool, float]]) -> None:
     counts = torch.zeros(3, 2, len(THRESHOLDS) + 1, dtype=torch.int64)
     for patient, truth, probability in voxels:

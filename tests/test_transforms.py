@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cspine_train.data.sizes import Sides, fixed_size, labelled_pixels, network_shape
@@ -40,7 +40,6 @@ def test_what_a_size_holds_of_an_image_comes_back_to_its_place(shape: tuple[int,
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 60), st.integers(2, 40))
-@settings(max_examples=200, deadline=None)
 def test_where_something_is_labelled_is_known_without_a_look(labelled: list[bool], size: int, other: int) -> None:
     mask = np.repeat(np.array(labelled, dtype=np.uint8)[:, None], 20, axis=1)
     (shown,) = masks_to_network(mask[None], (size / len(labelled), other / 20), 1.0, (size, other))
@@ -62,7 +61,6 @@ def test_logits_of_a_crop_are_of_its_part_of_the_slice() -> None:
 
 
 @given(shapes)
-@settings(max_examples=50, deadline=None)
 def test_native_pixels_come_back_as_they_went(shape: tuple[int, int]) -> None:
     slices = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
     images = to_network(slices, (0.7, 1.3), None, fixed_size([shape], Sides()))

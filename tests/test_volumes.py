@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -30,7 +30,6 @@ def volumes(draw: st.DrawFn) -> Volume:
 
 @pytest.mark.parametrize("suffix", [".nrrd", ".nii", ".nii.gz"])
 @given(volume=volumes())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_read_back(volume: Volume, suffix: str, tmp_path: Path) -> None:
     if "nii" in suffix and np.linalg.det(volume.geometry.direction_matrix) < 0:
         # NIfTI's quaternion cannot hold a left-handed frame, its matrix can; ITK writes both.
@@ -301,7 +300,6 @@ def nifti_header(**fields: object) -> np.ndarray:
     turned=st.booleans(),
     units=st.sampled_from([0, 1, 2, 3, 10]),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_nifti_header_means_what_itk_makes_of_it(grid, codes, quaternion, turned, units, tmp_path: Path) -> None:
     import SimpleITK as sitk
 
@@ -427,7 +425,6 @@ def test_what_would_be_refused_when_read_is_not_written(suffix: str, tmp_path: P
 
 @pytest.mark.parametrize("suffix", [".nrrd", ".nii", ".nii.gz"])
 @given(grid=grids(), degrees=st.floats(-0.03, 0.03))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_grid_that_is_read_is_written_as_it_lies(grid, degrees: float, suffix: str, tmp_path: Path) -> None:
     directions = grid.direction_matrix @ leaning(degrees)
     grid = grid.model_copy(update={"directions": tuple(map(tuple, directions.tolist()))})
@@ -448,7 +445,6 @@ def test_what_a_header_cannot_keep_is_not_written(tmp_path: Path) -> None:
 
 
 @given(grid=grids(), kind=st.sampled_from(NRRD_TYPES))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_itk_reads_the_nifti_that_is_written(grid, kind: str, tmp_path: Path) -> None:
     import SimpleITK as sitk
 

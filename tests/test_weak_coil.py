@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from cspine_data import BiasParameters, Preprocessing, Volume, open_cohort, preprocess_volume, write_volume
-from cspine_data.phantom.anatomy import make_case
 from cspine_data.preprocessing.bias_field import correct, estimate_bias
 from cspine_data.preprocessing.steps import doubts
 from cspine_data.preprocessing.tissue import average_down, densest_core, noise_floor, tissue_threshold
 from cspine_data.volumes.geometry import Geometry
+from tests.conftest import phantom
 
 SPACING_MM = (1.0, 1.0, 1.0)
 
@@ -21,7 +21,7 @@ SPACING_MM = (1.0, 1.0, 1.0)
 @cache
 def weak_coil(reach_mm: float, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A phantom behind whose back a coil lies, its true log field, and its true signal."""
-    case = make_case(0, 0, SPACING_MM)
+    case = phantom(0, 0, SPACING_MM)
     tissue = case.image_xyz > tissue_threshold(case.image_xyz, SPACING_MM)
     signal = np.where(tissue, case.image_xyz, 0).astype(np.float32)
     depth_mm = np.maximum(np.argwhere(tissue)[:, 1].max() - np.arange(signal.shape[1]), 0)
@@ -100,7 +100,7 @@ def test_noise_bounds_the_gain() -> None:
 
 def test_a_linear_log_field_is_found_whatever_its_slope() -> None:
     """N4 alone converges to a steep one slowly."""
-    case = make_case(0, 1)
+    case = phantom(0, 1)
     tissue = case.image_xyz > tissue_threshold(case.image_xyz, case.spacing_mm)
     along = np.linspace(-1, 1, case.image_xyz.shape[1])[None, :, None]
     plain = estimate_bias(case.image_xyz, case.spacing_mm, BiasParameters()).log_bias_xyz
