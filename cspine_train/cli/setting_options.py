@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -15,11 +15,11 @@ from cspine_train.run.settings import (
     ModelSettings,
     OptimisationSettings,
     PostprocessingSettings,
-    RunSettings,
     problem_of,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Model = TypeVar("Model", bound=BaseModel)
 _PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, OptimisationSettings, PostprocessingSettings)
 
 
@@ -36,9 +36,12 @@ def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
     return decorate
 
 
-def settings_of(**options: Any) -> RunSettings:
-    """Return the settings of a command's options; a `click.UsageError` for values that are invalid or contradict."""
+def record_of(model: type[Model], options: Mapping[str, Any]) -> Model:
+    """Return a record of those of a command's options that are its fields.
+
+    Raises a `click.UsageError` for values that are invalid or contradict.
+    """
     try:
-        return RunSettings(**options)
+        return model(**{name: value for name, value in options.items() if name in model.model_fields})
     except ValidationError as error:
-        raise click.UsageError(problem_of(error)) from None
+        raise click.UsageError(problem_of(error, model)) from None

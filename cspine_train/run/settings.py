@@ -210,11 +210,11 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
         return f"{self.model}-{encoder}-axis{self.axes_name}-{self.variant}{fold}-seed{self.seed}"
 
 
-def problem_of(error: ValidationError) -> str:
+def problem_of(error: ValidationError, model: type[BaseModel] = RunSettings) -> str:
     """Return the first problem of invalid settings in one line, with the name of the option."""
     first = error.errors()[0]
     name, *within = map(str, first["loc"] or ("",))
-    field = RunSettings.model_fields.get(name)
+    field = model.model_fields.get(name)
     option = spelling_of(field, name).option if field else name
     where = " ".join([option, *within]) + ": " if name else ""
     return where + str(first["msg"]).removeprefix("Value error, ")
