@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import CaseRecord, Cohort, Split
+from cspine_data.tools import meant
 from cspine_train.data.batches import BatchLoader, SliceBatches
 from cspine_train.data.sampling import EpochSampler, ProcessBatches
 from cspine_train.data.sizes import USUAL_SIDES, Sides, image_sizes
-from cspine_train.errors import RunError, meant
+from cspine_train.errors import RunError
 from cspine_train.run.settings import DataSettings, RunSettings
 
 

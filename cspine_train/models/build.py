@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from cspine_data.tools import atomic_write, make_folder
+from cspine_data.tools import atomic_write, make_folder, meant
 from cspine_train.data.sizes import Sides
-from cspine_train.errors import ModelError, RunError, meant, reason_of
+from cspine_train.errors import ModelError, RunError, reason_of
 from cspine_train.extensions import ARCHITECTURES
 from cspine_train.models.pretrained import give_weights
 
