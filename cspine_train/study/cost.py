@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from cspine_data import Cohort
 from cspine_train.data.datamodule import CohortSlices
@@ -23,8 +23,8 @@ from cspine_train.study.plan import Cell
 from cspine_train.training.optimisers import precision_of
 from cspine_train.training.step_check import check_steps
 
-# Seconds of steps to time after a first one, which is slower.
-_TIMED_S = 1.0
+# The fastest step counts: the first one is slower, and other work on the machine makes steps slower.
+_FEWEST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 4, 2.0
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,20 @@ def _cost(
 
 
 def _step_seconds(network: nn.Module, shape: tuple[int, ...], half: bool) -> float:
-    """Return the time of a forward and a backward pass.
-
-    The shortest one counts, as other work on the machine makes steps slower.
-    """
+    """Return the time of a forward and a backward pass."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
-
-    def step() -> None:
+    seconds: list[float] = []
+    while len(seconds) < _FEWEST_STEPS or (len(seconds) < _MOST_STEPS and sum(seconds) < _ENOUGH_S):
+        started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = network(images).float().mean()
         loss.backward()
-
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=_TIMED_S).times)
+        # Wait for the GPU.
+        loss.item()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def duration(seconds: float) -> str:
