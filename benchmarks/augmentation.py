@@ -20,7 +20,7 @@ from cspine_data import Preprocessing, preprocess_volume, read_volume
 from cspine_data.phantom.cohort import make_phantom_cohort
 from cspine_data.volumes.geometry import Orientation
 from cspine_train.data.augmentation import STRONG, Amounts, Augmentation, sample_seeds
-from cspine_train.extensions import AUGMENTATIONS, names
+from cspine_train.extensions import AUGMENTATIONS
 from cspine_train.models.build import build_model
 from cspine_train.training.allocator import keep_large_blocks
 
@@ -117,7 +117,7 @@ def times(device: str, rounds: int) -> dict[str, float]:
         optimizer.step()
 
     found = {"training step": milliseconds(step, rounds, device)}
-    for level in names(AUGMENTATIONS):
+    for level in AUGMENTATIONS.names():
         augment = Augmentation(level, CROP)
         seeds = [sample_seeds(0, number, BATCH) for number in range(rounds + 2)]
         found[f"cspine, {level}"] = milliseconds(

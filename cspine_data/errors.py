@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,13 @@ class Problem:
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return a suggestion in brackets: the known name most similar to an unknown one; empty if none is similar."""
+    from difflib import get_close_matches
+
+    return "".join(f" (did you mean {one}?)" for one in get_close_matches(name, known, n=1))
 
 
 def describe_problem(case_id: str, error: BaseException) -> Problem:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, meant
 
 #: Pattern of names, which may become part of folder names.
 NAME = r"^[a-z0-9][a-z0-9_.-]*$"
@@ -41,10 +41,10 @@ class ExtensionPoint:
         """
         # Plug-ins are looked up only for other names: that reads the metadata of every installed package.
         if name not in self.built_in and name not in self.names():
-            from difflib import get_close_matches
-
-            meant = "".join(f" (did you mean {one}?)" for one in get_close_matches(name, self.names(), n=1))
-            raise ValueError(f"{name!r} is unknown{meant}; choose {', '.join(self.names())}, or install its plug-in")
+            known = self.names()
+            raise ValueError(
+                f"{name!r} is unknown{meant(name, known)}; choose {', '.join(known)}, or install its plug-in"
+            )
         return name
 
     def load(self, name: str) -> Any:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from cspine_data.errors import count, describe_problem
+from cspine_data.errors import count, describe_problem, meant
 from cspine_data.extensions import ExtensionPoint
 from cspine_data.extras import install_hint
 from cspine_data.files import atomic_write, exclusive_lock, make_folder, remove_unfinished
@@ -21,6 +21,7 @@ __all__ = [
     "exclusive_lock",
     "install_hint",
     "make_folder",
+    "meant",
     "remove_unfinished",
     "render_page",
     "side_by_side",

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from cspine_train.metrics.overlap import MaskMeasure, MaskPair
     from cspine_train.prediction.files import Options, Predicted, Target, find_targets, find_volumes, predict_files
     from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
+    from cspine_train.run.machines import Machines
     from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
     from cspine_train.training.pipeline import train
-    from cspine_train.training.processes import Machines
 
 _HOME = {
     "evaluation.comparison": ("Comparison", "compare"),
     "errors": ("CspineTrainError", "ModelError", "RunError"),
     "evaluation.scoring": ("Evaluation", "PatientScore", "evaluate"),
     "metrics.overlap": ("MaskMeasure", "MaskPair"),
-    "training.processes": ("Machines",),
     "prediction.predictor": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
     "prediction.files": ("Options", "Predicted", "Target", "find_targets", "find_volumes", "predict_files"),
+    "run.machines": ("Machines",),
     "run.record": ("RunRecord",),
     "run.settings": ("RunSettings",),
     "training.pipeline": ("train",),

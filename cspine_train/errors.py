@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -38,9 +37,3 @@ def error_message(name: str, error: Exception) -> str:
 def reason_of(error: Exception) -> str:
     """Return the text of an error of a library as one line of at most 200 characters; its type if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """Return a suggestion in brackets: the known name most similar to an unknown one; empty if none is similar."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

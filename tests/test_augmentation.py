@@ -24,11 +24,11 @@ from cspine_train.data.random_changes import (
     standardised_like,
     warped,
 )
-from cspine_train.extensions import load, names
+from cspine_train.extensions import AUGMENTATIONS
 from cspine_train.run.settings import RunSettings
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-LEVELS = {name: load("cspine.augmentations", name) for name in names("cspine.augmentations")}
+LEVELS = {name: AUGMENTATIONS.load(name) for name in AUGMENTATIONS.names()}
 
 
 def batch() -> Pair:

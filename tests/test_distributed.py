@@ -33,7 +33,7 @@ from cspine_train.models.build import build_model
 from cspine_train.run.folder import METRICS_NAME
 from cspine_train.run.record import load_record
 from cspine_train.training.checkpoints import Place, checkpoints
-from cspine_train.training.processes import ProcessCheck, synchronised, training_errors
+from cspine_train.training.processes import ProcessCheck, synchronised, trainer_devices, training_errors
 from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.processes import Command, forked
 from tests.test_checkpoints import same, weights
@@ -87,7 +87,7 @@ from types import SimpleNamespace
 from torch import distributed, nn
 from cspine_train import Machines, RunSettings
 from cspine_train.data.batches import Batch
-from cspine_train.training.processes import average_batch_statistics
+from cspine_train.training.processes import average_batch_statistics, trainer_devices
 from cspine_train.training.segmentation_module import SliceSegmenter
 
 class Watched(SliceSegmenter):
@@ -104,7 +104,7 @@ generator = torch.Generator().manual_seed(0)
 images, masks = torch.randn(6, 1, 32, 32, generator=generator), torch.rand(6, 1, 32, 32, generator=generator)
 labelled = torch.linspace(0, 1, 6).view(6, 1, 1, 1)
 trainer = lightning.Trainer(
-    **Machines(devices=world).options(from_command=True), accelerator="cpu", max_epochs=1, logger=False,
+    **trainer_devices(Machines(devices=world), from_command=True), accelerator="cpu", max_epochs=1, logger=False,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
 )
 mine = slice(trainer.global_rank, None, world)
@@ -351,25 +351,25 @@ def test_devices_that_are_missing_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RunError, match="--devices 2.*1 GPU.*CUDA_VISIBLE_DEVICES"):
-        TWO.options()
-    assert Machines(devices="auto").options()["devices"] == 1
+        trainer_devices(TWO)
+    assert trainer_devices(Machines(devices="auto"))["devices"] == 1
     monkeypatch.setattr(TorchElasticEnvironment, "detect", staticmethod(lambda: True))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="1 processes.*torchrun started 2"):
-        Machines().options()
+        trainer_devices(Machines())
 
 
 def test_nodes_have_to_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RunError, match="--nodes 2.*MASTER_ADDR.*srun or torchrun"):
-        Machines(nodes=2).options(from_command=True)
+        trainer_devices(Machines(nodes=2), from_command=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface has another name")
 def test_processes_of_one_machine_connect_by_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    TWO.options(from_command=True)
+    trainer_devices(TWO, from_command=True)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 

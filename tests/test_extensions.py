@@ -27,10 +27,11 @@ from cspine_data import (
     read_volume,
     write_volume,
 )
+from cspine_data.tools import ExtensionPoint
 from cspine_train import RunError, RunSettings, load_run, train
 from cspine_train.data.augmentation import Augmentation, Stream, sample_seeds
 from cspine_train.errors import ModelError
-from cspine_train.extensions import ARCHITECTURES, AUGMENTATIONS, BUILT_IN, LOSSES, load, names
+from cspine_train.extensions import ARCHITECTURES, AUGMENTATIONS, LOSSES
 from cspine_train.metrics.overlap import MEASURES, agreement, measures
 from cspine_train.models.build import architectures, build_model, load_model, save_model
 from cspine_train.run.record import load_record
@@ -135,21 +136,21 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     measures.cache_clear()
 
 
-@pytest.mark.parametrize("group", BUILT_IN)
-def test_what_the_project_has_is_there_without_a_plug_in(group: str) -> None:
-    assert names(group)[: len(BUILT_IN[group])] == tuple(BUILT_IN[group])
-    assert all(load(group, name) is not None for name in BUILT_IN[group])
+@pytest.mark.parametrize("group", [LOSSES, AUGMENTATIONS, ARCHITECTURES])
+def test_what_the_project_has_is_there_without_a_plug_in(group: ExtensionPoint) -> None:
+    assert group.names()[: len(group.built_in)] == tuple(group.built_in)
+    assert all(group.load(name) is not None for name in group.built_in)
 
 
 def test_a_plug_in_adds_names_and_replaces_none(install: Callable[[], None]) -> None:
-    assert "squared_error" not in names(LOSSES)
+    assert "squared_error" not in LOSSES.names()
     with pytest.raises(RunError, match=r"cspine\.losses: 'squared_error' is unknown"):
-        load(LOSSES, "squared_error")
+        LOSSES.load("squared_error")
     install()
-    assert set(names(LOSSES)) - set(BUILT_IN[LOSSES]) == {"squared_error", "broken"}
-    assert load(LOSSES, "dice").__module__ == "cspine_train.training.losses"
+    assert set(LOSSES.names()) - set(LOSSES.built_in) == {"squared_error", "broken"}
+    assert LOSSES.load("dice").__module__ == "cspine_train.training.losses"
     with pytest.raises(RunError, match=r"plug-in 'broken' of cspine\.losses: cannot be imported .*missing"):
-        load(LOSSES, "broken")
+        LOSSES.load("broken")
 
 
 @pytest.mark.parametrize(
@@ -220,11 +221,11 @@ def test_a_run_with_a_plug_in_needs_it_to_be_read(
         patches.setattr(sys, "path", list(sys.path))
         install()
         assert train(phantom_store, tmp_path / "run", RunSettings(**CHOICES, **SMALL)).finished
-        assert isinstance(load(ARCHITECTURES, "unet-scse"), functools.partial)
+        assert isinstance(ARCHITECTURES.load("unet-scse"), functools.partial)
         assert load_run(tmp_path / "run").record.settings.model == "unet-scse"
         site = sys.path[0]
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != site])
-    assert "offset" not in names(AUGMENTATIONS)
+    assert "offset" not in AUGMENTATIONS.names()
     with pytest.raises(RunError, match=r"settings\.loss: .*'squared_error' is unknown"):
         load_record(tmp_path / "run")
 

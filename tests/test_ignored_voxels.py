@@ -28,7 +28,7 @@ from cspine_train import RunError, RunSettings, evaluate, train
 from cspine_train.data.augmentation import Amounts, Augmentation
 from cspine_train.data.batches import SliceBatches
 from cspine_train.data.transforms import shares_of
-from cspine_train.extensions import names
+from cspine_train.extensions import LOSSES
 from cspine_train.metrics.overlap import overlap
 from cspine_train.prediction.stored_volumes import Segmented
 from cspine_train.training.losses import SegmentationLoss
@@ -144,7 +144,7 @@ def test_a_damaged_case_is_made_again_with_it(lost: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("labels", [1, 3])
-@pytest.mark.parametrize("name", names("cspine.losses"))
+@pytest.mark.parametrize("name", LOSSES.names())
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_loss_is_that_of_the_pixels_that_count(name: str, labels: int, empty: bool) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -170,7 +170,7 @@ def test_a_loss_is_that_of_the_pixels_that_count(name: str, labels: int, empty: 
 
 
 @pytest.mark.parametrize("labels", [1, 3])
-@pytest.mark.parametrize("name", names("cspine.losses"))
+@pytest.mark.parametrize("name", LOSSES.names())
 def test_a_batch_of_which_nothing_counts_moves_nothing(name: str, labels: int) -> None:
     logits = torch.randn(2, labels + 1 if labels > 1 else 1, 8, 10).requires_grad_()
     loss = SegmentationLoss(name, labels)(logits, torch.ones(2, labels + 1, 8, 10))

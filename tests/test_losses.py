@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cspine_train.extensions import names
+from cspine_train import extensions
 from cspine_train.training.losses import SegmentationLoss, with_background
 
-LOSSES = names("cspine.losses")
+LOSSES = extensions.LOSSES.names()
 
 
 def a_batch(labels: int, soft: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from cspine_train.errors import ModelError
-from cspine_train.extensions import ARCHITECTURES, BUILT_IN
+from cspine_train.extensions import ARCHITECTURES
 from cspine_train.models.build import (
     architectures,
     build_model,
@@ -26,7 +26,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("model", BUILT_IN[ARCHITECTURES])
+@pytest.mark.parametrize("model", ARCHITECTURES.built_in)
 @pytest.mark.parametrize("encoder", ["resnet18", "tu-mobilenetv3_small_100"])
 def test_every_reference_architecture_maps_slices_to_logits(model: str, encoder: str) -> None:
     network, used = build_model(model, encoder)
@@ -37,7 +37,7 @@ def test_every_reference_architecture_maps_slices_to_logits(model: str, encoder:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("encoder", ["resnet50", "inceptionv4", "tu-mobilenetv3_small_100"])
-@pytest.mark.parametrize("model", BUILT_IN[ARCHITECTURES])
+@pytest.mark.parametrize("model", ARCHITECTURES.built_in)
 def test_every_combination_learns_and_is_saved_and_loaded(
     model: str, encoder: str, channels: int, tmp_path: Path, long_run: bool
 ) -> None:
@@ -74,7 +74,7 @@ def test_a_transformer_of_one_size_takes_any_and_is_loaded_by_smp_too(tmp_path: 
 
 def test_the_reference_studys_encoders_are_there() -> None:
     assert {"resnet50", "inceptionv4"} <= set(encoders())
-    assert architectures()[:4] == tuple(BUILT_IN[ARCHITECTURES])
+    assert architectures()[:4] == tuple(ARCHITECTURES.built_in)
 
 
 @pytest.mark.parametrize(

@@ -6,24 +6,26 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
 
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
-from cspine_train.cli.option_values import devices_of, weights_of
-from cspine_train.cli.setting_options import setting_options, settings_of
+from cspine_data.typed_options import field_option
+from cspine_train.cli.option_values import weights_of
+from cspine_train.cli.setting_options import record_of, setting_options
 from cspine_train.cli.study_commands import cell, study, table
 from cspine_train.cli.waiting import stay_awake
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_message
+from cspine_train.run.machines import Machines
+from cspine_train.run.settings import RunSettings
 from cspine_train.training.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
     from cspine_train.evaluation.scoring import Evaluation
     from cspine_train.prediction.files import Predicted
     from cspine_train.run.record import RunRecord
-    from cspine_train.run.settings import RunSettings
 
 
 class _Echo(logging.Handler):
@@ -70,16 +72,8 @@ _RUN_MACHINE = cloup.option_group(
     cloup.option(
         "--workers", type=click.IntRange(0), default=0, help="Processes that read slices; 0: a thread of this process."
     ),
-    cloup.option(
-        "--devices", default="1", callback=devices_of,
-        help="Number of GPUs, or of processes where there are none; auto: all GPUs.",
-    ),
-    cloup.option("--nodes", type=click.IntRange(1), default=1, help="Number of machines; see docs/distributed.md."),
-    cloup.option("--strategy", type=click.Choice(["auto", "ddp"]), default="auto", help="Lightning's strategy."),
-    cloup.option(
-        "--deterministic", is_flag=True, help="Use only algorithms that give the same bits each time, on a GPU too."
-    ),
-)  # fmt: skip
+    *(field_option(Machines, field) for field in Machines.model_fields),
+)
 
 
 @main.command(cls=cloup.Command)
@@ -88,17 +82,16 @@ _RUN_MACHINE = cloup.option_group(
 @_RUN_MACHINE
 def run(
     store: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
-    devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again resumes a run that was stopped."""
-    settings = settings_of(**options)
+    settings, machines = record_of(RunSettings, options), record_of(Machines, options)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.training.pipeline import train
-    from cspine_train.training.processes import Machines, is_first
+    from cspine_train.training.processes import is_first
 
     keep_large_blocks()
     folder = output or Path("runs") / default_run_name(settings)
-    machines = Machines(devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     try:
         with can_go_on(folder):
             record = train(store, folder, settings, workers, checkpoint_minutes, machines, loggers, from_command=True)

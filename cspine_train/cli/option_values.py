@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 import click
 
@@ -15,15 +14,6 @@ def weights_of(_context: click.Context, _option: click.Parameter, given: str | N
         return None if given is None else tuple(float(weight) for weight in given.split(","))
     except ValueError:
         raise click.BadParameter(f"{given!r} is not W,W,..., such as 2,1,1: a number for each --run") from None
-
-
-def devices_of(_context: click.Context, _option: click.Parameter, given: str) -> int | Literal["auto"]:
-    """Read a number from 1, or auto."""
-    if given == "auto":
-        return "auto"
-    if not re.fullmatch("[1-9][0-9]{0,3}", given):
-        raise click.BadParameter(f"{given!r} is neither auto nor a number from 1")
-    return int(given)
 
 
 def list_of(_context: click.Context, option: click.Parameter, given: str) -> tuple[str, ...]:

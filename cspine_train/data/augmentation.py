@@ -26,7 +26,7 @@ from cspine_train.data.random_changes import (
     window,
 )
 from cspine_train.errors import RunError
-from cspine_train.extensions import AUGMENTATIONS, load
+from cspine_train.extensions import AUGMENTATIONS
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -168,9 +168,7 @@ class Augmentation:
 
     def __init__(self, level: str | Amounts, crop_hw: tuple[int, int] | None = None, labels: int | None = None) -> None:
         parts = (
-            {"": level}
-            if isinstance(level, Amounts)
-            else {name: load(AUGMENTATIONS, name) for name in level.split("+")}
+            {"": level} if isinstance(level, Amounts) else {name: AUGMENTATIONS.load(name) for name in level.split("+")}
         )
         levels = [part for part in parts.values() if isinstance(part, Amounts)]
         if len(levels) > 1:

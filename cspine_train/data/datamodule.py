@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import CaseRecord, Cohort, Split
+from cspine_data import Cohort, Split
+from cspine_data.tools import meant
 from cspine_train.data.batches import BatchLoader, SliceBatches
 from cspine_train.data.sampling import EpochSampler, ProcessBatches
 from cspine_train.data.sizes import USUAL_SIDES, Sides, image_sizes
-from cspine_train.errors import RunError, meant
+from cspine_train.errors import RunError
 from cspine_train.run.settings import DataSettings, RunSettings
-
-
-@dataclass(frozen=True)
-class _Records:
-    """Records of cases, read again at each iteration: forked workers copy what the training process holds."""
-
-    cohort: Cohort
-    cases: tuple[str, ...]
-    variant: str
-
-    def __iter__(self) -> Iterator[CaseRecord]:
-        return (self.cohort.record(case, self.variant) for case in self.cases)
 
 
 def _weights(cases: Sequence[str], settings: DataSettings, cohort: Cohort) -> NDArray[np.float64]:
@@ -90,11 +78,8 @@ class CohortSlices(lightning.LightningDataModule):
         train = cohort.slices(settings.axes, cases=split.train, **how)
         validation = cohort.slices(settings.axes, cases=split.validation, **how)
         weights = _weights(train.cases, settings, cohort)
-        training, validating, testing = (
-            _Records(cohort, part, settings.variant) for part in (split.train, split.validation, split.test)
-        )
         #: Sizes of the images, see `ImageSizes`.
-        self.sizes = image_sizes(training, validating, testing, settings, sides)
+        self.sizes = image_sizes(cohort, split, settings, sides)
         self._sampler = EpochSampler(
             train.labelled_voxels, settings.empty_share, settings.seed, train.case_numbers, weights, settings.balance
         )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cspine_data import CaseRecord
+from cspine_data import CaseRecord, Cohort, Split
 from cspine_train.errors import RunError
 from cspine_train.run.settings import RunSettings
 
@@ -82,19 +82,15 @@ class ImageSizes:
         return (fine, self.coarse_hw) if self.coarse_hw else (fine,)
 
 
-def image_sizes(
-    train: Iterable[CaseRecord],
-    validation: Iterable[CaseRecord],
-    test: Iterable[CaseRecord],
-    settings: RunSettings,
-    sides: Sides,
-) -> ImageSizes:
+def image_sizes(cohort: Cohort, split: Split, settings: RunSettings, sides: Sides) -> ImageSizes:
     """Decide the sizes of a run's images.
 
     Parameters
     ----------
-    train, validation, test : iterable of CaseRecord
-        The cases of each part; iterated over more than once.
+    cohort : Cohort
+        The store.
+    split : Split
+        The cases of each part.
     settings : RunSettings
         Pixel size, requested size, crop and axes.
     sides : Sides
@@ -106,13 +102,18 @@ def image_sizes(
         If the pixels are too large for the labelled regions, the network does not take the requested size, or that
         size would cut off labelled voxels.
     """
-    _check_pixels(train, settings)
-    records = [record for part in (train, validation, test) for record in part]
-    holds_all = fixed_size([_shape(record, axis, settings) for record in records for axis in settings.axes], sides)
+
+    def records(*parts: Sequence[str]) -> Iterator[CaseRecord]:
+        # Read again each time: forked workers copy what the training process holds.
+        return (cohort.record(case, settings.variant) for part in parts for case in part)
+
+    _check_pixels(records(split.train), settings)
+    of_all = records(split.train, split.validation, split.test)
+    holds_all = fixed_size([_shape(record, axis, settings) for record in of_all for axis in settings.axes], sides)
     if settings.size_hw:
-        _check_size([*train, *validation], settings, settings.size_hw, sides)
+        _check_size(records(split.train, split.validation), settings, settings.size_hw, sides)
     slice_hw = settings.size_hw or holds_all
-    crop_hw = _size_that_holds_labels(train, settings, slice_hw, sides)
+    crop_hw = _size_that_holds_labels(records(split.train), settings, slice_hw, sides)
     coarse_hw = fixed_size([coarser_shape(crop_hw or slice_hw)], sides) if settings.coarse_share else None
     height, width = (max(pair) for pair in zip(slice_hw, holds_all, strict=True))
     return ImageSizes(slice_hw, crop_hw, coarse_hw, (height, width))

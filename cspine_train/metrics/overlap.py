@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_train.errors import RunError
-from cspine_train.extensions import METRICS, load, names
+from cspine_train.extensions import METRICS
 from cspine_train.metrics.surfaces import SurfaceDistances, surface_distances
 
 
@@ -187,7 +187,7 @@ def measures() -> tuple[MaskMeasure, ...]:
     Raises `RunError` if a plug-in cannot be imported.
     """
     own = {measure.name for measure in MEASURES}
-    return *MEASURES, *(replace(load(METRICS, name), name=name) for name in names(METRICS) if name not in own)
+    return *MEASURES, *(replace(METRICS.load(name), name=name) for name in METRICS.names() if name not in own)
 
 
 @dataclass(frozen=True)

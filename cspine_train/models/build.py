@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from cspine_data.tools import atomic_write, make_folder
+from cspine_data.tools import atomic_write, make_folder, meant
 from cspine_train.data.sizes import Sides
-from cspine_train.errors import ModelError, RunError, meant, reason_of
-from cspine_train.extensions import ARCHITECTURES, load, names
+from cspine_train.errors import ModelError, RunError, reason_of
+from cspine_train.extensions import ARCHITECTURES
 from cspine_train.models.pretrained import give_weights
 
 _TIMM_NAME = re.compile(r"tu-[\w.-]+")
@@ -27,7 +27,7 @@ def architectures() -> tuple[str, ...]:
     """Return the names of architectures: the project's, those of plug-ins, then SMP's others."""
     import segmentation_models_pytorch as smp
 
-    registered = names(ARCHITECTURES)
+    registered = ARCHITECTURES.names()
     return (*registered, *sorted(name for name in smp.MODEL_ARCHITECTURES_MAPPING if name not in registered))
 
 
@@ -135,7 +135,8 @@ def _create(model: str, encoder: str, weights: str | None, channels: int, classe
 def _architecture(model: str) -> Callable[..., nn.Module]:
     import segmentation_models_pytorch as smp
 
-    found = load(ARCHITECTURES, model) if model in names(ARCHITECTURES) else smp.MODEL_ARCHITECTURES_MAPPING[model]
+    registered = model in ARCHITECTURES.names()
+    found = ARCHITECTURES.load(model) if registered else smp.MODEL_ARCHITECTURES_MAPPING[model]
     return cast("Callable[..., nn.Module]", found)
 
 

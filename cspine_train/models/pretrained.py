@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -106,26 +105,19 @@ def read_state(path: Path) -> State:
     The file is safetensors, a state dict written by `torch.save`, or a checkpoint of timm or Lightning that holds one;
     for others a `ModelError` is raised.
     """
+    from timm.models import load_state_dict
+
     if not path.is_file():
         raise ModelError(f"{path}: is no file; give auto, imagenet, none or a file of weights")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_state_dict(str(path), use_ema=False, weights_only=True)
+    except AttributeError:
+        # It holds something else than names and tensors.
+        content = {}
     # Both readers raise errors of many kinds.
     except Exception:  # noqa: BLE001
         raise ModelError(f"{path}: is no file of weights alone; save a state dict or safetensors") from None
-    for nest in ("state_dict", "model"):
-        content = content.get(nest, content) if isinstance(content, dict) else {}
-    named = content.items() if isinstance(content, dict) else ()
-    state = {
-        # Prefix of `DataParallel`.
-        name.removeprefix("module."): value
-        for name, value in named
-        if isinstance(name, str) and isinstance(value, torch.Tensor)
-    }
+    state = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not state:
         raise ModelError(f"{path}: is no state dict; save the encoder's state dict or safetensors")
     return state

@@ -6,9 +6,7 @@ Nothing here imports PyTorch, so that the command line starts at once.
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -22,39 +20,18 @@ from pydantic import (
     model_validator,
 )
 
-from cspine_train.extensions import AUGMENTATIONS, LOSSES, check_name
+from cspine_data.typed_options import Spelling, spelling_of
+from cspine_train.extensions import AUGMENTATIONS, LOSSES
 from cspine_train.run.planes import AXES
 
 # A record may come from anybody: beyond these bounds, a run needs more memory than any machine has.
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
-_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """Option of a field, if it does not follow from name and type.
-
-    Attributes
-    ----------
-    option : str
-        Name of the option.
-    metavar : str or None
-        Placeholder of its value in the help.
-    choices : tuple of str
-        Possible values; empty for any text.
-    multiple : bool
-        Whether the option may be given several times.
-    """
-
-    option: str = ""
-    metavar: str | None = None
-    choices: tuple[str, ...] = ()
-    multiple: bool = False
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _check_augmentations(names: str) -> str:
-    return "+".join(check_name(AUGMENTATIONS, name) for name in names.split("+"))
+    return "+".join(AUGMENTATIONS.check(name) for name in names.split("+"))
 
 
 def _axes(given: object) -> object:
@@ -175,7 +152,7 @@ class OptimisationSettings(BaseModel):
     schedule: Literal["plateau", "onecycle", "cosine"] = "plateau"
     """Learning-rate schedule. plateau: divide by 3 after 5 epochs without a higher validation Dice, stop after 7;
     onecycle: rise and fall once (Smith and Topin 2018); cosine: rise over the first 5 %, then fall as a cosine."""
-    loss: Annotated[str, AfterValidator(partial(check_name, LOSSES)), Spelling(metavar="NAME")] = "dice_bce"
+    loss: Annotated[str, AfterValidator(LOSSES.check), Spelling(metavar="NAME")] = "dice_bce"
     """Loss: dice, dice_bce (with cross-entropy), dice_focal (with focal loss), tversky (false negatives weigh more), or
     a plug-in's."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -186,7 +163,7 @@ class OptimisationSettings(BaseModel):
     """Share of the steps, the first ones, with pixels larger by half (progressive resolution)."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Numeric precision; auto: bf16 where the processor has it, else 32."""
-    compile: bool = False
+    compile: Annotated[bool, Spelling("--compile/--no-compile")] = False
     """Compile the training step with torch.compile; needs a C++ compiler on a CPU."""
     seed: int = Field(default=0, ge=0)
     """Seed of all random numbers."""
@@ -233,20 +210,11 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
         return f"{self.model}-{encoder}-axis{self.axes_name}-{self.variant}{fold}-seed{self.seed}"
 
 
-def problem_of(error: ValidationError) -> str:
+def problem_of(error: ValidationError, model: type[BaseModel] = RunSettings) -> str:
     """Return the first problem of invalid settings in one line, with the name of the option."""
     first = error.errors()[0]
     name, *within = map(str, first["loc"] or ("",))
-    where = " ".join([option_name(name), *within]) + ": " if name else ""
+    field = model.model_fields.get(name)
+    option = spelling_of(field, name).option if field else name
+    where = " ".join([option, *within]) + ": " if name else ""
     return where + str(first["msg"]).removeprefix("Value error, ")
-
-
-def option_name(field: str) -> str:
-    """Return the option of a field of `RunSettings`."""
-    known = RunSettings.model_fields.get(field)
-    return (known and spelling_of(known.metadata).option) or "--" + field.replace("_", "-")
-
-
-def spelling_of(metadata: list[Any]) -> Spelling:
-    """Return a field's `Spelling` from its metadata."""
-    return next((item for item in metadata if isinstance(item, Spelling)), Spelling())

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 
-from cspine_data.tools import make_folder
-from cspine_train.errors import RunError, meant, reason_of
+from cspine_data.tools import make_folder, meant
+from cspine_train.errors import RunError, reason_of
 from cspine_train.run.folder import MLFLOW_FOLDER, MONITOR, TENSORBOARD_FOLDER, write_text
 from cspine_train.run.process_state import quieten
 from cspine_train.run.record import RunRecord

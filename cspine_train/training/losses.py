@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cspine_train.extensions import LOSSES, load
+from cspine_train.extensions import LOSSES
 
 #: Weights of false positives and false negatives in the Tversky index (Salehi et al. 2017, arXiv 1706.05721).
 TVERSKY = (0.3, 0.7)
@@ -42,7 +42,7 @@ class SegmentationLoss(nn.Module):
     def __init__(self, name: str, labels: int = 1) -> None:
         super().__init__()
         self._labels = labels
-        self._loss = load(LOSSES, name)
+        self._loss = LOSSES.load(name)
 
     def forward(self, logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Return the loss of a batch, float32, whatever the precision of the logits.

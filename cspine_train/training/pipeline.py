@@ -39,6 +39,7 @@ from cspine_train.run.label_classes import (
     unknown_labels,
     unknown_labels_note,
 )
+from cspine_train.run.machines import Machines
 from cspine_train.run.patient_split import cohort_fields, split_of
 from cspine_train.run.process_state import quieten, restored_process_state
 from cspine_train.run.record import RunRecord, record_to_resume, save_record
@@ -47,7 +48,7 @@ from cspine_train.training.callbacks import Curves, Keep, Plateau, WeightEMA
 from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.training.loggers import check_loggers, open_loggers
 from cspine_train.training.optimisers import precision_of
-from cspine_train.training.processes import ONE_DEVICE, Machines, ProcessCheck, synchronised, training_errors
+from cspine_train.training.processes import ProcessCheck, synchronised, trainer_devices, training_errors
 from cspine_train.training.progress import TrainingProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
 from cspine_train.training.step_check import check_steps
@@ -73,7 +74,7 @@ def train(
     settings: RunSettings,
     workers: int = 0,
     checkpoint_minutes: float = 15.0,
-    machines: Machines = ONE_DEVICE,
+    machines: Machines | None = None,
     loggers: Sequence[str] = (),
     from_command: bool = False,
 ) -> RunRecord:
@@ -95,8 +96,8 @@ def train(
         Processes that read slices; 0 reads in the training process.
     checkpoint_minutes : float
         Time between checkpoints within an epoch; the outcome does not depend on it.
-    machines : Machines
-        Devices to train on. Several need the command, torchrun or srun; see ``docs/distributed.md``.
+    machines : Machines, optional
+        Devices to train on; one by default. Several need the command, torchrun or srun; see ``docs/distributed.md``.
     loggers : sequence of str
         ``tensorboard`` and ``mlflow``.
     from_command : bool
@@ -121,7 +122,7 @@ def train(
     """
     check_loggers(loggers)
     _quieten()
-    devices = machines.options(from_command)
+    devices = trainer_devices(machines or Machines(), from_command)
     with ExitStack() as lock:
         return _train(store, Path(run), settings, workers, checkpoint_minutes, devices, loggers, lock)
 

@@ -20,10 +20,10 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import distributed, nn
 
 from cspine_train.errors import RunError
+from cspine_train.run.machines import Machines
 
 # The longest that a process waits for another. Rank 0 alone checks the network and writes files meanwhile.
 _TIMEOUT = timedelta(minutes=10)
@@ -31,85 +31,58 @@ _ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 _CONNECTION_ERRORS = ("gloo", "Connection closed", "Connection reset", "NCCL")
 
 
-class Machines(BaseModel):
-    """Devices that a run trains on.
+def trainer_devices(machines: Machines, from_command: bool = False) -> dict[str, Any]:
+    """Return the arguments of Lightning's trainer; `from_command` as in `train`.
 
-    Attributes
-    ----------
-    devices : int or str
-        GPUs per node, or processes where there is no GPU. ``auto``: all GPUs, or one process.
-    nodes : int
-        Number of machines. Start the command on each by srun or torchrun, or by hand.
-    strategy : str
-        Lightning's name of the strategy. ``ddp``: a copy of the network on each device. ``auto``: DDP for several
-        devices.
-    deterministic : bool
-        Use deterministic algorithms only. On a CPU, all that training uses are.
+    Raises `RunError` if the machine has fewer GPUs, processes cannot be started, or torchrun started another number of
+    them.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    devices: PositiveInt | Literal["auto"] = 1
-    nodes: PositiveInt = 1
-    strategy: Literal["auto", "ddp"] = "auto"
-    deterministic: bool = False
-
-    @property
-    def devices_of_a_node(self) -> int:
-        """Number of devices to use on this machine; a `RunError` if it has fewer GPUs."""
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
-        if self.devices == "auto":
-            return gpus or 1
-        if gpus is not None and self.devices > gpus:
-            raise RunError(
-                f"--devices {self.devices}: this machine has {gpus} GPU; ask for fewer devices, or set "
-                "CUDA_VISIBLE_DEVICES= to train on the CPU"
-            )
-        return self.devices
-
-    def options(self, from_command: bool = False) -> dict[str, Any]:
-        """Return the arguments of Lightning's trainer; `from_command` as in `train`.
-
-        Raises `RunError` if the machine has fewer GPUs, processes cannot be started, or torchrun started another number
-        of them.
-        """
-        devices = self.devices_of_a_node
-        options: dict[str, Any] = {"devices": devices, "num_nodes": self.nodes, "use_distributed_sampler": False}
-        options |= {"deterministic": self.deterministic or None}
-        world = devices * self.nodes
-        if TorchElasticEnvironment.detect() and world != int(os.environ["WORLD_SIZE"]):
-            raise RunError(
-                f"--devices {devices} --nodes {self.nodes}: is {world} processes, but torchrun started "
-                f"{os.environ['WORLD_SIZE']}; give both the same numbers"
-            )
-        if world == 1 and self.strategy == "auto":
-            return options
-        if not (TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ):
-            self._prepare_launch(devices, from_command)
-        return options | {"strategy": _DDP()}
-
-    def _prepare_launch(self, devices: int, from_command: bool) -> None:
-        if not from_command:
-            # Lightning would run the caller's script, or notebook server, again in each process.
-            raise RunError(
-                f"{devices * self.nodes} processes: cannot be started from Python; use cspine-train run "
-                f"--devices {devices}, or start your script by torchrun --nproc-per-node {devices}"
-            )
-        missing = [name for name in _ADDRESS if name not in os.environ]
-        if self.nodes > 1 and missing:
-            raise RunError(
-                f"--nodes {self.nodes}: {', '.join(missing)} not set; start the command by srun or torchrun, or set "
-                "them on each node"
-            )
-        # Lightning kills this process when another has died; its message says why.
-        logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
-        if self.nodes == 1 and sys.platform == "linux":
-            # Lightning's address of a single node is 127.0.0.1. Gloo would listen at the host name's address.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    devices = _devices_of_a_node(machines.devices)
+    options: dict[str, Any] = {"devices": devices, "num_nodes": machines.nodes, "use_distributed_sampler": False}
+    options |= {"deterministic": machines.deterministic or None}
+    world = devices * machines.nodes
+    if TorchElasticEnvironment.detect() and world != int(os.environ["WORLD_SIZE"]):
+        raise RunError(
+            f"--devices {devices} --nodes {machines.nodes}: is {world} processes, but torchrun started "
+            f"{os.environ['WORLD_SIZE']}; give both the same numbers"
+        )
+    if world == 1 and machines.strategy == "auto":
+        return options
+    if not (TorchElasticEnvironment.detect() or SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ):
+        _prepare_launch(devices, machines.nodes, from_command)
+    return options | {"strategy": _DDP()}
 
 
-#: The default: one device.
-ONE_DEVICE = Machines()
+def _devices_of_a_node(wanted: int | Literal["auto"]) -> int:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    if wanted == "auto":
+        return gpus or 1
+    if gpus is not None and wanted > gpus:
+        raise RunError(
+            f"--devices {wanted}: this machine has {gpus} GPU; ask for fewer devices, or set CUDA_VISIBLE_DEVICES= to "
+            "train on the CPU"
+        )
+    return wanted
+
+
+def _prepare_launch(devices: int, nodes: int, from_command: bool) -> None:
+    if not from_command:
+        # Lightning would run the caller's script, or notebook server, again in each process.
+        raise RunError(
+            f"{devices * nodes} processes: cannot be started from Python; use cspine-train run --devices {devices}, or "
+            f"start your script by torchrun --nproc-per-node {devices}"
+        )
+    missing = [name for name in _ADDRESS if name not in os.environ]
+    if nodes > 1 and missing:
+        raise RunError(
+            f"--nodes {nodes}: {', '.join(missing)} not set; start the command by srun or torchrun, or set them on "
+            "each node"
+        )
+    # Lightning kills this process when another has died; its message says why.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    if nodes == 1 and sys.platform == "linux":
+        # Lightning's address of a single node is 127.0.0.1. Gloo would listen at the host name's address.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 class _DDP(DDPStrategy):

@@ -1,0 +1,31 @@
+"""Devices that a run trains on: each field is the one definition of an option, as in `RunSettings`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+
+
+def _devices(given: object) -> object:
+    if not isinstance(given, str) or given == "auto":
+        return given
+    if not re.fullmatch("[1-9][0-9]{0,3}", given):
+        raise ValueError(f"{given!r} is neither auto nor a number from 1")
+    return int(given)
+
+
+class Machines(BaseModel):
+    """Devices that a run trains on; `cspine-train run --help` lists the fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    devices: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_devices)] = 1
+    """Number of GPUs per machine, or of processes where there are none; auto: all GPUs."""
+    nodes: int = Field(default=1, ge=1)
+    """Number of machines; see docs/distributed.md."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """Lightning's strategy. ddp: a copy of the network on each device; auto: ddp for several devices."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time, on a GPU too."""
