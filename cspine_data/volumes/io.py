@@ -95,15 +95,15 @@ def read_geometry(path: str | Path) -> Geometry:
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:
-    """Write a volume as NRRD or NIfTI, depending on the suffix; an existing file is replaced in one step.
+    """Write a volume as NRRD, NIfTI or MetaImage, depending on the suffix; an existing file is replaced in one step.
 
     Only geometry and voxels are written, without names, dates or comments.
 
     Parameters
     ----------
     path : str or Path
-        File name with suffix ``.nrrd``, ``.nii`` or ``.nii.gz``, or, for a label map, ``.seg.nrrd``, which 3D Slicer
-        opens as named, coloured segments.
+        File name with suffix ``.nrrd``, ``.nii``, ``.nii.gz`` or ``.mha``, or, for a label map, ``.seg.nrrd``, which 3D
+        Slicer opens as named, coloured segments.
     volume : Volume
         The volume.
     segments : dict, optional
@@ -118,7 +118,7 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     path = Path(path)
     write = _writer(volume_suffix(path))
     if write is None:
-        raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz or .seg.nrrd")
+        raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz, .mha or .seg.nrrd")
     geometry = volume.geometry
     # Volumes that would be refused when read are not written.
     steps_mm = geometry.direction_matrix * geometry.spacing_mm
@@ -191,9 +191,9 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _writer(suffix: str) -> Callable[[Path, Volume, Mapping[int, str]], None] | None:
-    """Return what writes files with a suffix, if anything does; ``.nhdr`` would be two files."""
+    """Return what writes files with a suffix, if anything does; ``.nhdr`` and ``.mhd`` would be two files."""
     name = suffix.lower().removeprefix(".")
-    return getattr(FORMATS.load(name), "write", None) if name not in ("", "nhdr") else None
+    return getattr(FORMATS.load(name), "write", None) if name not in ("", "nhdr", "mhd") else None
 
 
 def _is_series(path: Path) -> bool:
