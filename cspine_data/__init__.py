@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cspine_data.datasets.cohort import Cohort, open_cohort
+    from cspine_data.datasets.export import ExportSummary, export_cohort
     from cspine_data.datasets.slices import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.datasets.splits import Split
     from cspine_data.errors import (
@@ -58,6 +59,7 @@ _HOME = {
     "preprocessing.parameters": ("BiasParameters", "Preprocessing", "RecordedPreprocessing", "bias_parameters"),
     "sources.cases": ("Case", "Listing"),
     "datasets.cohort": ("Cohort", "open_cohort"),
+    "datasets.export": ("ExportSummary", "export_cohort"),
     "datasets.slices": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
     "preparation.source_digests": ("Digested", "digest_source"),
     "errors": (
@@ -93,6 +95,7 @@ __all__ = [
     "Damage",
     "DamagedStoreError",
     "Digested",
+    "ExportSummary",
     "Found",
     "Garbage",
     "Geometry",
@@ -120,6 +123,7 @@ __all__ = [
     "collect_garbage",
     "content_digest",
     "digest_source",
+    "export_cohort",
     "find_cases",
     "find_volumes",
     "label_name",
