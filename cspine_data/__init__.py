@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cspine_data.store.publishing import remove_cases
     from cspine_data.store.schema import CaseRecord
     from cspine_data.store.verification import Damage, verify
+    from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource, segmentation_source
     from cspine_data.volumes.geometry import Geometry, Orientation
     from cspine_data.volumes.image_checks import usable_image
     from cspine_data.volumes.io import (
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         read_volume,
         volume_stem,
         volume_suffix,
+        write_segmentation,
         write_volume,
     )
     from cspine_data.volumes.volume import Volume
@@ -80,7 +82,11 @@ _HOME = {
     "store.schema": ("CaseRecord",),
     "datasets.splits": ("Split",),
     "store.verification": ("Damage", "verify"),
-    "volumes.io": ("content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_volume"),
+    "volumes.formats.dicom_segmentation": ("SegmentationSource", "segmentation_source"),
+    "volumes.io": (
+        "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_segmentation",
+        "write_volume",
+    ),
     "volumes.volume": ("Volume",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -112,6 +118,7 @@ __all__ = [
     "Problem",
     "RecordedPreprocessing",
     "RepairSummary",
+    "SegmentationSource",
     "SliceDataset",
     "SlicePlace",
     "Split",
@@ -134,11 +141,13 @@ __all__ = [
     "read_volume",
     "remove_cases",
     "repair",
+    "segmentation_source",
     "usable_image",
     "verify",
     "volume_stem",
     "volume_suffix",
     "volumes_in",
+    "write_segmentation",
     "write_volume",
 ]
 
