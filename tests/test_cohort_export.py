@@ -181,12 +181,15 @@ def test_patients_whose_bids_names_would_be_equal_stay_apart() -> None:
     assert names(twice) == {"P 1": "sub-P_T2w", "P 2": "sub-P_run-2_T2w"}
 
 
-def test_label_values_that_are_consecutive_stay(tmp_path: Path) -> None:
+def test_label_values_stay_unless_a_tool_needs_consecutive_ones() -> None:
     table = label_table((2, 1, 1), (), consecutive=True)
     assert not table.changes
     assert table.names == {0: "background", 1: "label_1", 2: "label_2"}
     levels = label_table((207, 20), (300, 255), consecutive=True)
     np.testing.assert_array_equal(levels.apply(np.array([0, 20, 207, 255, 300])), [0, 1, 2, 3, 3])
+    for consecutive, expected in ((True, [5, 0, 1, 2, 3, 4]), (False, [-1, 0, 1, 3, 200, 207])):
+        table = label_table((1, 3, 200, 207), (-1,), consecutive=consecutive)
+        np.testing.assert_array_equal(table.apply(np.array([-1, 0, 1, 3, 200, 207])), expected)
     with pytest.raises(InputError, match="label value 9: is a label in some cases and ignored in others"):
         label_table((1, 9), (9,), consecutive=False)
 

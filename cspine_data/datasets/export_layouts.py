@@ -53,8 +53,9 @@ class LabelTable:
         return any(value != number for value, number in self.numbers.items())
 
     def apply(self, label: NDArray[Any]) -> NDArray[Any]:
-        """Return a label map with the values of the files, in the smallest unsigned dtype that holds all of them."""
-        dtype = np.min_scalar_type(max(self.names))
+        """Return a label map with the values of the files, in the same integer dtype for all cases."""
+        # Only the value of ignored voxels may be negative.
+        dtype = np.result_type(*map(np.min_scalar_type, self.names))
         if not self.changes:
             return label.astype(dtype)
         values = sorted({0, *self.numbers})
