@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cspine_data.datasets.cohort import Cohort, open_cohort
+    from cspine_data.datasets.export import ExportSummary, export_cohort
     from cspine_data.datasets.slices import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.datasets.splits import Split
     from cspine_data.errors import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from cspine_data.store.publishing import remove_cases
     from cspine_data.store.schema import CaseRecord
     from cspine_data.store.verification import Damage, verify
+    from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource, segmentation_source
     from cspine_data.volumes.geometry import Geometry, Orientation
     from cspine_data.volumes.image_checks import usable_image
     from cspine_data.volumes.io import (
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
         read_volume,
         volume_stem,
         volume_suffix,
+        write_segmentation,
         write_volume,
     )
     from cspine_data.volumes.volume import Volume
@@ -59,6 +62,7 @@ _HOME = {
     "preprocessing.parameters": ("BiasParameters", "Preprocessing", "RecordedPreprocessing", "bias_parameters"),
     "sources.cases": ("Case", "Listing"),
     "datasets.cohort": ("Cohort", "open_cohort"),
+    "datasets.export": ("ExportSummary", "export_cohort"),
     "datasets.slices": ("IGNORE_INDEX", "SliceDataset", "SlicePlace", "VolumeDataset"),
     "preparation.source_digests": ("Digested", "digest_source"),
     "errors": (
@@ -80,7 +84,11 @@ _HOME = {
     "store.schema": ("CaseRecord",),
     "datasets.splits": ("Split",),
     "store.verification": ("Damage", "verify"),
-    "volumes.io": ("content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_volume"),
+    "volumes.formats.dicom_segmentation": ("SegmentationSource", "segmentation_source"),
+    "volumes.io": (
+        "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_segmentation",
+        "write_volume",
+    ),
     "volumes.volume": ("Volume",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -96,6 +104,7 @@ __all__ = [
     "DamagedStoreError",
     "DatasetReport",
     "Digested",
+    "ExportSummary",
     "Found",
     "Garbage",
     "Geometry",
@@ -112,6 +121,7 @@ __all__ = [
     "Problem",
     "RecordedPreprocessing",
     "RepairSummary",
+    "SegmentationSource",
     "SliceDataset",
     "SlicePlace",
     "Split",
@@ -123,6 +133,7 @@ __all__ = [
     "collect_garbage",
     "content_digest",
     "digest_source",
+    "export_cohort",
     "find_cases",
     "find_volumes",
     "label_name",
@@ -135,11 +146,13 @@ __all__ = [
     "repair",
     "report_source",
     "report_store",
+    "segmentation_source",
     "usable_image",
     "verify",
     "volume_stem",
     "volume_suffix",
     "volumes_in",
+    "write_segmentation",
     "write_volume",
 ]
 

@@ -7,7 +7,7 @@ _MODULES = {
         "huggingface_hub", "lightning", "matplotlib", "pandas", "psutil", "pyarrow",
         "safetensors", "segmentation_models_pytorch", "tabulate", "timm", "torch", "torchvision",
     ),
-    "dicom": ("gdcm",),
+    "dicom": ("gdcm", "highdicom"),
     "loggers": ("alembic", "mlflow", "sqlalchemy", "tensorboard"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "remote": ("aiohttp", "upath"),

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cspine_data import InputError, find_cases, open_cohort, prepare, read_volume, volumes_in
+from cspine_data import InputError, find_cases, open_cohort, prepare, read_volume, volumes_in, write_volume
 from cspine_data.sources.file_names import patient_and_sequence
 from cspine_data.sources.pair_lists import write_pairs
 from cspine_data.volumes.io import content_digest
@@ -343,6 +344,32 @@ def test_metaimage_files_are_read_as_itk_writes_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read.array, volume.array)
         assert read.geometry.same_grid(volume.geometry, 1e-6)
         assert content_digest(path)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64"]
+)
+def test_itk_reads_the_metaimage_files_that_we_write(dtype: str, tmp_path: Path) -> None:
+    turned = volume_of(np.random.default_rng(0), (6, 5, 4))
+    # Another byte order, and an array that is not contiguous.
+    volume = replace(turned, array=turned.array[::-1].astype(np.dtype(dtype).newbyteorder(">")))
+    path = tmp_path / "x.mha"
+    write_volume(path, volume)
+    image = sitk.ReadImage(str(path))
+    array = sitk.GetArrayFromImage(image)
+    assert array.dtype == dtype
+    np.testing.assert_array_equal(array.T, volume.array)
+    for found, grid in (
+        (image.GetSpacing(), volume.geometry.spacing_mm),
+        (image.GetOrigin(), volume.geometry.origin_mm),
+        (image.GetDirection(), volume.geometry.direction_matrix.ravel()),
+    ):
+        np.testing.assert_allclose(found, grid, rtol=1e-12)
+    first = path.read_bytes()
+    write_volume(path, volume)
+    assert path.read_bytes() == first
+    with pytest.raises(InputError, match=r"x\.mha: cannot hold voxels of float16"):
+        write_volume(path, replace(turned, array=turned.array.astype(np.float16)))
 
 
 @given(at=st.integers(0, 10**6), value=st.integers(0, 255), compressed=st.booleans())

@@ -28,7 +28,7 @@ def volumes(draw: st.DrawFn) -> Volume:
     return Volume(array, grid)
 
 
-@pytest.mark.parametrize("suffix", [".nrrd", ".nii", ".nii.gz"])
+@pytest.mark.parametrize("suffix", [".nrrd", ".nii", ".nii.gz", ".mha"])
 @given(volume=volumes())
 def test_what_is_written_is_read_back(volume: Volume, suffix: str, tmp_path: Path) -> None:
     if "nii" in suffix and np.linalg.det(volume.geometry.direction_matrix) < 0:
@@ -217,8 +217,8 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(InputError, match="is no volume by its name"):
         read_volume(tmp_path / "x.txt")
-    with pytest.raises(InputError, match=r"end it with \.nrrd, \.nii, \.nii\.gz or \.seg\.nrrd"):
-        write_volume(tmp_path / "x.mha", ball()[0])
+    with pytest.raises(InputError, match=r"end it with \.nrrd, \.nii, \.nii\.gz, \.mha or \.seg\.nrrd"):
+        write_volume(tmp_path / "x.mhd", ball()[0])
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_volume(tmp_path / "file" / "x.nrrd", ball()[0])
@@ -269,6 +269,8 @@ def test_names() -> None:
     assert volume_stem(Path("x.seg.nrrd")) == "x"
     assert label_name(Path("a/b.nii.gz")) == "b-label.nii.gz"
     assert label_name(Path("a/b.nhdr")) == "b-label.nrrd"
+    assert label_name(Path("a/b.mha")) == "b-label.mha"
+    assert label_name(Path("a/b.mhd")) == "b-label.nrrd"
     assert geometry((1, 1, 1)).orientation_code == "LPS"
 
 

@@ -356,17 +356,52 @@ def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
 
 @main.command()
 @click.argument("store", type=PATH)
-@click.argument("case")
+@click.argument("case", required=False)
 @VARIANT
 @click.option("--label", is_flag=True, help="Export the label map instead of the image.")
-@click.option("-o", "--output", type=PATH, required=True, help=".nrrd, .nii or .nii.gz file.")
-def export(store: Path, case: str, variant: str | None, label: bool, output: Path) -> None:
-    """Write CASE of STORE to a file, on the grid of its source file."""
+@click.option(
+    "--layout",
+    type=click.Choice(["nnunet", "bids", "msd"]),
+    help="Export all cases, with their label maps, to a new folder in this layout.",
+)
+@click.option(
+    "-o", "--output", type=PATH, required=True, help="A .nrrd, .nii, .nii.gz or .mha file; with --layout a folder."
+)
+def export(
+    store: Path, case: str | None, variant: str | None, label: bool, layout: str | None, output: Path
+) -> None:  # fmt: skip
+    """Write CASE of STORE to a file, on the grid of its source file; with --layout all cases to a folder."""
     from cspine_data.datasets.cohort import open_cohort
     from cspine_data.errors import InputError
     from cspine_data.volumes.io import write_volume
 
+    if layout is not None:
+        if case is not None or label:
+            raise InputError("--layout", "exports all cases with their label maps", "leave CASE and --label out")
+        _export_all(store, variant, layout, output)
+        return
+    if case is None:
+        raise InputError("export", "needs a case", "name one, or give --layout to export all")
     if output.exists():
         raise InputError(output, "exists already", "remove it or choose another -o")
     write_volume(output, open_cohort(store).export(case, variant, label=label))
     click.echo(f"{output}: {'label map' if label else 'volume'} of {case}")
+
+
+def _export_all(store: Path, variant: str | None, layout: str, output: Path) -> None:
+    from cspine_data.datasets.cohort import open_cohort
+    from cspine_data.datasets.export import export_cohort
+    from cspine_data.errors import count
+
+    with progress_bar("exporting") as progress:
+        summary = export_cohort(open_cohort(store), output, layout, variant, progress)
+    for problem in summary.problems:
+        click.echo(f"failed: {problem.message}", err=True)
+    if summary.renumbered:
+        changes = ", ".join(f"{value} as {number}" for value, number in summary.renumbered.items())
+        click.echo(f"note: nnU-Net needs consecutive label values; written: {changes}")
+    labelled = sum(case.label is not None for case in summary.cases)
+    folds = f"{summary.folds} folds by patient" if summary.folds else "too few patients for folds"
+    click.echo(f"{output}: {count(len(summary.cases), 'case')}, {labelled} with a label map; {folds}")
+    if summary.problems:
+        raise SystemExit(1)

@@ -26,6 +26,7 @@ from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.names import as_known
 from cspine_data.preprocessing.steps import PreparedVolume, normalise_volume
 from cspine_data.sources.cases import EMPTY_LABEL_MAP
+from cspine_data.store.identities import Identity
 from cspine_data.store.location import is_local, location
 from cspine_data.store.records import read_corrected, read_label_xyz, read_root, read_volume_xyz, record_of, records
 from cspine_data.store.schema import CaseRecord, RootRecord
@@ -88,6 +89,10 @@ class Cohort:
     def patients(self) -> dict[str, str]:
         """The patient of each case."""
         return {case: self._root.identity(case).patient for case in self.cases}
+
+    def identity(self, case: str) -> Identity:
+        """Return the patient, site and sequence of a case."""
+        return self._root.identity(case)
 
     def table(self, variant: str | None = None) -> DataFrame:
         """Return a pandas table of a variant, one row per case: identity, part of the split, grid, labels, bias field.

@@ -19,8 +19,9 @@ _LONGEST_DESCRIPTION = 1 << 20
 
 def _with_channels(folder: Path) -> bool:
     homes = [folder / images for images, _ in _FOLDERS if (folder / images).is_dir()]
+    # A case of the Decathlon may be called X_2021, but every case of nnU-Net has a first channel.
     return any(
-        _CHANNEL.fullmatch(name_of(path)) for home in homes for path in home.iterdir() if is_visible_volume(path)
+        name_of(path).endswith(f"_{_FIRST}") for home in homes for path in home.iterdir() if is_visible_volume(path)
     )
 
 

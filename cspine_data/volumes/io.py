@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from cspine_data.volumes.formats import dicom
 from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX as SEGMENTATION_SUFFIX
 from cspine_data.volumes.geometry import Geometry
 from cspine_data.volumes.volume import Volume as Volume
+
+if TYPE_CHECKING:
+    from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource
 
 
 def volume_stem(path: Path) -> str:
@@ -95,15 +98,15 @@ def read_geometry(path: str | Path) -> Geometry:
 
 
 def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] | None = None) -> None:
-    """Write a volume as NRRD or NIfTI, depending on the suffix; an existing file is replaced in one step.
+    """Write a volume as NRRD, NIfTI or MetaImage, depending on the suffix; an existing file is replaced in one step.
 
     Only geometry and voxels are written, without names, dates or comments.
 
     Parameters
     ----------
     path : str or Path
-        File name with suffix ``.nrrd``, ``.nii`` or ``.nii.gz``, or, for a label map, ``.seg.nrrd``, which 3D Slicer
-        opens as named, coloured segments.
+        File name with suffix ``.nrrd``, ``.nii``, ``.nii.gz`` or ``.mha``, or, for a label map, ``.seg.nrrd``, which 3D
+        Slicer opens as named, coloured segments.
     volume : Volume
         The volume.
     segments : dict, optional
@@ -118,11 +121,51 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     path = Path(path)
     write = _writer(volume_suffix(path))
     if write is None:
-        raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz or .seg.nrrd")
+        raise InputError(path, "is no name for a volume", "end it with .nrrd, .nii, .nii.gz, .mha or .seg.nrrd")
     geometry = volume.geometry
     # Volumes that would be refused when read are not written.
     steps_mm = geometry.direction_matrix * geometry.spacing_mm
     grid(path, geometry.size, steps_mm, np.array(geometry.origin_mm), np.array(geometry.spacing_mm))
+    with _replacing(path) as temporary:
+        write(temporary, volume, segments or {})
+
+
+def write_segmentation(
+    path: str | Path, label: Volume, source: SegmentationSource, segments: Mapping[int, str] | None = None
+) -> None:
+    """Write a label map as a DICOM segmentation of the images it was made from; an existing file is replaced.
+
+    Parameters
+    ----------
+    path : str or Path
+        File name, usually with suffix ``.dcm``.
+    label : Volume
+        The label map, on the grid of the source.
+    source : SegmentationSource
+        The images, from `segmentation_source`. The file repeats their patient and study.
+    segments : dict, optional
+        Names of label values; levels, such as ``C3``, are coded in SNOMED.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written, the label map is on another grid or has no label, or the images lack an attribute
+        that a segmentation must have.
+
+    Examples
+    --------
+    >>> source = segmentation_source("exam")  # doctest: +SKIP
+    >>> write_segmentation("exam-label.dcm", label, source, {1: "vertebra"})  # doctest: +SKIP
+    """
+    from cspine_data.volumes.formats import dicom_segmentation
+
+    with _replacing(Path(path)) as temporary:
+        dicom_segmentation.write(temporary, label, source, segments or {})
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces a file; errors name the file."""
     with ExitStack() as files:
         try:
             make_folder(path.parent)
@@ -130,9 +173,11 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
         except OSError as error:
             raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
         try:
-            write(temporary, volume, segments or {})
+            yield temporary
         except InputError as error:
-            raise InputError(path, error.problem, error.remedy) from None
+            raise InputError(
+                path if error.subject == temporary else error.subject, error.problem, error.remedy
+            ) from None
 
 
 def content_digest(path: Path) -> str:
@@ -191,9 +236,9 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _writer(suffix: str) -> Callable[[Path, Volume, Mapping[int, str]], None] | None:
-    """Return what writes files with a suffix, if anything does; ``.nhdr`` would be two files."""
+    """Return what writes files with a suffix, if anything does; ``.nhdr`` and ``.mhd`` would be two files."""
     name = suffix.lower().removeprefix(".")
-    return getattr(FORMATS.load(name), "write", None) if name not in ("", "nhdr") else None
+    return getattr(FORMATS.load(name), "write", None) if name not in ("", "nhdr", "mhd") else None
 
 
 def _is_series(path: Path) -> bool:

@@ -214,8 +214,8 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
     "--mirror", is_flag=True, help="Average with the prediction of the mirrored volume (left-right); twice the time."
 )
 @click.option(
-    "--format", "ending", type=click.Choice(["nrrd", "nii.gz", "nii", "seg.nrrd"]),
-    help="Output format for a folder; default: the input's.",
+    "--format", "ending", type=click.Choice(["nrrd", "nii.gz", "nii", "mha", "seg.nrrd", "dcm"]),
+    help="Output format for a folder; default: the input's. dcm: DICOM segmentations, of DICOM volumes.",
 )  # fmt: skip
 @click.option("--probability", is_flag=True, help="Also write the probability of each voxel.")
 @click.option("--pictures", is_flag=True, help="Also draw slices along each axis, and an animation through them.")

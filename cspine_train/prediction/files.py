@@ -18,9 +18,11 @@ from cspine_data import (
     find_cases,
     label_name,
     read_volume,
+    segmentation_source,
     usable_image,
     volume_stem,
     volume_suffix,
+    write_segmentation,
     write_volume,
 )
 from cspine_data import find_volumes as volumes_of
@@ -32,6 +34,8 @@ from cspine_train.run.folder import MODEL_FOLDER, only_one
 
 #: Table of the predictions in a folder, a row for each volume.
 INDEX_NAME = "predictions.csv"
+#: Suffix of DICOM segmentations, which refer to the series that they were predicted from.
+DICOM_SUFFIX = ".dcm"
 _LOCK_NAME = ".predictions.lock"
 _COLUMNS = ("volume", "label", "expected_dice", "agreement", "warnings", "volume_sha256", "made_by")
 
@@ -45,7 +49,8 @@ class Options:
     weights, mirror
         See `predict`.
     format : str or None
-        Ending of the label maps in a folder, such as ``seg.nrrd``; None: that of each volume.
+        Ending of the label maps in a folder, such as ``seg.nrrd``, or ``dcm`` for DICOM segmentations of DICOM volumes;
+        None: that of each volume.
     probability : bool
         Also write ``<volume>-probability.nrrd``.
     pictures : bool
@@ -148,7 +153,10 @@ def predict_files(
     if len({_beside(target) for target in targets}) < len(targets):
         raise RunError(f"{output}: two of the volumes have the same name; predict them into two folders")
     homes = {volume.resolve().parent for volume in paths if volume.is_file()}
-    if not to_file and output.resolve() in homes:
+    # A segmentation among the slices would be part of the volume when it is read again.
+    homes_of_slices = {volume.resolve() for volume in paths if volume.is_dir()}
+    among_slices = any(_is_dicom(target) and target.parent.resolve() in homes_of_slices for target in targets)
+    if among_slices or (not to_file and output.resolve() in homes):
         raise RunError(f"{output}: holds the volumes, and predictions could be mistaken for volumes; choose another -o")
     truths = _truths(paths) if options.pictures else {}
     home = output.parent if to_file else output
@@ -181,12 +189,17 @@ def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
 
 
 def _to_file(volumes: Sequence[Path], output: Path) -> bool:
-    if len(volumes) > 1 and (volume_suffix(output) or output.is_file()):
+    named = bool(volume_suffix(output)) or _is_dicom(output)
+    if len(volumes) > 1 and (named or output.is_file()):
         raise RunError(f"{output}: is a file; give a folder for several volumes")
-    if len(volumes) == 1 and output.suffix and not volume_suffix(output) and not output.is_dir():
-        wanted = "a name that ends in .nrrd, .nii, .nii.gz or .seg.nrrd, or a folder that exists"
+    if len(volumes) == 1 and output.suffix and not named and not output.is_dir():
+        wanted = "a name that ends in .nrrd, .nii, .nii.gz, .mha, .seg.nrrd or .dcm, or a folder that exists"
         raise RunError(f"{output}: is no name for a label map; give {wanted}")
-    return len(volumes) == 1 and bool(volume_suffix(output))
+    return len(volumes) == 1 and named
+
+
+def _is_dicom(target: Path) -> bool:
+    return target.suffix.lower() == DICOM_SUFFIX
 
 
 def _name(volume: Path, options: Options) -> str:
@@ -197,7 +210,7 @@ def _name(volume: Path, options: Options) -> str:
 
 def _beside(target: Path) -> Path:
     """Return the common start of the names of a volume's other files."""
-    stem = volume_stem(target)
+    stem = target.stem if _is_dicom(target) else volume_stem(target)
     return target.parent / (stem.removesuffix("-label") or stem)
 
 
@@ -214,6 +227,8 @@ def _predicted(
         # A file that a row lists may be left by a killed command.
         if file.exists() and not known:
             raise RunError(f"{file}: exists already, and is not of these runs; remove it or choose another -o")
+    # Before the long work: it refuses volumes that a segmentation cannot refer to.
+    source = segmentation_source(path) if _is_dicom(target) else None
     volume = usable_image(read_volume(path))
     prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
     if not held.is_still(path):
@@ -225,7 +240,10 @@ def _predicted(
     if options.pictures:
         draw_overview(_beside(target), volume, prediction.label, _read_truth(truth, volume) if truth else None)
     # Last, so that a label map is there only if all other files are.
-    write_volume(target, prediction.label, runs[0].record.label_meaning)
+    if source is not None:
+        write_segmentation(target, prediction.label, source, runs[0].record.label_meaning)
+    else:
+        write_volume(target, prediction.label, runs[0].record.label_meaning)
     return done
 
 

@@ -175,7 +175,7 @@ def files_of(path: Path) -> tuple[list[Path], int | None]:
 
 def read_geometry(path: Path) -> Geometry:
     """Read the grid of a DICOM volume."""
-    return _stacked(path, chosen(path)[0].frames)[1]
+    return stacked(path, chosen(path)[0].frames)[1]
 
 
 def read(path: Path) -> Volume:
@@ -198,7 +198,7 @@ def read(path: Path) -> Volume:
         If there is no volume or several, slices are missing, duplicated or not parallel, or a file is damaged.
     """
     volume, notes = chosen(path)
-    frames, geometry = _stacked(path, volume.frames)
+    frames, geometry = stacked(path, volume.frames)
     there = sum(file.stat().st_size for file in {one.path for one in frames})
     check_claim(path, sum(one.bytes for one in frames), there, compressed=True)
     pixels_of = _pixels(frames)
@@ -266,7 +266,7 @@ def _along_normal(frames: Sequence[Frame]) -> NDArray[np.float64]:
     return np.asarray(positions @ np.cross(*frames[0].directions))
 
 
-def _stacked(folder: Path, frames: Sequence[Frame]) -> tuple[list[Frame], Geometry]:
+def stacked(folder: Path, frames: Sequence[Frame]) -> tuple[list[Frame], Geometry]:
     """Sort frames along their normal, and check that they are evenly spaced."""
     first = frames[0]
     if len(frames) == 1:

@@ -33,6 +33,8 @@ _DIRECTORY = "1.2.840.10008.1.3.10"
 _IMAGES = {
     f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("4", "4.1", "4.4", "2", "2.1", "2.2")
 }  # fmt: skip
+# Segmentations, registrations, surfaces, raw data: they may hold frames with positions.
+_NO_IMAGES = "1.2.840.10008.5.1.4.1.1.66"
 _MOST_FRAMES = 100_000
 FETCH = "fetch it again or take it out of the folder"
 CONVERT = "convert the series to NIfTI or NRRD, with dcm2niix for example"
@@ -182,6 +184,8 @@ def _read_header(path: Path) -> Any | None:
         header = pydicom.dcmread(path, force=not marked, stop_before_pixels=True, specific_tags=_TAGS)
         kind = str(header.SOPClassUID)
         placed = "ImagePositionPatient" in header or "PerFrameFunctionalGroupsSequence" in header
+        if kind == _NO_IMAGES or kind.startswith(f"{_NO_IMAGES}."):
+            return None
         if kind not in _IMAGES and not ("Rows" in header and placed):
             return None
     return header

@@ -1,7 +1,9 @@
-"""Reading MetaImage files: ``.mha``, and ``.mhd`` with its data file, as ITK, elastix and SPIDER have them."""
+"""MetaImage files, as ITK, elastix and SPIDER have them: ``.mha``, and, for reading, ``.mhd`` with its data file."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,9 @@ _DTYPES = {
     "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
 }  # fmt: skip
+# MET_LONG has four bytes or eight, depending on the system.
+_KINDS = {dtype: kind for kind, dtype in _DTYPES.items() if kind not in ("MET_LONG", "MET_ULONG")}
+_COMPRESSION = 4
 # A field has several names.
 _SPACING = ("ElementSpacing", "ElementSize")
 _ORIGIN = ("Offset", "Position", "Origin")
@@ -78,6 +83,39 @@ def read(path: Path) -> Volume:
 def read_geometry(path: Path) -> Geometry:
     """Read the grid from the header."""
     return _read_header(path).geometry
+
+
+def write(path: Path, volume: Volume, _segments: Mapping[int, str]) -> None:
+    """Write a volume as one compressed ``.mha`` file."""
+    geometry = volume.geometry
+    kind = _KINDS.get(volume.array.dtype.str[1:])
+    if kind is None:
+        problem = f"cannot hold voxels of {volume.array.dtype}"
+        raise InputError(path, problem, "convert them to an integer or float type")
+    voxels = np.ascontiguousarray(volume.array.transpose(), dtype=volume.array.dtype.newbyteorder("<"))
+    packed = zlib.compress(voxels.data.cast("B"), _COMPRESSION)
+    fields = {
+        "ObjectType": "Image",
+        "NDims": 3,
+        "BinaryData": True,
+        "BinaryDataByteOrderMSB": False,
+        "CompressedData": True,
+        "CompressedDataSize": len(packed),
+        "TransformMatrix": _text(geometry.direction_matrix.T.ravel()),
+        "Offset": _text(geometry.origin_mm),
+        "ElementSpacing": _text(geometry.spacing_mm),
+        "DimSize": _text(geometry.size),
+        "ElementType": kind,
+        _LAST_FIELD: "LOCAL",
+    }
+    with path.open("wb") as file:
+        file.write("".join(f"{name} = {value}\n" for name, value in fields.items()).encode("ascii"))
+        file.write(packed)
+
+
+def _text(numbers: Iterable[float]) -> str:
+    """Return numbers with all their digits."""
+    return " ".join(repr(number) for number in np.asarray(numbers).tolist())
 
 
 def files(path: Path) -> list[Path]:
