@@ -71,7 +71,18 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 
 
 @main.command(
-    cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "ignore_label", "trust_voxels")
+    cls=FieldCommand,
+    fields=(
+        "layout",
+        "pairs",
+        "sequence",
+        "include",
+        "exclude",
+        "label_values",
+        "ignore_label",
+        "trust_voxels",
+        "resample_labels",
+    ),
 )
 @SOURCE
 @click.option("--quick", is_flag=True, help="Read headers only: fast, and without the checks of voxels.")
@@ -80,17 +91,18 @@ def scan(
     source: Path,
     quick: bool,
     write_pairs: Path | None,
-    ignore_label: int | None,
-    trust_voxels: bool,
-    **selection: Any,
+    **options: Any,
 ) -> None:
     """List the cases in SOURCE and all problems, without writing anything."""
     from cspine_data.errors import Problem, count, printable
+    from cspine_data.preprocessing.parameters import checked
     from cspine_data.sources.cases import scan_case, scan_header
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
+    from cspine_data.volumes.label_options import LabelOptions
 
-    listing = find_cases(source, **selection)
+    labels = checked(LabelOptions, "", {name: options.pop(name) for name in LabelOptions.model_fields})
+    listing = find_cases(source, **options)
     for note in listing.notes:
         click.echo(printable(f"note: {note}"))
     rows, problems, notes = [], list(listing.problems), []
@@ -98,7 +110,7 @@ def scan(
     seen: dict[str, str] = {}
     with progress_bar("reading") as progress:
         for number, case in enumerate(listing.cases, start=1):
-            found = scan_header(case) if quick else scan_case(case, seen, ignore_label, trust_voxels=trust_voxels)
+            found = scan_header(case) if quick else scan_case(case, seen, labels)
             if isinstance(found, Problem):
                 problems.append(found)
             else:
@@ -168,9 +180,9 @@ def prepare(
 
 
 def _labels(record: CaseRecord) -> str:
-    labels = [str(value) for value in record.labels]
-    labels += [f"{value} (ignored)" for value in record.ignored_values]
-    return " ".join(labels) or "-"
+    from cspine_data.sources.cases import describe_labels
+
+    return describe_labels((*record.labels, *record.ignored_values), record.segments, record.ignored_values) or "-"
 
 
 @main.command()
@@ -178,14 +190,15 @@ def _labels(record: CaseRecord) -> str:
 def info(store: Path) -> None:
     """List the cases of a store."""
     from cspine_data.datasets.cohort import open_cohort
-    from cspine_data.errors import printable
+    from cspine_data.errors import count, printable
 
     cohort = open_cohort(store)
-    rows, descriptions = [], []
+    rows, descriptions, chosen = [], [], []
     for variant in cohort.variants:
         part_of = cohort.split(variant=variant).part_of
         for record in cohort.records(variant):
             descriptions.append((variant, record.preprocessing.description))
+            chosen += [record.chosen_labels] if record.chosen_labels else []
             deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
             rows.append(
                 (
@@ -198,6 +211,8 @@ def info(store: Path) -> None:
     print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
     for (variant, description), number in Counter(descriptions).items():
         click.echo(f"{variant}: {number} cases prepared with {description}")
+    for values, number in Counter(chosen).items():
+        click.echo(printable(f"{count(number, 'case')} with --label-values {values}"))
     for note in cohort.notes:
         click.echo(printable(f"note: {note}"))
     print_notes(

@@ -19,9 +19,12 @@ from cspine_data.errors import InputError
 from cspine_data.preparation.options import PrepareOptions, Selection
 from cspine_data.preprocessing.parameters import PRESETS, BiasParameters, Preprocessing, bias_parameters, checked
 from cspine_data.terminal import PATH
+from cspine_data.volumes.label_options import LabelOptions
 
 #: The options that select cases.
 SELECTION = tuple(Selection.model_fields)
+#: The options that tell how label maps are read.
+LABELS = tuple(LabelOptions.model_fields)
 Command = TypeVar("Command", bound=Callable[..., Any])
 # Other types are written as text, which the field parses.
 _TYPES: dict[Any, Any] = {Path: PATH, int: int, float: float}
@@ -42,7 +45,7 @@ def prepare_options(command: Command) -> Command:
         "Input and output": [store, *map(field_option, (*SELECTION, "note", "anonymise"))],
         "Preprocessing": [field_option("n4"), field_option("axes"), *parameters],
         "Bias field": [preset, *(_option(BiasParameters, field, name, None) for name, field in _BIAS.items())],
-        "Label maps": list(map(field_option, ("ignore_label", "trust_voxels"))),
+        "Label maps": list(map(field_option, LABELS)),
         "Machine": list(map(field_option, ("workers", "scheduler", "rehash"))),
     }
     for title, options in reversed(groups.items()):

@@ -107,7 +107,7 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     volume : Volume
         The volume.
     segments : dict, optional
-        For ``.seg.nrrd``: names of label values; by default a number.
+        For ``.seg.nrrd``: names of label values; by default those of the volume's segments, or a number.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
         except OSError as error:
             raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
         try:
-            write(temporary, volume, segments or {})
+            write(temporary, volume, segments or {one.value: one.name for one in volume.segments})
         except InputError as error:
             raise InputError(path, error.problem, error.remedy) from None
 
