@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cspine_data import InputError, Split, open_cohort, prepare, read_volume, repair, verify, write_volume
+from cspine_data.volumes.formats.nrrd_segments import parse_segments
 from cspine_data.volumes.segments import Segment, common_values, flattened, level_value
 from cspine_train import RunError, RunSettings
 from cspine_train.cli.commands import main as train_main
 from cspine_train.run.label_classes import label_meaning, label_names, label_values, unnamed_note
 from cspine_train.run.record import load_record
-from tests.conftest import ball
+from tests.conftest import ball, contents
 from tests.test_training import SMALL
 
 #: Name, value and layer of a segment.
@@ -145,6 +146,14 @@ def test_segments_that_cannot_be_read_are_refused(named: list[Named], told: str,
         read_volume(tmp_path / "x.seg.nrrd")
 
 
+def test_values_and_layers_that_a_header_lacks_are_those_of_3d_slicer(tmp_path: Path) -> None:
+    keys = {"Segment0_Name": "a", "Segment1_ID": "Segment_2", "Segment2_Name": "c", "Segment2_LabelValue": "4"}
+    found = parse_segments(tmp_path, keys, layers=3)
+    assert [(one.name, one.layer, one.layer_value) for one in found] == [("a", 0, 1), ("Segment_2", 1, 1), ("c", 2, 4)]
+    (alone,) = parse_segments(tmp_path, {"Segment0_Name": "a"}, layers=None)
+    assert (alone.name, alone.value) == ("a", 1)
+
+
 # Cases
 
 
@@ -187,6 +196,38 @@ def test_names_are_stored_shown_and_exported(tmp_path: Path, run_data: Callable[
     shard.write_bytes(shard.read_bytes()[:-1])
     assert repair(store, raw).failed == ()
     assert verify(store) == []
+
+
+def test_free_text_is_not_stored_under_neutral_ids(tmp_path: Path) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    balls(raw, A=[("C3", 1, 0), ("Doe", 1, 1), ("disc", 1, 2)], B=[("doe", 1, 0), ("C3", 2, 0)])
+    assert prepare(raw, store, n4=False, axes="0", anonymise=True).failed == ()
+    found = contents(store)
+    assert not [name for name, content in found.items() if b"doe" in content.lower()]
+    first, second = (dict(open_cohort(store).record(case).segments) for case in ("case0001", "case0002"))
+    assert first[3] == second[3] == "C3"
+    # The same name has the same code.
+    assert first[102] == second[101]
+    shard = next((store / "cases/case0001").glob("*/volume/0/c/0/0/0"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert repair(store, raw).failed == ()
+    assert contents(store) == found
+
+
+def test_names_that_are_no_levels_get_one_value_where_they_are_chosen(tmp_path: Path) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    balls(raw, A=[("inner", 1, 0), ("outer", 2, 0)], B=[("outer", 1, 0), ("inner", 2, 0)], C=[("outer", 5, 0)])
+    split = Split(("A",), ("B",), ("C",))
+    settings = RunSettings(labels="stored", variant="raw")
+    prepare(raw, store, n4=False, axes="0")
+    with pytest.raises(RunError, match="segment 'outer' is label 2 in A and 1 in B; prepare with --label-values"):
+        label_values(open_cohort(store), split, settings)
+    prepare(raw, store, n4=False, axes="0", label_values="outer,inner")
+    cohort = open_cohort(store)
+    assert label_values(cohort, split, settings) == (1, 2)
+    assert label_names(cohort, split, settings) == {1: "outer", 2: "inner"}
+    truth = ball((16, 32, 32))[1].array
+    np.testing.assert_array_equal(cohort.export("A", label=True).array, np.choose(truth, [0, 2, 0, 1]))
 
 
 def test_a_label_map_without_segments_keeps_its_record(store: Path) -> None:

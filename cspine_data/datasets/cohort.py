@@ -251,7 +251,7 @@ class Cohort:
         return normalise_volume(read_corrected(self.path, record), record.preprocessing, record.normalisation)
 
     def label_xyz(self, case: str, variant: str | None = None) -> NDArray[Any]:
-        """Return the label map of a case on its own grid, (x, y, z), with the label values of its source.
+        """Return the label map of a case on its own grid, (x, y, z), as it was prepared.
 
         Raises
         ------

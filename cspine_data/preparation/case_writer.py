@@ -57,7 +57,7 @@ def prepare_case(job: Job, store: Path) -> Stored:
         # The run that wrote it may have been killed before it synchronised the folders to disk.
         sync_above(store, job.case.id)
         return Stored.of(written)
-    loaded = load_case(job.case, job.label_options)
+    loaded = load_case(job.case, job.label_options, neutral=job.neutral)
     if not is_unchanged(job):
         raise InputError(
             job.case.volume, "changed while it was read", "run it again when no other program writes to it"

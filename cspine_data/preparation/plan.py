@@ -56,6 +56,8 @@ class Job:
     """Prepare the case although the store has it, because it is damaged."""
     label_options: LabelOptions = DEFAULT_LABELS
     """How the label map is read."""
+    neutral: bool = False
+    """Whether the store has neutral ids, so that free text is not stored."""
     states: tuple[str | None, ...] = (None, None)
     """State of the volume and of the label map when they were hashed, see `Digested`. By default unknown."""
 

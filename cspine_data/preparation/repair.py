@@ -180,7 +180,7 @@ def _job(
         job = new_job(files[case], preprocessing, axes, sources)
         if isinstance(job, Problem):
             return job
-        job = replace(job, current=digest, overwrite=True, label_options=label_options)
+        job = replace(job, current=digest, overwrite=True, label_options=label_options, neutral=root.neutral_ids)
         if job.digest == digest:
             return job
     raise InputError(

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from cspine_data.volumes.label_checks import (
 )
 from cspine_data.volumes.label_maps import on_volume_grid, whole_numbers, with_structures
 from cspine_data.volumes.label_options import DEFAULT_LABELS, LabelOptions
+from cspine_data.volumes.segments import with_neutral_names
 
 #: A file beside the volumes with a one-line description.
 NOTE_FILE = "COHORT.txt"
@@ -127,7 +128,7 @@ def cohort_note(source: str | Path) -> str | None:
         return None
 
 
-def load_case(case: Case, options: LabelOptions = DEFAULT_LABELS) -> LoadedCase:
+def load_case(case: Case, options: LabelOptions = DEFAULT_LABELS, *, neutral: bool = False) -> LoadedCase:
     """Read and check the files of a case; a case with an empty label map is unlabelled.
 
     Parameters
@@ -136,6 +137,8 @@ def load_case(case: Case, options: LabelOptions = DEFAULT_LABELS) -> LoadedCase:
         The case.
     options : LabelOptions
         How the label map is read.
+    neutral : bool
+        Replace names of segments that are free text, see `with_neutral_names`.
 
     Raises
     ------
@@ -148,6 +151,8 @@ def load_case(case: Case, options: LabelOptions = DEFAULT_LABELS) -> LoadedCase:
     if case.label is None:
         return LoadedCase(case, image, None, notes=image.notes)
     file = read_volume(case.label)
+    if neutral:
+        file = replace(file, segments=with_neutral_names(file.segments, options.label_values or ()))
     whole = whole_numbers(file, stored_image)
     label = with_structures(whole, options)
     ignore_label = options.ignore_label

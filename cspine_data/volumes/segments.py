@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Collection, Sequence
@@ -69,6 +70,16 @@ def is_named(segment: Segment, name: str) -> bool:
     """Return whether a name is that of a segment, or of the same level; capitals do not matter."""
     level = level_value(name)
     return segment.name.casefold() == name.casefold() or (level is not None and level == level_value(segment.name))
+
+
+def with_neutral_names(segments: Sequence[Segment], wanted: Sequence[int | str] = ()) -> tuple[Segment, ...]:
+    """Return segments in which free text is replaced by a code, the same for the same text; levels keep their names."""
+
+    def neutral(name: str) -> str:
+        known = level_value(name) is not None or name.casefold() in {str(one).casefold() for one in wanted}
+        return name if known else f"segment {hashlib.sha256(name.casefold().encode()).hexdigest()[:8]}"
+
+    return tuple(replace(one, name=neutral(one.name)) for one in segments)
 
 
 def common_values(

@@ -136,7 +136,7 @@ def read_header(path: Path) -> NrrdHeader:
         offset = file.tell()
     kinds = [kind.lower() for kind in fields.get("kinds", ())]
     layers = None
-    if fields["dimension"] == 4 and kinds[:1] == ["list"] and fields["segments"]:
+    if fields["dimension"] == len(fields["sizes"]) == 4 and kinds[:1] == ["list"] and fields["segments"]:
         layers, kinds = _without_list(path, fields), kinds[1:]
     elif fields["dimension"] != 3:
         raise InputError(path, f"is {fields['dimension']}-D", "give one 3-D volume a file")
