@@ -34,6 +34,7 @@ from cspine_data.report.dataset import report_source
 from cspine_data.report.findings import Finding, find_outliers
 from cspine_data.report.label_fit import label_fit, similarity
 from cspine_data.store.records import read_log_bias_xyz, read_volume_xyz
+from cspine_data.volumes.label_options import DEFAULT_LABELS
 from tests.browser import CHROMIUM, browser
 from tests.conftest import QUICK_N4, geometry, not_installed
 from tests.test_tables import CONTRAST
@@ -119,7 +120,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def summaries(folder: Path) -> list[CaseSummary]:
     cases = find_cases(folder).cases
-    return [examine_source_case(case, None, trust_voxels=False).summary for case in cases]
+    return [examine_source_case(case, DEFAULT_LABELS).summary for case in cases]
 
 
 def suspects(page: Path) -> list[str]:

@@ -23,6 +23,7 @@ from cspine_data import (
 from cspine_data.preprocessing.parameters import Preprocessing
 from cspine_data.sources.cases import Case, LoadedCase, load_case
 from cspine_data.volumes.label_checks import looks_like_labels, value_counts
+from cspine_data.volumes.label_options import LabelOptions
 from tests.conftest import ball, geometry, write_case
 
 IMAGE, LABEL = ball()
@@ -35,7 +36,7 @@ def case_of(folder: Path, label: np.ndarray, name: str = "P1", ending: str = "-l
 
 
 def loaded(folder: Path, label: np.ndarray, **options: Any) -> LoadedCase:
-    return load_case(case_of(folder, label), **options)
+    return load_case(case_of(folder, label), LabelOptions(**options))
 
 
 def refused(folder: Path, label: np.ndarray, **options: Any) -> str:

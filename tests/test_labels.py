@@ -46,7 +46,8 @@ many_values = st.sets(st.integers(-(2**31), 2**31 - 1).filter(bool), min_size=1,
 
 def stand_in(**values: tuple[int, ...]) -> Any:
     """What is asked of a cohort: which label values its cases have."""
-    return SimpleNamespace(path="s.zarr", record=lambda case, _: SimpleNamespace(labels=values[case]))
+    records = {case: SimpleNamespace(labels=of_case, segments={}, overlaps=()) for case, of_case in values.items()}
+    return SimpleNamespace(path="s.zarr", record=lambda case, _: records[case])
 
 
 MM = (1.0, 1.0, 1.0)

@@ -16,6 +16,7 @@ from cspine_data.terminal import PATH, CommandGroup, can_go_on, print_notes, pri
 
 if TYPE_CHECKING:
     from cspine_data.store.schema import CaseRecord
+    from cspine_data.volumes.label_options import LabelOptions
 
 SOURCE = click.argument("source", type=PATH, default="data/raw")
 STORE = click.argument("store", type=PATH, default="data/cspine.zarr")
@@ -73,7 +74,18 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 
 @main.command(
     cls=FieldCommand,
-    fields=("layout", "pairs", "sequence", "include", "exclude", "ignore_label", "trust_voxels", "workers"),
+    fields=(
+        "layout",
+        "pairs",
+        "sequence",
+        "include",
+        "exclude",
+        "label_values",
+        "ignore_label",
+        "trust_voxels",
+        "resample_labels",
+        "workers",
+    ),
 )
 @SOURCE
 @click.option("--quick", is_flag=True, help="Read headers only: fast, and without the checks of voxels.")
@@ -84,21 +96,22 @@ def scan(
     quick: bool,
     write_pairs: Path | None,
     report: Path | None,
-    ignore_label: int | None,
-    trust_voxels: bool,
     workers: int | None,
-    **selection: Any,
+    **options: Any,
 ) -> None:
     """List the cases in SOURCE and all problems; only --write-pairs and --report write a file."""
     from cspine_data.errors import InputError, count, printable
+    from cspine_data.preprocessing.parameters import checked
     from cspine_data.sources.cases import scan_cases
     from cspine_data.sources.duplicates import look_alike_notes
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
+    from cspine_data.volumes.label_options import LabelOptions
 
     if report and quick:
         raise InputError("--report and --quick", "exclude each other", "a report needs the voxels: leave out --quick")
-    listing = find_cases(source, **selection)
+    labels = checked(LabelOptions, "", {name: options.pop(name) for name in LabelOptions.model_fields})
+    listing = find_cases(source, **options)
     for note in listing.notes:
         click.echo(printable(f"note: {note}"))
     with progress_bar("reading") as progress:
@@ -108,17 +121,14 @@ def scan(
             found = report_source(
                 listing,
                 report,
-                command=_source_arguments(source, **selection),
-                ignore_label=ignore_label,
-                trust_voxels=trust_voxels,
+                labels,
+                command=_source_arguments(source, labels, options),
                 workers=workers,
                 progress=progress,
             )
             cases, problems = found.cases, found.problems
         else:
-            cases, problems = scan_cases(
-                listing, quick=quick, ignore_label=ignore_label, trust_voxels=trust_voxels, progress=progress
-            )
+            cases, problems = scan_cases(listing, labels, quick=quick, progress=progress)
     print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), [case.row for case in cases])
     print_notes((case.row[0], case.notes) for case in cases)
     for note in look_alike_notes(case.fingerprint for case in cases if case.fingerprint):
@@ -147,13 +157,20 @@ def _report_line(page: Path, suspects: int) -> str:
     return f"wrote {page}: {count(suspects, 'case')} to look at; the page shows patients, keep it confidential"
 
 
-def _source_arguments(source: Path, **selection: Any) -> str:
-    """Return the arguments that select the same cases again, quoted for a shell."""
+def _source_arguments(source: Path, labels: LabelOptions, selection: dict[str, Any]) -> str:
+    """Return the arguments that select the same cases and labels again, quoted for a shell."""
+    from cspine_data.volumes.label_options import label_values_text
+
     arguments = [str(source)] if selection["pairs"] is None else []
-    for name, given in selection.items():
+    values = (
+        ("label_values", label_values_text(labels.label_values or ()) or None),
+        ("ignore_label", labels.ignore_label),
+    )
+    for name, given in (*selection.items(), *values):
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and (name, value) != ("layout", "auto"):
-                arguments += [f"--{name}", str(value)]
+                arguments += [f"--{name.replace('_', '-')}", str(value)]
+    arguments += ["--trust-voxels"] * labels.trust_voxels + ["--resample-labels"] * labels.resample_labels
     return shlex.join(arguments)
 
 
@@ -204,9 +221,9 @@ def prepare(
 
 
 def _labels(record: CaseRecord) -> str:
-    labels = [str(value) for value in record.labels]
-    labels += [f"{value} (ignored)" for value in record.ignored_values]
-    return " ".join(labels) or "-"
+    from cspine_data.sources.cases import describe_labels
+
+    return describe_labels((*record.labels, *record.ignored_values), record.segments, record.ignored_values) or "-"
 
 
 @main.command()
@@ -214,14 +231,15 @@ def _labels(record: CaseRecord) -> str:
 def info(store: Path) -> None:
     """List the cases of a store."""
     from cspine_data.datasets.cohort import open_cohort
-    from cspine_data.errors import printable
+    from cspine_data.errors import count, printable
 
     cohort = open_cohort(store)
-    rows, descriptions = [], []
+    rows, descriptions, chosen = [], [], []
     for variant in cohort.variants:
         part_of = cohort.split(variant=variant).part_of
         for record in cohort.records(variant):
             descriptions.append((variant, record.preprocessing.description))
+            chosen += [record.chosen_labels] if record.chosen_labels else []
             deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
             rows.append(
                 (
@@ -234,6 +252,8 @@ def info(store: Path) -> None:
     print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
     for (variant, description), number in Counter(descriptions).items():
         click.echo(f"{variant}: {number} cases prepared with {description}")
+    for values, number in Counter(chosen).items():
+        click.echo(printable(f"{count(number, 'case')} with --label-values {values}"))
     for note in cohort.notes:
         click.echo(printable(f"note: {note}"))
     print_notes(

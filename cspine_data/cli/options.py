@@ -14,9 +14,12 @@ from cspine_data.preparation.options import PrepareOptions, Selection
 from cspine_data.preprocessing.parameters import PRESETS, BiasParameters, Preprocessing, bias_parameters, checked
 from cspine_data.terminal import PATH
 from cspine_data.typed_options import field_option
+from cspine_data.volumes.label_options import LabelOptions
 
 #: The options that select cases.
 SELECTION = tuple(Selection.model_fields)
+#: The options that tell how label maps are read.
+LABELS = tuple(LabelOptions.model_fields)
 Command = TypeVar("Command", bound=Callable[..., Any])
 # By the name of the option's value, the field of the bias field's parameters. Their defaults depend on the preset.
 _BIAS = {
@@ -36,7 +39,7 @@ def prepare_options(command: Command) -> Command:
         "Input and output": [store, *map(own, (*SELECTION, "note", "anonymise"))],
         "Preprocessing": [own("n4"), own("axes"), *parameters],
         "Bias field": [preset, *(field_option(BiasParameters, field, name, None) for name, field in _BIAS.items())],
-        "Label maps": list(map(own, ("ignore_label", "trust_voxels"))),
+        "Label maps": list(map(own, LABELS)),
         "Machine": list(map(own, ("workers", "scheduler", "rehash"))),
     }
     for title, options in reversed(groups.items()):

@@ -31,6 +31,7 @@ from cspine_data.store.location import is_local, location
 from cspine_data.store.records import read_corrected, read_label_xyz, read_root, read_volume_xyz, record_of, records
 from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.volumes.geometry import Orientation
+from cspine_data.volumes.segments import Segment
 from cspine_data.volumes.volume import Volume
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ class Cohort:
         return normalise_volume(read_corrected(self.path, record), record.preprocessing, record.normalisation)
 
     def label_xyz(self, case: str, variant: str | None = None) -> NDArray[Any]:
-        """Return the label map of a case on its own grid, (x, y, z), with the label values of its source.
+        """Return the label map of a case on its own grid, (x, y, z), as it was prepared.
 
         Raises
         ------
@@ -277,7 +278,7 @@ class Cohort:
             ``raw``: the values of the source; ``n4``: the corrected values, float32, in the source's units. Intensities
             above air (`CaseRecord.air_level`) are divided by the field, the others are unchanged.
         label : bool
-            Return the label map, with values and dtype of the source; it is the same in all variants.
+            Return the label map as it was prepared, in the dtype of the source; it is the same in all variants.
 
         Raises
         ------
@@ -291,9 +292,10 @@ class Cohort:
         record = self.record(case, variant)
         array_xyz = read_label_xyz(self.path, record) if label else read_volume_xyz(self.path, record)
         array = np.ascontiguousarray(Orientation.of(record.geometry).to_file(array_xyz))
-        if label:
-            array = array.astype(record.label_dtype)
-        return Volume(array, record.geometry)
+        if not label:
+            return Volume(array, record.geometry)
+        segments = tuple(Segment(name, value) for value, name in record.segments.items())
+        return Volume(array.astype(record.label_dtype), record.geometry, segments=segments)
 
     @property
     def _batches(self) -> tuple[tuple[str, ...], ...]:

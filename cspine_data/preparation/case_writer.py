@@ -59,7 +59,7 @@ def prepare_case(job: Job, store: Path) -> Stored:
         # The run that wrote it may have been killed before it synchronised the folders to disk.
         sync_above(store, job.case.id)
         return Stored.of(written)
-    loaded = load_case(job.case, job.ignore_label, trust_voxels=job.trust_voxels)
+    loaded = load_case(job.case, job.label_options, neutral=job.neutral)
     if not is_unchanged(job):
         raise InputError(
             job.case.volume, "changed while it was read", "run it again when no other program writes to it"
@@ -166,18 +166,21 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
     corrected = prepared.corrected
     geometry_xyz = Orientation.of(corrected.geometry).geometry_xyz(corrected.geometry)
     label_voxels: dict[int, int] = {}
-    ignored_voxels = 0
+    ignore_label, ignored_voxels = job.label_options.ignore_label, 0
     labelled_voxels: dict[int, tuple[int, ...]] = {}
     if label is not None:
         values, counts = value_counts(label.volume_xyz)
         label_voxels = {int(value): int(n) for value, n in zip(values, counts, strict=True) if value}
-        ignored_voxels = label_voxels.pop(job.ignore_label, 0) if job.ignore_label is not None else 0
+        ignored_voxels = label_voxels.pop(ignore_label, 0) if ignore_label is not None else 0
         counted = label.sliced_xyz != 0
         if ignored_voxels:
-            counted &= label.sliced_xyz != job.ignore_label
+            counted &= label.sliced_xyz != ignore_label
         for axis in range(3):
             others = tuple(a for a in range(3) if a != axis)
             labelled_voxels[axis] = tuple(np.count_nonzero(counted, axis=others).tolist())
+    segments, overlaps = (loaded.label.segments, loaded.label.overlaps) if loaded.label else ((), ())
+    # An overlapping segment may have lost all its voxels; messages name it.
+    named = {*label_voxels, *(one.first.value for one in overlaps)}
     sliced_x, sliced_y, sliced_z = prepared.levels_xyz.shape
     return CaseRecord(
         case=job.case.id,
@@ -210,6 +213,9 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         label_voxels=label_voxels,
         labelled_voxels=labelled_voxels,
         notes=loaded.notes,
-        ignore_label=job.ignore_label,
+        ignore_label=ignore_label,
         ignored_voxels=ignored_voxels,
+        label_values=job.label_options.label_values,
+        segments={one.value: one.name for one in segments if one.value in named},
+        overlaps=tuple((one.first.value, one.second.value) for one in overlaps),
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from cspine_data.errors import InputError
 from cspine_data.extensions import NORMALISATIONS
@@ -14,6 +14,7 @@ from cspine_data.parallel.workers import Workers
 from cspine_data.preprocessing.parameters import Preprocessing
 from cspine_data.sources.cases import Listing
 from cspine_data.sources.listing import find_cases
+from cspine_data.volumes.label_options import LabelOptions
 
 
 def parse_axes(axes: str | Sequence[int]) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ class Selection(BaseModel):
         return find_cases(source, **{name: getattr(self, name) for name in Selection.model_fields})
 
 
-class PrepareOptions(Selection):
+class PrepareOptions(Selection, LabelOptions):
     """Options of `prepare`; `cspine-data prepare --help` lists them too."""
 
     note: str | None = None
@@ -66,23 +67,12 @@ class PrepareOptions(Selection):
     """Parameters other than the default ones; they include `n4`."""
     axes: Annotated[tuple[int, ...], BeforeValidator(parse_axes)] = (0, 1, 2)
     """Slice directions: 0 sagittal, 1 coronal, 2 axial. Stored axes of a case are kept."""
-    ignore_label: int | None = None
-    """Label value of voxels to ignore, such as -1. By default a stored case keeps its value."""
-    trust_voxels: bool = False
-    """Assume that a label map without a position in its header is on its volume's grid, voxel for voxel."""
     workers: int | None = None
     """Number of worker processes; default: one per core."""
     scheduler: str | None = None
     """Address of a running Dask scheduler to use instead of local processes; its workers must see the same paths."""
     rehash: bool = False
     """Hash all files again, also those with unchanged size and times."""
-
-    @field_validator("ignore_label")
-    @classmethod
-    def _is_no_background(cls, value: int | None) -> int | None:
-        if value == 0:
-            raise InputError("ignore_label 0", "is the background", "give the label value of voxels to ignore")
-        return value
 
     @model_validator(mode="after")
     def _agree(self) -> PrepareOptions:
@@ -93,6 +83,11 @@ class PrepareOptions(Selection):
         NORMALISATIONS.load(self.parameters.normalisation)
         _ = self.processes
         return self
+
+    @property
+    def label_options(self) -> LabelOptions:
+        """How label maps are read."""
+        return LabelOptions(**{name: getattr(self, name) for name in LabelOptions.model_fields})
 
     @property
     def parameters(self) -> Preprocessing:

@@ -69,9 +69,9 @@ def prepare(
     sources = digest_files(listing.cases, store, chosen.processes, rehash=chosen.rehash)
     if chosen.anonymise:
         listing = listed_neutrally(listing, store, sources)
-    jobs, failed = plan_jobs(listing.cases, store, chosen.parameters, chosen.axes, sources, chosen.ignore_label)
+    jobs, failed = plan_jobs(listing.cases, store, chosen.parameters, chosen.axes, sources, chosen.label_options)
     jobs, standard_cases = with_standard(jobs, store, chosen.processes)
-    to_do = [replace(job, trust_voxels=chosen.trust_voxels) for job in jobs if not job.is_current]
+    to_do = [replace(job, neutral=chosen.anonymise) for job in jobs if not job.is_current]
     outcomes = do_jobs(to_do, store, chosen.processes, progress)
     summary = summarise(jobs, outcomes, [*listing.problems, *failed])
     stored = {*summary.done, *summary.reused}

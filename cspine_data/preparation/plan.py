@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cspine_data.errors import Problem
 from cspine_data.preparation.source_digests import Digested, files_of
@@ -14,6 +15,11 @@ from cspine_data.sources.duplicates import Fingerprint
 from cspine_data.store.publishing import Replacement
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import CaseRecord, case_digest, case_path, volume_digest
+from cspine_data.volumes.io import SEGMENTATION_SUFFIX
+from cspine_data.volumes.label_options import DEFAULT_LABELS, LabelOptions
+
+#: Part of the digest of cases with segments: raise it when their label maps get other values.
+SEGMENTS_REVISION = 1
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,10 @@ class Job:
     """The case in the store; None if there is none, or its record is damaged."""
     overwrite: bool = False
     """Prepare the case although the store has it, because it is damaged."""
-    trust_voxels: bool = False
-    """See `load_case`. It does not change the result, only whether files are refused."""
-    ignore_label: int | None = None
-    """The label value of voxels to ignore."""
+    label_options: LabelOptions = DEFAULT_LABELS
+    """How the label map is read."""
+    neutral: bool = False
+    """Whether the store has neutral ids, so that free text is not stored."""
     states: tuple[str | None, ...] = (None, None)
     """State of the volume and of the label map when they were hashed, see `Digested`. By default unknown."""
 
@@ -66,7 +72,15 @@ class Job:
     @property
     def digest(self) -> str:
         """Digest of the stored case of this job."""
-        return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes, self.ignore_label)
+        return case_digest(self.volume_digest, self.label_sha256, self.preprocessing, self.axes, self._label_parameters)
+
+    @property
+    def _label_parameters(self) -> dict[str, Any]:
+        """What changes the stored label map, beside its file; other options only decide whether it is refused."""
+        options = self.label_options.model_dump(mode="json", include={"label_values", "ignore_label"})
+        given = {name: value for name, value in options.items() if value is not None}
+        named = self.case.label is not None and self.case.label.name.lower().endswith(SEGMENTATION_SUFFIX)
+        return given | ({"segments": SEGMENTS_REVISION} if named else {})
 
     @property
     def is_current(self) -> bool:
@@ -85,7 +99,7 @@ def plan_jobs(
     preprocessing: Preprocessing,
     axes: tuple[int, ...],
     sources: Mapping[Path, Digested | Problem],
-    ignore_label: int | None = None,
+    label_options: LabelOptions = DEFAULT_LABELS,
 ) -> tuple[list[Job], list[Problem]]:
     """Return a job for each case, or a problem; `sources` has the digest of each file."""
     published = read_root(store).cases
@@ -102,7 +116,7 @@ def plan_jobs(
         if first != case.id:
             problems.append(copy_problem(case, first, only_in_store=first not in listed))
             continue
-        job = replace(job, ignore_label=ignore_label if job.label_sha256 else None)
+        job = replace(job, label_options=label_options if job.label_sha256 else DEFAULT_LABELS)
         jobs.append(_with_current(job, store, published))
     return jobs, problems
 
@@ -114,7 +128,7 @@ def planned_anew(jobs: Sequence[Job], store: Path) -> list[Job]:
 
 
 def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -> Job:
-    """Add the case's state in the store to a job; its stored axes and ignored value are kept."""
+    """Add the case's state in the store to a job; its stored axes and label options are kept."""
     current = published.get(job.case.id, {}).get(job.preprocessing.variant)
     record = stored_record(store, job.case.id, current) if current else None
     kept = record.axes if record else ()
@@ -123,19 +137,22 @@ def _with_current(job: Job, store: Path, published: dict[str, dict[str, str]]) -
         kept = tuple(a for a in range(3) if (store / case_path(job.case.id, current) / f"axis{a}").is_dir())
     stored = Stored.of(record) if record else None
     job = replace(job, axes=tuple(sorted({*job.axes, *kept})), current=current, stored=stored)
-    if job.label_sha256 and job.ignore_label is None:
-        job = replace(job, ignore_label=_ignored_before(job, store, published))
-    return job
+    return replace(job, label_options=_kept_options(job, store, published)) if job.label_sha256 else job
 
 
-def _ignored_before(job: Job, store: Path, published: dict[str, dict[str, str]]) -> int | None:
-    """Return the value that the store ignores in the same label map, in any variant of the case.
+def _kept_options(job: Job, store: Path, published: dict[str, dict[str, str]]) -> LabelOptions:
+    """Return a job's label options, with those that the store has of the same label map, in any variant, if not given.
 
-    If the option were forgotten once, the ignored voxels would become a vertebra.
+    If an option were forgotten once, ignored voxels or discs would become vertebrae.
     """
-    records = (stored_record(store, job.case.id, digest) for digest in published.get(job.case.id, {}).values())
-    found = (record.ignore_label for record in records if record and record.label_sha256 == job.label_sha256)
-    return next((value for value in found if value is not None), None)
+    digests = published.get(job.case.id, {}).values()
+    records = [record for digest in digests if (record := stored_record(store, job.case.id, digest))]
+    kept = {}
+    for name in ("label_values", "ignore_label"):
+        before = (getattr(record, name) for record in records if record.label_sha256 == job.label_sha256)
+        if getattr(job.label_options, name) is None:
+            kept[name] = next((value for value in before if value is not None), None)
+    return job.label_options.model_copy(update=kept)
 
 
 def _stored_images(store: Path, published: dict[str, dict[str, str]], without: Collection[str]) -> dict[str, str]:

@@ -21,8 +21,11 @@ from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.store.verification import STRAY, Damage, repair_groups, verify, verify_case
 from cspine_data.store.writer import METADATA
+from cspine_data.volumes.label_options import LabelOptions
 
-Parameters = tuple[Preprocessing, tuple[int, ...], int | None]
+# A damaged case was prepared from the same files, so its label map was accepted.
+_ACCEPTING = LabelOptions(trust_voxels=True, resample_labels=True)
+Parameters = tuple[Preprocessing, tuple[int, ...], LabelOptions]
 
 
 @dataclass(frozen=True)
@@ -173,12 +176,11 @@ def _job(
         raise InputError(f"case {case!r}", "is damaged, and not in the source", "give the folder with its files")
     digest = root.cases[case][variant]
     record = stored_record(store, case, digest)
-    for preprocessing, axes, ignored in [_parameters(record)] if record else candidates:
+    for preprocessing, axes, label_options in [_parameters(record)] if record else candidates:
         job = new_job(files[case], preprocessing, axes, sources)
         if isinstance(job, Problem):
             return job
-        # The damaged case was prepared from the same files, so a label map without a position was accepted.
-        job = replace(job, current=digest, overwrite=True, trust_voxels=True, ignore_label=ignored)
+        job = replace(job, current=digest, overwrite=True, label_options=label_options, neutral=root.neutral_ids)
         if job.digest == digest:
             return job
     raise InputError(
@@ -189,7 +191,8 @@ def _job(
 
 def _all_parameters(store: Path, root: RootRecord, variant: str) -> list[Parameters]:
     """Return the parameters used in a store: those in its records, and the default."""
-    found: list[Parameters] = [(Preprocessing() if variant == "n4" else Preprocessing(bias=None), (0, 1, 2), None)]
+    preprocessing = Preprocessing() if variant == "n4" else Preprocessing(bias=None)
+    found: list[Parameters] = [(preprocessing, (0, 1, 2), _ACCEPTING)]
     for case, variants in root.cases.items():
         record = stored_record(store, case, variants[variant]) if variant in variants else None
         if record and _parameters(record) not in found:
@@ -198,4 +201,5 @@ def _all_parameters(store: Path, root: RootRecord, variant: str) -> list[Paramet
 
 
 def _parameters(record: CaseRecord) -> Parameters:
-    return record.preprocessing, record.axes, record.ignore_label
+    of_labels = {"label_values": record.label_values, "ignore_label": record.ignore_label}
+    return record.preprocessing, record.axes, _ACCEPTING.model_copy(update=of_labels)

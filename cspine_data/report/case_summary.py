@@ -20,6 +20,7 @@ from cspine_data.store.identities import Identity, identity_of
 from cspine_data.store.records import read_corrected, read_label_xyz, read_root, record_of
 from cspine_data.volumes.geometry import Orientation, Triple
 from cspine_data.volumes.label_checks import value_counts
+from cspine_data.volumes.label_options import LabelOptions
 
 _BINS = 48
 # Percentiles between which intensities are shown.
@@ -129,9 +130,9 @@ class Examined:
     voxels_sha256: str
 
 
-def examine_source_case(case: Case, ignore_label: int | None, *, trust_voxels: bool) -> Examined:
+def examine_source_case(case: Case, options: LabelOptions) -> Examined:
     """Read, check, measure and draw a case of a source; raises what `load_case` raises."""
-    loaded = load_case(case, ignore_label, trust_voxels=trust_voxels)
+    loaded = load_case(case, options)
     orientation = Orientation.of(loaded.image.geometry)
     image_xyz = np.ascontiguousarray(orientation.to_anatomical(loaded.image.array))
     label_xyz = None if loaded.label is None else orientation.to_anatomical(loaded.label.array)
@@ -146,10 +147,10 @@ def examine_source_case(case: Case, ignore_label: int | None, *, trust_voxels: b
         before=before,
         after=after,
         picture=draw_slices((image_row(image_xyz),), label_xyz, image_xyz.shape, spacing_mm),
-        label=LabelSummary.of(image_xyz, label_xyz, spacing_mm, ignore_label),
+        label=LabelSummary.of(image_xyz, label_xyz, spacing_mm, options.ignore_label),
         notes=loaded.notes,
     )
-    return Examined(describe_case(loaded, ignore_label), summary, voxels_digest(loaded.image))
+    return Examined(describe_case(loaded, options.ignore_label), summary, voxels_digest(loaded.image))
 
 
 def summarise_stored_case(case: str, store: Path, variant: str) -> CaseSummary:

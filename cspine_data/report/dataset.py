@@ -18,6 +18,7 @@ from cspine_data.report.case_summary import CaseSummary, Examined, examine_sourc
 from cspine_data.report.page import About, check_page, write_page
 from cspine_data.sources.cases import Listing, ScannedCase, copy_problem
 from cspine_data.store.records import read_root
+from cspine_data.volumes.label_options import DEFAULT_LABELS, LabelOptions
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ class DatasetReport:
 def report_source(
     listing: Listing,
     output: str | Path,
+    options: LabelOptions = DEFAULT_LABELS,
     *,
     command: str = "SOURCE",
-    ignore_label: int | None = None,
-    trust_voxels: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> DatasetReport:
@@ -57,12 +57,10 @@ def report_source(
         From `find_cases`.
     output : str or Path
         The page, an ``.html`` file; it is replaced if it exists. It shows patients.
+    options : LabelOptions
+        How label maps are read.
     command : str
         The source in the commands that the page suggests.
-    ignore_label : int, optional
-        The label value of voxels to ignore.
-    trust_voxels : bool
-        Assume that a label map without a position in its header is on the volume's grid, voxel for voxel.
     workers : int, optional
         Number of worker processes; by default one per core.
     progress : callable, optional
@@ -79,7 +77,7 @@ def report_source(
         If `output` has another suffix or there is nothing to show.
     """
     check_page(Path(output))
-    examine = partial(examine_source_case, ignore_label=ignore_label, trust_voxels=trust_voxels)
+    examine = partial(examine_source_case, options=options)
     found = _side_by_side(examine, listing.cases, [case.id for case in listing.cases], workers, progress)
     problems, seen = list(listing.problems), dict[str, str]()
     examined: list[Examined] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,16 @@ from cspine_data.volumes.image_checks import usable_image
 from cspine_data.volumes.io import Volume, read_geometry, read_volume
 from cspine_data.volumes.label_checks import (
     check_labels,
+    check_no_image,
     check_not_the_image,
     label_notes,
     labelled_values,
     value_counts,
+    value_notes,
 )
-from cspine_data.volumes.label_maps import on_volume_grid, whole_numbers
+from cspine_data.volumes.label_maps import on_volume_grid, whole_numbers, with_structures
+from cspine_data.volumes.label_options import DEFAULT_LABELS, LabelOptions
+from cspine_data.volumes.segments import with_neutral_names
 
 #: A file beside the volumes with a one-line description.
 NOTE_FILE = "COHORT.txt"
@@ -125,17 +130,17 @@ def cohort_note(source: str | Path) -> str | None:
         return None
 
 
-def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool = False) -> LoadedCase:
+def load_case(case: Case, options: LabelOptions = DEFAULT_LABELS, *, neutral: bool = False) -> LoadedCase:
     """Read and check the files of a case; a case with an empty label map is unlabelled.
 
     Parameters
     ----------
     case : Case
         The case.
-    ignore_label : int, optional
-        The label value of voxels to ignore.
-    trust_voxels : bool
-        Assume that a label map without a position in its header is on the volume's grid, voxel for voxel.
+    options : LabelOptions
+        How the label map is read.
+    neutral : bool
+        Replace names of segments that are free text, see `with_neutral_names`.
 
     Raises
     ------
@@ -147,15 +152,23 @@ def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool
     image = usable_image(stored_image)
     if case.label is None:
         return LoadedCase(case, image, None, notes=image.notes)
-    stored = read_volume(case.label)
-    label = whole_numbers(stored, stored_image)
+    file = read_volume(case.label)
+    if neutral:
+        file = replace(file, segments=with_neutral_names(file.segments, options.label_values or ()))
+    whole = whole_numbers(file, stored_image)
+    label = with_structures(whole, options)
+    ignore_label = options.ignore_label
     counts = value_counts(label.array)
     if not labelled_values(counts, ignore_label)[0].size:
-        return LoadedCase(case, image, None, notes=(*image.notes, EMPTY_LABEL_MAP))
-    placed = on_volume_grid(label, image, trust_voxels=trust_voxels)
+        return LoadedCase(case, image, None, notes=(*image.notes, *_empty_notes(whole, options)))
+    placed = on_volume_grid(label, image, options)
+    as_in_file = label.array is whole.array
+    if not as_in_file:
+        check_no_image(whole.name, whole.array, value_counts(whole.array))
     if placed.array is not label.array:
         # 3D Slicer crops a segmentation to what is labelled: its background is added here.
         counts = value_counts(placed.array)
+    dtype = file.array.dtype if label.array.dtype == whole.array.dtype else label.array.dtype
     label = placed
     check_labels(label.name, label.array, counts, ignore_label)
     check_not_the_image(label.name, label.array, image.array)
@@ -164,9 +177,27 @@ def load_case(case: Case, ignore_label: int | None = None, *, trust_voxels: bool
     first, second, third = (3 * mm for mm in spacing_mm)
     tissue = tissue_threshold(image.array[::3, ::3, ::3], (first, second, third))
     found = label_notes(label.array, image.array, counts, tissue, math.prod(spacing_mm) / 1e3, ignore_label)
+    found += value_notes(label.array, counts, ignore_label) if as_in_file else ()
     notes = [note for note in (*label.notes, *found) if note not in image.notes]
     notes = [*image.notes, *(f"label map: {note}" for note in notes)]
-    return LoadedCase(case, image, label, stored.array.dtype.name, tuple(notes))
+    return LoadedCase(case, image, label, dtype.name, tuple(notes))
+
+
+def _empty_notes(label: Volume, options: LabelOptions) -> tuple[str, ...]:
+    """Return the notes on a label map in which nothing is to be segmented; an image is refused."""
+    counts = value_counts(label.array)
+    values = labelled_values(counts, options.ignore_label)[0].tolist()
+    if not values:
+        return (EMPTY_LABEL_MAP,)
+    check_no_image(label.name, label.array, counts)
+    names = {one.value: one.name for one in label.segments}
+    return EMPTY_LABEL_MAP, f"label map: none of its labels is to be segmented ({describe_labels(values, names)})"
+
+
+def describe_labels(values: Sequence[int], names: Mapping[int, str], ignored: Collection[int] = ()) -> str:
+    """Return label values with their names: ``3 (C3) 4 (C4) 9 (ignored)``."""
+    said = {**names, **dict.fromkeys(ignored, "ignored")}
+    return " ".join(f"{value} ({said[value]})" if value in said else str(value) for value in values)
 
 
 def copy_problem(case: Case, other: str, *, only_in_store: bool = False) -> Problem:
@@ -199,10 +230,9 @@ class ScannedCase:
 
 def scan_cases(
     listing: Listing,
+    options: LabelOptions = DEFAULT_LABELS,
     *,
     quick: bool = False,
-    ignore_label: int | None = None,
-    trust_voxels: bool = False,
     progress: Progress | None = None,
 ) -> tuple[tuple[ScannedCase, ...], tuple[Problem, ...]]:
     """Read and check the cases of a listing one by one; return descriptions and problems.
@@ -212,7 +242,7 @@ def scan_cases(
     cases: list[ScannedCase] = []
     problems, seen = list(listing.problems), dict[str, str]()
     for number, case in enumerate(listing.cases, start=1):
-        found = scan_header(case) if quick else scan_case(case, seen, ignore_label, trust_voxels=trust_voxels)
+        found = scan_header(case) if quick else scan_case(case, seen, options)
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -222,9 +252,7 @@ def scan_cases(
     return tuple(cases), tuple(problems)
 
 
-def scan_case(
-    case: Case, seen: dict[str, str], ignore_label: int | None = None, *, trust_voxels: bool = False
-) -> ScannedCase | Problem:
+def scan_case(case: Case, seen: dict[str, str], options: LabelOptions = DEFAULT_LABELS) -> ScannedCase | Problem:
     """Read and check a case, and describe it.
 
     Parameters
@@ -233,10 +261,8 @@ def scan_case(
         The case.
     seen : dict
         The case of each scanned volume, by `voxels_digest`; this case is added.
-    ignore_label : int, optional
-        The label value of voxels to ignore.
-    trust_voxels : bool
-        See `load_case`.
+    options : LabelOptions
+        How the label map is read.
 
     Returns
     -------
@@ -244,11 +270,11 @@ def scan_case(
         The description, or why the case cannot be used.
     """
     try:
-        loaded = load_case(case, ignore_label, trust_voxels=trust_voxels)
+        loaded = load_case(case, options)
         first = seen.setdefault(voxels_digest(loaded.image), case.id)
         if first != case.id:
             return copy_problem(case, first)
-        return describe_case(loaded, ignore_label)
+        return describe_case(loaded, options.ignore_label)
     except (CspineDataError, OSError, MemoryError) as error:
         return describe_problem(case.id, error)
 
@@ -258,7 +284,9 @@ def describe_case(loaded: LoadedCase, ignore_label: int | None) -> ScannedCase:
     case, geometry = loaded.case, loaded.image.geometry
     orientation = geometry.orientation_code + (" (assumed)" if loaded.image.assumed_orientation else "")
     found = value_counts(loaded.label.array)[0].tolist() if loaded.label else []
-    labels = " ".join(f"{value}{' (ignored)' * (value == ignore_label)}" for value in found if value)
+    names = {one.value: one.name for one in loaded.label.segments} if loaded.label else {}
+    ignored = () if ignore_label is None else (ignore_label,)
+    labels = describe_labels([value for value in found if value], names, ignored)
     label = case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}{_UNLABELLED}"
     row = (case.id, *_grid_cells(geometry), orientation, labels or "-", label)
     fingerprint = Fingerprint.of(case.id, case.patient, loaded.image)

@@ -131,7 +131,7 @@ def read_corrected(path: Path, record: CaseRecord) -> CorrectedVolume:
 
 
 def read_label_xyz(path: Path, record: CaseRecord) -> NDArray[Any]:
-    """Read the label map of a case, (x, y, z), with the label values of its source."""
+    """Read the label map of a case, (x, y, z), as it was prepared."""
     if not record.labelled:
         raise NotInStoreError(f"{path}: case {record.case!r} has no label map")
     return _read_array(path, record, schema.VOLUME_LABEL)

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import google_crc32c
 import numpy as np
@@ -28,9 +28,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 from cspine_data.preprocessing.normalisation import Levels, Normalisation, TissueStatistics
 from cspine_data.preprocessing.parameters import Preprocessing, RecordedPreprocessing
 from cspine_data.preprocessing.steps import doubts
-from cspine_data.sources.cases import is_case_id
+from cspine_data.sources.cases import LONGEST_NAME, is_case_id
 from cspine_data.store.identities import Identity
 from cspine_data.volumes.geometry import Geometry, Triple
+from cspine_data.volumes.label_options import label_values_text
 
 #: Part of every digest: raise it when the bytes for the same source and parameters change.
 SCHEMA_VERSION = 8
@@ -170,12 +171,19 @@ class CaseRecord(BaseModel):
     """The label value of voxels to ignore."""
     ignored_voxels: int = 0
     """Number of ignored voxels."""
+    label_values: tuple[int | str, ...] | None = None
+    """The label values or segments that were chosen; None for all."""
+    segments: dict[int, Annotated[str, Field(max_length=LONGEST_NAME)]] = Field(default_factory=dict)
+    """The names of label values, from 3D Slicer's segments."""
+    overlaps: tuple[tuple[int, int], ...] = ()
+    """Label values of segments that had common voxels; these have the second value."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: Callable[[CaseRecord], dict[str, Any]]) -> dict[str, Any]:
         # Records without these fields keep their bytes.
         content = handler(self)
-        absent = {"notes": (), "ignore_label": None, "ignored_voxels": 0}
+        absent: dict[str, Any] = {"notes": (), "ignore_label": None, "ignored_voxels": 0}
+        absent |= {"label_values": None, "segments": {}, "overlaps": ()}
         return {name: value for name, value in content.items() if absent.get(name, ...) != getattr(self, name)}
 
     @model_validator(mode="after")
@@ -203,6 +211,11 @@ class CaseRecord(BaseModel):
     def ignored_values(self) -> tuple[int, ...]:
         """The label value of ignored voxels; empty if there are none."""
         return (self.ignore_label,) if self.ignore_label is not None and self.ignored_voxels else ()
+
+    @property
+    def chosen_labels(self) -> str:
+        """The chosen label values or segments as text, such as ``1-25,101``; empty for all."""
+        return label_values_text(self.label_values or ())
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -249,11 +262,11 @@ def case_digest(
     label_sha256: str | None,
     preprocessing: Preprocessing,
     axes: tuple[int, ...],
-    ignore_label: int | None = None,
+    label_parameters: dict[str, Any] | None = None,
 ) -> str:
-    """Return the digest of a stored case: corrected volume, label map, parameters, axes, ignored value."""
+    """Return the digest of a stored case: corrected volume, label map and how it was read, parameters, axes."""
     content = [of_volume, label_sha256, preprocessing.model_dump(mode="json"), list(axes)]
-    return _digest(content if ignore_label is None else [*content, {"ignore_label": ignore_label}])
+    return _digest([*content, label_parameters] if label_parameters else content)
 
 
 def record_checksum(record: dict[str, Any]) -> str:

@@ -110,7 +110,7 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     volume : Volume
         The volume.
     segments : dict, optional
-        For ``.seg.nrrd``: names of label values; by default a number.
+        For ``.seg.nrrd``: names of label values; by default those of the volume's segments, or a number.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def write_volume(path: str | Path, volume: Volume, segments: Mapping[int, str] |
     steps_mm = geometry.direction_matrix * geometry.spacing_mm
     grid(path, geometry.size, steps_mm, np.array(geometry.origin_mm), np.array(geometry.spacing_mm))
     with _replacing(path) as temporary:
-        write(temporary, volume, segments or {})
+        write(temporary, volume, segments or {one.value: one.name for one in volume.segments})
 
 
 def write_segmentation(

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from cspine_data.errors import InputError, count
 
-# The largest published label schemes have about 120 structures.
-_MOST_VALUES = 255
+#: The largest published label schemes have about 120 structures.
+MOST_VALUES = 255
 _FEW_VALUES = 32
 _MOSTLY_BACKGROUND = 0.95
 # Smaller arrays always have few values.
@@ -90,15 +90,21 @@ def check_labels(
     values, _ = counted_values
     counted = values != (0 if ignore_label is None else ignore_label)
     lowest = int(values[counted].min(initial=0)) if ignore_label is not None else int(values.min())
-    if values.size > _FEW_VALUES and not _are_labels(labels, counted_values):
-        problem = f"holds {values.size} different values, as an image does and no label map"
-        raise InputError(name, problem, "pair the volume with its label map, or leave this file out")
+    check_no_image(name, labels, counted_values)
     if lowest < 0:
         remedy = f"give --ignore-label {lowest} if it marks voxels that must not count, else give them a positive value"
         raise InputError(name, f"holds the negative value {lowest}", remedy)
     if not (values == 0).any():
         problem = "labels every voxel" if ignore_label is None else "labels every voxel that counts"
         raise InputError(name, problem, "is its background another value? make that 0")
+
+
+def check_no_image(name: Path | str, labels: NDArray[Any], counted_values: CountedValues) -> None:
+    """Refuse the values of an image."""
+    values, _ = counted_values
+    if values.size > _FEW_VALUES and not _are_labels(labels, counted_values):
+        problem = f"holds {values.size} different values, as an image does and no label map"
+        raise InputError(name, problem, "pair the volume with its label map, or leave this file out")
 
 
 def check_not_the_image(name: Path | str, labels: NDArray[Any], image: NDArray[Any]) -> None:
@@ -116,7 +122,7 @@ def label_notes(
     ignore_label: int | None = None,
 ) -> tuple[str, ...]:
     """Return notes on suspicious properties of a valid label map on the grid of its image."""
-    values, counts = labelled_values(counted_values, ignore_label)
+    counts = labelled_values(counted_values, ignore_label)[1]
     voxels = int(counts.sum())
     size = labels.size - int(counted_values[1][counted_values[0] == ignore_label].sum())
     notes = []
@@ -130,14 +136,22 @@ def label_notes(
     dark = np.count_nonzero(labelled & (image <= tissue_threshold)) / voxels
     if dark > _MOSTLY_AIR:
         notes.append(f"{dark:.0%} of what it labels is as dark as air; is it this volume's, and turned as it is?")
+    return tuple(notes)
+
+
+def value_notes(
+    labels: NDArray[Any], counted_values: CountedValues, ignore_label: int | None = None
+) -> tuple[str, ...]:
+    """Return notes on suspicious values of a label map."""
+    values, _ = labelled_values(counted_values, ignore_label)
     # The largest value alone may mark voxels to ignore.
     if values.size > 2 and int(values[-2]) - int(values[0]) > _GAPPY * values.size:
         gaps = f"holds {values.size} values up to {values[-1]}, with gaps between them"
-        notes.append(f"{gaps}; was it interpolated, or scaled to 8 bits?")
-    elif labels.dtype.kind == "u" and values.size > 1 and values[-1] == np.iinfo(labels.dtype).max:
+        return (f"{gaps}; was it interpolated, or scaled to 8 bits?",)
+    if labels.dtype.kind == "u" and values.size > 1 and values[-1] == np.iinfo(labels.dtype).max:
         remedy = f"give --ignore-label {values[-1]} if it marks voxels that must not count"
-        notes.append(f"holds {values[-1]} beside other labels; {remedy}")
-    return tuple(notes)
+        return (f"holds {values[-1]} beside other labels; {remedy}",)
+    return ()
 
 
 def _few_slices(array: NDArray[Any]) -> NDArray[Any]:
@@ -146,7 +160,7 @@ def _few_slices(array: NDArray[Any]) -> NDArray[Any]:
 
 def _are_labels(array: NDArray[Any], counted_values: CountedValues) -> bool:
     values, counts = counted_values
-    if values.size > _MOST_VALUES:
+    if values.size > MOST_VALUES:
         return False
     few = values.size <= _FEW_VALUES
     if few and counts.max() >= _MOSTLY_BACKGROUND * array.size:

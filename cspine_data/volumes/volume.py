@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from cspine_data.volumes.geometry import Geometry
+from cspine_data.volumes.segments import Overlap, Segment
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,12 @@ class Volume:
         Distance between neighbouring intensities if the file scales integers, such as by NIfTI's slope; else 0.
     usable : bool
         True after `usable_image` has checked it.
+    segments : tuple of Segment
+        The named structures of a label map.
+    overlaps : tuple of Overlap
+        Segments with common voxels; in `array` such a voxel has the value of the last one.
+    layers : ndarray or None
+        The layers of a file of overlapping segments, (layers, i, j, k).
     """
 
     array: NDArray[Any]
@@ -40,6 +47,9 @@ class Volume:
     notes: tuple[str, ...] = ()
     intensity_step: float = 0.0
     usable: bool = False
+    segments: tuple[Segment, ...] = ()
+    overlaps: tuple[Overlap, ...] = ()
+    layers: NDArray[Any] | None = None
 
     @property
     def name(self) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import IGNORE_INDEX, Cohort, Split
+from cspine_data.tools import count
 from cspine_train.errors import RunError
 from cspine_train.run.settings import DataSettings
 
@@ -21,10 +22,13 @@ _MOST_NAMED = 3
 def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[int, ...]:
     """Return the label values of a run's classes: the sorted values of its training cases; empty for binary labels.
 
-    Raises `RunError` if there are more than 254, or one exceeds 32 bits.
+    Raises `RunError` if there are more than 254, one exceeds 32 bits, segments overlap, or a segment's name has other
+    values in other cases.
     """
     if settings.labels == "binary":
         return ()
+    _check_overlaps(cohort, split, settings)
+    label_names(cohort, split, settings)
     trained = [case for case in split.train if settings.weight_of(case) > 0]
     values = {value for case in trained for value in cohort.record(case, settings.variant).labels}
     limits = np.iinfo(np.int32)
@@ -38,9 +42,52 @@ def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[
     return tuple(sorted(values))
 
 
-def label_meaning(values: Sequence[int]) -> dict[int, str]:
+def label_names(cohort: Cohort, split: Split, settings: DataSettings) -> dict[int, str]:
+    """Return the name of each label value that a segment of a run's cases names.
+
+    Raises `RunError` if a name has different values, or a value different names: that would mix the classes.
+    """
+    names: dict[int, tuple[str, str]] = {}
+    values: dict[str, tuple[int, str]] = {}
+    for case in _cases(split, settings):
+        for value, name in cohort.record(case, settings.variant).segments.items():
+            other_name, named_in = names.setdefault(value, (name, case))
+            other_value, valued_in = values.setdefault(name.casefold(), (value, case))
+            if other_value != value:
+                problem = f"segment {name!r} is label {other_value} in {valued_in} and {value} in {case}"
+            elif other_name.casefold() != name.casefold():
+                problem = f"label {value} is segment {other_name!r} in {named_in} and {name!r} in {case}"
+            else:
+                continue
+            raise RunError(
+                f"{cohort.path}: {problem}; prepare with --label-values and the names to segment, which gives a name "
+                "one value, or train with --labels binary"
+            )
+    return {value: name for value, (name, _) in names.items()}
+
+
+def _cases(split: Split, settings: DataSettings) -> Iterator[str]:
+    """Iterate over the cases that train, validate or test."""
+    yield from (case for case in split.train if settings.weight_of(case) > 0)
+    yield from (*split.validation, *split.test)
+
+
+def _check_overlaps(cohort: Cohort, split: Split, settings: DataSettings) -> None:
+    """Refuse segments with common voxels: these would be labelled as one of them."""
+    for case in _cases(split, settings):
+        record = cohort.record(case, settings.variant)
+        for pair in record.overlaps:
+            first, second = (repr(record.segments.get(value, f"label {value}")) for value in pair)
+            raise RunError(
+                f"{cohort.path}: segments {first} and {second} of {case} overlap, and a voxel has one label; separate "
+                "them in 3D Slicer, prepare with --label-values and the names to segment, or train with --labels binary"
+            )
+
+
+def label_meaning(values: Sequence[int], names: Mapping[int, str]) -> dict[int, str]:
     """Return the meaning of each value of predicted label maps."""
-    return {0: "background", **({value: f"label {value} of the training data" for value in values} or {1: "vertebra"})}
+    meaning = {value: names.get(value, f"label {value} of the training data") for value in values}
+    return {0: "background", **(meaning or {1: "vertebra"})}
 
 
 def unknown_labels(
@@ -63,6 +110,18 @@ def unknown_labels_note(unknown: Mapping[str, Iterable[int]]) -> str:
     return (
         f"labels that no training case has count as missed ({'; '.join(named[:_MOST_NAMED])}"
         f"{more}); to learn them, change case weights, split or label values"
+    )
+
+
+def unnamed_note(cohort: Cohort, split: Split, settings: DataSettings) -> str:
+    """Return a line about cases whose labels have no names, if those of others have; empty if there are none."""
+    cases = list(_cases(split, settings)) if settings.labels == "stored" else []
+    unnamed = [case for case in cases if not cohort.record(case, settings.variant).segments]
+    if len(unnamed) in (0, len(cases)):
+        return ""
+    return (
+        f"{count(len(unnamed), 'case')} without names of segments ({', '.join(unnamed[:_MOST_NAMED])}): label values "
+        "are taken for those of the cases with names; compare both with cspine-data info"
     )
 
 

@@ -34,11 +34,13 @@ def cohort_fields(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     cases = (*split.train, *split.validation, *split.test)
     first = cohort.record(cases[0], variant)
     ignored: set[int] = set()
+    chosen: dict[str, None] = {}
     digests, looks = {}, CohortLooks.of(cohort.record(case, variant) for case in split.train)
     for case in cases:
         record = cohort.record(case, variant)
         digests[case] = record.digest
         ignored.update(record.ignored_values)
+        chosen |= {record.chosen_labels: None} if record.chosen_labels else {}
         if record.preprocessing != first.preprocessing:
             raise RunError(
                 f"{cohort.path}: holds {first.case} and {case} as {variant}, prepared in different ways; "
@@ -47,6 +49,7 @@ def cohort_fields(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     notes = cohort.notes
     if ignored:
         notes = (*notes, f"voxels labelled {', '.join(map(str, sorted(ignored)))} do not count")
+    notes = (*notes, *(f"only labels {values} of the label maps are segmented" for values in chosen))
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
     patients = {case: patient for case, patient in cohort.patients.items() if case in digests and patient != case}
     what = {"preprocessing": first.preprocessing, "notes": notes, "digests": digests, "cohort_looks": looks}

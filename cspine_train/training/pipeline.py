@@ -34,10 +34,12 @@ from cspine_train.reports.model_card import write_card
 from cspine_train.run.folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME, only_writer
 from cspine_train.run.label_classes import (
     label_meaning,
+    label_names,
     label_values,
     network_classes,
     unknown_labels,
     unknown_labels_note,
+    unnamed_note,
 )
 from cspine_train.run.machines import Machines
 from cspine_train.run.patient_split import cohort_fields, split_of
@@ -210,8 +212,9 @@ def _built(
     """Return the module, its data, and their fields of the record; refuse what cannot be trained."""
     values = label_values(cohort, split, settings)
     unknown = unknown_labels(cohort, split, settings, values)
-    if unknown:
-        warnings.warn(unknown_labels_note(unknown), stacklevel=3)
+    for note in (unknown_labels_note(unknown) if unknown else "", unnamed_note(cohort, split, settings)):
+        if note:
+            warnings.warn(note, stacklevel=3)
     network, weights_used = build_model(
         settings.model, settings.encoder, weights, settings.channels, network_classes(values)
     )
@@ -233,7 +236,7 @@ def _built(
         "weights_used": weights_used,
         "size_hw": data.sizes.slice_hw,
         "label_values": values,
-        "label_meaning": label_meaning(values),
+        "label_meaning": label_meaning(values, label_names(cohort, split, settings) if values else {}),
         "versions": _versions(),
         "processes": world,
     }

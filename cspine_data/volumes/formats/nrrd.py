@@ -7,9 +7,10 @@ the header's sizes need, and fields that are not needed (comments, names, dates)
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,8 +20,11 @@ from numpy.typing import NDArray
 from cspine_data.errors import InputError
 from cspine_data.names import on_disk
 from cspine_data.volumes.bounded import Source, check_claim, check_read, grid, stored_bytes
+from cspine_data.volumes.formats.nrrd_segments import check_layers, parse_segments, segment_key
+from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX
 from cspine_data.volumes.formats.nrrd_writer import write as write
 from cspine_data.volumes.geometry import Geometry
+from cspine_data.volumes.segments import Segment, flattened
 from cspine_data.volumes.volume import Volume
 
 _MAX_HEADER_BYTES = 1 << 20
@@ -98,6 +102,10 @@ class NrrdHeader:
     byte_skip: int
     assumed_orientation: bool
     notes: tuple[str, ...]
+    segments: tuple[Segment, ...] = ()
+    """The named segments of 3D Slicer's segmentations."""
+    layers: int = 0
+    """Number of label maps, if segments overlap; else 0."""
 
 
 def read_geometry(path: Path) -> Geometry:
@@ -108,7 +116,12 @@ def read_geometry(path: Path) -> Geometry:
 def read(path: Path) -> Volume:
     """Read a volume."""
     header = read_header(path)
-    return Volume(_read_array(path, header), header.geometry, path, header.assumed_orientation, header.notes)
+    array = _read_array(path, header)
+    volume = Volume(array, header.geometry, path, header.assumed_orientation, header.notes, segments=header.segments)
+    if not header.layers:
+        return volume
+    flat, overlaps = flattened(array, header.segments)
+    return replace(volume, array=flat, layers=array, overlaps=overlaps)
 
 
 def files(path: Path) -> list[Path]:
@@ -121,9 +134,12 @@ def read_header(path: Path) -> NrrdHeader:
     with path.open("rb") as file:
         fields = _read_fields(path, file)
         offset = file.tell()
-    if fields["dimension"] != 3:
-        raise InputError(path, f"is {fields['dimension']}-D", "give one 3-D volume a file")
     kinds = [kind.lower() for kind in fields.get("kinds", ())]
+    layers = None
+    if fields["dimension"] == len(fields["sizes"]) == 4 and kinds[:1] == ["list"] and fields["segments"]:
+        layers, kinds = _without_list(path, fields), kinds[1:]
+    elif fields["dimension"] != 3:
+        raise InputError(path, f"is {fields['dimension']}-D", "give one 3-D volume a file")
     if any(kind not in _SPATIAL for kind in kinds):
         named = ", ".join(kind if kind in (*_SPATIAL, *_WORDS) else "unknown" for kind in kinds[:3])
         raise InputError(path, f"has axes of kind {named}", "give one 3-D volume of scalar voxels")
@@ -141,13 +157,24 @@ def read_header(path: Path) -> NrrdHeader:
         byte_skip=_skip(path, fields, "byte skip", lowest=0 if encoding == "text" else -1),
         assumed_orientation=assumed,
         notes=notes,
+        segments=parse_segments(path, fields["segments"], layers),
+        layers=layers or 0,
     )
 
 
+def _without_list(path: Path, fields: dict[str, Any]) -> int:
+    """Remove the first axis, the layers of a segmentation, from the fields; return the number of layers."""
+    layers = check_layers(path, int(fields["sizes"][0]))
+    for field in ("sizes", "space directions", "spacings", "units"):
+        if len(fields.get(field, ())) == 4:
+            fields[field] = fields[field][1:]
+    return layers
+
+
 def _read_array(path: Path, header: NrrdHeader) -> NDArray[Any]:
-    """Read the voxels that a checked header describes: (i, j, k), in native byte order."""
-    size = header.geometry.size
-    voxels = size[0] * size[1] * size[2]
+    """Read the voxels that a checked header describes: (i, j, k), or (layers, i, j, k), in native byte order."""
+    size = (header.layers, *header.geometry.size) if header.layers else header.geometry.size
+    voxels = math.prod(size)
     # In a text file a voxel takes at least a digit and a separator.
     expected = voxels * header.dtype.itemsize if header.encoding != "text" else 2 * voxels - 1
     available = max(0, stored_bytes(path, header.data_file) - header.data_offset)
@@ -169,13 +196,17 @@ def _read_fields(path: Path, file: BinaryIO) -> dict[str, Any]:
         raise InputError(path, "is empty", "fetch it again")
     if magic.rstrip() not in _MAGIC:
         raise InputError(path, "is no readable NRRD file (it does not start as one)", _FETCH)
-    fields: dict[str, Any] = {}
+    segments: dict[str, str] = {}
+    fields: dict[str, Any] = {"segments": segments}
+    named = path.name.lower().endswith(SEGMENTATION_SUFFIX)
     # An empty line ends the header; a detached header may end with its file.
     while (line := file.readline(_MAX_HEADER_BYTES)).strip():
         if file.tell() > _MAX_HEADER_BYTES:
             raise InputError(path, "is no readable NRRD file (the header is longer than a megabyte)", _FETCH)
         name, colon, value = line.partition(b":")
         if line.startswith(b"#") or value.startswith(b"="):
+            if named and (key := segment_key(name)):
+                segments[key] = value[1:].strip().decode("utf-8", "replace")
             continue
         if not colon:
             raise InputError(path, "is no readable NRRD file (a line of its header is no field)", _FETCH)

@@ -1,0 +1,173 @@
+"""Named segments of a label map, as 3D Slicer writes them: their layers, and the values that their names give them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# VerSe's values: the first of each region, and the number of its levels. T13 and the sacrum follow.
+_REGIONS = {"c": (1, 7), "t": (8, 12), "l": (20, 6)}
+_SACRUM, _T13 = 26, 28
+_LEVEL = re.compile(
+    r"(vertebrae?[-_ ]*)?((?P<region>c|t|th|l)0?(?P<number>\d{1,2})|(?P<sacrum>sacrum))([-_ ]*vertebrae?)?",
+    re.IGNORECASE,
+)
+#: Added to values that are no levels, where others are.
+BEYOND_LEVELS = 100
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A named structure of a label map.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    value : int
+        Its value in the label map.
+    layer, layer_value : int
+        The layer that it has in a file of overlapping segments, and its value there.
+    """
+
+    name: str
+    value: int
+    layer: int = 0
+    layer_value: int = 0
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two segments with common voxels, which have the value of the second one, and the number of these voxels."""
+
+    first: Segment
+    second: Segment
+    voxels: int
+
+
+def level_value(name: str) -> int | None:
+    """Return VerSe's value of a vertebra that a name names, such as ``C3`` or ``vertebrae_C3``; else None."""
+    found = _LEVEL.fullmatch(name.strip())
+    if not found:
+        return None
+    if found["sacrum"]:
+        return _SACRUM
+    region, number = found["region"][0].lower(), int(found["number"])
+    first, levels = _REGIONS[region]
+    if region == "t" and number == levels + 1:
+        return _T13
+    return first + number - 1 if 1 <= number <= levels else None
+
+
+def is_named(segment: Segment, name: str) -> bool:
+    """Return whether a name is that of a segment, or of the same level; capitals do not matter."""
+    level = level_value(name)
+    return segment.name.casefold() == name.casefold() or (level is not None and level == level_value(segment.name))
+
+
+def with_neutral_names(segments: Sequence[Segment], wanted: Sequence[int | str] = ()) -> tuple[Segment, ...]:
+    """Return segments in which free text is replaced by a code, the same for the same text; levels keep their names."""
+
+    def neutral(name: str) -> str:
+        known = level_value(name) is not None or name.casefold() in {str(one).casefold() for one in wanted}
+        return name if known else f"segment {hashlib.sha256(name.casefold().encode()).hexdigest()[:8]}"
+
+    return tuple(replace(one, name=neutral(one.name)) for one in segments)
+
+
+def common_values(
+    segments: Sequence[Segment], values: Collection[int], wanted: Sequence[int | str] = ()
+) -> dict[int, int]:
+    """Return the value that each value of a label map gets, so that a name has the same one in all cases.
+
+    A level gets VerSe's value, another name in `wanted` its position there. Without such names nothing changes.
+
+    Parameters
+    ----------
+    segments : sequence of Segment
+        The named segments.
+    values : collection of int
+        The values of the label map.
+    wanted : sequence of int or str
+        The values or names to segment, if chosen.
+    """
+    names = [one for one in wanted if isinstance(one, str)]
+    has_levels = len(names) < len(wanted) or any(level_value(name) for name in names)
+    common: dict[int, int] = {}
+    for segment in segments:
+        position = next((n for n, name in enumerate(names, start=1) if is_named(segment, name)), None)
+        level = level_value(segment.name)
+        if level is not None:
+            common[segment.value] = level
+        elif position is not None:
+            common[segment.value] = position + BEYOND_LEVELS * has_levels
+    taken, named = set(common.values()), bool(common)
+    for value in sorted({*values, *(segment.value for segment in segments)} - common.keys() - {0}):
+        # A value that is no level's is moved out of the way of all levels, not only of those that this case has.
+        new = value + BEYOND_LEVELS if named and 0 < value <= _T13 else value
+        while new in taken:
+            new += BEYOND_LEVELS
+        taken.add(new)
+        common[value] = new
+    return common
+
+
+def relabelled(array: NDArray[Any], values: dict[int, int]) -> NDArray[Any]:
+    """Return a label map with other values; those that are not listed become 0."""
+    if all(old == new for old, new in values.items()) and np.isin(array, [0, *values]).all():
+        return array
+    dtype = np.promote_types(array.dtype, np.min_scalar_type(max(values.values(), default=0)))
+    new = np.zeros(array.shape, dtype if dtype.kind in "iu" else np.int64)
+    for old, value in values.items():
+        new[array == old] = value
+    return new
+
+
+def flattened(layers: NDArray[Any], segments: Sequence[Segment]) -> tuple[NDArray[Any], tuple[Overlap, ...]]:
+    """Return one label map of segments in several layers, and their overlaps.
+
+    Parameters
+    ----------
+    layers : ndarray
+        Label maps, (layers, i, j, k).
+    segments : sequence of Segment
+        The segments. On common voxels, the last one remains.
+    """
+    largest = max((segment.value for segment in segments), default=0)
+    array = np.zeros(layers.shape[1:], np.min_scalar_type(largest))
+    boxes = {}
+    for segment in segments:
+        mask = layers[segment.layer] == segment.layer_value
+        array[mask] = segment.value
+        boxes[segment] = _box(mask)
+    overlaps = []
+    for first, second in itertools.combinations(segments, 2):
+        one, other = boxes[first], boxes[second]
+        if first.layer == second.layer or first.value == second.value or one is None or other is None:
+            continue
+        common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+        if any(part.start >= part.stop for part in common):
+            continue
+        of_first = layers[first.layer][common] == first.layer_value
+        voxels = int(np.count_nonzero(of_first & (layers[second.layer][common] == second.layer_value)))
+        if voxels:
+            overlaps.append(Overlap(first, second, voxels))
+    return array, tuple(overlaps)
+
+
+def with_values(segments: Sequence[Segment], values: dict[int, int]) -> tuple[Segment, ...]:
+    """Return segments with other values in the label map; those that have none are left out."""
+    return tuple(replace(one, value=values[one.value]) for one in segments if one.value in values)
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...] | None:
+    """Return the smallest box that holds a mask; None if it is empty."""
+    found = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    return tuple(slice(int(at[0]), int(at[-1]) + 1) for at in found) if found[0].size else None
