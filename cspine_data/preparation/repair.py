@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cspine_data.errors import DamagedStoreError, InputError, Problem, describe_problem
 from cspine_data.parallel.workers import Workers
 from cspine_data.preparation.jobs import do_jobs
+from cspine_data.preparation.options import Selection
 from cspine_data.preparation.plan import Job, Stored, new_job
 from cspine_data.preparation.pseudonyms import existing_key, read_key
 from cspine_data.preparation.source_digests import Digested, digest_files
-from cspine_data.preprocessing.parameters import Preprocessing
+from cspine_data.preprocessing.parameters import Preprocessing, checked
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import Case
-from cspine_data.sources.listing import find_cases
 from cspine_data.store.publishing import repair_root
 from cspine_data.store.records import read_root, stored_record
 from cspine_data.store.schema import CaseRecord, RootRecord
@@ -54,10 +55,10 @@ def repair(
     store: str | Path,
     source: str | Path,
     *,
-    pairs: str | Path | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
     progress: Progress | None = None,
+    **selection: Any,
 ) -> RepairSummary:
     """Find damaged cases of a store and prepare them again from their source; sound cases are not changed.
 
@@ -65,10 +66,12 @@ def repair(
 
     Parameters
     ----------
-    store, source, pairs, workers, scheduler
+    store, source, workers, scheduler
         As in `prepare`.
     progress : callable, optional
         Called with (cases finished, cases to repair, case id).
+    **selection
+        Fields of `Selection`, such as ``pairs`` and ``layout``: as the cases were prepared.
 
     Raises
     ------
@@ -78,6 +81,7 @@ def repair(
         If there is no store, its root is damaged, or it cannot be written to.
     """
     processes = Workers(workers, scheduler)
+    chosen = checked(Selection, "", selection)
     store = Path(store).resolve()
     lost = _lost_root(store)
     verified = read_root(store)
@@ -85,7 +89,7 @@ def repair(
     if not damages:
         return RepairSummary((), (), (), ())
     root = read_root(store)
-    files = _files(store, root, find_cases(source, pairs).cases)
+    files = _files(store, root, chosen.find_cases(source).cases)
     repair_groups(store)
     in_source = [files[case] for case in {damage.case for damage in damages if damage.variant} if case in files]
     sources = digest_files(in_source, store, processes, rehash=True)

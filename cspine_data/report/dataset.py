@@ -11,7 +11,7 @@ from typing import Any
 
 from cspine_data.datasets.cohort import open_cohort
 from cspine_data.datasets.splits import by_patient, reference_split
-from cspine_data.errors import Problem, describe_problem
+from cspine_data.errors import Problem, count, describe_problem
 from cspine_data.parallel.workers import Workers, side_by_side
 from cspine_data.progress import Progress
 from cspine_data.report.case_summary import CaseSummary, Examined, examine_source_case, summarise_stored_case
@@ -33,11 +33,18 @@ class DatasetReport:
         Cases and files that cannot be used.
     suspects : int
         Number of cases to look at, those with problems included.
+    page : Path
+        The page.
     """
 
     cases: tuple[ScannedCase, ...]
     problems: tuple[Problem, ...]
     suspects: int
+    page: Path
+
+    def __str__(self) -> str:
+        looked = f"{count(self.suspects, 'case')} to look at"
+        return f"wrote {self.page}: {looked}; the page shows patients, keep it confidential"
 
 
 def report_source(
@@ -97,7 +104,7 @@ def report_source(
         part_of=_split_of(summaries),
     )
     suspects = write_page(Path(output), about, summaries, problems)
-    return DatasetReport(tuple(one.scanned for one in examined), tuple(problems), suspects)
+    return DatasetReport(tuple(one.scanned for one in examined), tuple(problems), suspects, Path(output))
 
 
 def report_store(
@@ -149,7 +156,8 @@ def report_store(
         notes=cohort.notes,
         part_of=cohort.split(variant=variant).part_of if summaries else {},
     )
-    return DatasetReport((), problems, write_page(Path(output), about, summaries, problems))
+    suspects = write_page(Path(output), about, summaries, problems)
+    return DatasetReport((), problems, suspects, Path(output))
 
 
 def _split_of(cases: Sequence[CaseSummary]) -> dict[str, str]:

@@ -1,0 +1,174 @@
+"""Commands that read or write a cohort of files: `phantom`, `scan`, `prepare`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cspine_data.cli.field_command import FieldCommand
+from cspine_data.terminal import PATH, can_go_on, print_notes, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from cspine_data.volumes.label_options import LabelOptions
+
+SOURCE = click.argument("source", type=PATH, default="data/raw")
+
+
+@click.command()
+@click.argument("folder", type=PATH)
+@click.option("--cases", type=int, default=14, help="Number of volumes.")
+@click.option("--seed", type=int, default=0, help="Random seed.")
+def phantom(folder: Path, cases: int, seed: int) -> None:
+    """Write a synthetic labelled cervical cohort into FOLDER."""
+    from cspine_data.phantom.cohort import TRUTH_FOLDER, make_phantom_cohort
+
+    with progress_bar("making phantoms") as progress:
+        paths = make_phantom_cohort(folder, cases, seed, progress)
+    click.echo(
+        f"{len(paths)} synthetic volumes with label maps in {folder}, their bias fields in {folder / TRUTH_FOLDER}"
+    )
+
+
+@click.command(
+    cls=FieldCommand,
+    fields=(
+        "layout",
+        "pairs",
+        "sequence",
+        "include",
+        "exclude",
+        "label_values",
+        "ignore_label",
+        "trust_voxels",
+        "resample_labels",
+        "workers",
+    ),
+)
+@SOURCE
+@click.option("--quick", is_flag=True, help="Read headers only: fast, and without the checks of voxels.")
+@click.option("--write-pairs", type=PATH, metavar="FILE.csv", help="Write a list of the cases, for --pairs.")
+@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with pictures, outliers first.")
+def scan(
+    source: Path,
+    quick: bool,
+    write_pairs: Path | None,
+    report: Path | None,
+    workers: int | None,
+    **options: Any,
+) -> None:
+    """List the cases in SOURCE and all problems; only --write-pairs and --report write a file."""
+    from cspine_data.errors import InputError, count, printable
+    from cspine_data.preprocessing.parameters import checked
+    from cspine_data.sources.cases import scan_cases
+    from cspine_data.sources.duplicates import look_alike_notes
+    from cspine_data.sources.listing import find_cases
+    from cspine_data.sources.pair_lists import write_pairs as write_list
+    from cspine_data.volumes.label_options import LabelOptions
+
+    if report and quick:
+        raise InputError("--report and --quick", "exclude each other", "a report needs the voxels: leave out --quick")
+    labels = checked(LabelOptions, "", {name: options.pop(name) for name in LabelOptions.model_fields})
+    listing = find_cases(source, **options)
+    for note in listing.notes:
+        click.echo(printable(f"note: {note}"))
+    with progress_bar("reading") as progress:
+        if report:
+            from cspine_data.report.dataset import report_source
+
+            found = report_source(
+                listing,
+                report,
+                labels,
+                command=_source_arguments(source, labels, options),
+                workers=workers,
+                progress=progress,
+            )
+            cases, problems = found.cases, found.problems
+        else:
+            cases, problems = scan_cases(listing, labels, quick=quick, progress=progress)
+    print_table(("case", "size", "spacing mm", "orientation", "labels", "label map"), [case.row for case in cases])
+    print_notes((case.row[0], case.notes) for case in cases)
+    for note in look_alike_notes(case.fingerprint for case in cases if case.fingerprint):
+        click.echo(f"note: {note}")
+    for problem in problems:
+        click.echo(f"problem: {problem.message}", err=True)
+    if write_pairs is not None:
+        write_list(write_pairs, listing.cases)
+        click.echo(f"wrote {write_pairs}: {count(len(listing.cases), 'case')}; correct it and give it as --pairs")
+    if report is not None:
+        click.echo(
+            f"wrote {report}: {count(found.suspects, 'case')} to look at; it shows patients, keep it confidential"
+        )
+    state = "with a readable header" if quick else "can be prepared"
+    unlabelled = sum(not case.labelled for case in cases)
+    click.echo(
+        f"{count(len(cases), 'case')} {state}, {unlabelled} without a label map; {count(len(problems), 'problem')}"
+    )
+    if problems:
+        raise SystemExit(1)
+
+
+def _source_arguments(source: Path, labels: LabelOptions, selection: dict[str, Any]) -> str:
+    """Return the arguments that select the same cases and labels again, quoted for a shell."""
+    from cspine_data.volumes.label_options import label_values_text
+
+    arguments = [str(source)] if selection["pairs"] is None else []
+    values = (
+        ("label_values", label_values_text(labels.label_values or ()) or None),
+        ("ignore_label", labels.ignore_label),
+    )
+    for name, given in (*selection.items(), *values):
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and (name, value) != ("layout", "auto"):
+                arguments += [f"--{name.replace('_', '-')}", str(value)]
+    arguments += ["--trust-voxels"] * labels.trust_voxels + ["--resample-labels"] * labels.resample_labels
+    return shlex.join(arguments)
+
+
+@click.command(cls=FieldCommand)
+@SOURCE
+def prepare(
+    source: Path,
+    store: Path,
+    n4: bool,
+    n4_preset: str | None,
+    normalisation: str,
+    spacing: str | None,
+    **others: Any,
+) -> None:
+    """Correct, normalise and slice the volumes in SOURCE into a store; cases that are stored already are reused."""
+    from cspine_data.cli.options import preprocessing_of
+    from cspine_data.errors import printable
+    from cspine_data.preparation.pipeline import prepare as prepare_cohort
+    from cspine_data.preparation.pseudonyms import key_file
+
+    bias = {name: others.pop(name) for name in list(others) if name.startswith("n4_")}
+    preprocessing = preprocessing_of(n4, n4_preset, normalisation, spacing, **bias)
+    with can_go_on(store), progress_bar("preparing") as progress:
+        summary = prepare_cohort(source, store, preprocessing=preprocessing, progress=progress, **others)
+    for note in summary.source_notes:
+        click.echo(printable(f"note: {note}"))
+    print_notes(summary.notes.items())
+    for problem in summary.failed:
+        click.echo(f"failed: {problem.message}", err=True)
+    click.echo(
+        f"{store}: {len(summary.done)} done, {len(summary.reused)} reused, {len(summary.failed)} failed; "
+        f"{summary.seconds:.1f} s, {summary.written_bytes / 1e6:.1f} MB written"
+    )
+    if summary.replaced:
+        click.echo(
+            f"{len(summary.replaced)} of them replace cases with other parameters; now: {preprocessing.description}"
+        )
+    if others["anonymise"]:
+        click.echo(f"the key to the case names is {key_file(store)}; keep it safe and confidential")
+    if summary.standard_cases:
+        click.echo(
+            f"nyul: matched to the mean histogram of {len(summary.standard_cases)} cases, which this store keeps"
+        )
+    if not summary.done and not summary.failed:
+        click.echo("nothing to do: all cases are stored with these parameters")
+    if summary.failed:
+        raise SystemExit(1)
