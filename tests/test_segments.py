@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from cspine_data import InputError, Split, open_cohort, prepare, read_volume, repair, verify, write_volume
 from cspine_data.volumes.formats.nrrd_segments import parse_segments
-from cspine_data.volumes.segments import Segment, common_values, flattened, level_value
+from cspine_data.volumes.levels import level_value
+from cspine_data.volumes.segments import Segment, common_values, flattened
 from cspine_train import RunError, RunSettings
 from cspine_train.cli.commands import main as train_main
 from cspine_train.run.label_classes import label_meaning, label_names, label_values, unnamed_note

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cspine_data.cli.source_commands import phantom, prepare, scan
+from cspine_data.cli.source_commands import phantom, prepare, relabel, scan
 from cspine_data.cli.store_commands import export, gc, info, remove, report, verify
 from cspine_data.terminal import CommandGroup, warn_in_one_line
 
@@ -16,5 +16,5 @@ def main() -> None:
     warn_in_one_line()
 
 
-for command in (phantom, scan, prepare, info, report, verify, remove, gc, export):
+for command in (phantom, scan, relabel, prepare, info, report, verify, remove, gc, export):
     main.add_command(command)

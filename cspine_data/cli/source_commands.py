@@ -66,6 +66,7 @@ def scan(
     from cspine_data.sources.duplicates import look_alike_notes
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
+    from cspine_data.volumes.instances import contradiction
     from cspine_data.volumes.label_options import LabelOptions
 
     if report and quick:
@@ -93,6 +94,13 @@ def scan(
     print_notes((case.row[0], case.notes) for case in cases)
     for note in look_alike_notes(case.fingerprint for case in cases if case.fingerprint):
         click.echo(f"note: {note}")
+    unordered = contradiction(case.centroids_mm for case in cases)
+    if unordered:
+        first, second = unordered
+        click.echo(
+            f"note: label {first} is above label {second} in some cases and below it in others: label values are "
+            "instances, not levels; cspine-data relabel orders and names them"
+        )
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
     if write_pairs is not None:
@@ -171,4 +179,39 @@ def prepare(
     if not summary.done and not summary.failed:
         click.echo("nothing to do: all cases are stored with these parameters")
     if summary.failed:
+        raise SystemExit(1)
+
+
+@click.command(cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude"))
+@SOURCE
+@click.option("-o", "--output", type=PATH, required=True, help="New folder for the label maps and pairs.csv.")
+@click.option("--lowest", metavar="LEVEL", help="Level of the lowest labelled vertebra of all cases, such as L5.")
+@click.option("--highest", metavar="LEVEL", help="Level of the highest labelled vertebra of all cases, such as C2.")
+@click.option("--scheme", metavar="NAME", help="Convert the values of verse, totalspineseg or sct instead.")
+@click.option("--to-scheme", metavar="NAME", default="verse", help="Convention of the new values, one of the same.")
+def relabel(
+    source: Path,
+    output: Path,
+    lowest: str | None,
+    highest: str | None,
+    scheme: str | None,
+    to_scheme: str,
+    **selection: Any,
+) -> None:
+    """Write label maps of SOURCE with levels as values, in order along the spine; the volumes stay where they are."""
+    from cspine_data.errors import count
+    from cspine_data.preparation.relabelling import relabel as relabel_cohort
+    from cspine_data.sources.listing import find_cases
+
+    listing = find_cases(source, **selection)
+    with progress_bar("relabelling") as progress:
+        found = relabel_cohort(
+            listing, output, lowest=lowest, highest=highest, scheme=scheme, to_scheme=to_scheme, progress=progress
+        )
+    print_table(("case", "levels, head to feet"), [(case, " ".join(names)) for case, names in found.levels.items()])
+    for problem in found.problems:
+        click.echo(f"problem: {problem.message}", err=True)
+    written = f"{count(len(found.levels), 'label map')} written, {count(len(found.problems), 'problem')}"
+    click.echo(f"{written}; prepare them with: cspine-data prepare --pairs {shlex.quote(str(found.pairs))}")
+    if found.problems:
         raise SystemExit(1)

@@ -31,6 +31,7 @@ from cspine_data.store.location import is_local, location
 from cspine_data.store.records import read_corrected, read_label_xyz, read_root, read_volume_xyz, record_of, records
 from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.volumes.geometry import Orientation
+from cspine_data.volumes.instances import contradiction
 from cspine_data.volumes.segments import Segment
 from cspine_data.volumes.volume import Volume
 
@@ -136,6 +137,13 @@ class Cohort:
     def records(self, variant: str | None = None) -> tuple[CaseRecord, ...]:
         """Return the records of all cases of a variant, in order."""
         return tuple(records(self.path, self._root, self._variant(variant)))
+
+    def unordered_labels(self, cases: Iterable[str], variant: str | None = None) -> tuple[int, int] | None:
+        """Return two label values whose order along the spine differs between cases; None if there are none.
+
+        Such values are instances, not levels: a value means another vertebra in another case. `relabel` orders them.
+        """
+        return contradiction(self.record(case, variant).label_centroids_mm for case in cases)
 
     def split(
         self, *, folds: int | None = None, fold: int = 0, leave_out: str | None = None, variant: str | None = None

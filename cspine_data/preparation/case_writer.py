@@ -37,6 +37,7 @@ from cspine_data.store.records import read_corrected, stored_record
 from cspine_data.store.schema import CaseRecord
 from cspine_data.store.writer import CaseWriter
 from cspine_data.volumes.geometry import Orientation
+from cspine_data.volumes.instances import label_centroids_mm
 from cspine_data.volumes.label_checks import value_counts
 
 
@@ -181,6 +182,7 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
     segments, overlaps = (loaded.label.segments, loaded.label.overlaps) if loaded.label else ((), ())
     # An overlapping segment may have lost all its voxels; messages name it.
     named = {*label_voxels, *(one.first.value for one in overlaps)}
+    centroids = label_centroids_mm(label.volume_xyz, geometry_xyz) if label is not None else {}
     sliced_x, sliced_y, sliced_z = prepared.levels_xyz.shape
     return CaseRecord(
         case=job.case.id,
@@ -217,5 +219,6 @@ def _record(job: Job, loaded: LoadedCase, prepared: PreparedVolume, label: Label
         ignored_voxels=ignored_voxels,
         label_values=job.label_options.label_values,
         segments={one.value: one.name for one in segments if one.value in named},
+        label_centroids_mm={value: mm for value, mm in centroids.items() if value in label_voxels},
         overlaps=tuple((one.first.value, one.second.value) for one in overlaps),
     )

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from cspine_data.errors import CspineDataError, Problem, describe_problem, print
 from cspine_data.preprocessing.tissue import tissue_threshold
 from cspine_data.progress import Progress
 from cspine_data.sources.duplicates import Fingerprint
-from cspine_data.volumes.geometry import Geometry, Orientation
+from cspine_data.volumes.geometry import Geometry, Orientation, Triple
 from cspine_data.volumes.image_checks import usable_image
+from cspine_data.volumes.instances import label_centroids_mm
 from cspine_data.volumes.io import Volume, read_geometry, read_volume
 from cspine_data.volumes.label_checks import (
     check_labels,
@@ -62,6 +63,8 @@ class Case:
         The hospital or scanner, if a list of pairs names it.
     sequence : str or None
         The MRI sequence, such as T2w, if it is known.
+    lowest, highest : str or None
+        The level of the lowest or the highest labelled vertebra, if a list of pairs names it; for `relabel`.
     """
 
     id: str
@@ -70,6 +73,8 @@ class Case:
     patient: str = ""
     site: str | None = None
     sequence: str | None = None
+    lowest: str | None = None
+    highest: str | None = None
 
     def __post_init__(self) -> None:
         if not self.patient:
@@ -225,7 +230,8 @@ class ScannedCase:
     notes: tuple[str, ...] = ()
     labelled: bool = False
     fingerprint: Fingerprint | None = None
-    """None if its voxels were not read."""
+    centroids_mm: dict[int, Triple] = field(default_factory=dict)
+    """See `Fingerprint` and `label_centroids_mm`; none if its voxels were not read."""
 
 
 def scan_cases(
@@ -290,7 +296,8 @@ def describe_case(loaded: LoadedCase, ignore_label: int | None) -> ScannedCase:
     label = case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}{_UNLABELLED}"
     row = (case.id, *_grid_cells(geometry), orientation, labels or "-", label)
     fingerprint = Fingerprint.of(case.id, case.patient, loaded.image)
-    return ScannedCase(row, loaded.notes, bool(found), fingerprint)
+    centroids_mm = label_centroids_mm(loaded.label.array, loaded.label.geometry) if loaded.label else {}
+    return ScannedCase(row, loaded.notes, bool(found), fingerprint, centroids_mm)
 
 
 def scan_header(case: Case) -> ScannedCase | Problem:

@@ -16,6 +16,8 @@ from cspine_data.sources.layout import Found
 
 _REQUIRED = ("case", "volume", "label")
 COLUMNS = (*_REQUIRED, "patient", "site", "sequence")
+# For `relabel` alone.
+_LEVELS = ("lowest", "highest")
 _SEPARATORS = ",;\t"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -53,6 +55,8 @@ def read_pairs(path: Path) -> Found:
                 normalised(row.get("patient", "")),
                 row.get("site") or None,
                 row.get("sequence") or None,
+                row.get("lowest") or None,
+                row.get("highest") or None,
             )
         )
     return found
@@ -109,9 +113,9 @@ def _check_columns(path: Path, names: list[str]) -> None:
     missing = [name for name in _REQUIRED if name not in names]
     if missing:
         raise InputError(path, f"lacks the column {', '.join(missing)}", f"start it with {','.join(_REQUIRED)}")
-    unknown = [name for name in names if name not in COLUMNS]
+    unknown = [name for name in names if name not in (*COLUMNS, *_LEVELS)]
     if unknown:
-        known = ", ".join(COLUMNS)
+        known = ", ".join((*COLUMNS, *_LEVELS))
         raise InputError(path, f"has the unknown column {', '.join(map(repr, unknown))}", f"known are {known}")
     if len(set(names)) < len(names):
         raise InputError(path, "has a column twice", "keep one of them")

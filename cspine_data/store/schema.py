@@ -177,13 +177,15 @@ class CaseRecord(BaseModel):
     """The names of label values, from 3D Slicer's segments."""
     overlaps: tuple[tuple[int, int], ...] = ()
     """Label values of segments that had common voxels; these have the second value."""
+    label_centroids_mm: dict[int, Triple] = Field(default_factory=dict)
+    """Centroid of each label value, world coordinates (LPS); empty before schema version 8."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: Callable[[CaseRecord], dict[str, Any]]) -> dict[str, Any]:
         # Records without these fields keep their bytes.
         content = handler(self)
         absent: dict[str, Any] = {"notes": (), "ignore_label": None, "ignored_voxels": 0}
-        absent |= {"label_values": None, "segments": {}, "overlaps": ()}
+        absent |= {"label_values": None, "segments": {}, "overlaps": (), "label_centroids_mm": {}}
         return {name: value for name, value in content.items() if absent.get(name, ...) != getattr(self, name)}
 
     @model_validator(mode="after")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# VerSe's values: the first of each region, and the number of its levels. T13 and the sacrum follow.
-_REGIONS = {"c": (1, 7), "t": (8, 12), "l": (20, 6)}
-_SACRUM, _T13 = 26, 28
-_LEVEL = re.compile(
-    r"(vertebrae?[-_ ]*)?((?P<region>c|t|th|l)0?(?P<number>\d{1,2})|(?P<sacrum>sacrum))([-_ ]*vertebrae?)?",
-    re.IGNORECASE,
-)
+from cspine_data.volumes.levels import T13, level_value
+
 #: Added to values that are no levels, where others are.
 BEYOND_LEVELS = 100
 
@@ -50,20 +44,6 @@ class Overlap:
     first: Segment
     second: Segment
     voxels: int
-
-
-def level_value(name: str) -> int | None:
-    """Return VerSe's value of a vertebra that a name names, such as ``C3`` or ``vertebrae_C3``; else None."""
-    found = _LEVEL.fullmatch(name.strip())
-    if not found:
-        return None
-    if found["sacrum"]:
-        return _SACRUM
-    region, number = found["region"][0].lower(), int(found["number"])
-    first, levels = _REGIONS[region]
-    if region == "t" and number == levels + 1:
-        return _T13
-    return first + number - 1 if 1 <= number <= levels else None
 
 
 def is_named(segment: Segment, name: str) -> bool:
@@ -111,7 +91,7 @@ def common_values(
     taken, named = set(common.values()), bool(common)
     for value in sorted({*values, *(segment.value for segment in segments)} - common.keys() - {0}):
         # A value that is no level's is moved out of the way of all levels, not only of those that this case has.
-        new = value + BEYOND_LEVELS if named and 0 < value <= _T13 else value
+        new = value + BEYOND_LEVELS if named and 0 < value <= T13 else value
         while new in taken:
             new += BEYOND_LEVELS
         taken.add(new)

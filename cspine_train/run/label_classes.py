@@ -28,6 +28,7 @@ def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[
     if settings.labels == "binary":
         return ()
     _check_overlaps(cohort, split, settings)
+    _check_order(cohort, split, settings)
     label_names(cohort, split, settings)
     trained = [case for case in split.train if settings.weight_of(case) > 0]
     values = {value for case in trained for value in cohort.record(case, settings.variant).labels}
@@ -82,6 +83,18 @@ def _check_overlaps(cohort: Cohort, split: Split, settings: DataSettings) -> Non
                 f"{cohort.path}: segments {first} and {second} of {case} overlap, and a voxel has one label; separate "
                 "them in 3D Slicer, prepare with --label-values and the names to segment, or train with --labels binary"
             )
+
+
+def _check_order(cohort: Cohort, split: Split, settings: DataSettings) -> None:
+    """Refuse values that mean another vertebra in another case: as classes they would teach the network nothing."""
+    unordered = cohort.unordered_labels(_cases(split, settings), settings.variant)
+    if unordered:
+        first, second = unordered
+        raise RunError(
+            f"{cohort.path}: label {first} is above label {second} in some cases and below it in others, so that label "
+            "values are instances and no levels; make levels of them with cspine-data relabel, or train with "
+            "--labels binary"
+        )
 
 
 def label_meaning(values: Sequence[int], names: Mapping[int, str]) -> dict[int, str]:

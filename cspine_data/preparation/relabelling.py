@@ -1,0 +1,163 @@
+"""Convert label maps of unordered instances, or of another convention, to levels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data.errors import CspineDataError, InputError, Problem, describe_problem
+from cspine_data.files import make_folder
+from cspine_data.progress import Progress
+from cspine_data.sources.cases import Case, Listing, load_case
+from cspine_data.sources.pair_lists import write_pairs
+from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX
+from cspine_data.volumes.instances import find_instances, order_problems
+from cspine_data.volumes.io import label_name, volume_stem, write_volume
+from cspine_data.volumes.levels import NAMES, SCHEMES, consecutive, level_value
+from cspine_data.volumes.segments import Segment
+from cspine_data.volumes.volume import Volume
+
+#: The list of volumes and new label maps, in the output folder.
+PAIRS_NAME = "pairs.csv"
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """The result of `relabel`.
+
+    Attributes
+    ----------
+    pairs : Path
+        The list of the volumes and new label maps, for ``--pairs``.
+    levels : dict of str to tuple of str
+        The names of each case's vertebrae, from head to feet.
+    problems : tuple of Problem
+        Cases that were not written: ambiguous ones, or files that cannot be used.
+    """
+
+    pairs: Path
+    levels: dict[str, tuple[str, ...]]
+    problems: tuple[Problem, ...]
+
+
+def relabel(
+    listing: Listing,
+    output: str | Path,
+    *,
+    lowest: str | None = None,
+    highest: str | None = None,
+    scheme: str | None = None,
+    to_scheme: str = "verse",
+    progress: Progress | None = None,
+) -> Relabelled:
+    """Write label maps whose values are levels; the volumes stay where they are.
+
+    Instances are ordered from head to feet and named from the lowest or the highest one: of each case in the list, or
+    the given one. With `scheme`, values are converted from that convention instead. Named segments keep their names.
+    A case is ambiguous if its instances have gaps, touch, or are fragmented: it is a problem, and not written.
+
+    Parameters
+    ----------
+    listing : Listing
+        From `find_cases`.
+    output : str or Path
+        A new or empty folder for the label maps and ``pairs.csv``.
+    lowest, highest : str, optional
+        The level of the lowest or the highest instance, such as ``L5``.
+    scheme, to_scheme : str, optional
+        The convention of the values that are read, and of those that are written: ``verse``, ``totalspineseg`` or
+        ``sct``.
+    progress : callable, optional
+        Called with (cases finished, cases, case id) after each case.
+
+    Raises
+    ------
+    InputError
+        If the folder is not empty, or options are unknown or contradict each other.
+    """
+    output = Path(output)
+    for name in (scheme, to_scheme):
+        if name is not None and name not in SCHEMES:
+            raise InputError(f"scheme {name!r}", "is not known", f"choose one of {', '.join(SCHEMES)}")
+    if scheme and (lowest or highest):
+        raise InputError("--scheme", "has no use for a lowest or highest level", "leave out one of them")
+    if lowest or highest:
+        consecutive(lowest, highest, 1)
+    if output.exists() and any(output.iterdir()):
+        raise InputError(output, "is not empty", "choose a new folder")
+    make_folder(output)
+    written: list[Case] = []
+    levels: dict[str, tuple[str, ...]] = {}
+    problems = list(listing.problems)
+    for number, case in enumerate(listing.cases, start=1):
+        try:
+            label = _label_of(case)
+            if label is not None:
+                own = (case.lowest, case.highest) if case.lowest or case.highest else (lowest, highest)
+                values = _converted(label, scheme) if scheme else _named(label) or _ordered(label, *own)
+                target = output / case.id / _file_name(case)
+                _write(target, label, values, SCHEMES[to_scheme])
+                written.append(replace(case, label=target))
+                levels[case.id] = tuple(NAMES[value] for value in values.values())
+        except (CspineDataError, OSError, MemoryError) as error:
+            problems.append(describe_problem(case.id, error))
+        if progress:
+            progress(number, len(listing.cases), case.id)
+    write_pairs(output / PAIRS_NAME, written)
+    return Relabelled(output / PAIRS_NAME, levels, tuple(problems))
+
+
+def _file_name(case: Case) -> str:
+    """Return the name of a case's new label map: a segmentation stays one, so that it keeps names."""
+    segmented = case.label is not None and case.label.name.lower().endswith(SEGMENTATION_SUFFIX)
+    return f"{volume_stem(case.volume)}{SEGMENTATION_SUFFIX}" if segmented else label_name(case.volume)
+
+
+def _label_of(case: Case) -> Volume | None:
+    """Return the checked label map of a case, on its volume's grid; None if there is none or it is empty."""
+    return load_case(case).label if case.label else None
+
+
+def _converted(label: Volume, scheme: str) -> dict[int, int]:
+    """Return the level of each value of a scheme, from head to feet; other structures become background."""
+    known = {theirs: ours for ours, theirs in SCHEMES[scheme].items()}
+    values = {one.value: known[one.value] for one in find_instances(label) if one.value in known}
+    if not values:
+        raise InputError(label.name, f"has no value of {scheme}'s vertebrae", "is it another scheme?")
+    return values
+
+
+def _named(label: Volume) -> dict[int, int]:
+    """Return the level of each value, from head to feet, if segments name all of them; else nothing."""
+    levels = {one.value: level_value(one.name) for one in label.segments}
+    found = {one.value: levels.get(one.value) for one in find_instances(label)}
+    return {value: level for value, level in found.items() if level} if all(found.values()) else {}
+
+
+def _ordered(label: Volume, lowest: str | None, highest: str | None) -> dict[int, int]:
+    """Return the level of each instance, from head to feet."""
+    instances = find_instances(label)
+    odd = order_problems(instances)
+    if odd:
+        raise InputError(label.name, f"is ambiguous: {'; '.join(odd)}", "correct it, or leave it out")
+    if not (lowest or highest):
+        remedy = "give --lowest or --highest, or the column lowest or highest in --pairs"
+        raise InputError(label.name, "has instances without names", remedy)
+    levels = consecutive(lowest, highest, len(instances))
+    return {one.value: level for one, level in zip(instances, levels, strict=True)}
+
+
+def _write(path: Path, label: Volume, values: Mapping[int, int], scheme: Mapping[int, int]) -> None:
+    missing = [NAMES[level] for level in values.values() if level not in scheme]
+    if missing:
+        raise InputError(label.name, f"has {', '.join(missing)}, which that scheme lacks", "choose another one")
+    table = {value: scheme[level] for value, level in values.items()}
+    array: NDArray[np.uint8] = np.zeros(label.array.shape, np.uint8)
+    for value, new in table.items():
+        array[label.array == value] = new
+    segments = tuple(Segment(NAMES[level], scheme[level]) for level in values.values())
+    write_volume(path, Volume(array, label.geometry, segments=segments))

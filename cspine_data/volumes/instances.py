@@ -1,0 +1,131 @@
+"""Labelled vertebrae as instances: their positions, their order from head to feet, and what is odd about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data.volumes.geometry import Geometry, Triple
+from cspine_data.volumes.volume import Volume
+
+# Distances between neighbours grow from C1 to L5 by a few percent each. Of 132 real ones, each is 0.82 to 1.12 times
+# the median of its patient's.
+_GAP, _CLOSE = 1.5, 0.55
+# Share of an instance in its largest connected component, below which it is fragmented.
+_WHOLE = 0.9
+# Difference in height of two vertebrae; neighbours in the neck are 15 mm apart.
+_APART_MM = 8.0
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One label value of a label map.
+
+    Attributes
+    ----------
+    value : int
+        The label value.
+    centroid_mm : tuple of float
+        World coordinates, LPS.
+    volume_ml : float
+        Its volume.
+    whole : float
+        Share of its largest connected component.
+    """
+
+    value: int
+    centroid_mm: Triple
+    volume_ml: float
+    whole: float
+
+
+def label_centroids_mm(array: NDArray[Any], geometry: Geometry) -> dict[int, Triple]:
+    """Return the centroid of each label value of an array on a grid, in world coordinates (LPS)."""
+    labelled = np.flatnonzero(array)
+    values, number, counts = np.unique(array.ravel()[labelled], return_inverse=True, return_counts=True)
+    at = np.unravel_index(labelled, array.shape)
+    means = (
+        np.stack([np.bincount(number, along) / counts for along in at], axis=-1) if values.size else np.empty((0, 3))
+    )
+    return {
+        int(value): (x, y, z)
+        for value, (x, y, z) in zip(values.tolist(), geometry.positions_mm(means).tolist(), strict=True)
+    }
+
+
+def find_instances(label: Volume) -> tuple[Instance, ...]:
+    """Return the instances of a label map from head to feet: by the height of their centroids."""
+    from scipy import ndimage
+
+    centroids = label_centroids_mm(label.array, label.geometry)
+    voxel_ml = math.prod(label.geometry.spacing_mm) / 1e3
+    found = []
+    for value, centroid_mm in centroids.items():
+        at = np.nonzero(label.array == value)
+        box = tuple(slice(int(along.min()), int(along.max()) + 1) for along in at)
+        components, _ = ndimage.label(label.array[box] == value, np.ones((3, 3, 3)))
+        sizes = np.bincount(components.ravel())[1:]
+        found.append(Instance(value, centroid_mm, at[0].size * voxel_ml, float(sizes.max() / sizes.sum())))
+    return tuple(sorted(found, key=lambda one: -one.centroid_mm[2]))
+
+
+def order_problems(instances: Sequence[Instance]) -> list[str]:
+    """Return what makes the order of instances doubtful: gaps, duplicates, fragments, or a path that turns back."""
+    problems = [
+        f"label {one.value} is in several pieces, the largest has {one.whole:.0%} of it"
+        for one in instances
+        if one.whole < _WHOLE
+    ]
+    centres = np.array([one.centroid_mm for one in instances])
+    if len(centres) < 3:
+        return problems
+    distances = np.linalg.norm(np.diff(centres, axis=0), axis=1)
+    usual = float(np.median(distances))
+    for one, other, distance in zip(instances, instances[1:], distances.tolist(), strict=False):
+        if distance > _GAP * usual:
+            problems.append(
+                f"labels {one.value} and {other.value} are {distance:.0f} mm apart: is one missing between?"
+            )
+        elif distance < _CLOSE * usual:
+            problems.append(
+                f"labels {one.value} and {other.value} are only {distance:.0f} mm apart: are they one vertebra?"
+            )
+    if not _is_path(centres):
+        problems.append(
+            "the order by height is not that along the spine: the spine turns back, or a label is elsewhere"
+        )
+    return problems
+
+
+def contradiction(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, int] | None:
+    """Return two label values of which each is clearly above the other in some case; None if there are none.
+
+    Levels have the same order in all cases, unordered instances do not. Discs and other structures that reach along the
+    whole spine have centroids at about the same height.
+
+    Parameters
+    ----------
+    cases : iterable of dict
+        For each case, the centroids of its label values.
+    """
+    above: set[tuple[int, int]] = set()
+    for centroids in cases:
+        for (one, (*_, height)), (other, (*_, lower)) in permutations(centroids.items(), 2):
+            if height > lower + _APART_MM:
+                if (other, one) in above:
+                    return min(one, other), max(one, other)
+                above.add((one, other))
+    return None
+
+
+def _is_path(centres: NDArray[np.float64]) -> bool:
+    """Return whether each centre's nearest neighbour is one of the two beside it in the order."""
+    distances = np.linalg.norm(centres[:, None] - centres[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    return bool((np.abs(distances.argmin(axis=1) - np.arange(len(centres))) == 1).all())

@@ -1,0 +1,75 @@
+"""Names and label values of vertebrae: VerSe's convention, and conversion from and to those of other tools.
+
+Values: 1 to 7 are C1 to C7, 8 to 19 T1 to T12, 20 to 25 L1 to L6, 26 the sacrum, 28 T13 (Sekuboyina et al. 2021).
+"""
+
+from __future__ import annotations
+
+import re
+
+from cspine_data.errors import InputError
+
+SACRUM, T13 = 26, 28
+#: The name of each value.
+NAMES = {
+    **{number: f"C{number}" for number in range(1, 8)},
+    **{7 + number: f"T{number}" for number in range(1, 13)},
+    **{19 + number: f"L{number}" for number in range(1, 7)},
+    SACRUM: "sacrum",
+    T13: "T13",
+}
+#: The usual vertebrae from head to feet: seven cervical, twelve thoracic and five lumbar.
+USUAL = tuple(range(1, 25))
+_VALUES = {name.lower(): value for value, name in NAMES.items()}
+_LEVEL = re.compile(
+    r"(vertebrae?[-_ ]*)?((?P<region>c|t|th|l)0?(?P<number>\d{1,2})|(?P<sacrum>sacrum))([-_ ]*vertebrae?)?",
+    re.IGNORECASE,
+)
+#: For each scheme, its value of each of VerSe's values. TotalSpineSeg has other values; SCT has VerSe's up to L5, and
+#: S1 instead of L6.
+SCHEMES: dict[str, dict[int, int]] = {
+    "verse": {value: value for value in NAMES},
+    "totalspineseg": {
+        **{value: 10 + value for value in range(1, 8)},
+        **{value: 13 + value for value in range(8, 20)},
+        **{value: 21 + value for value in range(20, 25)},
+        SACRUM: 50,
+    },
+    "sct": {**{value: value for value in range(1, 25)}, SACRUM: 25},
+}
+
+
+def level_value(name: str) -> int | None:
+    """Return VerSe's value of a vertebra that a name names, such as ``C3`` or ``vertebrae_C3``; else None."""
+    found = _LEVEL.fullmatch(name.strip())
+    if not found:
+        return None
+    return SACRUM if found["sacrum"] else _VALUES.get(f"{found['region'][0]}{int(found['number'])}".lower())
+
+
+def consecutive(lowest: str | None, highest: str | None, count: int) -> tuple[int, ...]:
+    """Return the values of consecutive vertebrae from head to feet, given the lowest or the highest.
+
+    ``L6`` and ``T13`` are in the sequence only if they are the lowest or the highest.
+
+    Raises
+    ------
+    InputError
+        If both or neither are given, the name is no vertebra's, or the spine ends before.
+    """
+    name = lowest or highest
+    if name is None or (lowest and highest):
+        raise InputError("lowest and highest", "exclude each other", "give the name of one of them")
+    value = level_value(name)
+    if value is None:
+        raise InputError(f"level {name!r}", "is not known", "give C1 to C7, T1 to T12, L1 to L5, or L6, T13 or sacrum")
+    sequence = [*USUAL]
+    if value == T13:
+        sequence.insert(sequence.index(20), T13)
+    elif value not in sequence:
+        sequence = [*sequence, value]
+    at = sequence.index(value)
+    first = at - count + 1 if lowest else at
+    if first < 0 or first + count > len(sequence):
+        raise InputError(f"{count} vertebrae", f"do not fit with {NAMES[value]} at the end", "is it the right one?")
+    return tuple(sequence[first : first + count])
