@@ -144,6 +144,14 @@ def test_msd_lists_its_files(cohort: Cohort, tmp_path: Path) -> None:
     assert description["test"] == ["./imagesTs/without.nii.gz"]
 
 
+def test_msd_has_a_folder_for_test_volumes_without_any(ball_cohort: Path, tmp_path: Path) -> None:
+    """nnU-Net's converter of Decathlon data sets demands it."""
+    summary = export_cohort(open_cohort(ball_cohort / "s.zarr"), tmp_path / "out", "msd")
+    assert (len(summary.cases), summary.folds) == (2, 0)
+    assert list((tmp_path / "out" / "imagesTs").iterdir()) == []
+    assert not (tmp_path / "out" / "splits_final.json").exists()
+
+
 def test_bids_names_consist_of_letters_and_digits(cohort: Cohort, tmp_path: Path) -> None:
     summary = export_cohort(cohort, tmp_path / "out", "bids")
     files = bytes_of(tmp_path / "out")

@@ -110,6 +110,11 @@ def test_frames_of_a_multi_frame_file_are_referred_to(tmp_path: Path) -> None:
     source.StudyInstanceUID = "1.2.3.4"
     source.save_as(tmp_path / "two.dcm")
     dataset = written(tmp_path / "seg.dcm", chosen, label)
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    measures, orientation = shared.PixelMeasuresSequence[0], shared.PlaneOrientationSequence[0]
+    decimals = (*measures.PixelSpacing, measures.SpacingBetweenSlices, *orientation.ImageOrientationPatient)
+    # The limit of a decimal string.
+    assert max(len(str(number)) for number in decimals) <= 16
     found = np.zeros_like(label.array)
     values = [3, 7, 9, 207]
     for frame, pixels in zip(dataset.PerFrameFunctionalGroupsSequence, dataset.pixel_array, strict=True):

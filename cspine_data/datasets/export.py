@@ -95,11 +95,7 @@ def export_cohort(
     kind = EXPORT_LAYOUTS[layout]
     if not any(record.labelled or not kind.for_training for record in records):
         raise NotInStoreError(f"{cohort.path}: holds no case{' with a label map' * kind.for_training}; prepare some")
-    table = label_table(
-        (value for record in records for value in record.labels),
-        (value for record in records for value in record.ignored_values),
-        consecutive=kind.consecutive,
-    )
+    table = _table(records, kind)
     variant = records[0].variant
     names, cases = _planned(cohort, records, kind)
     with _appearing(output) as folder:
@@ -108,11 +104,19 @@ def export_cohort(
         written = [case for case in cases if case.id not in failed]
         if not written:
             raise InputError(output, f"no case can be written ({problems[0].message})", "correct this first")
+        for name in kind.folders:
+            make_folder(folder / name)
         splits = _splits(cohort, variant, written, names)
         _write_texts(folder, kind.describe(written, table, variant), splits, cohort.notes)
         write_pairs(folder / PAIRS, [_within(folder, case) for case in written])
     renumbered = dict(table.numbers) if table.changes else {}
     return ExportSummary(tuple(written), tuple(problems), len(splits), renumbered)
+
+
+def _table(records: Sequence[CaseRecord], kind: ExportLayout) -> LabelTable:
+    labels = (value for record in records for value in record.labels)
+    ignored = (value for record in records for value in record.ignored_values)
+    return label_table(labels, ignored, consecutive=kind.consecutive)
 
 
 def _planned(cohort: Cohort, records: Sequence[CaseRecord], kind: ExportLayout) -> tuple[dict[str, str], list[Case]]:

@@ -100,6 +100,8 @@ class ExportLayout:
         Whether the layout needs label maps.
     consecutive : bool
         Whether the tool needs consecutive label values.
+    folders : tuple of str
+        Folders that tools expect, even if they are empty.
     """
 
     names: Callable[[Mapping[str, Identity]], dict[str, str]]
@@ -108,6 +110,7 @@ class ExportLayout:
     describe: Callable[[Sequence[Case], LabelTable, str], dict[str, str]]
     for_training: bool = True
     consecutive: bool = False
+    folders: tuple[str, ...] = ()
 
 
 def _case_ids(identities: Mapping[str, Identity]) -> dict[str, str]:
@@ -249,5 +252,6 @@ EXPORT_LAYOUTS = {
         lambda name, labelled: Path(_images_folder(labelled), name + ENDING),
         lambda name: Path("labelsTr", name + ENDING),
         _describe_msd,
+        folders=("imagesTs",),
     ),
 }

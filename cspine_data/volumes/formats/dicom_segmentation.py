@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -197,9 +197,10 @@ def _complete(header: Any, frames: Sequence[Frame], geometry: Geometry) -> None:
         # That of no other series.
         header.FrameOfReferenceUID = pydicom.uid.generate_uid(entropy_srcs=[first.series])
     measures, orientation = pydicom.Dataset(), pydicom.Dataset()
-    measures.PixelSpacing = first.spacing_mm[::-1].tolist()
-    measures.SliceThickness = measures.SpacingBetweenSlices = geometry.spacing_mm[2]
-    orientation.ImageOrientationPatient = first.directions.ravel().tolist()
+    measures.PixelSpacing = _decimals(first.spacing_mm[::-1])
+    (gap,) = _decimals(geometry.spacing_mm[2:])
+    measures.SliceThickness = measures.SpacingBetweenSlices = gap
+    orientation.ImageOrientationPatient = _decimals(first.directions.ravel())
     if first.index is None:
         header.update(measures)
         header.update(orientation)
@@ -209,6 +210,13 @@ def _complete(header: Any, frames: Sequence[Frame], geometry: Geometry) -> None:
     groups = header.PerFrameFunctionalGroupsSequence
     header.PerFrameFunctionalGroupsSequence = [groups[frame.index] for frame in frames]
     header.NumberOfFrames = len(frames)
+
+
+def _decimals(numbers: Iterable[float]) -> list[Any]:
+    """Return numbers that have at most the sixteen letters of a DICOM decimal string."""
+    from pydicom.valuerep import DSfloat
+
+    return [DSfloat(float(number), auto_format=True) for number in numbers]
 
 
 def _refer_to_frames(written: Any, frames: Sequence[Frame]) -> None:
