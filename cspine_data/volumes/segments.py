@@ -120,34 +120,32 @@ def flattened(layers: NDArray[Any], segments: Sequence[Segment]) -> tuple[NDArra
     segments : sequence of Segment
         The segments. On common voxels, the last one remains.
     """
-    largest = max((segment.value for segment in segments), default=0)
-    array = np.zeros(layers.shape[1:], np.min_scalar_type(largest))
-    boxes = {}
+    from scipy import ndimage
+
+    if not segments:
+        return np.zeros(layers.shape[1:], np.uint8), ()
+    # Copied, since a file holds the layers of a voxel side by side, and reading in steps is slow.
+    own = [layer.copy(order="K") for layer in layers]
+    largest = max(segment.layer_value for segment in segments)
+    boxes = [ndimage.find_objects(layer, largest) for layer in own]
+    array = np.zeros_like(own[0], np.min_scalar_type(max(segment.value for segment in segments)))
+    there: list[tuple[Segment, tuple[slice, ...]]] = []
     for segment in segments:
-        mask = layers[segment.layer] == segment.layer_value
-        array[mask] = segment.value
-        boxes[segment] = _box(mask)
+        box = boxes[segment.layer][segment.layer_value - 1]
+        if box is not None:
+            array[box][own[segment.layer][box] == segment.layer_value] = segment.value
+            there.append((segment, box))
     overlaps = []
-    for first, second in itertools.combinations(segments, 2):
-        one, other = boxes[first], boxes[second]
-        if first.layer == second.layer or first.value == second.value or one is None or other is None:
-            continue
+    for (first, one), (second, other) in itertools.combinations(there, 2):
         common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
-        if any(part.start >= part.stop for part in common):
+        if first.value == second.value or any(part.start >= part.stop for part in common):
             continue
-        of_first = layers[first.layer][common] == first.layer_value
-        voxels = int(np.count_nonzero(of_first & (layers[second.layer][common] == second.layer_value)))
-        if voxels:
-            overlaps.append(Overlap(first, second, voxels))
+        both = (own[first.layer][common] == first.layer_value) & (own[second.layer][common] == second.layer_value)
+        if both.any():
+            overlaps.append(Overlap(first, second, int(np.count_nonzero(both))))
     return array, tuple(overlaps)
 
 
 def with_values(segments: Sequence[Segment], values: dict[int, int]) -> tuple[Segment, ...]:
     """Return segments with other values in the label map; those that have none are left out."""
     return tuple(replace(one, value=values[one.value]) for one in segments if one.value in values)
-
-
-def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...] | None:
-    """Return the smallest box that holds a mask; None if it is empty."""
-    found = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    return tuple(slice(int(at[0]), int(at[-1]) + 1) for at in found) if found[0].size else None

@@ -10,7 +10,7 @@ from cspine_data.errors import InputError, printable
 from cspine_data.volumes.segments import Segment
 
 _KEY = re.compile(rb"Segment(\d{1,4})_(ID|Name|LabelValue|Layer)")
-_NUMBER = re.compile(r"\d{1,9}")
+_NUMBER = re.compile(r"\d{1,5}")
 # A label map has at most 255 values.
 _MOST = 255
 _LONGEST_NAME = 200
