@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner
 
 from cspine_data import Preprocessing, preprocess_volume, read_volume
 from cspine_train import RunError, RunSettings
+from cspine_train.cli.commands import main
 from cspine_train.models.build import build_model, save_model
 from cspine_train.prediction.onnx import METADATA_KEY, export_onnx, run_onnx
 from cspine_train.prediction.predictor import LoadedRun, load_run
@@ -38,26 +38,32 @@ def run_of(folder: Path, model: str, encoder: str, labels: tuple[int, ...] = ())
     return load_run(folder)
 
 
-def test_onnxruntime_computes_the_same_and_the_file_says_how_to_feed_it(
-    tmp_path: Path, run_train: Callable[..., Result]
-) -> None:
-    loaded = run_of(tmp_path / "run", "unet", "tu-test_resnet", (3, 7))
-    done = run_train("export", tmp_path / "run", "-o", tmp_path / "m.onnx")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRun, Path]:
+    """A run of two labels, and the file that the command line exported: it takes PyTorch ten seconds."""
+    folder = tmp_path_factory.mktemp("onnx")
+    loaded = run_of(folder / "run", "unet", "tu-test_resnet", (3, 7))
+    done = CliRunner().invoke(main, ["export", str(folder / "run"), "-o", str(folder / "m.onnx")])
     assert done.exit_code == 0, done.output
-    assert done.output.splitlines()[-1] == f"wrote {tmp_path / 'm.onnx'}, for slices of any size"
+    assert "any size" in done.output.splitlines()[-1]
+    return loaded, folder / "m.onnx"
+
+
+def test_onnxruntime_computes_the_same_and_the_file_says_how_to_feed_it(exported: tuple[LoadedRun, Path]) -> None:
+    loaded, path = exported
     slices = torch.randn(5, 3, 160, 96)
     with torch.inference_mode():
         expected = loaded.network(slices).softmax(1)[:, 1:].numpy()
-    np.testing.assert_allclose(run_onnx(tmp_path / "m.onnx", slices.numpy()), expected, atol=1e-4)
-    content = onnx.load(str(tmp_path / "m.onnx"))
+    np.testing.assert_allclose(run_onnx(path, slices.numpy()), expected, atol=1e-4)
+    content = onnx.load(str(path))
     (told,) = [json.loads(entry.value) for entry in content.metadata_props if entry.key == METADATA_KEY]
     assert told["settings"]["context"] == 1
     assert (told["threshold"], told["label_values"], told["size_hw"]) == (0.4, [3, 7], [96, 64])
     assert told["preprocessing"]["normalisation"] == "zscore"
     assert told["sizes"] == "multiples of 32, at least size_hw"
-    whole = (tmp_path / "m.onnx").read_bytes()
+    whole = path.read_bytes()
     assert not any(secret in whole for secret in (b"Meier", b"somebody", str(Path(__file__).parents[1]).encode()))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "run"]
+    assert sorted(path.name for path in path.parent.iterdir()) == ["m.onnx", "run"]
 
 
 def test_a_network_that_pools_whole_slices_takes_one_size(tmp_path: Path) -> None:
@@ -70,10 +76,9 @@ def test_a_network_that_pools_whole_slices_takes_one_size(tmp_path: Path) -> Non
 
 
 @pytest.mark.realdata
-def test_real_slices_give_the_same_probabilities(realdata: Path, tmp_path: Path) -> None:
+def test_real_slices_give_the_same_probabilities(realdata: Path, exported: tuple[LoadedRun, Path]) -> None:
     """All sagittal slices of a lumbar spine, through all of prediction, with onnxruntime in the network's place."""
-    loaded = run_of(tmp_path / "run", "linknet", "tu-test_resnet")
-    assert export_onnx(loaded, tmp_path / "m.onnx")
+    loaded, path = exported
     volume = read_volume(realdata / "messy" / "lumbar_pir.nii.gz")
     prepared = preprocess_volume(volume, loaded.record.preprocessing)
 
@@ -84,7 +89,8 @@ def test_real_slices_give_the_same_probabilities(realdata: Path, tmp_path: Path)
             self.encoder = loaded.network.encoder
 
         def forward(self, slices: torch.Tensor) -> torch.Tensor:
-            return torch.logit(torch.from_numpy(run_onnx(tmp_path / "m.onnx", slices.contiguous().numpy())))
+            shares = torch.from_numpy(run_onnx(path, slices.contiguous().numpy()))
+            return torch.cat([1 - shares.sum(1, keepdim=True), shares], 1).log()
 
     expected = loaded.on_source_grid(prepared)
     np.testing.assert_allclose(replace(loaded, network=Onnx()).on_source_grid(prepared), expected, atol=1e-4)

@@ -273,10 +273,10 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     record = load_record(run)
     assert record.label_values == PHANTOM
     assert json.loads((run / "model" / "config.json").read_text())["classes"] == 8
-    loaded, image = load_run(run), torch.rand(1, 1, 64, 64)
+    loaded, image = load_run(run), torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         again = smp.from_pretrained(str(run / "model")).eval()(image)
-        torch.testing.assert_close(again, loaded.network(image), atol=1e-2, rtol=1e-3)
+        torch.testing.assert_close(again, loaded.network(image), atol=5e-2, rtol=1e-2)
     scored = called("evaluate", run)
     assert scored.output.splitlines()[0].endswith("surface Dice at 1 mm  Dice of labels  IoU of labels")
     twin = shutil.copytree(run, tmp_path / "twin")
@@ -311,7 +311,11 @@ def called(*arguments: str | Path) -> Result:
     return done
 
 
-BALLS = {**SMALL, "encoder": "tu-mobilenetv3_small_100", "variant": "raw", "epochs": 1, "pixel_mm": None, "axes": (0,)}
+BALLS = {**SMALL, "variant": "raw", "epochs": 1, "pixel_mm": None, "axes": (0,)}
+
+
+#: A network that learns to tell balls from shells.
+QUICKLY = {"encoder": "tu-mobilenetv3_small_100", "epochs": 8, "learning_rate": 1e-2}
 
 
 def balls(folder: Path, **values: dict[int, int]) -> Path:
@@ -330,7 +334,7 @@ def balls(folder: Path, **values: dict[int, int]) -> Path:
 def test_labels_are_learnt(tmp_path: Path) -> None:
     """A ball within a shell: the same intensities, told apart by where they are."""
     store = balls(tmp_path, A={}, B={}, C={}, D={})
-    train(store, tmp_path / "run", RunSettings(**{**BALLS, "epochs": 10, "learning_rate": 1e-2}, labels="stored"))
+    train(store, tmp_path / "run", RunSettings(**{**BALLS, **QUICKLY}, labels="stored"))
     (score,) = evaluate(tmp_path / "run").scores
     assert score.dice > 0.7
     assert min(score.labels[1].dice, score.labels[3].dice) > 0.5

@@ -26,22 +26,16 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("model", ARCHITECTURES.built_in)
-@pytest.mark.parametrize("encoder", ["resnet18", "tu-mobilenetv3_small_100"])
-def test_every_reference_architecture_maps_slices_to_logits(model: str, encoder: str) -> None:
-    network, used = build_model(model, encoder)
-    assert used == "none"
-    with torch.inference_mode():
-        assert network.eval()(torch.zeros(2, 1, 64, 96)).shape == (2, 1, 64, 96)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("encoder", ["resnet50", "inceptionv4", "tu-mobilenetv3_small_100"])
+@pytest.mark.parametrize(
+    ("encoder", "channels"),
+    [("resnet50", 1), ("inceptionv4", 3), ("tu-mobilenetv3_small_100", 1), ("tu-mobilenetv3_small_100", 3)],
+)
 @pytest.mark.parametrize("model", ARCHITECTURES.built_in)
 def test_every_combination_learns_and_is_saved_and_loaded(
     model: str, encoder: str, channels: int, tmp_path: Path, long_run: bool
 ) -> None:
-    network, _ = build_model(model, encoder, channels=channels)
+    network, used = build_model(model, encoder, channels=channels)
+    assert used == "none"
     first, last = next(network.encoder.parameters()), list(network.parameters())[-1]
     before = first.clone(), last.clone()
     images = torch.rand(2, channels, 32, 64)

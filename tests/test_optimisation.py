@@ -165,7 +165,7 @@ def test_a_run_of_all_options_goes_on_within_an_epoch_to_the_same_weights(
 ) -> None:
     """Stopped where pixels are coarse, and again where they are not: an average of weights is in checkpoints too."""
     options = {"schedule": "cosine", "average": 0.9, "clip_norm": 1e-3, "coarse_share": 0.5, "learning_rate": 3e-3}
-    settings = RunSettings(**{**SMALL, **options, "size_hw": (96, 64), "epochs": 2, "batch_size": 32})
+    settings = RunSettings(**{**SMALL, **options, "size_hw": (96, 64), "epochs": 2, "batch_size": 16})
     seen: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
     stop: list[int] = []
     step = SliceSegmenter.training_step

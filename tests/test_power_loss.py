@@ -15,7 +15,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from cspine_data.store.publishing import Refused, publish
 from cspine_data.store.records import read_root
 from cspine_train import RunSettings, evaluate, load_run, predict_files, train
 from cspine_train.run.record import load_record
-from tests.conftest import ball, contents, write_case
+from tests.conftest import ball, contents, do_serially, write_case
 
 Entry = bytes | dict[str, int]
 Named = dict[str, dict[str, str]]
@@ -40,14 +40,14 @@ class Step:
     there: dict[int, Entry]
     durable: dict[int, Entry]
     promises: int
+    #: What this call synced, and its name.
     synced: int | None = None
+    name: str = ""
 
 
 @dataclass
 class Recorder:
     disk: Path
-    #: What is not to be synced although the code asks for it, to see that it is missed.
-    forgets: Callable[[Path], bool] = lambda path: False
     steps: list[Step] = field(default_factory=list)
     #: What a function that writes promised whenever it had returned: for a store what its root named.
     promised: list[Any] = field(default_factory=lambda: [{}])
@@ -57,7 +57,7 @@ class Recorder:
     #: Each content once, however often it was read.
     contents: dict[bytes, bytes] = field(default_factory=dict)
 
-    def after_call(self, synced: int | None = None) -> None:
+    def after_call(self, synced: int | None = None, name: str = "") -> None:
         found: dict[int, bytes | dict[str, int]] = {}
         for folder, _, files in os.walk(self.disk):
             with os.scandir(folder) as entries:
@@ -74,7 +74,7 @@ class Recorder:
         if synced in found:
             self.durable[self.lives[synced]] = there[self.lives[synced]]
         synced = self.lives.get(synced) if synced is not None else None
-        self.steps.append(Step(there, dict(self.durable), len(self.promised) - 1, synced))
+        self.steps.append(Step(there, dict(self.durable), len(self.promised) - 1, synced, name))
 
 
 @contextmanager
@@ -82,10 +82,11 @@ def recorded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     def watched(name: str, call: Callable[..., object]) -> Callable[..., object]:
         def watch(*arguments: object, **options: object) -> object:
             result = call(*arguments, **options)
-            synced = arguments[0] if name == "fsync" else None
-            if synced is not None and recorder.forgets(Path(f"/proc/self/fd/{synced}").readlink()):
-                synced = None
-            recorder.after_call(None if synced is None else os.fstat(synced).st_ino)
+            if name == "fsync":
+                (file,) = arguments
+                recorder.after_call(os.fstat(file).st_ino, Path(f"/proc/self/fd/{file}").readlink().name)
+            else:
+                recorder.after_call()
             return result
 
         return watch
@@ -94,6 +95,17 @@ def recorded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         for name in ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir"):
             patch.setattr(os, name, watched(name, getattr(os, name)))
         yield
+
+
+def forgetting(steps: list[Step], forgets: Callable[[str, bool], bool]) -> list[Step]:
+    """Return the steps as if something had not been synced, of which is given the name and whether it is a file."""
+    durable: dict[int, Entry] = {}
+    found = []
+    for step in steps:
+        if step.synced is not None and not forgets(step.name, isinstance(step.there[step.synced], bytes)):
+            durable[step.synced] = step.there[step.synced]
+        found.append(replace(step, durable=dict(durable)))
+    return found
 
 
 def after_failure(step: Step, to: Path, rng: random.Random | None) -> None:
@@ -134,80 +146,77 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def faults(recorder: Recorder, folder: Path, often: int) -> Iterator[str]:
+def faults(steps: list[Step], promised: list[Named], folder: Path, often: float) -> Iterator[str]:
+    """Iterate over what is wrong after a failure at each step, rebuilt without dice and so many times with them."""
     rng = random.Random(3)
-    for number, step in enumerate(recorder.steps):
-        for dice in (None, *[rng] * often):
+    for number, step in enumerate(steps):
+        for dice in (None, *[rng] * (int((number + 1) * often) - int(number * often))):
             again = folder / "after"
             after_failure(step, again, dice)
-            problem = what_is_wrong(again / "s.zarr", step, recorder.promised)
+            problem = what_is_wrong(again / "s.zarr", step, promised)
             shutil.rmtree(again)
             if problem:
                 yield f"step {number}: {problem}"
 
 
-@pytest.fixture
-def life_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recorder]:
+@pytest.fixture(scope="module")
+def life_of_a_store(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
     """Make a store, change a case, remove one and prepare it again, collect garbage; record it all."""
+    folder = tmp_path_factory.mktemp("power")
+    raw, recorder = folder / "raw", Recorder(folder / "disk")
+    recorder.disk.mkdir()
+    store = recorder.disk / "s.zarr"
+    for name in "AB":
+        write_case(raw, name)
 
-    def live(forgets: Callable[[Path], bool] = lambda path: False) -> Recorder:
-        raw, recorder = tmp_path / "raw", Recorder(tmp_path / "disk", forgets)
-        recorder.disk.mkdir()
-        store = recorder.disk / "s.zarr"
-        for name in "AB":
-            write_case(raw, name)
+    def publish_and_promise(*arguments: Any) -> Refused:
+        refused = publish(*arguments)
+        recorder.promised.append(read_root(store).cases)
+        return refused
 
-        def publish_and_promise(*arguments: Any) -> Refused:
-            refused = publish(*arguments)
-            recorder.promised.append(read_root(store).cases)
-            return refused
-
-        with recorded(recorder, monkeypatch), monkeypatch.context() as patch:
-            patch.setattr("cspine_data.preparation.jobs.publish", publish_and_promise)
-            # A run killed before its folders were durable, and its digest found by the next.
-            with monkeypatch.context() as killed, suppress(KeyboardInterrupt):
-                killed.setattr("cspine_data.preparation.case_writer.sync_above", interrupt)
-                prepare(raw, store, n4=False, axes="0")
+    with pytest.MonkeyPatch.context() as patches, recorded(recorder, patches):
+        do_serially(patches)
+        patches.setattr("cspine_data.preparation.jobs.publish", publish_and_promise)
+        # A run killed before its folders were durable, and its digest found by the next.
+        with patches.context() as killed, suppress(KeyboardInterrupt):
+            killed.setattr("cspine_data.preparation.case_writer.sync_above", interrupt)
             prepare(raw, store, n4=False, axes="0")
-            write_volume(raw / "AS-label.nrrd", Volume(np.roll(ball()[1].array, 1, 0), ball()[1].geometry))
-            prepare(raw, store, n4=False, axes="0")
-            remove_cases(store, ["B"])
-            recorder.promised.append(read_root(store).cases)
-            prepare(raw, store, n4=False, axes="0")
-            collect_garbage(store, grace_s=0, delete=True)
-        return recorder
-
-    return live
+        prepare(raw, store, n4=False, axes="0")
+        write_volume(raw / "AS-label.nrrd", Volume(np.roll(ball()[1].array, 1, 0), ball()[1].geometry))
+        prepare(raw, store, n4=False, axes="0")
+        remove_cases(store, ["B"])
+        recorder.promised.append(read_root(store).cases)
+        prepare(raw, store, n4=False, axes="0")
+        collect_garbage(store, grace_s=0, delete=True)
+    return recorder
 
 
 def test_whatever_was_promised_is_there_after_a_power_failure(
-    life_of_a_store: Callable[..., Recorder], tmp_path: Path, long_run: bool
+    life_of_a_store: Recorder, tmp_path: Path, long_run: bool
 ) -> None:
-    recorder = life_of_a_store()
-    assert len(recorder.steps) > 150
-    often = 20 if long_run else 1
-    assert list(faults(recorder, tmp_path, often)) == []
-    print(f"{len(recorder.steps)} steps, {len(recorder.steps) * (1 + often)} failures")
+    steps = life_of_a_store.steps
+    assert len(steps) > 150
+    assert list(faults(steps, life_of_a_store.promised, tmp_path, 20 if long_run else 0.3)) == []
 
 
 def test_the_next_run_ends_with_the_same_bytes_after_a_power_failure(
-    life_of_a_store: Callable[..., Recorder], tmp_path: Path, long_run: bool
+    life_of_a_store: Recorder, tmp_path: Path, long_run: bool
 ) -> None:
-    recorder, rng = life_of_a_store(), random.Random(5)
+    raw, rng = life_of_a_store.disk.parent / "raw", random.Random(5)
     undisturbed = tmp_path / "undisturbed.zarr"
-    prepare(tmp_path / "raw", undisturbed, n4=False, axes="0")
+    prepare(raw, undisturbed, n4=False, axes="0")
     # What was collected in the end is wanted again first.
     before = tmp_path / "before"
-    shutil.copytree(tmp_path / "raw", before)
+    shutil.copytree(raw, before)
     write_case(before, "A")
     # Garbage is collected in the last steps; half of a folder may come back there.
-    steps = recorder.steps if long_run else rng.sample(recorder.steps[:-60], 15) + recorder.steps[-60::2]
-    for number, step in enumerate(steps):
+    steps = life_of_a_store.steps
+    for number, step in enumerate(steps if long_run else rng.sample(steps[:-60], 8) + steps[-60::4]):
         again = tmp_path / "after"
         after_failure(step, again, None if number % 4 == 0 else rng)
         prepare(before, again / "s.zarr", n4=False, axes="0")
         assert verify(again / "s.zarr") == []
-        prepare(tmp_path / "raw", again / "s.zarr", n4=False, axes="0")
+        prepare(raw, again / "s.zarr", n4=False, axes="0")
         remove = collect_garbage(again / "s.zarr", grace_s=0, delete=True)
         assert verify(again / "s.zarr") == [], remove
         assert contents(again / "s.zarr") == contents(undisturbed)
@@ -217,21 +226,23 @@ def test_the_next_run_ends_with_the_same_bytes_after_a_power_failure(
 @pytest.mark.parametrize(
     "forgets",
     [
-        Path.is_file,
-        Path.is_dir,
-        lambda path: path.name == "cases",
-        lambda path: path.name == "A",
-        lambda path: path.name == "s.zarr",
-        lambda path: path.name == "disk",
-        lambda path: path.name == "0" and path.is_file(),
-        lambda path: path.name == "axis0",
+        lambda name, is_file: is_file,
+        lambda name, is_file: not is_file,
+        lambda name, is_file: name == "cases",
+        lambda name, is_file: name == "A",
+        lambda name, is_file: name == "s.zarr",
+        lambda name, is_file: name == "disk",
+        lambda name, is_file: name == "0" and is_file,
+        lambda name, is_file: name == "axis0",
     ],
+    ids=["files", "folders", "cases", "case", "store", "above", "shards", "axis"],
 )
 def test_whatever_is_not_synced_is_missed(
-    forgets: Callable[[Path], bool], life_of_a_store: Callable[..., Recorder], tmp_path: Path
+    forgets: Callable[[str, bool], bool], life_of_a_store: Recorder, tmp_path: Path
 ) -> None:
     """The tests above can fail: without one of the steps that make things durable, something is lost."""
-    assert next(faults(life_of_a_store(forgets), tmp_path, often=0), None)
+    steps = forgetting(life_of_a_store.steps, forgets)
+    assert next(faults(steps, life_of_a_store.promised, tmp_path, often=0), None)
 
 
 # Run folders
@@ -324,18 +335,11 @@ def test_a_run_folder_keeps_its_promises_after_a_power_failure(
 ) -> None:
     assert len(life_of_a_run.steps) > 60
     assert {"/run/run.json", "/run/evaluation/test.json", "/out/CS_02-label.nrrd"} <= life_of_a_run.promised[-1]
-    often = 20 if long_run else 2
-    assert list(faults_of_a_run(life_of_a_run.steps, life_of_a_run, tmp_path, often)) == []
-    print(f"{len(life_of_a_run.steps)} steps, {len(life_of_a_run.steps) * (1 + often)} failures")
+    assert list(faults_of_a_run(life_of_a_run.steps, life_of_a_run, tmp_path, 20 if long_run else 1)) == []
 
 
-@pytest.mark.parametrize("kind", [bytes, dict], ids=["files", "folders"])
-def test_what_a_run_folder_does_not_sync_is_missed(kind: type, life_of_a_run: Life, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [True, False])
+def test_what_a_run_folder_does_not_sync_is_missed(files: bool, life_of_a_run: Life, tmp_path: Path) -> None:
     """The test above can fail: without syncing files, or folders, something is lost."""
-    durable: dict[int, Entry] = {}
-    steps = []
-    for step in life_of_a_run.steps:
-        if step.synced is not None and not isinstance(step.there[step.synced], kind):
-            durable[step.synced] = step.there[step.synced]
-        steps.append(Step(step.there, dict(durable), step.promises))
+    steps = forgetting(life_of_a_run.steps, lambda name, is_file: is_file == files)
     assert next(faults_of_a_run(steps, life_of_a_run, tmp_path, often=0), None)

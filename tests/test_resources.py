@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,28 @@ from cspine_data.preparation.jobs import run_jobs
 from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
 from cspine_data.store.records import read_root
-from tests.conftest import ball, contents, not_installed, write_case
+from tests.conftest import ball, contents, not_installed, serially, write_case
+from tests.processes import Command
 from tests.test_volumes import header
 
 #: Longer than any of these runs takes; a run that hangs is ended by it and fails the test.
 PATIENCE_S = 100
 
 
-def run(*arguments: object, within: Callable[[], object] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, within: Callable[[], object] | None = None, in_workers: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run `cspine-data` as a process of its own, within limits."""
-    command = [sys.executable, "-m", "cspine_data", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, preexec_fn=within
-    )  # fmt: skip
+    process = Command("cspine-data", *arguments, errors_apart=True, before=partial(limited, within, in_workers))
+    output, errors = process.communicate(PATIENCE_S)
+    return subprocess.CompletedProcess(arguments, process.returncode or 0, output, errors)
+
+
+def limited(within: Callable[[], object] | None, in_workers: bool) -> None:
+    if not in_workers:
+        serially()
+    if within:
+        within()
 
 
 @pytest.fixture
@@ -93,6 +103,13 @@ def test_a_disk_that_is_full_at_any_point(room_kb: int, small_disk: Path, tmp_pa
     assert ours == theirs
 
 
+SERIALLY = """
+from tests.conftest import data_main, serially
+serially()
+data_main()
+"""
+
+
 @pytest.mark.parametrize("error", ["EDQUOT", "EIO"])
 def test_a_quota_and_a_broken_disk(error: str, tmp_path: Path) -> None:
     """The kernel's own answer to `fsync` is exchanged, from the eighth call on; all else is real."""
@@ -103,13 +120,13 @@ def test_a_quota_and_a_broken_disk(error: str, tmp_path: Path) -> None:
         write_case(tmp_path / "raw", name)
     store = tmp_path / "s.zarr"
     inject = [strace, "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", f"inject=fsync:error={error}:when=8+"]
-    command = [sys.executable, "-m", "cspine_data", "prepare", str(tmp_path / "raw"), "--store", str(store), "--no-n4"]
+    command = [sys.executable, "-c", SERIALLY, "prepare", str(tmp_path / "raw"), "--store", str(store), "--no-n4"]
     done = subprocess.run([*inject, *command], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
     told = {"EDQUOT": "Disk quota exceeded; free some space", "EIO": "Input/output error; fix this"}[error]
     lines = done.stderr.splitlines()
     assert len(lines) == 2
-    assert all(line.startswith(f"failed: {store / 'cases'}/") for line in lines)
+    assert all(line.startswith(f"failed: {store}") for line in lines)
     assert all(line.endswith(f"{told} and run it again") for line in lines)
     assert "0 done, 0 reused, 2 failed" in done.stdout
     assert "Traceback" not in done.stderr
@@ -145,20 +162,20 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
 
 
 def open_files(soft: int, hard: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return partial(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("most", [12, 40])
 def test_too_few_open_files(most: int, tmp_path: Path) -> None:
     write_case(tmp_path / "raw", "A")
     told = ("prepare", tmp_path / "raw", "--store", tmp_path / "s.zarr", "--no-n4", "--workers", "1")
-    done = run(*told, within=open_files(most, most))
+    done = run(*told, within=open_files(most, most), in_workers=True)
     assert done.returncode == 1
     assert done.stderr == (
         f"Error: workers 1: need more than the allowed {most} open files; "
         "raise their limit to 80 (ulimit -n), or use fewer --workers\n"
     )
-    assert run(*told, within=open_files(most, 4096)).returncode == 0
+    assert run(*told, within=open_files(most, 4096), in_workers=True).returncode == 0
 
 
 def test_a_worker_that_dies_is_named_and_the_others_go_on(
@@ -234,12 +251,14 @@ def memory_group() -> Iterator[Path]:
     group.rmdir()
 
 
-def test_a_worker_that_the_kernel_kills(cohort_with_a_giant: Path, tmp_path: Path, memory_group: Path) -> None:
-    def enter() -> None:
-        (memory_group / "cgroup.procs").write_text(str(os.getpid()))
+def enter(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
 
+
+def test_a_worker_that_the_kernel_kills(cohort_with_a_giant: Path, tmp_path: Path, memory_group: Path) -> None:
     store = tmp_path / "s.zarr"
-    done = run("prepare", cohort_with_a_giant, "--store", store, "--no-n4", "--workers", "1", within=enter)
+    asked = ("prepare", cohort_with_a_giant, "--store", store, "--no-n4", "--workers", "1")
+    done = run(*asked, within=partial(enter, memory_group), in_workers=True)
     assert done.returncode == 1
     # Python's own tracker of semaphores may warn of those that a killed process held.
     told = [line for line in done.stderr.splitlines() if "resource_tracker" not in line and "warnings.warn" not in line]
@@ -276,8 +295,13 @@ def test_a_read_only_store_is_read_and_not_written(small_disk: Path, tmp_path: P
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
 
 
-def as_anybody() -> None:
-    """Give up what lets root pass every permission."""
+def as_anybody(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `cspine-data` without what lets root pass every permission."""
+    command = [sys.executable, "-c", SERIALLY, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=give_up_capabilities)
+
+
+def give_up_capabilities() -> None:
     if os.geteuid() == 0:
         library = ctypes.CDLL(None, use_errno=True)
         for capability in (1, 2):  # to override permissions; to read and search in spite of them
@@ -289,9 +313,9 @@ def test_permissions(tmp_path: Path) -> None:
     for name in "AB":
         write_case(raw, name)
     raw.chmod(0o555)  # a source that cannot be written to is enough
-    assert run("prepare", raw, "--store", store, "--no-n4", within=as_anybody).returncode == 0
+    assert as_anybody("prepare", raw, "--store", store, "--no-n4").returncode == 0
     (raw / "A.nrrd").chmod(0)
-    done = run("prepare", raw, "--store", store, "--no-n4", "--axes", "0", within=as_anybody)
+    done = as_anybody("prepare", raw, "--store", store, "--no-n4", "--axes", "0")
     assert done.returncode == 1
     assert done.stderr == (
         f"failed: {raw / 'A.nrrd'}: Permission denied; make it readable and writable for you, or choose another place\n"
@@ -301,12 +325,12 @@ def test_permissions(tmp_path: Path) -> None:
     (store / "cases").chmod(0o555)
     raw.chmod(0o755)
     write_case(raw, "C")
-    done = run("prepare", raw, "--store", store, "--no-n4", within=as_anybody)
+    done = as_anybody("prepare", raw, "--store", store, "--no-n4")
     assert done.returncode == 1
     assert f"{store / 'cases' / 'C'}: Permission denied; make it readable and writable" in done.stderr
     (store / "cases").chmod(0o755)
     store.chmod(0)
-    done = run("info", store, within=as_anybody)
+    done = as_anybody("info", store)
     store.chmod(0o755)
     assert done.returncode == 1
     assert done.stderr == (

@@ -36,7 +36,7 @@ from cspine_train.training.progress import TrainingProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
 
-SMALL = {"encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
+SMALL = {"model": "linknet", "encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
 TRUTH, FOUND = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
 
 
@@ -202,6 +202,8 @@ def test_pictures_that_were_not_made_are_made_again_and_nothing_is_trained(
     )
     folder = tmp_path / "run"
     monkeypatch.setattr("cspine_train.training.callbacks.draw_curves", lambda *_: ())
+    # Dice that never gains.
+    monkeypatch.setattr("cspine_train.training.segmentation_module.best_threshold", lambda counts, patients: (0.5, 0.5))
     with monkeypatch.context() as patches:
         patches.setattr("cspine_train.training.pipeline.save_overlays", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
