@@ -42,7 +42,7 @@ def settings_of(**options: Any) -> RunSettings:
     return record_of(RunSettings, **options)
 
 
-def record_of(model: type[Model], **options: Any) -> Model:
+def record_of(model: type[Model], /, **options: Any) -> Model:
     """Return a record of options; a `click.UsageError` for values that are invalid or contradict."""
     try:
         return model(**options)
