@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +26,8 @@ class ExtensionPoint:
     """The entry-point group of plug-ins."""
     built_in: Mapping[str, str]
     """Where each name of the project is, as ``module:attribute`` or ``module``; imported when it is used."""
+    error: Callable[[str, str, str], Exception] = InputError
+    """The error of `load`, made from subject, problem and remedy."""
 
     def names(self) -> tuple[str, ...]:
         """Return the names: the project's own, then those of installed plug-ins, which replace none."""
@@ -53,7 +55,7 @@ class ExtensionPoint:
         Raises
         ------
         InputError
-            If there is no such name, or its plug-in cannot be imported.
+            Or another `error`, if there is no such name, or its plug-in cannot be imported.
         """
         from importlib.metadata import EntryPoint
 
@@ -62,13 +64,13 @@ class ExtensionPoint:
         try:
             self.check(name)
         except ValueError as error:
-            raise InputError(self.group, *str(error).split("; ", 1)) from None
+            raise self.error(self.group, *str(error).split("; ", 1)) from None
         try:
             return _plug_ins(self.group, tuple(sys.path))[name].load()
         except Exception as error:
             # A plug-in may raise anything as it is imported.
             problem = f"cannot be imported ({error})"
-            raise InputError(f"plug-in {name!r} of {self.group}", problem, "correct or remove it") from error
+            raise self.error(f"plug-in {name!r} of {self.group}", problem, "correct or remove it") from error
 
 
 @cache

@@ -109,9 +109,8 @@ def _range(kind: Any, field: FieldInfo) -> Any:
     if kind not in (int, float) or not bounds:
         return None
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
-    if kind is int:
-        return click.IntRange(low, high)
-    return click.FloatRange(low, high, min_open="gt" in bounds, max_open="lt" in bounds)
+    ranges = click.IntRange if kind is int else click.FloatRange
+    return ranges(low, high, min_open="gt" in bounds, max_open="lt" in bounds)
 
 
 @cache

@@ -6,25 +6,16 @@ installed package declares an entry point in the group. CONTRIBUTING.md shows bo
 
 from __future__ import annotations
 
-from typing import Any
-
-from cspine_data import CspineDataError
+from cspine_data import InputError
 from cspine_data.tools import ExtensionPoint
 from cspine_train.errors import RunError
 
 
-class _Extensions(ExtensionPoint):
-    """A group whose names are unknown, or cannot be imported, with a `RunError`."""
-
-    def load(self, name: str) -> Any:
-        """Import what a name stands for."""
-        try:
-            return super().load(name)
-        except CspineDataError as error:
-            raise RunError(str(error)) from error
+def _error(*told: str) -> RunError:
+    return RunError(str(InputError(*told)))
 
 
-LOSSES = _Extensions(
+LOSSES = ExtensionPoint(
     "cspine.losses",
     {
         "dice": "cspine_train.training.losses:dice",
@@ -32,8 +23,9 @@ LOSSES = _Extensions(
         "dice_focal": "cspine_train.training.losses:dice_focal",
         "tversky": "cspine_train.training.losses:tversky",
     },
+    _error,
 )
-AUGMENTATIONS = _Extensions(
+AUGMENTATIONS = ExtensionPoint(
     "cspine.augmentations",
     {
         "none": "cspine_train.data.augmentation:NONE",
@@ -41,8 +33,9 @@ AUGMENTATIONS = _Extensions(
         "reference": "cspine_train.data.augmentation:REFERENCE",
         "strong": "cspine_train.data.augmentation:STRONG",
     },
+    _error,
 )
-ARCHITECTURES = _Extensions(
+ARCHITECTURES = ExtensionPoint(
     "cspine.architectures",
     {
         "unet": "segmentation_models_pytorch:Unet",
@@ -50,6 +43,7 @@ ARCHITECTURES = _Extensions(
         "linknet": "segmentation_models_pytorch:Linknet",
         "pspnet": "segmentation_models_pytorch:PSPNet",
     },
+    _error,
 )
 #: Those of plug-ins; all are used, see `MEASURES`.
-METRICS = _Extensions("cspine.metrics", {})
+METRICS = ExtensionPoint("cspine.metrics", {}, _error)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import cloup
@@ -14,18 +14,18 @@ import cloup
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
 from cspine_data.typed_options import field_option
 from cspine_train.cli.option_values import weights_of
-from cspine_train.cli.setting_options import record_of, setting_options
+from cspine_train.cli.setting_options import record_of, setting_options, settings_of
 from cspine_train.cli.study_commands import cell, study, table
 from cspine_train.cli.waiting import stay_awake
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_message
 from cspine_train.run.machines import Machines
-from cspine_train.run.settings import RunSettings
 from cspine_train.training.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
     from cspine_train.evaluation.scoring import Evaluation
     from cspine_train.prediction.files import Predicted
     from cspine_train.run.record import RunRecord
+    from cspine_train.run.settings import RunSettings
 
 
 class _Echo(logging.Handler):
@@ -82,10 +82,11 @@ _RUN_MACHINE = cloup.option_group(
 @_RUN_MACHINE
 def run(
     store: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
-    **options: Any,
+    devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again resumes a run that was stopped."""
-    settings, machines = record_of(RunSettings, options), record_of(Machines, options)
+    settings = settings_of(**options)
+    machines = record_of(Machines, devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.training.pipeline import train
     from cspine_train.training.processes import is_first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import click
@@ -15,6 +15,7 @@ from cspine_train.run.settings import (
     ModelSettings,
     OptimisationSettings,
     PostprocessingSettings,
+    RunSettings,
     problem_of,
 )
 
@@ -36,12 +37,14 @@ def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
     return decorate
 
 
-def record_of(model: type[Model], options: Mapping[str, Any]) -> Model:
-    """Return a record of those of a command's options that are its fields.
+def settings_of(**options: Any) -> RunSettings:
+    """Return the settings of a command's options; a `click.UsageError` for values that are invalid or contradict."""
+    return record_of(RunSettings, **options)
 
-    Raises a `click.UsageError` for values that are invalid or contradict.
-    """
+
+def record_of(model: type[Model], /, **options: Any) -> Model:
+    """Return a record of options; a `click.UsageError` for values that are invalid or contradict."""
     try:
-        return model(**{name: value for name, value in options.items() if name in model.model_fields})
+        return model(**options)
     except ValidationError as error:
         raise click.UsageError(problem_of(error, model)) from None

@@ -16,13 +16,13 @@ import cloup
 
 from cspine_data.terminal import can_go_on, print_table, progress_bar, say
 from cspine_train.cli.option_values import folds_of, list_of, weights_by_encoder
-from cspine_train.cli.setting_options import record_of, setting_options
+from cspine_train.cli.setting_options import setting_options, settings_of
 from cspine_train.errors import ModelError
 from cspine_train.run.planes import AXES
-from cspine_train.run.settings import RunSettings
 
 if TYPE_CHECKING:
     from cspine_data import Cohort
+    from cspine_train.run.settings import RunSettings
     from cspine_train.study.plan import Cell, Grid, Plan
     from cspine_train.study.runner import Outcome
 
@@ -94,7 +94,7 @@ def study(
         raise click.UsageError("--workers and --scheduler: exclude each other, as a scheduler has its own workers")
     grid = Grid(models, encoders, weights, variants, _axes(axes), folds, seeds)
     cohort = open_cohort(store)
-    requested = _requested(grid, queue, record_of(RunSettings, recipe))
+    requested = _requested(grid, queue, settings_of(**recipe))
     if not requested:
         return
     if unused := set(weights) - {""} - {one.encoder for one in requested if one.weights != "none"}:

@@ -91,7 +91,9 @@ STRONG = Amounts(
     field=0.4, blur=0.8, coarse=2.0, ghosts=0.15, window=0.2, chance=0.15,
 )  # fmt: skip
 
+# Intensities between which a random map is linear, and the kernels of a random network.
 _KNOTS = 7
+_LAYERS = ((2, 1, 3, 3), (2, 2, 3, 3), (1, 2, 3, 3))
 _NARROWEST = 0.25
 _GRID = 5
 
@@ -259,7 +261,8 @@ class Augmentation:
         if amounts.contrast:
             gamma = torch.exp(amounts.contrast * stream("gamma").symmetric())
             # A random map replaces gamma.
-            values = torch.where(mapped.unsqueeze(1), values, _scale(len(values), values.device) ** gamma.unsqueeze(1))
+            rising = torch.linspace(0, 1, _KNOTS, device=values.device) ** gamma.unsqueeze(1)
+            values = torch.where(mapped.unsqueeze(1), values, rising)
         elif not (mapped | folded).any():
             return images
         span = (high - low).clamp_min(1e-6)
@@ -268,7 +271,8 @@ class Augmentation:
         kernels = convolve.normal(sum(map(math.prod, _LAYERS)))
         blend, zero = 0.7 * convolve.uniform(), convolve.uniform()
         for number in folded.nonzero().flatten().tolist():
-            weights = [part.view(shape) for part, shape in zip(_parts(kernels[number]), _LAYERS, strict=True)]
+            parts = torch.split(kernels[number], [math.prod(shape) for shape in _LAYERS])
+            weights = [part.view(shape) for part, shape in zip(parts, _LAYERS, strict=True)]
             changed[number] = _blended(
                 convolved(shares[number] - zero[number], weights), changed[number], float(blend[number])
             )
@@ -322,17 +326,6 @@ class Augmentation:
             noise = stream("noise")
             images = images + amounts.noise * noise.uniform().view(-1, 1, 1, 1) * noise.noise(images)
         return images
-
-
-_LAYERS = ((2, 1, 3, 3), (2, 2, 3, 3), (1, 2, 3, 3))
-
-
-def _parts(kernels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(kernels, [math.prod(shape) for shape in _LAYERS])
-
-
-def _scale(count: int, device: torch.device) -> torch.Tensor:
-    return torch.linspace(0, 1, _KNOTS, device=device).expand(count, -1)
 
 
 def _maps(stream: Stream) -> torch.Tensor:

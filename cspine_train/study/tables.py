@@ -13,7 +13,7 @@ from cspine_train.metrics.overlap import measures
 from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
 from cspine_train.run.planes import PLANES
 from cspine_train.study.plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_NOTE
-from cspine_train.study.published import PublishedCell, published_percent
+from cspine_train.study.published import published_percent
 from cspine_train.study.ranking import contrasts, levels, n4_answer, ranked
 from cspine_train.study.results import CONDITION, conditions, scores
 
@@ -133,7 +133,7 @@ def _figures(table: pd.DataFrame, dice: pd.DataFrame) -> pd.DataFrame:
     found["batch_averaged_percent"] = _means(100 * scores(table, "batch_averaged_dice"), dice, (0.0, 100.0))
     figures = dice.columns.to_frame(index=False)
     figures = figures.assign(**{name: list(column) for name, column in found.items()})
-    published = [published_percent().get(_published(row)) for row in figures.itertuples()]
+    published = [_published(row) for row in figures.itertuples()]
     differences = [
         None if percent is None or there is None else percent.less(there)
         for percent, there in zip(figures.batch_averaged_percent, published, strict=True)
@@ -156,12 +156,11 @@ def _means(measured: pd.DataFrame, dice: pd.DataFrame, within: tuple[float, floa
     )
 
 
-def _published(condition: Any) -> PublishedCell:
+def _published(condition: Any) -> float | None:
     encoder, _, weights = condition.encoder.partition(" ")
-    of_random = RANDOM if encoder == RANDOM_ENCODER else ""
-    return PublishedCell(
-        condition.axes, condition.model, of_random if weights == f"({RANDOM})" else encoder, condition.variant
-    )
+    if weights == f"({RANDOM})":
+        encoder = RANDOM if encoder == RANDOM_ENCODER else ""
+    return published_percent().get((condition.axes, condition.model, encoder, condition.variant))
 
 
 def _cells(axes: str, figures: pd.DataFrame, shown: Sequence[str]) -> Table:
