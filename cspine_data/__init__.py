@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cspine_data.datasets.cohort import Cohort, open_cohort
+    from cspine_data.datasets.given_splits import GivenSplit, read_splits
     from cspine_data.datasets.slices import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.datasets.splits import Split
     from cspine_data.errors import (
@@ -76,6 +77,7 @@ _HOME = {
     "preprocessing.steps": ("PreparedVolume", "preprocess_volume"),
     "store.publishing": ("remove_cases",),
     "store.schema": ("CaseRecord",),
+    "datasets.given_splits": ("GivenSplit", "read_splits"),
     "datasets.splits": ("Split",),
     "store.verification": ("Damage", "verify"),
     "volumes.io": ("content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_volume"),
@@ -96,6 +98,7 @@ __all__ = [
     "Found",
     "Garbage",
     "Geometry",
+    "GivenSplit",
     "InputError",
     "Layout",
     "Listing",
@@ -127,6 +130,7 @@ __all__ = [
     "parse_axes",
     "prepare",
     "preprocess_volume",
+    "read_splits",
     "read_volume",
     "remove_cases",
     "repair",
