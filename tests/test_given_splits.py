@@ -19,7 +19,7 @@ from cspine_train.study.plan import Grid, plan_study, sites_of
 from tests.conftest import do_serially, write_case
 
 #: Case: patient and site. Patient A was scanned at both sites; E has no label map.
-COHORT = {"A1": ("A", "X"), "A2": ("A", "Y"), "B": ("B", "X"), "C": ("C", "X"), "D": ("D", "Y"), "E": ("E", "Y")}
+COHORT = {"A1": ("A", "X"), "A2": ("A", "Y"), "B": ("B", "X"), "C": ("C", "X"), "D": ("D", "Y"), "E": ("E", "Z")}
 RECIPE = ("--encoder", "tu-test_resnet", "--weights", "none", "--epochs", 1, "--variant", "raw", "--size", 32)
 
 
@@ -113,7 +113,8 @@ def test_a_site_is_tested_by_models_of_the_others(site_store: Path, tmp_path: Pa
     assert cohort.sites["A2"] == "Y"
     # A was scanned at both sites: its other case is in no part.
     assert cohort.split(test_site="Y") == Split(("B",), ("C",), ("A2", "D"))
-    with pytest.raises(InputError, match="site 'Z': is no site of the store; known are X, Y"):
+    # E, the only one of site Z, has no label map.
+    with pytest.raises(InputError, match="site 'Z': is no site of the store's labelled cases; known are X, Y"):
         cohort.split(test_site="Z")
     with pytest.raises(InputError, match="test_site and folds|folds and test_site"):
         cohort.split(test_site="Y", folds=3)

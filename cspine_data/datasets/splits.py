@@ -140,7 +140,7 @@ def site_split(
     test = tuple(case for case in cases if sites[case] == site)
     known = sorted({sites[case] or "" for case in cases})
     if not test or len(known) < 2:
-        problem = "is the only site of the store" if test else "is no site of the store"
+        problem = f"is {'the only' if test else 'no'} site of the store's labelled cases"
         raise InputError(f"site {site!r}", problem, f"known are {', '.join(known) or 'none'}")
     others = {patient for patient in cases_of if {*test}.isdisjoint(cases_of[patient])}
     split = hold_back_validation([patient for patient in batch if patient in others] for batch in batches)

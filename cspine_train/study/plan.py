@@ -147,8 +147,9 @@ def _checked(recipe: RunSettings, update: Mapping[str, Any]) -> RunSettings:
 
 
 def sites_of(cohort: Cohort) -> list[str]:
-    """Return the sites of a store, sorted; a `RunError` if there are fewer than two."""
-    sites = sorted({site for site in cohort.sites.values() if site is not None})
+    """Return the sites of a store's labelled cases, sorted; a `RunError` if there are fewer than two."""
+    labelled = {case for variant in cohort.variants for case in cohort.split(variant=variant).part_of}
+    sites = sorted({site for case in labelled if (site := cohort.sites[case]) is not None})
     if len(sites) < 2:
         remedy = "name the sites in the column site of --pairs, and prepare again"
         raise RunError(f"{cohort.path}: has fewer than two sites ({', '.join(sites) or 'none'}); {remedy}")
