@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cspine_data.datasets.cohort import Cohort, open_cohort
     from cspine_data.datasets.export import ExportSummary, export_cohort
+    from cspine_data.datasets.given_splits import GivenSplit, read_splits
     from cspine_data.datasets.slices import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.datasets.splits import Split
     from cspine_data.errors import (
@@ -84,6 +85,7 @@ _HOME = {
     "report.dataset": ("DatasetReport", "report_source", "report_store"),
     "store.publishing": ("remove_cases",),
     "store.schema": ("CaseRecord",),
+    "datasets.given_splits": ("GivenSplit", "read_splits"),
     "datasets.splits": ("Split",),
     "store.verification": ("Damage", "verify"),
     "volumes.formats.dicom_segmentation": ("SegmentationSource", "segmentation_source"),
@@ -110,6 +112,7 @@ __all__ = [
     "Found",
     "Garbage",
     "Geometry",
+    "GivenSplit",
     "InputError",
     "Layout",
     "Listing",
@@ -144,6 +147,7 @@ __all__ = [
     "parse_axes",
     "prepare",
     "preprocess_volume",
+    "read_splits",
     "read_volume",
     "relabel",
     "remove_cases",

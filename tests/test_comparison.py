@@ -23,7 +23,7 @@ from cspine_train.run.record import RunRecord, save_record
 from cspine_train.run.settings import RunSettings
 
 
-def evaluated(folder: Path, dice: Mapping[str, float], split: str = "test", data: str = "", **settings: object) -> Path:
+def evaluated(folder: Path, dice: Mapping[str, float], part: str = "test", data: str = "", **settings: object) -> Path:
     """Make what a comparison reads of a run folder: its record, and an evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(
@@ -34,8 +34,8 @@ def evaluated(folder: Path, dice: Mapping[str, float], split: str = "test", data
     )  # fmt: skip
     save_record(folder, record)
     (folder / "evaluation").mkdir(exist_ok=True)
-    rows = [{"case": case, "split": split, "dice": figure} for case, figure in dice.items()]
-    (folder / "evaluation" / f"{split}.json").write_text(json.dumps({"patients": rows}))
+    rows = [{"case": case, "split": part, "dice": figure} for case, figure in dice.items()]
+    (folder / "evaluation" / f"{part}.json").write_text(json.dumps({"patients": rows}))
     return folder
 
 
@@ -67,6 +67,31 @@ def test_patients_are_compared_in_pairs(tmp_path: Path, run_train: Callable[...,
     assert lines[2].split()[-3:] == ["6", "1", "0.031"]
     assert "note: data: synthetic" in lines
     assert "note: left out, as not all models have scores of them: P7" in lines
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"test_site": "X"}, {"test_site": "Y"}],
+        [
+            {"split": {"train": ["P9"], "test": [case], "fold": fold, "folds": 2}}
+            for fold, case in enumerate(("P0", "P4"))
+        ],
+    ],
+)
+def test_the_sites_or_given_folds_of_a_model_are_one(parts: list[dict[str, object]], tmp_path: Path) -> None:
+    halves = [dict(list(PATIENTS.items())[start : start + 4]) for start in (0, 4)]
+    runs = [
+        evaluated(tmp_path / f"{model}{number}", halves[number], model=model, **parts[number])
+        for model in ("unet", "fpn")
+        for number in (0, 1)
+    ]
+    comparison = compare(runs)
+    assert [len(model.runs) for model in comparison.models] == [2, 2]
+    assert comparison.patients == tuple(PATIENTS)
+    assert any("folds share training patients" in caveat for caveat in comparison.caveats)
+    with pytest.raises(RunError, match="has the same fold"):
+        compare([*runs, evaluated(tmp_path / "again", halves[1], model="fpn", **parts[1])])
 
 
 def test_the_folds_of_a_model_are_one(tmp_path: Path) -> None:

@@ -218,6 +218,27 @@ def test_seeds_of_a_patient_are_averaged_and_folds_are_one_condition() -> None:
     assert dict(of_patients) == pytest.approx({"P0": 0.85, "P1": 0.7})
 
 
+def test_each_test_site_has_a_row() -> None:
+    """A model was trained twice, and tested on the site that it was not trained on; two seeds are averaged."""
+    rows = [
+        row(model, patient=f"{site}{number}", dice=dice + seed / 100, test_site=site, seed=seed)
+        for model in ("unet", "fpn")
+        for site, dice, patients in (("X", 0.8, 7), ("Y", 0.6, 2))
+        for number in range(patients)
+        for seed in (0, 1)
+    ]
+    found = found_in(rows)
+    sites = found.sites.frame
+    assert list(sites["test site"]) == ["X", "Y", "X", "Y"]
+    assert list(sites.patients) == ["7", "2", "7", "2"]
+    # An interval needs six patients.
+    assert [dice.partition(" ")[0] for dice in sites.Dice] == ["0.8050", "0.6050", "0.8050", "0.6050"]
+    assert ["[" in dice for dice in sites.Dice] == [True, False, True, False]
+    assert any("share training patients" in caveat for caveat in found.caveats)
+    assert found.sites in found.tables
+    assert found_in([row()]).sites not in found_in([row()]).tables
+
+
 def test_one_patient_that_turns_the_mean_decides_nothing() -> None:
     """Thirteen a little better, one much worse: ranks are for N4, the mean is against it."""
     patients = [f"P{number:02d}" for number in range(14)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cspine_data.datasets.given_splits import GivenSplit, given_split
 from cspine_data.datasets.slices import Labels, SliceDataset, VolumeDataset
 from cspine_data.datasets.splits import (
-    TEST,
-    TRAIN,
-    VALIDATION,
+    PART_NAMES,
     Split,
     by_patient,
+    cases_by_patient,
     fold_split,
     leave_one_out,
+    of_patients,
     reference_split,
+    site_split,
 )
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.names import as_known
@@ -37,8 +38,6 @@ from cspine_data.volumes.volume import Volume
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-_SPLIT_NAMES = {TRAIN: TRAIN, VALIDATION: VALIDATION, "valid": VALIDATION, "val": VALIDATION, TEST: TEST}
 
 
 class Cohort:
@@ -96,6 +95,11 @@ class Cohort:
         """Return the patient, site and sequence of a case."""
         return self._root.identity(case)
 
+    @cached_property
+    def sites(self) -> dict[str, str | None]:
+        """The site of each case, None if it is not known."""
+        return {case: self._root.identity(case).site for case in self.cases}
+
     def table(self, variant: str | None = None) -> DataFrame:
         """Return a pandas table of a variant, one row per case: identity, part of the split, grid, labels, bias field.
 
@@ -146,7 +150,14 @@ class Cohort:
         return contradiction(self.record(case, variant).label_centroids_mm for case in cases)
 
     def split(
-        self, *, folds: int | None = None, fold: int = 0, leave_out: str | None = None, variant: str | None = None
+        self,
+        *,
+        folds: int | None = None,
+        fold: int = 0,
+        leave_out: str | None = None,
+        test_site: str | None = None,
+        given: GivenSplit | None = None,
+        variant: str | None = None,
     ) -> Split:
         """Divide the labelled cases by patient.
 
@@ -158,6 +169,10 @@ class Cohort:
             The fold for testing.
         leave_out : str, optional
             Test on this patient, given by its name or one of its cases, and train on all others but one.
+        test_site : str, optional
+            Test on this site, and train and validate on the others.
+        given : GivenSplit, optional
+            A split from a file, see `read_splits`. Cases that it does not name are in no part.
         variant : str, optional
             The variant; cases without labels are in no part.
 
@@ -169,28 +184,29 @@ class Cohort:
         Raises
         ------
         InputError
-            If there are too few cases, no such fold, or contradictory arguments.
+            If there are too few cases, no such fold or site, contradictory arguments, or the given split puts a patient
+            into two parts or names an unknown case.
         """
-        if leave_out is not None and folds is not None:
-            raise InputError(f"leave_out={leave_out!r} and folds={folds}", "exclude each other", "give one of them")
+        ways = {"folds": folds, "leave_out": leave_out, "test_site": test_site, "given": given}
+        named = [name for name, value in ways.items() if value is not None]
+        if len(named) > 1:
+            raise InputError(" and ".join(named), "exclude each other", "give one of them")
         if fold and folds is None:
             raise InputError(f"fold={fold}", "needs a number of folds", "give folds too")
         variant = self._variant(variant)
         patient_of = {case: self._root.identity(case).patient for batch in self._batches for case in batch}
         patients = by_patient(self._batches, patient_of)
+        held, _ = self._read_label_maps(variant)
+        cases_of = cases_by_patient(held & patient_of.keys(), patient_of)
+        if given is not None:
+            return given_split(given, patients, cases_of, self.patients)
+        if test_site is not None:
+            return site_split(patients, cases_of, self.sites, test_site)
         if leave_out is not None:
             name = as_known(leave_out, self._root.cases)
-            split = leave_one_out(patients, patient_of.get(name, name))
-        elif folds is not None:
-            split = fold_split(patients, folds, fold)
-        else:
-            split = reference_split(patients)
-        held, _ = self._read_label_maps(variant)
-        cases_of: dict[str, list[str]] = defaultdict(list)
-        for case in sorted(held & patient_of.keys()):
-            cases_of[patient_of[case]].append(case)
-        parts = (split.train, split.validation, split.test)
-        return Split(*(tuple(case for patient in part for case in cases_of[patient]) for part in parts))
+            return of_patients(leave_one_out(patients, patient_of.get(name, name)), cases_of)
+        split = reference_split(patients) if folds is None else fold_split(patients, folds, fold)
+        return of_patients(split, cases_of)
 
     def slices(
         self,
@@ -202,6 +218,7 @@ class Cohort:
         only_labelled: bool = False,
         context: int = 0,
         size_hw: tuple[int, int] | None = None,
+        of: Split | None = None,
     ) -> SliceDataset:
         """Return the slices along one axis or several, as a map-style dataset.
 
@@ -210,7 +227,7 @@ class Cohort:
         axis : int or sequence of int
             0: sagittal slices (H, W) = (y, z); 1: coronal (x, z); 2: axial (x, y).
         split : str, optional
-            ``train``, ``validation`` or ``test`` of the reference split.
+            ``train``, ``validation`` or ``test``.
         variant : str, optional
             ``n4`` or ``raw``; optional if the store has only one.
         cases : iterable of str, optional
@@ -226,6 +243,8 @@ class Cohort:
         size_hw : tuple of int, optional
             H and W of all items, with each slice in the middle, so that a plain PyTorch `DataLoader` can batch them.
             The margin of an image has its darkest value.
+        of : Split, optional
+            The split that `split` is a part of; by default the reference split.
 
         Raises
         ------
@@ -237,7 +256,7 @@ class Cohort:
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
         if context < 0:
             raise InputError(f"context={context}", "is negative", "give the number of neighbours on each side, from 0")
-        chosen = self._chosen(split, variant, cases, labels)
+        chosen = self._chosen(split, variant, cases, labels, of)
         return SliceDataset(self.path, chosen, axes, labels, only_labelled, context, size_hw)
 
     def volumes(
@@ -246,9 +265,10 @@ class Cohort:
         variant: str | None = None,
         cases: Iterable[str] | None = None,
         labels: Labels = "binary",
+        of: Split | None = None,
     ) -> VolumeDataset:
         """Return whole volumes as a map-style dataset; the parameters are those of `slices`."""
-        return VolumeDataset(self.path, tuple(self._chosen(split, variant, cases, labels)), labels)
+        return VolumeDataset(self.path, tuple(self._chosen(split, variant, cases, labels, of)), labels)
 
     def prepared(self, case: str, variant: str | None = None) -> PreparedVolume:
         """Return a case as its slices contain it, with the mapping back to its grid.
@@ -342,7 +362,7 @@ class Cohort:
         return variant
 
     def _chosen(
-        self, split: str | None, variant: str | None, cases: Iterable[str] | None, labels: Labels
+        self, split: str | None, variant: str | None, cases: Iterable[str] | None, labels: Labels, of: Split | None
     ) -> Iterator[CaseRecord]:
         """Iterate over the selected records, one by one, since those of a large cohort take much memory."""
         if labels not in ("binary", "stored", None):
@@ -357,9 +377,7 @@ class Cohort:
             if unknown:
                 self.record(unknown[0], variant)
         if split is not None:
-            if split not in _SPLIT_NAMES:
-                raise InputError(f"split {split!r}", "is not known", "choose train, validation or test")
-            part = self.split(variant=variant).cases(_SPLIT_NAMES[split])
+            part = (of or self.split(variant=variant)).cases(PART_NAMES.get(split, split))
             wanted = part if wanted is None else tuple(case for case in wanted if case in part)
         if wanted is None:
             yield from (

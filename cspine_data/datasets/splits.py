@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, count
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+PARTS = (TRAIN, VALIDATION, TEST)
+#: Names of the parts that users write.
+PART_NAMES = {TRAIN: TRAIN, VALIDATION: VALIDATION, "valid": VALIDATION, "val": VALIDATION, TEST: TEST}
 # The reference study: 14 patients by sorted name, 12 to train, 1 to validate, 1 to test.
 _REFERENCE_COHORT = 14
 
@@ -27,7 +30,7 @@ class Split:
     @property
     def part_of(self) -> dict[str, str]:
         """The part of each case."""
-        return {case: part for part in (TRAIN, VALIDATION, TEST) for case in self.cases(part)}
+        return {case: part for part in PARTS for case in self.cases(part)}
 
     def cases(self, part: str) -> tuple[str, ...]:
         """Return the cases of ``train``, ``validation`` or ``test``.
@@ -52,6 +55,14 @@ def by_patient(batches: Iterable[Sequence[str]], patient_of: Mapping[str, str]) 
         patients.append(tuple(sorted(new)))
         seen |= new
     return patients
+
+
+def cases_by_patient(cases: Iterable[str], patient_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the cases of each patient, sorted."""
+    found: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        found.setdefault(patient_of[case], []).append(case)
+    return found
 
 
 def reference_split(batches: Iterable[Sequence[str]]) -> Split:
@@ -93,6 +104,56 @@ def leave_one_out(batches: Iterable[Sequence[str]], case: str) -> Split:
     if case not in order:
         raise InputError(f"case {case!r}", "is no labelled case of the store", "cspine-data info lists them")
     return _deal(order, len(order), order.index(case))
+
+
+def hold_back_validation(batches: Iterable[Sequence[str]]) -> Split:
+    """Split training patients into those for training and those for validation, one in 14 and at least one.
+
+    They are the last ones of each batch, as the test patients of the reference split.
+    """
+    split = reference_split(batches)
+    return Split((*split.train, *split.validation), split.test, ())
+
+
+def site_split(
+    batches: Iterable[Sequence[str]], cases_of: Mapping[str, Sequence[str]], sites: Mapping[str, str | None], site: str
+) -> Split:
+    """Return the cases of a split that tests one site, and trains and validates on patients of the others.
+
+    Parameters
+    ----------
+    batches : iterable of sequence of str
+        The patients, see `by_patient`.
+    cases_of : dict
+        The labelled cases of each patient.
+    sites : dict
+        The site of each case.
+    site : str
+        The site to test. Other cases of its patients are left out.
+    """
+    cases = [case for patient in cases_of for case in cases_of[patient]]
+    without = sorted(case for case in cases if sites[case] is None)
+    if without:
+        named = f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}"
+        remedy = "name it in the column site of --pairs, and prepare again"
+        raise InputError(f"{count(len(without), 'case')} of the store", f"without a site ({named})", remedy)
+    test = tuple(case for case in cases if sites[case] == site)
+    known = sorted({sites[case] or "" for case in cases})
+    if not test or len(known) < 2:
+        problem = f"is {'the only' if test else 'no'} site of the store's labelled cases"
+        raise InputError(f"site {site!r}", problem, f"known are {', '.join(known) or 'none'}")
+    others = {patient for patient in cases_of if {*test}.isdisjoint(cases_of[patient])}
+    split = hold_back_validation([patient for patient in batch if patient in others] for batch in batches)
+    return Split(_cases(split.train, cases_of), _cases(split.validation, cases_of), test)
+
+
+def of_patients(split: Split, cases_of: Mapping[str, Sequence[str]]) -> Split:
+    """Return the cases of a split of patients."""
+    return Split(*(_cases(split.cases(part), cases_of) for part in PARTS))
+
+
+def _cases(patients: Iterable[str], cases_of: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return tuple(case for patient in patients for case in cases_of.get(patient, ()))
 
 
 def _order(batches: Iterable[Sequence[str]]) -> list[str]:

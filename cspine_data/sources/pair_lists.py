@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from cspine_data.errors import InputError, Problem
@@ -39,7 +39,7 @@ def read_pairs(path: Path) -> Found:
     if not path.is_file():
         raise InputError(path, "is no file", f"give a CSV file with the columns {','.join(_REQUIRED)}")
     found = Found()
-    for number, row in _rows(path):
+    for number, row in table_rows(path, _REQUIRED, (*COLUMNS, *_LEVELS)):
         case_id, volume = row["case"], row["volume"]
         if not case_id or not volume:
             problem = (
@@ -77,8 +77,8 @@ def write_pairs(path: Path, cases: Iterable[Case]) -> None:
         raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Iterate over the lines of a list with their numbers."""
+def table_rows(path: Path, required: Sequence[str], known: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Iterate over the lines of a CSV file with their numbers; an `InputError` names what is wrong with it."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in _UTF16 else "utf-8-sig")
@@ -92,7 +92,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     rows = csv.reader(lines[skipped:], delimiter=separator, strict=True)
     try:
         names = [name.strip().lower() for name in next(rows, [])]
-        _check_columns(path, names)
+        _check_columns(path, names, required, known)
         for row in rows:
             number = rows.line_num + skipped
             cells = [cell.strip() for cell in row]
@@ -107,15 +107,15 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise InputError(path, f"line {rows.line_num + skipped} is not CSV ({error})", "correct the line") from None
 
 
-def _check_columns(path: Path, names: list[str]) -> None:
+def _check_columns(path: Path, names: list[str], required: Sequence[str], known: Sequence[str]) -> None:
     while names and not names[-1]:
         names.pop()
-    missing = [name for name in _REQUIRED if name not in names]
+    missing = [name for name in required if name not in names]
     if missing:
-        raise InputError(path, f"lacks the column {', '.join(missing)}", f"start it with {','.join(_REQUIRED)}")
-    unknown = [name for name in names if name not in (*COLUMNS, *_LEVELS)]
+        raise InputError(path, f"lacks the column {', '.join(missing)}", f"start it with {','.join(required)}")
+    unknown = [name for name in names if name not in known]
     if unknown:
-        known = ", ".join((*COLUMNS, *_LEVELS))
-        raise InputError(path, f"has the unknown column {', '.join(map(repr, unknown))}", f"known are {known}")
+        problem = f"has the unknown column {', '.join(map(repr, unknown))}"
+        raise InputError(path, problem, f"known are {', '.join(known)}")
     if len(set(names)) < len(names):
         raise InputError(path, "has a column twice", "keep one of them")

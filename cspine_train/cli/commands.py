@@ -14,7 +14,7 @@ import cloup
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
 from cspine_data.typed_options import field_option
 from cspine_train.cli.option_values import weights_of
-from cspine_train.cli.setting_options import record_of, setting_options, settings_of
+from cspine_train.cli.setting_options import record_of, setting_options, settings_of, with_recorded_split
 from cspine_train.cli.study_commands import cell, study, table
 from cspine_train.cli.waiting import stay_awake
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_message
@@ -85,7 +85,7 @@ def run(
     devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again resumes a run that was stopped."""
-    settings = settings_of(**options)
+    settings = settings_of(**with_recorded_split(options, output))
     machines = record_of(Machines, devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.training.pipeline import train
@@ -175,7 +175,7 @@ def _score_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]], li
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", help="Split to compare.")
 @click.option("--measure", default="dice", help="Measure to compare: a column of evaluation/*.csv.")
 def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
-    """Compare evaluated RUNS with the first, per patient; runs that differ only in their fold are one model."""
+    """Compare evaluated RUNS with the first, per patient; runs that differ only in fold or test site are one model."""
     from cspine_train.evaluation.comparison import compare as compare_runs
     from cspine_train.metrics.statistics import too_few
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import cloup
 from pydantic import BaseModel, ValidationError
 
+from cspine_data import GivenSplit
 from cspine_data.typed_options import field_option
+from cspine_train.run.folder import RECORD_NAME
 from cspine_train.run.settings import (
     DataSettings,
     ModelSettings,
@@ -38,7 +41,12 @@ def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
 
 
 def settings_of(**options: Any) -> RunSettings:
-    """Return the settings of a command's options; a `click.UsageError` for values that are invalid or contradict."""
+    """Return the settings of a command's options; a `click.UsageError` for values that are invalid or contradict.
+
+    The file of ``--split`` is read here, and not by `RunSettings`: the record of an untrusted run must read no file.
+    """
+    if isinstance(options.get("split"), str):
+        options |= {"split": _fold_of_file(options["split"], options["fold"]), "fold": 0}
     return record_of(RunSettings, **options)
 
 
@@ -48,3 +56,22 @@ def record_of(model: type[Model], /, **options: Any) -> Model:
         return model(**options)
     except ValidationError as error:
         raise click.UsageError(problem_of(error, model)) from None
+
+
+def with_recorded_split(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
+    """Return options with the split of the run that is to be resumed, if the split's file is gone."""
+    if run is None or not options["split"] or Path(options["split"]).exists() or not (run / RECORD_NAME).exists():
+        return options
+    from cspine_train.run.record import load_record
+
+    recorded = load_record(run).settings.split
+    return options | {"split": recorded, "fold": 0} if recorded and recorded.fold == options["fold"] else options
+
+
+def _fold_of_file(path: str, fold: int) -> GivenSplit:
+    from cspine_data import read_splits
+
+    folds = read_splits(path)
+    if fold >= len(folds):
+        raise click.UsageError(f"--fold {fold}: is none of the {len(folds)} of {path}, which are counted from 0")
+    return folds[fold]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cspine_train.study.runner import Outcome
 
 # Fields that the grid varies.
-_GRID_FIELDS = ("model", "encoder", "weights", "axes", "variant", "folds", "fold", "seed")
+_GRID_FIELDS = ("model", "encoder", "weights", "axes", "variant", "folds", "fold", "split", "test_site", "seed")
 # Seconds between updates of the progress bar.
 _UPDATE_S = 2.0
 # Pause between two writings of the tables, as a multiple of the time that one took.
@@ -50,6 +50,10 @@ _GRID = cloup.option_group(
         "--axes", callback=list_of, default="0,1,2", help="0 sagittal, 1 coronal, 2 axial; 012: one model for all."
     ),
     cloup.option("--folds", callback=folds_of, default="reference", help="reference split, or the number of folds."),
+    cloup.option(
+        "--split", type=click.Path(path_type=Path), metavar="FILE", help="File of splits, as in run; all its folds."
+    ),
+    cloup.option("--leave-site-out", is_flag=True, help="Test on each site in turn, train on the others."),
     cloup.option("--seeds", type=click.IntRange(1), default=1, help="Runs of each cell, from seed 0 on."),
     cloup.option(
         "--from", "queue", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -78,22 +82,23 @@ _MACHINE = cloup.option_group(
 @setting_options(omit=_GRID_FIELDS)
 def study(
     store: str, models: Sequence[str], encoders: Sequence[str], weights: dict[str, str], variants: Sequence[str],
-    axes: Sequence[str], folds: int | None, seeds: int, queue: Path | None, workers: int | None,
-    scheduler: str | None, only_plan: bool, output: Path, **recipe: Any,
+    axes: Sequence[str], folds: int | None, split: Path | None, leave_site_out: bool, seeds: int, queue: Path | None,
+    workers: int | None, scheduler: str | None, only_plan: bool, output: Path, **recipe: Any,
 ) -> None:  # fmt: skip
     """Train and evaluate a grid of models; the same command again resumes a study that was stopped.
 
     Finished cells are not repeated. A changed option repeats only the cells that it affects. The default grid is the
     reference study's: 72 cells.
     """
-    from cspine_data import open_cohort
-    from cspine_train.study.plan import Grid, plan_study
+    from cspine_data import open_cohort, read_splits
+    from cspine_train.study.plan import Grid, plan_study, sites_of
     from cspine_train.study.runner import check_not_run, check_output, is_done
 
     if workers is not None and scheduler is not None:
         raise click.UsageError("--workers and --scheduler: exclude each other, as a scheduler has its own workers")
-    grid = Grid(models, encoders, weights, variants, _axes(axes), folds, seeds)
     cohort = open_cohort(store)
+    splits, sites = read_splits(split) if split else (), sites_of(cohort) if leave_site_out else ()
+    grid = Grid(models, encoders, weights, variants, _axes(axes), folds, seeds, splits, sites)
     requested = _requested(grid, queue, settings_of(**recipe))
     if not requested:
         return
@@ -247,7 +252,7 @@ def _print_plan(plan: Plan, output: Path, to_do: Sequence[Cell], requested: int)
         ],
         "variants": [one.variant for one in cells],
         "axes": [one.axes_name for one in cells],
-        "folds": [f"{one.fold} of {one.folds}" if one.folds else "reference split" for one in cells],
+        "splits": [one.split_name for one in cells],
         "seeds": [str(one.seed) for one in cells],
         "epochs": [str(one.epochs) for one in cells],
     }.items():

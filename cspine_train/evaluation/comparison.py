@@ -24,6 +24,7 @@ from cspine_train.metrics.statistics import (
 )
 from cspine_train.run.evaluations import patient_of, recorded_evaluations
 from cspine_train.run.record import RunRecord, load_record
+from cspine_train.run.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Comparison:
 def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dice") -> Comparison:
     """Compare evaluated runs over the patients that all have.
 
-    Runs that differ only in their fold are one model, with the patients of all its folds.
+    Runs that differ only in their fold or test site are one model, with the patients of all its folds or sites.
 
     Parameters
     ----------
@@ -103,7 +104,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
     left_out = {case for _, scores in models for case in scores} - set(patients)
     if left_out:
         caveats.append(f"left out, as not all models have scores of them: {', '.join(sorted(left_out))}")
-    if any(record.settings.folds for record in records.values()):
+    if any(_parts_of_model(record.settings) for record in records.values()):
         caveats.append("folds share training patients, although the test assumes independence")
     first = [models[0][1][case] for case in patients]
     of = known[measure]
@@ -119,19 +120,27 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
 
 
 def _models(records: Mapping[Path, RunRecord]) -> list[tuple[Path, ...]]:
-    """Group runs that differ only in their fold, in the order of the first of each group."""
+    """Group runs that differ only in their fold or test site, in the order of the first of each group."""
     groups: dict[str, list[Path]] = {}
     for path, record in records.items():
-        alike = record.settings.model_dump(exclude={"fold"} if record.settings.folds else set())
+        parts = _parts_of_model(record.settings)
+        alike = record.settings.model_dump(exclude={"fold", "split", "test_site"} if parts else set())
         fields = record.preprocessing.model_dump(mode="json"), record.digests
-        key = json.dumps([alike, record.weights_used, *fields], sort_keys=True)
+        key = json.dumps([alike, parts, record.weights_used, *fields], sort_keys=True)
         # Without folds, equal runs are different models: their machines or stores may differ.
-        groups.setdefault(key if record.settings.folds else str(path), []).append(path)
+        groups.setdefault(key if parts else str(path), []).append(path)
     for paths in groups.values():
-        folds = [records[path].settings.fold for path in paths]
+        folds = [records[path].settings.split_name for path in paths]
         if len(set(folds)) < len(folds):
             raise RunError(f"{paths[-1]}: has the same fold as another of these runs; name each fold once")
     return [tuple(paths) for paths in groups.values()]
+
+
+def _parts_of_model(settings: RunSettings) -> str | None:
+    """Return what the runs of a model differ in, such as ``5 folds``; None if it is a single run."""
+    if settings.test_site is not None:
+        return "sites"
+    return f"{settings.fold_of[1]} folds" if settings.fold_of else None
 
 
 def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: str, measure: str) -> dict[str, float]:

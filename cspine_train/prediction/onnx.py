@@ -142,7 +142,7 @@ def _describe(loaded: LoadedRun, file: Path, any_size: bool) -> None:
     record, sides = loaded.record, sides_of(loaded.network)
     description: dict[str, Any] = {
         "preprocessing": record.preprocessing.model_dump(mode="json"),
-        "settings": record.settings.model_dump(mode="json", exclude={"case_weights", "weights"}),
+        "settings": record.settings.model_dump(mode="json", exclude={"case_weights", "weights", "split", "test_site"}),
         "size_hw": record.size_hw,
         "sizes": f"multiples of {sides.multiple}, at least size_hw" if any_size else "size_hw alone",
         "margin": "slices in the middle, the rest of a slice's lowest value",

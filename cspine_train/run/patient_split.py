@@ -16,7 +16,13 @@ def split_of(cohort: Cohort, settings: DataSettings) -> Split:
 
     Raises `RunError` if there are too few cases to train and validate.
     """
-    split = cohort.split(folds=settings.folds, fold=settings.fold, variant=settings.variant)
+    split = cohort.split(
+        folds=settings.folds,
+        fold=settings.fold,
+        test_site=settings.test_site,
+        given=settings.split,
+        variant=settings.variant,
+    )
     empty = cohort.empty_label_maps(settings.variant)
     note = f"the label map of {', '.join(empty)} labels nothing" if empty else ""
     if not split.train or not split.validation:

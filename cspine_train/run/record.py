@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,6 +18,8 @@ from cspine_train.run.settings import RunSettings
 
 RECORD_VERSION = 1
 _MOST_LABELS = 255
+# Letters of a setting in a message; a split names all cases.
+_SHOWN = 60
 _Side = Annotated[int, Field(gt=0, le=1 << 14)]
 
 
@@ -113,6 +115,8 @@ class RunRecord(BaseModel):
         if self.settings.weights == "auto" and used == "none":
             start += " (ImageNet weights were unavailable)"
         caveats = (f"encoder {self.settings.encoder} started from {start}", *(f"data: {note}" for note in self.notes))
+        if self.settings.test_site is not None:
+            caveats = (*caveats, f"tested on site {self.settings.test_site}, trained on the others")
         if self.finished or self.kept_epoch is None:
             return caveats
         unfinished = f"training is not finished: weights of epoch {self.kept_epoch + 1} of {self.settings.epochs}"
@@ -172,9 +176,16 @@ def record_to_resume(run: Path, settings: RunSettings, digests: dict[str, str], 
         return None
     record = load_record(run)
     wanted, found = settings.model_dump(), record.settings.model_dump()
-    other = [f"{name} {value}, not {wanted[name]}" for name, value in found.items() if value != wanted[name]]
+    other = [
+        f"{name} {_short(value)}, not {_short(wanted[name])}" for name, value in found.items() if value != wanted[name]
+    ]
     if other:
         raise RunError(f"{run}: holds a run of other settings ({'; '.join(other)}); choose another folder with -o")
     if record.digests != digests:
         raise RunError(f"{run}: was trained on other data than the store holds now; choose another folder with -o")
     return record
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -5,6 +5,7 @@ Nothing here imports PyTorch, so that the command line starts at once.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Annotated, Literal, Self
 
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from cspine_data import GivenSplit
 from cspine_data.typed_options import Spelling, spelling_of
 from cspine_train.extensions import AUGMENTATIONS, LOSSES
 from cspine_train.run.planes import AXES
@@ -27,6 +29,8 @@ from cspine_train.run.planes import AXES
 # A record may come from anybody: beyond these bounds, a run needs more memory than any machine has.
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
+# Not in names of folders.
+_UNSAFE = re.compile(r"[^\w-]")
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -100,6 +104,11 @@ class DataSettings(BaseModel):
     """Number of folds for cross-validation, instead of the reference split."""
     fold: int = Field(default=0, ge=0)
     """The fold whose patients are the test patients, from 0."""
+    split: Annotated[GivenSplit | None, Spelling(metavar="FILE")] = None
+    """Split from a file: nnU-Net's splits_final.json, whose val cases of --fold are the test cases, or a CSV file with
+    the columns case (or patient) and part (train, validation, test)."""
+    test_site: str | None = None
+    """Test on this site, train and validate on the others."""
     pixel_mm: float | None = Field(default=None, ge=_LEAST_PIXEL_MM)
     """Pixel size, mm, that slices are resampled to; default: their own."""
     size_hw: Annotated[
@@ -131,6 +140,22 @@ class DataSettings(BaseModel):
     def weight_of(self, case: str) -> float:
         """Return a case's weight; names are compared in Unicode's composed form (NFC)."""
         return self.case_weights.get(unicodedata.normalize("NFC", case), 1.0)
+
+    @property
+    def fold_of(self) -> tuple[int, int] | None:
+        """The fold, and the number of folds; None without cross-validation."""
+        if self.split and self.split.folds > 1:
+            return self.split.fold, self.split.folds
+        return (self.fold, self.folds) if self.folds else None
+
+    @property
+    def split_name(self) -> str:
+        """How the patients are split, such as ``fold 0 of 5``."""
+        if self.test_site is not None:
+            return f"test site {self.test_site}"
+        if self.fold_of:
+            return "fold {} of {}".format(*self.fold_of)
+        return "given split" if self.split else "reference split"
 
     @property
     def axes_name(self) -> str:
@@ -189,9 +214,17 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
     model_config = _FROZEN
 
     @model_validator(mode="after")
+    def _is_split_in_one_way(self) -> Self:
+        ways = {"--folds": self.folds, "--split": self.split, "--test-site": self.test_site}
+        given = [option for option, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        return self
+
+    @model_validator(mode="after")
     def _fold_is_one_of_folds(self) -> Self:
         if self.fold and not self.folds:
-            raise ValueError("a fold needs --folds, the number of folds")
+            raise ValueError("a fold needs --folds, the number of folds, or --split")
         if self.folds and self.fold >= self.folds:
             raise ValueError(f"fold {self.fold} is none of {self.folds}, which are counted from 0")
         return self
@@ -205,9 +238,11 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
 
     def run_name(self, start: str = "") -> str:
         """Return the name of a run's folder; `start` names the encoder's initial weights, if given."""
-        fold = f"-fold{self.fold}of{self.folds}" if self.folds else ""
+        split = "-fold{}of{}".format(*self.fold_of) if self.fold_of else ""
+        if self.test_site is not None:
+            split = f"-site-{_UNSAFE.sub('_', self.test_site)}"
         encoder = f"{self.encoder}-{start}" if start else self.encoder
-        return f"{self.model}-{encoder}-axis{self.axes_name}-{self.variant}{fold}-seed{self.seed}"
+        return f"{self.model}-{encoder}-axis{self.axes_name}-{self.variant}{split}-seed{self.seed}"
 
 
 def problem_of(error: ValidationError, model: type[BaseModel] = RunSettings) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cspine_data import Cohort
+from cspine_data import Cohort, GivenSplit, Split
 from cspine_train.errors import RunError
 from cspine_train.run.folder import write_text
 from cspine_train.run.patient_split import cohort_fields, split_of
@@ -49,6 +49,10 @@ class Grid:
         The axes of each model.
     folds : int or None
         Number of folds, each a run; None is the reference split.
+    splits : sequence of GivenSplit
+        The folds of a split file instead, each a run.
+    test_sites : sequence of str
+        The test sites instead, each a run.
     seeds : int
         Number of runs of each combination, from seed 0 on.
     """
@@ -60,20 +64,33 @@ class Grid:
     axes: Sequence[tuple[int, ...]] = ((0,), (1,), (2,))
     folds: int | None = None
     seeds: int = 1
+    splits: Sequence[GivenSplit] = ()
+    test_sites: Sequence[str] = ()
 
     def settings(self, recipe: RunSettings) -> list[RunSettings]:
         """Return the settings of all runs: the recipe with each combination."""
         started = [encoder_and_weights(encoder, self.weights) for encoder in self.encoders]
-        folds = range(self.folds) if self.folds else (0,)
-        varied = product(self.models, started, self.variants, self.axes, folds, range(self.seeds))
+        varied = product(self.models, started, self.variants, self.axes, self._splits(), range(self.seeds))
         return [
             _checked(
                 recipe,
-                {"model": model, "encoder": encoder, "weights": weights, "variant": variant, "axes": axes}
-                | {"folds": self.folds, "fold": fold, "seed": seed},
+                {"model": model, "encoder": encoder, "weights": weights, "variant": variant, "axes": axes, "seed": seed}
+                | split,
             )
-            for model, (encoder, weights), variant, axes, fold, seed in varied
+            for model, (encoder, weights), variant, axes, split, seed in varied
         ]
+
+    def _splits(self) -> list[dict[str, Any]]:
+        """Return the settings of each split of the patients."""
+        ways = {"--folds": self.folds, "--split": self.splits, "--leave-site-out": self.test_sites}
+        given = [option for option, value in ways.items() if value]
+        if len(given) > 1:
+            raise RunError(f"{' and '.join(given)} exclude each other; give one of them")
+        if self.test_sites:
+            return [{"test_site": site} for site in self.test_sites]
+        if self.splits:
+            return [{"split": split} for split in self.splits]
+        return [{"folds": self.folds, "fold": fold} for fold in range(self.folds or 1)]
 
 
 def encoder_and_weights(encoder: str, weights: Mapping[str, str]) -> tuple[str, str]:
@@ -112,10 +129,8 @@ def queued(path: Path, grid: Grid, recipe: RunSettings) -> tuple[list[RunSetting
         if cells["done"].lower() == "yes":
             done += 1
             continue
-        of_row = Grid(
-            [cells["model"]], [cells["encoder"] or RANDOM], grid.weights, grid.variants, [AXES[cells["axis"]]],
-            grid.folds, grid.seeds,
-        )  # fmt: skip
+        encoders = [cells["encoder"] or RANDOM]
+        of_row = replace(grid, models=[cells["model"]], encoders=encoders, axes=[AXES[cells["axis"]]])
         try:
             of_line = _checked(recipe, {"epochs": cells["epochs"], "batch_size": cells["batch"]})
             settings += of_row.settings(of_line)
@@ -129,6 +144,16 @@ def _checked(recipe: RunSettings, update: Mapping[str, Any]) -> RunSettings:
         return RunSettings(**recipe.model_dump() | dict(update))
     except ValidationError as error:
         raise RunError(f"{problem_of(error)}; correct it") from None
+
+
+def sites_of(cohort: Cohort) -> list[str]:
+    """Return the sites of a store's labelled cases, sorted; a `RunError` if there are fewer than two."""
+    labelled = {case for variant in cohort.variants for case in cohort.split(variant=variant).part_of}
+    sites = sorted({site for case in labelled if (site := cohort.sites[case]) is not None})
+    if len(sites) < 2:
+        remedy = "name the sites in the column site of --pairs, and prepare again"
+        raise RunError(f"{cohort.path}: has fewer than two sites ({', '.join(sites) or 'none'}); {remedy}")
+    return sites
 
 
 class Cell(BaseModel):
@@ -161,11 +186,11 @@ def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
     CspineDataError
         If the store lacks a variant, an axis or a fold.
     """
-    fields: dict[tuple[str, int | None, int], Any] = {}
+    fields: dict[tuple[str, Hashable], Any] = {}
     files: dict[str, str] = {}
     cells: dict[str, Cell] = {}
     for one in settings:
-        key = one.variant, one.folds, one.fold
+        key = one.variant, (one.folds, one.fold, one.test_site, one.split)
         if key not in fields:
             split = split_of(cohort, one)
             fields[key] = split, cohort_fields(cohort, split, one.variant)["digests"]
@@ -185,11 +210,11 @@ def plan_study(cohort: Cohort, settings: Iterable[RunSettings]) -> Plan:
     return Plan(store=cohort.location, cells=tuple(cells.values()))
 
 
-def _check_same_patients(cohort: Cohort, splits: Mapping[tuple[str, int | None, int], Any]) -> None:
+def _check_same_patients(cohort: Cohort, splits: Mapping[tuple[str, Hashable], Split]) -> None:
     """Refuse variants that have different patients."""
-    of_fold: dict[tuple[int | None, int], tuple[str, Any]] = {}
-    for (variant, *fold), split in splits.items():
-        first, other = of_fold.setdefault((fold[0], fold[1] or 0), (variant, split))
+    of_fold: dict[Hashable, tuple[str, Split]] = {}
+    for (variant, fold), split in splits.items():
+        first, other = of_fold.setdefault(fold, (variant, split))
         if other != split:
             raise RunError(
                 f"{cohort.path}: holds other labelled cases as {variant} than as {first}; run cspine-data prepare over "

@@ -61,6 +61,7 @@ def _cell_titles(cells: pd.DataFrame) -> Iterator[str]:
     named = conditions(cells).itertuples(index=False, name=None)
     for condition, row in zip(named, cells.itertuples(), strict=True):
         fold = "" if pd.isna(row.folds) else f", fold {row.fold} of {row.folds}"
+        fold += "" if pd.isna(row.test_site) else f", test site {row.test_site}"
         yield f"{condition_name(condition)}{fold}, seed {row.seed}"
 
 

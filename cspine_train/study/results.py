@@ -22,8 +22,9 @@ CONDITION = ["model", "encoder", "variant", "axes", "epochs", "batch_size"]
 _WORDS, _INTEGERS = "string", "Int64"
 _RUN_COLUMNS = {
     "model": _WORDS, "encoder": _WORDS, "weights": _WORDS, "variant": _WORDS, "axes": _WORDS, "folds": _INTEGERS,
-    "fold": _INTEGERS, "seed": _INTEGERS, "epochs": _INTEGERS, "batch_size": _INTEGERS, "kept_epoch": _INTEGERS,
-    "validation_dice": "float64", "train_seconds": "float64", "test_seconds": "float64", "patient": _WORDS,
+    "fold": _INTEGERS, "test_site": _WORDS, "seed": _INTEGERS, "epochs": _INTEGERS, "batch_size": _INTEGERS,
+    "kept_epoch": _INTEGERS, "validation_dice": "float64", "train_seconds": "float64", "test_seconds": "float64",
+    "patient": _WORDS,
 }  # fmt: skip
 
 
@@ -43,14 +44,16 @@ def tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     settings = record.settings
+    fold, folds = settings.fold_of or (None, None)
     known = {
         "model": settings.model,
         "encoder": settings.encoder,
         "weights": weights_name(settings),
         "variant": settings.variant,
         "axes": settings.axes_name,
-        "folds": settings.folds,
-        "fold": settings.fold if settings.folds else None,
+        "folds": folds,
+        "fold": fold,
+        "test_site": settings.test_site,
         "seed": settings.seed,
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,

@@ -33,6 +33,9 @@ _FILE_NOTE = (
 )
 
 
+_WITHIN = (0.0, 1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """A titled table of text, with notes for below it."""
@@ -63,6 +66,8 @@ class Findings:
         Conditions of each axis with the published figures.
     measures : Table
         All measures of all conditions.
+    sites : Table
+        Dice of each condition on each test site, of models that were trained on the other sites.
     factors, pairs, ranking : Table
         Means of the levels of each factor, their differences, and all conditions compared with the best.
     caveats : tuple of str
@@ -73,6 +78,7 @@ class Findings:
     conditions: pd.DataFrame
     cells: tuple[Table, ...]
     measures: Table
+    sites: Table
     factors: Table
     pairs: Table
     ranking: Table
@@ -81,7 +87,7 @@ class Findings:
     @property
     def tables(self) -> tuple[Table, ...]:
         """All tables with rows, in order."""
-        every = (*self.cells, self.measures, self.factors, self.pairs, self.ranking)
+        every = (*self.cells, self.measures, self.sites, self.factors, self.pairs, self.ranking)
         return tuple(table for table in every if len(table.frame))
 
 
@@ -98,6 +104,7 @@ def findings(table: pd.DataFrame, unfinished: Sequence[str] = ()) -> Findings:
         figures,
         tuple(_cells(axes, figures, shown) for axes in figures["axes"].unique()),
         _measures(figures, shown),
+        _sites(table, shown),
         _levels(levels(dice)),
         _pairs(compared),
         _ranking(ranked(dice), shown),
@@ -111,7 +118,7 @@ def _caveats(table: pd.DataFrame, dice: pd.DataFrame, unfinished: Sequence[str])
         yield RANDOM_NOTE
     if not dice.empty and (few := too_few(dice.count().max()) or too_few(len(dice.dropna()), "common")):
         yield few
-    if table.folds.notna().any():
+    if table.folds.notna().any() or table.test_site.nunique() > 1:
         yield "folds share training patients, although tests and intervals assume independence"
     if unfinished:
         verb = "is" if len(unfinished) == 1 else "are"
@@ -193,6 +200,21 @@ def _measures(figures: pd.DataFrame, shown: Sequence[str]) -> Table:
         f"Lower is better: {lower}.",
     )
     return Table("All measures", frame, notes)
+
+
+def _sites(table: pd.DataFrame, shown: Sequence[str]) -> Table:
+    known = table.drop(columns=CONDITION).join(conditions(table)).dropna(subset=["test_site", "dice"])
+    by = [*CONDITION, "test_site"]
+    patients = known.groupby([*by, "patient"], sort=False).dice.mean()
+    dice = patients.groupby(level=by, sort=False).agg(list).rename("dice").reset_index()
+    frame = _condition_columns(dice, shown).assign(
+        **{
+            "test site": dice.test_site.astype(str),
+            "patients": dice.dice.map(len).astype(str),
+            "Dice": dice.dice.map(lambda one: _text(mean_interval(one, _WITHIN))),
+        }
+    )
+    return Table("Each site, of models trained on the other sites", frame, (_DICE_NOTE,))
 
 
 def _levels(found: pd.DataFrame) -> Table:
