@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource, segmentation_source
     from cspine_data.volumes.geometry import Geometry, Orientation
     from cspine_data.volumes.image_checks import usable_image
+    from cspine_data.volumes.instances import unordered_labels
     from cspine_data.volumes.io import (
         content_digest,
         label_name,
@@ -89,6 +90,7 @@ _HOME = {
     "datasets.splits": ("Split",),
     "store.verification": ("Damage", "verify"),
     "volumes.formats.dicom_segmentation": ("SegmentationSource", "segmentation_source"),
+    "volumes.instances": ("unordered_labels",),
     "volumes.io": (
         "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_segmentation",
         "write_volume",
@@ -155,6 +157,7 @@ __all__ = [
     "report_source",
     "report_store",
     "segmentation_source",
+    "unordered_labels",
     "usable_image",
     "verify",
     "volume_stem",

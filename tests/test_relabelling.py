@@ -21,7 +21,7 @@ from cspine_data import (
     relabel,
     write_volume,
 )
-from cspine_data.volumes.instances import contradiction, find_instances, label_centroids_mm, order_problems
+from cspine_data.volumes.instances import find_instances, label_centroids_mm, order_problems, unordered_labels
 from cspine_data.volumes.levels import NAMES, SCHEMES, consecutive, level_value
 from tests.conftest import geometry
 
@@ -80,10 +80,10 @@ def test_values_are_unordered_only_where_one_is_clearly_above_and_below() -> Non
     grid = geometry(SIZE, (2.0, 1.5, 2.0))
     orders = ([1, 2, 3], [2, 1, 3], [1, 3, 4])
     first, second, third = (label_centroids_mm(spine(order), grid) for order in orders)
-    assert contradiction([first, third]) is None
-    assert contradiction([first, third, second]) == (1, 2)
+    assert unordered_labels([first, third]) is None
+    assert unordered_labels([first, third, second]) == (1, 2)
     # Bodies and discs, both along the whole spine.
-    assert contradiction([{1: (0, 0, 50), 2: (0, 0, 52)}, {1: (0, 0, 50), 2: (0, 0, 47)}]) is None
+    assert unordered_labels([{1: (0, 0, 50), 2: (0, 0, 52)}, {1: (0, 0, 50), 2: (0, 0, 47)}]) is None
     assert label_centroids_mm(np.zeros(SIZE, np.uint8), grid) == {}
 
 
@@ -135,7 +135,7 @@ def test_a_cohort_of_instances_becomes_levels_and_trains_as_such(
     for name, source, options in (("instances", cohort, {}), ("levels", tmp_path / "none", {"pairs": pairs})):
         store = tmp_path / f"{name}.zarr"
         assert prepare(source, store, n4=False, axes="0", **options).done
-        unordered = open_cohort(store).unordered_labels(open_cohort(store).cases)
+        unordered = unordered_labels(record.label_centroids_mm for record in open_cohort(store).records())
         assert (unordered is not None) == (name == "instances")
     refused = run_train("run", "--store", tmp_path / "instances.zarr", "--variant", "raw", "--labels", "stored")
     assert refused.exit_code == 1

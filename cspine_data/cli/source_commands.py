@@ -66,7 +66,7 @@ def scan(
     from cspine_data.sources.duplicates import look_alike_notes
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
-    from cspine_data.volumes.instances import contradiction
+    from cspine_data.volumes.instances import unordered_labels
     from cspine_data.volumes.label_options import LabelOptions
 
     if report and quick:
@@ -94,7 +94,7 @@ def scan(
     print_notes((case.row[0], case.notes) for case in cases)
     for note in look_alike_notes(case.fingerprint for case in cases if case.fingerprint):
         click.echo(f"note: {note}")
-    unordered = contradiction(case.centroids_mm for case in cases)
+    unordered = unordered_labels(case.centroids_mm for case in cases)
     if unordered:
         first, second = unordered
         click.echo(

@@ -17,6 +17,7 @@ from cspine_data.datasets.splits import (
     Split,
     by_patient,
     cases_by_patient,
+    check_ways,
     fold_split,
     leave_one_out,
     of_patients,
@@ -32,7 +33,6 @@ from cspine_data.store.location import is_local, location
 from cspine_data.store.records import read_corrected, read_label_xyz, read_root, read_volume_xyz, record_of, records
 from cspine_data.store.schema import CaseRecord, RootRecord
 from cspine_data.volumes.geometry import Orientation
-from cspine_data.volumes.instances import contradiction
 from cspine_data.volumes.segments import Segment
 from cspine_data.volumes.volume import Volume
 
@@ -101,12 +101,9 @@ class Cohort:
         return {case: self._root.identity(case).site for case in self.cases}
 
     def table(self, variant: str | None = None) -> DataFrame:
-        """Return a pandas table of a variant, one row per case: identity, part of the split, grid, labels, bias field.
+        """Return a table of a variant, one row per case: identity, part of the split, grid, labels, bias field.
 
-        Raises
-        ------
-        ImportError
-            If pandas is not installed.
+        It needs pandas.
         """
         from pandas import DataFrame
 
@@ -141,13 +138,6 @@ class Cohort:
     def records(self, variant: str | None = None) -> tuple[CaseRecord, ...]:
         """Return the records of all cases of a variant, in order."""
         return tuple(records(self.path, self._root, self._variant(variant)))
-
-    def unordered_labels(self, cases: Iterable[str], variant: str | None = None) -> tuple[int, int] | None:
-        """Return two label values whose order along the spine differs between cases; None if there are none.
-
-        Such values are instances, not levels: a value means another vertebra in another case. `relabel` orders them.
-        """
-        return contradiction(self.record(case, variant).label_centroids_mm for case in cases)
 
     def split(
         self,
@@ -187,12 +177,7 @@ class Cohort:
             If there are too few cases, no such fold or site, contradictory arguments, or the given split puts a patient
             into two parts or names an unknown case.
         """
-        ways = {"folds": folds, "leave_out": leave_out, "test_site": test_site, "given": given}
-        named = [name for name, value in ways.items() if value is not None]
-        if len(named) > 1:
-            raise InputError(" and ".join(named), "exclude each other", "give one of them")
-        if fold and folds is None:
-            raise InputError(f"fold={fold}", "needs a number of folds", "give folds too")
+        check_ways(fold, folds=folds, leave_out=leave_out, test_site=test_site, given=given)
         variant = self._variant(variant)
         patient_of = {case: self._root.identity(case).patient for batch in self._batches for case in batch}
         patients = by_patient(self._batches, patient_of)
@@ -205,8 +190,7 @@ class Cohort:
         if leave_out is not None:
             name = as_known(leave_out, self._root.cases)
             return of_patients(leave_one_out(patients, patient_of.get(name, name)), cases_of)
-        split = reference_split(patients) if folds is None else fold_split(patients, folds, fold)
-        return of_patients(split, cases_of)
+        return of_patients(fold_split(patients, folds, fold) if folds else reference_split(patients), cases_of)
 
     def slices(
         self,

@@ -46,6 +46,15 @@ class Split:
         return parts[part]
 
 
+def check_ways(fold: int, **ways: object) -> None:
+    """Raise `InputError` if a split is asked for in several ways, or a fold without a number of folds."""
+    named = [name for name, value in ways.items() if value is not None]
+    if len(named) > 1:
+        raise InputError(" and ".join(named), "exclude each other", "give one of them")
+    if fold and ways["folds"] is None:
+        raise InputError(f"fold={fold}", "needs a number of folds", "give folds too")
+
+
 def by_patient(batches: Iterable[Sequence[str]], patient_of: Mapping[str, str]) -> list[tuple[str, ...]]:
     """Return the patients of batches of cases; a patient is in the first batch that contains one of its cases."""
     seen: set[str] = set()

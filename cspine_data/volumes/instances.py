@@ -103,7 +103,7 @@ def order_problems(instances: Sequence[Instance]) -> list[str]:
     return problems
 
 
-def contradiction(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, int] | None:
+def unordered_labels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, int] | None:
     """Return two label values of which each is clearly above the other in some case; None if there are none.
 
     Levels have the same order in all cases, unordered instances do not. Discs and other structures that reach along the

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import IGNORE_INDEX, Cohort, Split
+from cspine_data import IGNORE_INDEX, Cohort, Split, unordered_labels
 from cspine_data.tools import count
 from cspine_train.errors import RunError
 from cspine_train.run.settings import DataSettings
@@ -87,7 +87,8 @@ def _check_overlaps(cohort: Cohort, split: Split, settings: DataSettings) -> Non
 
 def _check_order(cohort: Cohort, split: Split, settings: DataSettings) -> None:
     """Refuse values that mean another vertebra in another case: as classes they would teach the network nothing."""
-    unordered = cohort.unordered_labels(_cases(split, settings), settings.variant)
+    cases = _cases(split, settings)
+    unordered = unordered_labels(cohort.record(case, settings.variant).label_centroids_mm for case in cases)
     if unordered:
         first, second = unordered
         raise RunError(
