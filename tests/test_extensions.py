@@ -148,7 +148,7 @@ def test_a_plug_in_adds_names_and_replaces_none(install: Callable[[], None]) -> 
     install()
     assert set(names(LOSSES)) - set(BUILT_IN[LOSSES]) == {"squared_error", "broken"}
     assert load(LOSSES, "dice").__module__ == "cspine_train.training.losses"
-    with pytest.raises(RunError, match=r"plug-in 'broken' of cspine\.losses: cannot be imported .*missing"):
+    with pytest.raises(RunError, match=r"plug-in 'broken' of cspine\.losses"):
         load(LOSSES, "broken")
 
 
@@ -284,7 +284,7 @@ def test_a_format_is_read_and_found_by_its_suffix(install: Callable[[], None], t
     path, (ours, _) = tmp_path / "raw" / "A.npy", ball()
     path.parent.mkdir()
     np.save(path, ours.array)
-    with pytest.raises(InputError, match="no volume by its name"):
+    with pytest.raises(InputError, match="volume by its name"):
         read_volume(path)
     install()
     volume = read_volume(path)
@@ -293,7 +293,7 @@ def test_a_format_is_read_and_found_by_its_suffix(install: Callable[[], None], t
     (case,) = find_cases(path.parent).cases
     assert (case.id, case.volume) == ("A", path)
     assert label_name(path) == "A-label.nrrd"
-    with pytest.raises(InputError, match="no name for a volume"):
+    with pytest.raises(InputError, match="name for a volume"):
         write_volume(tmp_path / "B.npy", volume)
     # Its other format has the suffix of one of the project's, which stays.
     write_volume(tmp_path / "B.nrrd", volume)
@@ -316,7 +316,7 @@ def test_a_store_with_a_plug_ins_normalisation_is_read_without_it(
 ) -> None:
     write_case(tmp_path / "raw", "A")
     store, robust = tmp_path / "s.zarr", Preprocessing(bias=None, normalisation="robust")
-    with pytest.raises(InputError, match=r"'robust' is unknown.*install its plug-in"):
+    with pytest.raises(InputError, match="'robust' is unknown.*install"):
         prepare(tmp_path / "raw", store, preprocessing=robust)
     assert not store.exists()
     with monkeypatch.context() as patches:

@@ -46,7 +46,7 @@ def test_a_scaled_label_map_is_rounded_with_a_note(dtype: type, tmp_path: Path) 
     np.testing.assert_array_equal(loaded.label.array, label.array)
     assert loaded.label.array.dtype == np.int32
     (note,) = loaded.notes
-    assert "label map: values were rounded" in note
+    assert "values were rounded" in note
 
 
 def test_floats_that_are_nearly_whole_numbers_are_rounded_with_a_note() -> None:
@@ -61,7 +61,7 @@ def test_a_scaled_probability_map_is_refused(tmp_path: Path) -> None:
     image, label = image_and_label()
     probabilities = Volume(np.linspace(0, 1, label.array.size).reshape(label.array.shape), label.geometry)
     path = scaled(probabilities, np.uint8, tmp_path / "x-label.nii")
-    with pytest.raises(InputError, match="no whole numbers; is it a probability map"):
+    with pytest.raises(InputError, match="no whole numbers"):
         whole_numbers(read_volume(path), image)
 
 
@@ -114,7 +114,7 @@ def test_a_label_map_without_a_place_takes_its_volumes_where_that_is_asked(
         run_data("prepare", raw, "--store", store, "--no-n4", "--trust-voxels"),
     ):
         assert trusted.exit_code == 0
-        assert "note: A: label map: its header does not say where it lies" in trusted.stderr
+        assert "say where it lies" in trusted.stderr
     image, label = ball()
     cohort = open_cohort(store)
     np.testing.assert_array_equal(cohort.export("A", label=True).array, label.array)
@@ -129,17 +129,17 @@ def test_a_label_map_without_a_place_takes_its_volumes_where_that_is_asked(
 def test_a_label_map_that_lies_elsewhere_is_not_trusted() -> None:
     image, label = ball()
     moved = label.geometry.model_copy(update={"origin_mm": (3.0, 2.0, 1.0)})
-    with pytest.raises(InputError, match="another place or angle.*resample it"):
+    with pytest.raises(InputError, match="another place or angle.*resample"):
         on_volume_grid(Volume(label.array, moved), image, trust_voxels=True)
     larger = geometry((17, 20, 24))
-    with pytest.raises(InputError, match=r"does not lie on its volume's grid \(17 x"):
+    with pytest.raises(InputError, match=r"volume's grid \(17 x"):
         on_volume_grid(Volume(np.zeros((17, 20, 24), np.uint8), larger), image, trust_voxels=True)
 
 
 def test_of_a_volume_without_a_place_the_volume_is_named() -> None:
     image, label = ball()
     nowhere = Volume(image.array, geometry(image.array.shape), Path("x.nii"))
-    with pytest.raises(InputError, match=r"x\.nii: its header does not say where it lies, and its label map's does"):
+    with pytest.raises(InputError, match="label map's does"):
         on_volume_grid(label, nowhere, trust_voxels=True)
 
 

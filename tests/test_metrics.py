@@ -186,7 +186,7 @@ def empties(nothing: Mask, something: Mask) -> Iterator[Agreement]:
 
 @pytest.mark.parametrize("compare", [overlap, lambda a, b: label_agreements(a, b, (1.0, 1.0, 1.0))])
 def test_masks_of_other_shapes_cannot_be_compared(compare: Any) -> None:
-    with pytest.raises(ValueError, match=r"masks of shapes \(2, 3, 4\) and \(2, 3, 5\) cannot be compared"):
+    with pytest.raises(ValueError, match=r"shapes \(2, 3, 4\)"):
         compare(np.ones((2, 3, 4), np.bool_), np.ones((2, 3, 5), np.bool_))
 
 

@@ -75,7 +75,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     store = small_disk / "s.zarr"
     done = run("prepare", tmp_path / "raw", "--store", store, "--no-n4", "--workers", "1")
     assert done.returncode == 1
-    assert "No space left on device; free some space and run it again" in done.stderr
+    assert "space left on device" in done.stderr
     assert "1 done, 0 reused, 1 failed" in done.stdout
     assert open_cohort(store).cases == ("small",)
     assert verify(store) == []
@@ -158,7 +158,7 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
         threading.Timer(3, cluster.scale, (0,)).start()
         (((_, problem),),) = run_jobs(wait, [job], tmp_path, Workers(scheduler=address))
         assert isinstance(problem, Problem)
-        assert "A.nrrd: no worker process is left to do it" in problem.message
+        assert "worker process is left" in problem.message
 
 
 def open_files(soft: int, hard: int) -> Callable[[], None]:
@@ -201,7 +201,7 @@ def test_a_worker_that_dies_is_named_and_the_others_go_on(
     assert summary.done == ("fine",)
     (problem,) = summary.failed
     assert problem.case == "deadly"
-    assert "its worker process died (out of memory?); use fewer --workers, or a machine" in problem.message
+    assert "died (out of memory?)" in problem.message
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_a_read_only_store_is_read_and_not_written(small_disk: Path, tmp_path: P
     write_case(raw, "B")
     done = run(*told)
     assert done.returncode == 1
-    assert "Read-only file system; choose a place that can be written to" in done.stderr
+    assert "Read-only file system" in done.stderr
     done = run("remove", store, "A")
     told_of = f"Error: {store / '.lock'}: Read-only file system; choose a place that can be written to\n"
     assert (done.returncode, done.stderr) == (1, told_of)
