@@ -379,17 +379,6 @@ def test_a_stored_case_under_a_new_name_is_refused_until_it_has_its_own_again(st
     assert open_cohort(store).cases == ("A", "B")
 
 
-def test_files_that_changed_their_names_with_each_other_are_prepared_anew(store: Path) -> None:
-    raw = store.parent / "raw"
-    before = {case: open_cohort(store).record(case).image_sha256 for case in "AB"}
-    (raw / "A.nrrd").rename(raw / "between")
-    (raw / "B.nrrd").rename(raw / "A.nrrd")
-    (raw / "between").rename(raw / "B.nrrd")
-    summary = prepare(raw, store, n4=False)
-    assert (summary.done, summary.failed) == (("A", "B"), ())
-    assert {case: open_cohort(store).record(case).image_sha256 for case in "BA"} == {"A": before["B"], "B": before["A"]}
-
-
 def test_added_cases_leave_splits_alone(store: Path) -> None:
     raw = store.parent / "raw"
     for number, name in enumerate(("AA", "C")):

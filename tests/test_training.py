@@ -17,7 +17,6 @@ import torch
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from cspine_data import (
     Cohort,
@@ -42,6 +41,7 @@ from cspine_train.models.build import build_model, sides_of
 from cspine_train.run.record import load_record
 from cspine_train.training.segmentation_module import THRESHOLDS, SliceSegmenter, best_threshold
 from tests.conftest import ball, write_case
+from tests.test_checkpoints import same, weights
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -62,14 +62,6 @@ def trained(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory, witho
     run = tmp_path_factory.mktemp("runs") / "trained"
     train(phantom_store, run, RunSettings(**{**SMALL, "axes": (0, 2), "context": 1, "epochs": 3}))
     return run
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_run_folder_says_what_was_done(trained: Path, phantom_store: Path) -> None:
