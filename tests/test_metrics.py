@@ -121,7 +121,7 @@ def test_measures_of_real_masks_are_those_of_monai_and_simpleitk(realdata: Path)
     """A lumbar spine as labelled beside itself moved, and beside another patient's."""
     labels = [read_volume(realdata / "spine14" / f"VB2_{number}S-label.nrrd") for number in ("02", "04")]
     spacing_mm = labels[0].geometry.spacing_mm
-    truth, other = (label.array[:64, :256, :256] != 0 for label in labels)
+    truth, other = (label.array[:64, 128:256, 128:256] != 0 for label in labels)
     held_equal(np.roll(truth, (1, 2, -3), (0, 1, 2)), truth, spacing_mm)
     held_equal(other, truth, spacing_mm)
 

@@ -173,12 +173,12 @@ def tilted(volume: Volume) -> Volume:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda v: changed(v, spacing_mm=along(v, 9.0)), "voxels measure 9 mm left-right, in training"),
-        (lambda v: Volume(*thin(v)), "it reaches over .* mm left-right, in training"),
-        (tilted, "its grid is tilted by 29 degrees, in training by at most"),
-        (inverted, "its tissue's intensities have another distribution than in training"),
-        (lambda v: Volume(v.array - 1000, v.geometry), "its air is as dark as in CT, unlike training volumes"),
-        (lambda v: replace(v, assumed_orientation=True), "its file holds no orientation; LPS is assumed"),
+        (lambda v: changed(v, spacing_mm=along(v, 9.0)), "measure 9 mm left-right"),
+        (lambda v: Volume(*thin(v)), "reaches over .* left-right"),
+        (tilted, "tilted by 29 degrees"),
+        (inverted, "intensities have another distribution"),
+        (lambda v: Volume(v.array - 1000, v.geometry), "dark as in CT"),
+        (lambda v: replace(v, assumed_orientation=True), "LPS is assumed"),
     ],
 )  # fmt: skip
 def test_in_what_a_volume_is_unlike_training_is_told(
@@ -187,7 +187,7 @@ def test_in_what_a_volume_is_unlike_training_is_told(
     volume = read_volume(phantom_folder / "CS_02.nrrd")
     assert predict([load_run(run)], volume).warnings == ()
     warnings = predict([load_run(run)], change(volume)).warnings
-    assert any(re.match(told, warning) for warning in warnings), warnings
+    assert any(re.search(told, warning) for warning in warnings), warnings
 
 
 def test_notes_on_a_volume_are_told_and_the_label_map_keeps_both_forms_of_its_header(tmp_path: Path) -> None:

