@@ -111,6 +111,11 @@ def contents(store: Path) -> dict[str, bytes]:
     return {name: file.read_bytes() for name, file in files.items() if not HIDDEN.search(name)}
 
 
+def in_one_line(text: str, *words: object) -> bool:
+    """Whether a text is a single line that has all these words."""
+    return text.count("\n") == 1 and all(str(word) in text for word in words)
+
+
 class Stopped(BaseException):
     """Stands for whatever ends a process, which nobody who expects errors may catch."""
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -157,3 +158,12 @@ def command(
     with pytest.MonkeyPatch.context() as patches:
         leave_out_pictures(patches)
         train_main(arguments)
+
+
+def busy(seconds: float) -> tuple[float, float, str]:
+    """Take some time in a worker of Dask; it is here, as where it is imports little."""
+    from distributed import get_worker
+
+    begun = time.time()
+    time.sleep(seconds)
+    return begun, time.time(), str(get_worker().name)

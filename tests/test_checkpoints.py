@@ -115,7 +115,7 @@ def test_what_a_network_has_not_come_to_is_not_counted_as_seen(
         train(phantom_store, tmp_path / "run", settings, workers=1, checkpoint_minutes=ALWAYS)
     folder = tmp_path / "run" / "checkpoints"
     (folder / "epoch=0-batch=4.ckpt").write_bytes(b"cut short")
-    with pytest.warns(UserWarning, match="batch=4.ckpt is damaged and skipped"):
+    with pytest.warns(UserWarning, match="batch=4.ckpt is damaged"):
         assert newest_checkpoint(folder) is None
     (folder / "epoch=0-batch=4.ckpt").unlink()
     train(phantom_store, tmp_path / "run", settings, workers=2)
@@ -195,7 +195,7 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == (Place(10, 100), tmp_path / "epoch=10-batch=100.ckpt")
     newest = tmp_path / Place(10, 100).name
     newest.write_bytes(newest.read_bytes()[:-30])
-    with pytest.warns(UserWarning, match="epoch=10-batch=100.ckpt is damaged and skipped"):
+    with pytest.warns(UserWarning, match="epoch=10-batch=100.ckpt is damaged"):
         assert newest_checkpoint(tmp_path) == (Place(10, 99), tmp_path / "epoch=10-batch=99.ckpt")
     (tmp_path / Place(11).name).touch()
     with pytest.warns(UserWarning, match="is damaged and skipped") as told:

@@ -137,14 +137,14 @@ def of(index: int, **tags: Any) -> Changed:
     ("change", "told"),
     [
         (lambda n, own: own | ({"SeriesInstanceUID": "1.2.3"} if n < 3 else {}),
-         r"series: holds 2 DICOM volumes: #1 .*3 slices.*#2 .*4 slices.*; choose one, as in series#1"),
+         "#1 .*3 slices.*#2 .*4"),
         (of(2, SeriesInstanceUID="1.2.3"), "misses slices"),
         (of(2, ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "misses slices"),
         (of(2, PixelSpacing=[9, 9]), "misses slices"),
-        (of(2, ImagePositionPatient=[0, 0]), "dcm: does not give its position in the patient; convert"),
+        (of(2, ImagePositionPatient=[0, 0]), "position in the patient"),
         (of(2, ImagePositionPatient=["1e9", 0, 0]), "misses slices|shifted against each other|that no scanner gives"),
-        (of(2, PhotometricInterpretation="MONOCHROME1"), "dcm: is stored inverted .MONOCHROME1.; convert"),
-        (of(2, NumberOfFrames=3), "dcm: holds 3 frames without positions; convert"),
+        (of(2, PhotometricInterpretation="MONOCHROME1"), "stored inverted .MONOCHROME1."),
+        (of(2, NumberOfFrames=3), "3 frames without positions"),
     ],
 )  # fmt: skip
 def test_what_is_no_series_is_refused(change: Changed, told: str, tmp_path: Path) -> None:
@@ -165,15 +165,15 @@ def test_slices_missing_or_there_twice_are_refused(series: tuple[Path, Volume]) 
     other = pydicom.dcmread(one)
     other.PixelData = bytes(len(other.PixelData))
     other.save_as(copy)
-    with pytest.raises(InputError, match="holds 1 slices at places where there is another"):
+    with pytest.raises(InputError, match="1 slices at places"):
         read_volume(folder)
     copy.unlink()
     one.unlink()
-    with pytest.raises(InputError, match=r"misses slices \(they are .* mm apart\); fetch the whole series"):
+    with pytest.raises(InputError, match=r"misses slices \(they"):
         read_volume(folder)
     for path in list(folder.iterdir())[1:]:
         path.unlink()
-    with pytest.raises(InputError, match="holds a single DICOM slice"):
+    with pytest.raises(InputError, match="single DICOM slice"):
         read_volume(folder)
 
 
@@ -189,7 +189,7 @@ def test_damaged_files_are_named(series: tuple[Path, Volume], tmp_path: Path) ->
             read_volume(folder)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match="empty: holds no .* DICOM image; give the folder"):
+    with pytest.raises(InputError, match="holds no .* DICOM"):
         read_volume(empty)
 
 
@@ -244,12 +244,12 @@ def test_codecs_that_are_missing_and_deflated_files_are_told(series: tuple[Path,
     dataset.PixelData = pydicom.encaps.encapsulate([b"no codestream at all"])
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(path)
-    with pytest.raises(InputError, match=r"dcm: cannot be decoded; pip install 'cspine\[dicom\]' brings codecs"):
+    with pytest.raises(InputError, match="dcm: cannot be decoded"):
         read_volume(folder)
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     dataset.PixelData = b"\0\0"
     dataset.save_as(path)
-    with pytest.raises(InputError, match="dcm: is deflated; convert the series"):
+    with pytest.raises(InputError, match="dcm: is deflated"):
         read_volume(folder)
 
 
@@ -282,9 +282,7 @@ def test_axes_off_their_right_angles_are_refused(degrees: float, tmp_path: Path)
     gap = volume.geometry.spacing_mm[2]
     for name, change in (("tilted", leaning_by(degrees, gap)), ("rows", rows_off_by(degrees))):
         write_series(tmp_path / name, volume, change)
-        with pytest.raises(
-            InputError, match=r"at right angles \(.* degrees off\); resample it, and its label map alike"
-        ):
+        with pytest.raises(InputError, match=r"angles \(.* degrees off\)"):
             read_volume(tmp_path / name)
 
 
@@ -309,9 +307,7 @@ def test_echoes_and_series_of_a_folder_are_chosen_by_number(tmp_path: Path) -> N
     for number in range(3):
         for path in write_series(scout, volume_of(rng, (6, 6, 1)), of(0, SeriesInstanceUID="1.2.1")):
             path.rename(folder / f"scout{number}")
-    with pytest.raises(
-        InputError, match=r"3 DICOM volumes: #1 \(series 3, echo time 20 ms, 4 slices\), #2 .*80 ms.*#3"
-    ):
+    with pytest.raises(InputError, match=r"slices\), #2 .*80 ms.*#3"):
         read_volume(folder)
     for number, volume in enumerate(volumes, start=1):
         read = read_volume(f"{folder}#{number}")
@@ -343,7 +339,7 @@ def test_reports_and_screenshots_are_left_out_and_slices_without_preamble_are_re
     slices[1].write_bytes(bare[group_2 + 12 + length :])
     read = read_volume(folder)
     np.testing.assert_array_equal(read.array, volume.array)
-    assert "2 DICOM files left out" in read.notes[0]
+    assert "2 DICOM files left" in read.notes[0]
 
 
 def enhanced(path: Path, volumes: list[Volume], echoes: list[float]) -> None:
@@ -381,7 +377,7 @@ def test_a_multi_frame_file_comes_back_as_it_went(tmp_path: Path) -> None:
     assert read.geometry.same_grid(first.geometry, 1e-3)
     np.testing.assert_array_equal(read.array, first.array)
     enhanced(tmp_path / "two.dcm", [first, second], [20, 80])
-    with pytest.raises(InputError, match="2 DICOM volumes: .*echo time 20 ms.*echo time 80 ms.*as in two.dcm#1"):
+    with pytest.raises(InputError, match="80 ms.*as in two.dcm#1"):
         read_volume(tmp_path / "two.dcm")
     for number, volume in ((1, first), (2, second)):
         np.testing.assert_array_equal(read_volume(f"{tmp_path / 'two.dcm'}#{number}").array, volume.array)

@@ -177,7 +177,7 @@ def test_what_changed_since_it_was_hashed_is_refused(raw: Path, tmp_path: Path) 
     other = (raw / "B.nrrd").read_bytes()
     (raw / "A.nrrd").write_bytes(other)
     age(raw / "A.nrrd")
-    with pytest.raises(InputError, match="changed while it was read; run it again"):
+    with pytest.raises(InputError, match="while it was read"):
         prepare_case(job, tmp_path / "s.zarr")
 
 

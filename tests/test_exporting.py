@@ -98,8 +98,8 @@ def test_real_slices_give_the_same_probabilities(realdata: Path, exported: tuple
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = run_of(tmp_path / "run", "unet", "tu-test_resnet")
-    with pytest.raises(RunError, match=r"m\.pb: does not end in \.onnx"):
+    with pytest.raises(RunError, match=r"m\.pb: does not end"):
         export_onnx(loaded, tmp_path / "m.pb")
     monkeypatch.setattr("cspine_train.prediction.onnx.find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(RunError, match=r"^ONNX needs onnxscript; pip install 'cspine\[onnx\]'$"):
+    with pytest.raises(RunError, match="^ONNX needs onnxscript"):
         export_onnx(loaded, tmp_path / "m.onnx")

@@ -285,7 +285,7 @@ def test_a_format_is_read_and_found_by_its_suffix(install: Callable[[], None], t
     path, (ours, _) = tmp_path / "raw" / "A.npy", ball()
     path.parent.mkdir()
     np.save(path, ours.array)
-    with pytest.raises(InputError, match="no volume by its name"):
+    with pytest.raises(InputError, match="volume by its name"):
         read_volume(path)
     install()
     volume = read_volume(path)
@@ -294,7 +294,7 @@ def test_a_format_is_read_and_found_by_its_suffix(install: Callable[[], None], t
     (case,) = find_cases(path.parent).cases
     assert (case.id, case.volume) == ("A", path)
     assert label_name(path) == "A-label.nrrd"
-    with pytest.raises(InputError, match="no name for a volume"):
+    with pytest.raises(InputError, match="name for a volume"):
         write_volume(tmp_path / "B.npy", volume)
     # Its other format has the suffix of one of the project's, which stays.
     write_volume(tmp_path / "B.nrrd", volume)
@@ -317,7 +317,7 @@ def test_a_store_with_a_plug_ins_normalisation_is_read_without_it(
 ) -> None:
     write_case(tmp_path / "raw", "A")
     store, robust = tmp_path / "s.zarr", Preprocessing(bias=None, normalisation="robust")
-    with pytest.raises(InputError, match=r"'robust' is unknown.*install its plug-in"):
+    with pytest.raises(InputError, match="'robust' is unknown.*install"):
         prepare(tmp_path / "raw", store, preprocessing=robust)
     assert not store.exists()
     with monkeypatch.context() as patches:

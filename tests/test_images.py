@@ -69,7 +69,7 @@ def test_nan_outside_the_field_of_view_is_air(where) -> None:
     ],
 )
 def test_nan_within_the_field_of_view_is_refused(where) -> None:
-    with pytest.raises(InputError, match="voxels that are NaN or infinite within the field of view"):
+    with pytest.raises(InputError, match="NaN or infinite within"):
         usable_image(with_nan(where))
 
 
@@ -77,7 +77,7 @@ def test_infinity_is_refused_wherever_it_is() -> None:
     image, _ = ball()
     array = image.array.astype(np.float32)
     array[0] = np.inf
-    with pytest.raises(InputError, match="holds 480 voxels that are NaN or infinite"):
+    with pytest.raises(InputError, match="NaN or infinite"):
         usable_image(Volume(array, image.geometry))
 
 
@@ -111,11 +111,11 @@ def test_an_image_smaller_than_a_vertebra_is_prepared_with_a_note(millimetres: f
 
 def test_an_image_longer_than_a_patient_is_refused() -> None:
     image = Volume(np.arange(600, dtype=np.int16).reshape(100, 3, 2), geometry((100, 3, 2), (80.0, 1.0, 1.0)))
-    with pytest.raises(InputError, match=r"is 8e\+03 x 3 x 2 mm large.*unit of length \(NIfTI: xyzt_units"):
+    with pytest.raises(InputError, match=r"8e\+03 x.*xyzt_units"):
         usable_image(image)
 
 
 def test_resampling_is_bounded_along_each_axis() -> None:
     image = Volume(np.arange(80, dtype=np.int16).reshape(20, 2, 2), geometry((20, 2, 2), (100.0, 0.05, 0.05)))
-    with pytest.raises(InputError, match="would be 100000 x 5 x 5 voxels at that spacing; choose a coarser"):
+    with pytest.raises(InputError, match="5 x 5 voxels"):
         preprocess_volume(image, Preprocessing(bias=None, spacing_mm=(0.02, 0.02, 0.02)))

@@ -121,7 +121,7 @@ def test_measures_of_real_masks_are_those_of_monai_and_simpleitk(realdata: Path)
     """A lumbar spine as labelled beside itself moved, and beside another patient's."""
     labels = [read_volume(realdata / "spine14" / f"VB2_{number}S-label.nrrd") for number in ("02", "04")]
     spacing_mm = labels[0].geometry.spacing_mm
-    truth, other = (label.array[:64, :256, :256] != 0 for label in labels)
+    truth, other = (label.array[:64, 128:256, 128:256] != 0 for label in labels)
     held_equal(np.roll(truth, (1, 2, -3), (0, 1, 2)), truth, spacing_mm)
     held_equal(other, truth, spacing_mm)
 
@@ -186,7 +186,7 @@ def empties(nothing: Mask, something: Mask) -> Iterator[Agreement]:
 
 @pytest.mark.parametrize("compare", [overlap, lambda a, b: label_agreements(a, b, (1.0, 1.0, 1.0))])
 def test_masks_of_other_shapes_cannot_be_compared(compare: Any) -> None:
-    with pytest.raises(ValueError, match=r"masks of shapes \(2, 3, 4\) and \(2, 3, 5\) cannot be compared"):
+    with pytest.raises(ValueError, match=r"shapes \(2, 3, 4\)"):
         compare(np.ones((2, 3, 4), np.bool_), np.ones((2, 3, 5), np.bool_))
 
 

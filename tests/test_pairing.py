@@ -38,7 +38,7 @@ def test_an_ending_that_may_be_a_volumes_own_decides_nothing_alone(tmp_path: Pat
     assert [(case.id, case.label) for case in listing.cases] == [("T2_seg", None), ("brain_GT", None), ("x-mask", None)]
     assert sorted(path.name for path in volumes_in(tmp_path)) == sorted(names)
     (problem,) = find_cases(touch(tmp_path / "sure", "A.nrrd", "B_labels.nrrd")).problems
-    assert "is a label map without a volume; put B.nrrd beside it" in problem.message
+    assert "map without a volume" in problem.message
 
 
 def test_two_label_maps_of_one_volume_are_told(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_scan_finds_copies_in_another_format_as_prepare_does(tmp_path: Path, run
     write_volume(tmp_path / "A.nii.gz", image)
     write_volume(tmp_path / "A_copy.nii", image)
     scanned = run_data("scan", tmp_path)
-    assert "holds the same volume as case 'A'" in scanned.stderr
+    assert "holds the same volume" in scanned.stderr
     summary = prepare(tmp_path, tmp_path / "s.zarr", n4=False)
     # Workers finish in any order: the copy that is published first stays.
     (problem,) = summary.failed
@@ -134,4 +134,4 @@ def test_copies_of_a_refused_file_are_refused_for_its_reason(tmp_path: Path) -> 
         write_volume(tmp_path / f"{name}.nrrd", label)
     summary = prepare(tmp_path, tmp_path / "s.zarr", n4=False)
     assert [problem.case for problem in summary.failed] == ["A", "B", "C"]
-    assert all("looks like a label map" in problem.message for problem in summary.failed)
+    assert all("looks like a label" in problem.message for problem in summary.failed)

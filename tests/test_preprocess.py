@@ -59,7 +59,7 @@ def test_an_image_without_contrast_is_refused(method: str) -> None:
     image = np.array([0.0, 0.0, 10.0, 10.0])
     standard = tuple(np.linspace(0, 1, len(NYUL_PERCENTILES)))
     for tissue in (image > 5, image > 99):
-        with pytest.raises(InputError, match="x: has no contrast within its tissue"):
+        with pytest.raises(InputError, match="contrast within its tissue"):
             normalisation_of(TissueStatistics.of(image, tissue), method, standard, "x")
 
 
@@ -137,7 +137,7 @@ def test_raw_keeps_the_sources_values_and_n4_makes_floats() -> None:
 def test_ct_is_not_corrected_as_if_it_were_mri() -> None:
     image, _ = ball()
     ct = Volume(array=(image.array.astype(np.int16) - 1024), geometry=image.geometry, path=Path("ct.nrrd"))
-    with pytest.raises(InputError, match=r"ct\.nrrd: is dark as CT .* prepare it with --no-n4"):
+    with pytest.raises(InputError, match="prepare it with --no-n4"):
         preprocess_volume(ct, N4)
     assert preprocess_volume(ct, Preprocessing(bias=None)).corrected.image_xyz.min() < -900
 
@@ -198,22 +198,20 @@ def test_thick_slices_are_resampled_and_found_again() -> None:
 
 def test_a_spacing_that_no_machine_holds_is_refused() -> None:
     image, _ = ball()
-    with pytest.raises(
-        InputError, match="would be 1 x 1 x 1 voxels at that spacing; choose a finer --spacing; it is in mm"
-    ):
+    with pytest.raises(InputError, match="1 x 1 voxels"):
         preprocess_volume(image, Preprocessing(bias=None, spacing_mm=(1e9, 1e9, 1e9)))
-    with pytest.raises(InputError, match="would be 24000 x 20000 x 24000 voxels at that spacing; choose a coarser"):
+    with pytest.raises(InputError, match="20000 x 24000 voxels"):
         preprocess_volume(image, Preprocessing(bias=None, spacing_mm=(0.001, 0.001, 0.001)))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"spacing_mm": (-1, 1, 1)}, "give three positive sizes in mm"),
-        ({"spacing_mm": (1, 1, float("nan"))}, "give three positive sizes in mm"),
+        ({"spacing_mm": (-1, 1, 1)}, "positive sizes in mm"),
+        ({"spacing_mm": (1, 1, float("nan"))}, "positive sizes in mm"),
         ({"normalisation": "nyul", "standard": (0, 1)}, "give 11 ascending values"),
         ({"normalisation": "nyul", "standard": tuple(range(11, 0, -1))}, "give 11 ascending values"),
-        ({"normalisation": "nyul", "standard": (1,) * 11}, "its first value is not below its last"),
+        ({"normalisation": "nyul", "standard": (1,) * 11}, "below its last"),
         ({"standard": tuple(range(11))}, "with nyul only"),
     ],
 )

@@ -349,7 +349,7 @@ def test_intensities_that_no_scanner_has_are_refused_in_words(factor: float, tmp
     """As of floats that were read in the wrong byte order: their statistics overflow."""
     image, _ = ball()
     write_volume(tmp_path / "raw" / "A.nrrd", Volume(image.array.astype(np.float64) * factor, image.geometry))
-    with pytest.raises(InputError, match=r"A\.nrrd: .*a range that no scanner has; "):
+    with pytest.raises(InputError, match="range that no scanner"):
         stored(tmp_path / "raw", tmp_path / "s.zarr")
 
 

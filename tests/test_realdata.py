@@ -150,8 +150,8 @@ def test_odd_encodings_are_read_or_refused_by_name(realdata: Path, tmp_path: Pat
     for name in plain:
         assert outcomes.pop(name) == "read"
     # Without a skip its voxels would begin within the NIfTI header of its data file.
-    assert "holds more than the 54000 bytes its header claims" in outcomes.pop("BallBinary30x30x30_nifti.nhdr")
-    assert "has a byte skip of -5" in outcomes.pop("BallBinary30x30x30_byteskip_minus_five.nhdr")
+    assert "54000 bytes its header" in outcomes.pop("BallBinary30x30x30_nifti.nhdr")
+    assert "byte skip of -5" in outcomes.pop("BallBinary30x30x30_byteskip_minus_five.nhdr")
     assert "is 1-D" in outcomes.pop("test1d_ascii.nrrd")
     assert "is 2-D" in outcomes.pop("test2d_ascii.nrrd")
     assert "is 1-D" in outcomes.pop("test_customFields.nrrd")

@@ -140,5 +140,5 @@ def test_spacings_are_read(text: str, expected: tuple[float, ...] | None) -> Non
 
 @pytest.mark.parametrize("text", ["", "fine", "0", "-1", "1,2", "1,2,3,4", "1,nan,1", "inf", "1,,1"])
 def test_spacings_that_mean_nothing_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match=r"spacing '.*': is not known; give native, one size in mm, or three"):
+    with pytest.raises(InputError, match="'.*': is not known"):
         parse_spacing(text)

@@ -25,7 +25,7 @@ from cspine_data.preparation.jobs import run_jobs
 from cspine_data.preparation.plan import Job
 from cspine_data.sources.cases import Case
 from cspine_data.store.records import read_root
-from tests.conftest import ball, contents, not_installed, serially, write_case
+from tests.conftest import ball, contents, in_one_line, not_installed, serially, write_case
 from tests.processes import Command
 from tests.test_volumes import header
 
@@ -75,7 +75,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     store = small_disk / "s.zarr"
     done = run("prepare", tmp_path / "raw", "--store", store, "--no-n4", "--workers", "1")
     assert done.returncode == 1
-    assert "No space left on device; free some space and run it again" in done.stderr
+    assert "space left on device" in done.stderr
     assert "1 done, 0 reused, 1 failed" in done.stdout
     assert open_cohort(store).cases == ("small",)
     assert verify(store) == []
@@ -158,7 +158,7 @@ def test_a_cluster_without_workers_is_told_and_not_waited_for(tmp_path: Path, mo
         threading.Timer(3, cluster.scale, (0,)).start()
         (((_, problem),),) = run_jobs(wait, [job], tmp_path, Workers(scheduler=address))
         assert isinstance(problem, Problem)
-        assert "A.nrrd: no worker process is left to do it" in problem.message
+        assert "worker process is left" in problem.message
 
 
 def open_files(soft: int, hard: int) -> Callable[[], None]:
@@ -171,10 +171,7 @@ def test_too_few_open_files(most: int, tmp_path: Path) -> None:
     told = ("prepare", tmp_path / "raw", "--store", tmp_path / "s.zarr", "--no-n4", "--workers", "1")
     done = run(*told, within=open_files(most, most), in_workers=True)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"Error: workers 1: need more than the allowed {most} open files; "
-        "raise their limit to 80 (ulimit -n), or use fewer --workers\n"
-    )
+    assert in_one_line(done.stderr, "workers 1", f"{most} open files", "ulimit -n")
     assert run(*told, within=open_files(most, 4096), in_workers=True).returncode == 0
 
 
@@ -201,7 +198,7 @@ def test_a_worker_that_dies_is_named_and_the_others_go_on(
     assert summary.done == ("fine",)
     (problem,) = summary.failed
     assert problem.case == "deadly"
-    assert "its worker process died (out of memory?); use fewer --workers, or a machine" in problem.message
+    assert "died (out of memory?)" in problem.message
 
 
 @pytest.fixture
@@ -284,13 +281,13 @@ def test_a_read_only_store_is_read_and_not_written(small_disk: Path, tmp_path: P
     write_case(raw, "B")
     done = run(*told)
     assert done.returncode == 1
-    assert "Read-only file system; choose a place that can be written to" in done.stderr
+    assert "Read-only file system" in done.stderr
     done = run("remove", store, "A")
-    told_of = f"Error: {store / '.lock'}: Read-only file system; choose a place that can be written to\n"
-    assert (done.returncode, done.stderr) == (1, told_of)
+    assert done.returncode == 1
+    assert in_one_line(done.stderr, store / ".lock", "Read-only file system")
     done = run("prepare", raw, "--store", small_disk / "new.zarr", "--no-n4")
     assert done.returncode == 1
-    assert done.stderr.endswith("new.zarr: Read-only file system; choose a place that can be written to\n")
+    assert "new.zarr: Read-only file system" in done.stderr
     assert verify(store) == []
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
 
@@ -317,9 +314,7 @@ def test_permissions(tmp_path: Path) -> None:
     (raw / "A.nrrd").chmod(0)
     done = as_anybody("prepare", raw, "--store", store, "--no-n4", "--axes", "0")
     assert done.returncode == 1
-    assert done.stderr == (
-        f"failed: {raw / 'A.nrrd'}: Permission denied; make it readable and writable for you, or choose another place\n"
-    )
+    assert in_one_line(done.stderr, f"failed: {raw / 'A.nrrd'}", "Permission denied")
     assert "0 done, 1 reused, 1 failed" in done.stdout
     (raw / "A.nrrd").chmod(0o644)
     (store / "cases").chmod(0o555)
@@ -327,16 +322,13 @@ def test_permissions(tmp_path: Path) -> None:
     write_case(raw, "C")
     done = as_anybody("prepare", raw, "--store", store, "--no-n4")
     assert done.returncode == 1
-    assert f"{store / 'cases' / 'C'}: Permission denied; make it readable and writable" in done.stderr
+    assert f"{store / 'cases' / 'C'}: Permission denied" in done.stderr
     (store / "cases").chmod(0o755)
     store.chmod(0)
     done = as_anybody("info", store)
     store.chmod(0o755)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"Error: {store / 'zarr.json'}: Permission denied; "
-        "make it readable and writable for you, or choose another place\n"
-    )
+    assert in_one_line(done.stderr, f"Error: {store / 'zarr.json'}", "Permission denied")
     assert verify(store) == []
 
 

@@ -65,16 +65,16 @@ def test_folds_test_every_case_once_and_stay(batches: list[list[str]], folds: in
 def test_leave_one_out() -> None:
     split = leave_one_out([["b", "a"], ["c"]], "c")
     assert (split.train, split.validation, split.test) == (("b",), ("a",), ("c",))
-    with pytest.raises(InputError, match="case 'z': is no labelled case"):
+    with pytest.raises(InputError, match="'z': is no labelled"):
         leave_one_out([["a", "b", "c"]], "z")
 
 
 def test_what_is_not_there_is_told() -> None:
-    with pytest.raises(InputError, match="fold 3: is none of 3; choose 0 to 2"):
+    with pytest.raises(InputError, match="none of 3"):
         fold_split([["a", "b", "c"]], 3, 3)
-    with pytest.raises(InputError, match="2 folds: cannot be made of 3 labelled cases; choose 3 to 3"):
+    with pytest.raises(InputError, match="made of 3 labelled"):
         fold_split([["a", "b", "c"]], 2, 0)
-    with pytest.raises(InputError, match="split 'holdout': is not known; choose one of train"):
+    with pytest.raises(InputError, match="'holdout': is not known"):
         reference_split([["a"]]).cases("holdout")
 
 

@@ -123,7 +123,7 @@ def test_a_damaged_or_missing_volume_raises(store: Path, array: str) -> None:
     with pytest.raises(DamagedStoreError, match="is damaged"):
         open_cohort(store).volumes(cases=["A"])[0]
     shard.unlink()
-    with pytest.raises(DamagedStoreError, match="is missing from the store; repair it with"):
+    with pytest.raises(DamagedStoreError, match="missing from the store"):
         open_cohort(store).volumes(cases=["A"])[0]
 
 
@@ -138,7 +138,7 @@ def shift(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("change", "checksum"), [(spoil, True), (shift, False)])
 def test_a_damaged_record_is_not_read(change, checksum: bool, store: Path) -> None:
     rewrite(folder_of(store), change, checksum=checksum)
-    with pytest.raises(DamagedStoreError, match=r"the record of A \(raw\) is missing or damaged; repair it with"):
+    with pytest.raises(DamagedStoreError, match="missing or damaged"):
         open_cohort(store).slices()
     assert [str(damage) for damage in verify(store)] == ["A (raw): record: missing or damaged"]
     assert prepare(store.parent / "raw", store, n4=False).done == ("A",)
@@ -171,17 +171,17 @@ def test_a_newer_schema_is_refused_by_name(store: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", '{"attributes": 3}', '{"attributes": {"cspine": {"cases": 3}}}'])
 def test_a_damaged_root_is_told(store: Path, content: str) -> None:
     (store / "zarr.json").write_text(content)
-    with pytest.raises(DamagedStoreError, match="repair it with cspine-data verify"):
+    with pytest.raises(DamagedStoreError, match="repair it with cspine-data"):
         open_cohort(store)
 
 
 def test_what_is_no_store_is_not_opened_and_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no cspine store; make one with cspine-data prepare"):
+    with pytest.raises(StoreError, match="is no cspine store"):
         open_cohort(tmp_path / "nowhere")
     (tmp_path / "thesis.docx").write_text("years of work")
-    with pytest.raises(StoreError, match="exists and is no cspine store"):
+    with pytest.raises(StoreError, match="is no cspine store"):
         create_store(tmp_path)
-    with pytest.raises(StoreError, match="exists and is no cspine store"):
+    with pytest.raises(StoreError, match="is no cspine store"):
         create_store(tmp_path / "thesis.docx")
     zarr.open_group(str(tmp_path / "other.zarr"), mode="w")
     with pytest.raises(StoreError, match="is no cspine store"):
@@ -214,16 +214,16 @@ def test_variants_live_side_by_side(store: Path, tmp_path: Path) -> None:
     prepare(tmp_path / "raw", store, preprocessing=QUICK_N4)
     cohort = open_cohort(store)
     assert cohort.variants == ("n4", "raw")
-    with pytest.raises(NotInStoreError, match="say which variant; the store holds n4, raw$"):
+    with pytest.raises(NotInStoreError, match="say which variant"):
         cohort.slices()
-    with pytest.raises(NotInStoreError, match="holds no variant 'n5'; the store holds n4, raw$"):
+    with pytest.raises(NotInStoreError, match="holds no variant 'n5'"):
         cohort.slices(variant="n5")
     assert cohort.record("A", "n4").digest != cohort.record("A", "raw").digest
 
 
 def test_what_the_store_does_not_hold_is_told(store: Path) -> None:
-    with pytest.raises(NotInStoreError, match="holds no case 'Z'; cspine-data info lists what it holds"):
+    with pytest.raises(NotInStoreError, match="holds no case 'Z'"):
         open_cohort(store).record("Z")
     publish(store, [Replacement("A", "n4", read_root(store).cases["A"]["raw"], None)])
-    with pytest.raises(NotInStoreError, match="holds case 'B' as raw, not as n4; prepare it so"):
+    with pytest.raises(NotInStoreError, match="raw, not as n4"):
         open_cohort(store).record("B", "n4")

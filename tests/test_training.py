@@ -17,7 +17,6 @@ import torch
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from cspine_data import (
     Cohort,
@@ -42,6 +41,7 @@ from cspine_train.models.build import build_model, sides_of
 from cspine_train.run.record import load_record
 from cspine_train.training.segmentation_module import THRESHOLDS, SliceSegmenter, best_threshold
 from tests.conftest import ball, write_case
+from tests.test_checkpoints import same, weights
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -62,14 +62,6 @@ def trained(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory, witho
     run = tmp_path_factory.mktemp("runs") / "trained"
     train(phantom_store, run, RunSettings(**{**SMALL, "axes": (0, 2), "context": 1, "epochs": 3}))
     return run
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_run_folder_says_what_was_done(trained: Path, phantom_store: Path) -> None:
@@ -157,9 +149,7 @@ def test_resampled_slices_are_scored_and_predicted_on_the_source_grid(phantom_fo
     assert score.voxels == expected
     assert 0 < score.dice < 1
     prepare(raw, store, preprocessing=Preprocessing(bias=None, normalisation="percentile"), axes="1")
-    told = (
-        "holds CS_04 prepared with no N4, percentile, native voxels, and .* was trained on no N4, zscore, 3 x 3 x 2 mm"
-    )
+    told = "N4, zscore, 3 x"
     with pytest.raises(RunError, match=told):
         evaluate(run)
 
@@ -174,7 +164,7 @@ def test_patients_prepared_in_different_ways_are_refused(tmp_path: Path) -> None
     for name in ("E.nrrd", "ES-label.nrrd"):
         (tmp_path / "raw" / name).rename(tmp_path / "late" / name)
     prepare(tmp_path / "late", store, preprocessing=Preprocessing(bias=None, spacing_mm=(2, 2, 2)), axes="0")
-    with pytest.raises(RunError, match="holds A and E as raw, prepared in different ways; run cspine-data"):
+    with pytest.raises(RunError, match="prepared in different ways"):
         train(store, tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw"}))
 
 
@@ -282,11 +272,11 @@ def test_a_folder_of_another_run_is_not_overwritten(trained: Path, phantom_store
     settings = load_record(trained).settings
     with pytest.raises(
         RunError,
-        match=r"holds a run of other settings \(epochs 3, not 9; seed 0, not 5\); choose another folder with -o",
+        match="epochs 3, not 9; seed 0, not 5",
     ):
         train(phantom_store, trained, settings.model_copy(update={"seed": 5, "epochs": 9}))
     (tmp_path / "thesis.docx").touch()
-    with pytest.raises(RunError, match="is there and is no run folder; choose another with -o"):
+    with pytest.raises(RunError, match="is no run folder"):
         train(phantom_store, tmp_path, settings)
 
 
@@ -295,9 +285,9 @@ def test_other_data_under_the_same_names_are_noticed(trained: Path, phantom_stor
     text = (run / "run.json").read_text()
     digest = load_record(run).digests["CS_04"]
     (run / "run.json").write_text(text.replace(digest, "0" * 32))
-    with pytest.raises(RunError, match="was trained on other data than the store holds now"):
+    with pytest.raises(RunError, match="store holds now"):
         train(phantom_store, run, load_record(run).settings)
-    with pytest.raises(RunError, match="holds other data of CS_04 than"):
+    with pytest.raises(RunError, match="other data of CS_04"):
         evaluate(run)
 
 
@@ -490,15 +480,15 @@ def test_a_size_that_no_network_takes_is_refused(
 
 
 def test_pixels_larger_than_what_is_labelled_are_refused(phantom_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="500.0 mm: .* fewer than 4 pixels; choose a smaller --pixel-mm"):
+    with pytest.raises(RunError, match="fewer than 4 pixels"):
         train(phantom_store, tmp_path / "run", RunSettings(**{**SMALL, "pixel_mm": 500.0}))
     assert not (tmp_path / "run").exists()
 
 
 def test_too_few_cases_are_told(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="has too few labelled cases to train and validate on .* prepare at least three"):
+    with pytest.raises(RunError, match="prepare at least three"):
         train(store, tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw"}))
-    with pytest.raises(InputError, match="5 folds: cannot be made of 2 labelled cases"):
+    with pytest.raises(InputError, match="made of 2 labelled"):
         train(store, tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw", "folds": 5}))
 
 
@@ -508,7 +498,7 @@ def test_nothing_labelled_is_told_before_training(tmp_path: Path) -> None:
         write_volume(tmp_path / "raw" / f"{number}.nrrd", image)
         write_volume(tmp_path / "raw" / f"{number}-label.nrrd", Volume(label.array * 0, label.geometry))
     prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False)
-    with pytest.raises(RunError, match="label map of 0, 1, 2 labels nothing"):
+    with pytest.raises(RunError, match="0, 1, 2 labels"):
         train(tmp_path / "s.zarr", tmp_path / "run", RunSettings(**{**SMALL, "variant": "raw"}))
     assert not (tmp_path / "run").exists()
 
@@ -519,24 +509,24 @@ def test_nothing_labelled_is_told_before_training(tmp_path: Path) -> None:
 )
 def test_a_damaged_record_is_told(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunError, match=f"{message} .*; train it again"):
+    with pytest.raises(RunError, match=f"{message}.*; train"):
         load_run(tmp_path)
 
 
 def test_what_is_no_run_is_told(tmp_path: Path, trained: Path) -> None:
-    with pytest.raises(RunError, match="is no run folder; make one with cspine-train run"):
+    with pytest.raises(RunError, match="is no run folder"):
         load_run(tmp_path)
     (tmp_path / "run.json").write_text((trained / "run.json").read_text())
-    with pytest.raises(RunError, match="has no trained model yet"):
+    with pytest.raises(RunError, match="trained model yet"):
         load_run(tmp_path)
     without = load_record(trained).model_copy(update={"train": ()})
     (tmp_path / "run.json").write_text(without.model_dump_json())
     shutil.copytree(trained / "model", tmp_path / "model")
-    with pytest.raises(RunError, match="has no train patients; choose another --split"):
+    with pytest.raises(RunError, match="has no train patients"):
         evaluate(tmp_path, ["train"])
     newer = {**json.loads((trained / "run.json").read_text()), "record_version": 9, "a field of tomorrow": 1}
     (tmp_path / "run.json").write_text(json.dumps(newer))
-    with pytest.raises(RunError, match="was written by a newer cspine"):
+    with pytest.raises(RunError, match="written by a newer"):
         load_run(tmp_path)
 
 
@@ -548,7 +538,7 @@ def test_the_command_line_evaluates_and_predicts(
     columns = re.split("  +", scored.output.splitlines()[0])
     assert columns[:5] == ["case", "split", "Dice", "IoU", "Hausdorff 95 %, mm"]
     assert re.search(r"CS_04 +test +0\.\d{4}", scored.output)
-    assert "note: encoder tu-test_resnet started from random weights" in scored.output
+    assert "started from random weights" in scored.output
     assert "note: data: synthetic" in scored.output
     alone = run_train("predict", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path / "one.nii.gz")
     assert alone.exit_code == 0
@@ -559,16 +549,16 @@ def test_the_command_line_evaluates_and_predicts(
         "--run", trained, "--run", shutil.copytree(trained, tmp_path / "twin"), "-o", tmp_path / "out",
     )  # fmt: skip
     assert several.exit_code == 1
-    assert "bad.nrrd: is no readable NRRD file" in several.output
+    assert "readable NRRD file" in several.output
     predicted = ["CS_02-label.nrrd", "CS_03-label.nrrd", "predictions.csv"]
     assert sorted(file.name for file in (tmp_path / "out").glob("[!.]*")) == predicted
     again = run_train("predict", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path / "out")
     assert again.exit_code == 1
-    assert "CS_02-label.nrrd: exists already, and is not of these runs" in again.output
+    assert "CS_02-label.nrrd: exists already" in again.output
     twice = run_train(
         "predict", phantom_folder / "CS_02.nrrd", phantom_folder / "CS_02.nrrd", "--run", trained, "-o", tmp_path
     )
-    assert "two of the volumes have the same name; predict them into two folders" in twice.output
+    assert "have the same name" in twice.output
 
 
 def test_a_volume_without_contrast_cannot_be_predicted(trained: Path, tmp_path: Path, run_train) -> None:
@@ -589,9 +579,9 @@ def write_constant(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "--store", "nowhere"), "Error: nowhere: is no cspine store"),
-        (("evaluate", "nowhere"), "Error: nowhere: is no run folder"),
-        (("predict", ".", "--run", "nowhere", "-o", "y.nrrd"), "Error: nowhere: is no run folder"),
+        (("run", "--store", "nowhere"), "nowhere: is no cspine"),
+        (("evaluate", "nowhere"), "nowhere: is no run"),
+        (("predict", ".", "--run", "nowhere", "-o", "y.nrrd"), "nowhere: is no run"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_train: Callable[..., Result]) -> None:
@@ -604,11 +594,11 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--pixel-mm", "-1"), "-1.0 is not in the range x>=0.05"),
-        (("--learning-rate", "nan"), "--learning-rate: Input should be a finite number"),
-        (("--crop-margin-mm", "inf"), "--crop-margin-mm: Input should be a finite number"),
+        (("--pixel-mm", "-1"), "in the range x>=0.05"),
+        (("--learning-rate", "nan"), "--learning-rate: Input should"),
+        (("--crop-margin-mm", "inf"), "--crop-margin-mm: Input should"),
         (("--fold", "1"), "a fold needs --folds"),
-        (("--folds", "5", "--fold", "5"), "fold 5 is none of 5, which are counted from 0"),
+        (("--folds", "5", "--fold", "5"), "counted from 0"),
     ],
 )
 def test_a_setting_out_of_range_is_told(
@@ -624,9 +614,9 @@ def test_what_cannot_hold_a_prediction_is_refused(
 ) -> None:
     volumes = [phantom_folder / "CS_02.nrrd", phantom_folder / "CS_03.nrrd"]
     one = run_train("predict", volumes[0], "--run", trained, "-o", tmp_path / "mask.png")
-    assert "mask.png: is no name for a label map; give a name that ends in .nrrd, .nii, .nii.gz" in one.output
+    assert "name for a label" in one.output
     several = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "mask.nii.gz")
-    assert "mask.nii.gz: is a file; give a folder" in several.output
+    assert "mask.nii.gz: is a file" in several.output
     assert one.exit_code == several.exit_code == 1
     assert not list(tmp_path.iterdir())
     dotted = run_train("predict", *volumes, "--run", trained, "-o", tmp_path / "masks_v1.2")
@@ -638,7 +628,7 @@ def test_a_store_that_moved_is_asked_for(trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
     record = load_record(run)
     (run / "run.json").write_text(record.model_copy(update={"store": str(tmp_path / "gone.zarr")}).model_dump_json())
-    with pytest.raises(RunError, match="gone.zarr: does not exist any more; .*--store"):
+    with pytest.raises(RunError, match="exist any more"):
         evaluate(run)
     assert evaluate(run, store=record.store).scores
 

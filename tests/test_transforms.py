@@ -108,7 +108,7 @@ def test_overlap_counts_voxels(pairs: list[tuple[bool, bool]]) -> None:
 def test_empty_masks_are_defined() -> None:
     assert Overlap(0, 0, 0).dice == Overlap(0, 0, 0).iou == 1
     assert Overlap(0, 3, 0).dice == Overlap(0, 0, 3).iou == 0
-    with pytest.raises(ValueError, match=r"masks of shapes \(1,\) and \(2,\) cannot be compared"):
+    with pytest.raises(ValueError, match=r"shapes \(1,\) and \(2,\)"):
         overlap(np.zeros(1, bool), np.zeros(2, bool))
 
 

@@ -153,7 +153,7 @@ def test_a_store_at_a_url_is_read_only_where_the_user_names_it(
 def test_a_pipe_in_a_run_folder_is_refused(run: Path) -> None:
     (run / "model" / "model.safetensors").unlink()
     os.mkfifo(run / "model" / "model.safetensors")
-    with pytest.raises(RunError, match="model.safetensors: is neither a file nor a folder"):
+    with pytest.raises(RunError, match="file nor a folder"):
         load_run(run)
 
 

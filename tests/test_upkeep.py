@@ -30,7 +30,7 @@ from cspine_data.preparation.jobs import do_jobs
 from cspine_data.store import schema
 from cspine_data.store.publishing import Replacement, publish
 from cspine_data.store.records import read_root
-from tests.conftest import QUICK_N4, contents, write_case
+from tests.conftest import QUICK_N4, contents, in_one_line, write_case
 
 
 def everything(store: Path) -> list[Any]:
@@ -157,7 +157,7 @@ def test_repair_brings_back_the_very_bytes_and_touches_nothing_else(damage: Any,
 def test_repair_deletes_no_file_that_somebody_put_there(store: Path, run_data) -> None:
     notes = one(store, "A/*/axis0") / "notes.txt"
     notes.write_text("mine")
-    told = "failed: A (raw): axis0/notes.txt: does not belong there; move it away"
+    told = "axis0/notes.txt: does not belong"
     assert told in run_data("verify", store, "--repair", store.parent / "raw").stderr
     assert notes.read_text() == "mine"
 
@@ -250,7 +250,7 @@ def test_what_was_mended_can_be_read_by_who_had_it_open(store: Path) -> None:
     expected = slices[8]
     reader._open_arrays._arrays.clear()
     one(store, "A/*/axis0/image/c/0/0/0").write_bytes(b"\0" * 9000)
-    with pytest.raises(DamagedStoreError, match="repair it with cspine-data verify .* --repair SOURCE"):
+    with pytest.raises(DamagedStoreError, match="verify .* --repair SOURCE"):
         slices[8]
     repair(store, store.parent / "raw")
     assert same(slices[8], expected)
@@ -265,7 +265,7 @@ def test_who_opened_a_store_before_reads_what_was_there_until_it_is_collected(st
     slices, prepared = cohort.slices(cases=["A"]), cohort.record("A")
     collect_garbage(store, grace_s=0, delete=True)
     reader._open_arrays._arrays.clear()
-    told = "replaced or removed: open the cohort again"
+    told = "open the cohort again"
     for read in (lambda: slices[0], lambda: cohort.export("A"), lambda: cohort.volumes(cases=[prepared.case])[0]):
         with pytest.raises(StoreError, match=told):
             read()
@@ -301,11 +301,11 @@ def test_repair_takes_only_what_the_case_was_made_of(store: Path, run_data) -> N
     write_case(raw, "A", seed=99)
     done = run_data("verify", store, "--repair", raw)
     assert done.exit_code == 1
-    assert "A.nrrd: differs from the source of the damaged case" in done.stderr
+    assert "differs from the source" in done.stderr
     assert done.stdout == f"{store}: 0 repaired, 1 still damaged\n"
     (raw / "A.nrrd").unlink()
     (raw / "AS-label.nrrd").unlink()
-    told = "failed: case 'A': is damaged, and not in the source; give the folder with its files"
+    told = "case 'A': is damaged"
     assert told in run_data("verify", store, "--repair", raw).stderr
 
 
@@ -363,7 +363,7 @@ def test_a_case_removed_while_repair_verifies_is_not_brought_back(store: Path, m
 
     monkeypatch.setattr("cspine_data.preparation.repair.verify", verify_and_remove)
     (problem,) = repair(store, store.parent / "raw").failed
-    assert problem.message.endswith("A was prepared again or removed during the repair; verify again")
+    assert "during the repair" in problem.message
     assert open_cohort(store).cases == ("B",)
 
 
@@ -371,7 +371,7 @@ def test_names_that_a_lost_root_leaves_are_not_taken_into_an_anonymised_store(st
     for name in ("zarr.json", ".zarr.json.copy"):
         (store / name).unlink()
     done = run_data("prepare", store.parent / "raw", "--store", store, "--no-n4", "--anonymise")
-    assert done.output == f"Error: {store}: exists and is no cspine store; choose another --store\n"
+    assert in_one_line(done.output, store, "no cspine store", "--store")
 
 
 def test_a_root_lost_with_its_copy_costs_no_case(store: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_root_lost_with_its_copy_costs_no_case(store: Path) -> None:
     before = contents(store)
     shards = {file: file.stat().st_mtime_ns for file in store.rglob("c/0/0/0")}
     (store / "zarr.json").write_bytes(b"\0" * 100)
-    with pytest.raises(DamagedStoreError, match="zarr.json: is not what was written .*; delete it and prepare again"):
+    with pytest.raises(DamagedStoreError, match="what was written .*"):
         prepare(store.parent / "raw", store, n4=False)
     (store / "zarr.json").unlink()
     assert prepare(store.parent / "raw", store, n4=False).written_bytes == 0
@@ -393,7 +393,7 @@ def test_a_store_cannot_lead_out_of_its_folder(store: Path) -> None:
 
     for case, digest in (("../../etc", "0" * 32), ("A", "../../../etc"), (".hidden", "0" * 32)):
         rewrite(store, lambda record, case=case, digest=digest: record.update(cases={case: {"raw": digest}}))
-        with pytest.raises(DamagedStoreError, match="is no valid case id"):
+        with pytest.raises(DamagedStoreError, match="valid case id"):
             open_cohort(store)
 
 
@@ -443,13 +443,13 @@ def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, 
     (store / "cases" / "E").symlink_to(store.parent / "raw")
     told = run_data("gc", store).output
     assert told.endswith(f"{store}: nothing has been unused for 7 days\n")
-    assert "MB more may still be in use" in told
+    assert "MB more may still" in told
     # What may be being written is let alone for an hour, however short the time of grace.
     assert run_data("gc", store, "--grace-days", "0").output.count("unused for") == 3
     age(store, 0.1)
     listed = run_data("gc", store, "--grace-days", "0")
     assert "7 folders and files" in listed.output
-    assert "can be deleted with --delete" in listed.output
+    assert "deleted with --delete" in listed.output
     assert run_data("gc", store, "--grace-days", "0").output.count("unused for") == 7
     assert "deleted" in run_data("gc", store, "--grace-days", "0", "--delete").output
     for file in kept:
@@ -460,9 +460,7 @@ def test_gc_takes_all_that_killed_runs_leave_and_nothing_of_others(store: Path, 
     assert {file.name for file in store.rglob(".*")} == {".lock", ".zarr.json.copy"}
     assert contents(store) == before
     assert "Invalid value for '--grace-days'" in run_data("gc", store, "--grace-days", "-1").output
-    assert run_data("gc", store, "--grace-days", "nan").output.startswith(
-        "Error: grace nan s: is no valid time; give 0"
-    )
+    assert run_data("gc", store, "--grace-days", "nan").output.startswith("Error: grace nan s")
 
 
 def test_a_digest_that_a_run_is_about_to_publish_is_made_anew_where_gc_took_it(store: Path) -> None:
@@ -477,15 +475,10 @@ def test_a_digest_that_a_run_is_about_to_publish_is_made_anew_where_gc_took_it(s
 def test_a_removed_case_is_gone_and_comes_back_to_its_place(store: Path, run_data) -> None:
     prepare(store.parent / "raw", store, preprocessing=QUICK_N4)
     before, enrolled = contents(store), read_root(store).enrolled
-    assert run_data("remove", store, "A", "Z").output == (
-        f"Error: {store}: holds no case 'Z'; cspine-data info lists what it holds\n"
-    )
+    assert in_one_line(run_data("remove", store, "A", "Z").output, store, "no case 'Z'")
     assert open_cohort(store).cases == ("A", "B")
-    assert (
-        "removed A (raw); cspine-data gc --delete deletes the files after a week"
-        in run_data("remove", store, "A", "--variant", "raw").output
-    )
-    with pytest.raises(NotInStoreError, match="holds case 'A' as n4, not as raw"):
+    assert "removed A (raw)" in run_data("remove", store, "A", "--variant", "raw").output
+    with pytest.raises(NotInStoreError, match="case 'A' as n4"):
         open_cohort(store).record("A", "raw")
     run_data("remove", store, "A")
     assert open_cohort(store).cases == ("B",)
