@@ -116,7 +116,8 @@ def export_cohort(
 def _table(records: Sequence[CaseRecord], kind: ExportLayout) -> LabelTable:
     labels = (value for record in records for value in record.labels)
     ignored = (value for record in records for value in record.ignored_values)
-    return label_table(labels, ignored, consecutive=kind.consecutive)
+    named = (item for record in records for item in record.segments.items())
+    return label_table(labels, ignored, named, consecutive=kind.consecutive)
 
 
 def _planned(cohort: Cohort, records: Sequence[CaseRecord], kind: ExportLayout) -> tuple[dict[str, str], list[Case]]:

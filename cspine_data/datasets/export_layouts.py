@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -63,10 +64,17 @@ class LabelTable:
         return numbers[np.searchsorted(values, label)]
 
 
-def label_table(labels: Iterable[int], ignored: Iterable[int], *, consecutive: bool) -> LabelTable:
+# Names of classes with a meaning of their own.
+_RESERVED = ("background", "ignore")
+
+
+def label_table(
+    labels: Iterable[int], ignored: Iterable[int], named: Iterable[tuple[int, str]] = (), *, consecutive: bool
+) -> LabelTable:
     """Return the label values of exported files for a store's label values and those of ignored voxels.
 
-    With `consecutive`, labels are 1, 2, 3, ... and ignored voxels have the next number.
+    With `consecutive`, labels are 1, 2, 3, ... and ignored voxels have the next number. `named` has the names of label
+    values in each case; a value has its name only if that is the same in all cases, and no other value's.
     """
     labels, ignored = sorted(set(labels)), sorted(set(ignored))
     both = sorted(set(labels) & set(ignored))
@@ -78,7 +86,12 @@ def label_table(labels: Iterable[int], ignored: Iterable[int], *, consecutive: b
         numbers |= dict.fromkeys(ignored, len(labels) + 1)
     else:
         numbers = {value: value for value in (*labels, *ignored)}
-    names = {0: "background", **{numbers[value]: f"label_{value}" for value in labels}}
+    known = set(named)
+    values, texts = Counter(value for value, _ in known), Counter(name.casefold() for _, name in known)
+    own = {
+        v: name for v, name in known if values[v] == texts[name.casefold()] == 1 and name.casefold() not in _RESERVED
+    }
+    names = {0: "background", **{numbers[value]: own.get(value, f"label_{value}") for value in labels}}
     return LabelTable(numbers, {**names, **{numbers[value]: "ignore" for value in ignored}})
 
 
