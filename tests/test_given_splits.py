@@ -15,11 +15,14 @@ from cspine_data import GivenSplit, InputError, Split, open_cohort, prepare, rea
 from cspine_train import RunError, RunSettings
 from cspine_train.cli.commands import default_run_name
 from cspine_train.run.record import load_record
-from cspine_train.study.plan import Grid, plan_study, sites_of
+from cspine_train.study.plan import Grid, Plan, plan_study, sites_of
 from tests.conftest import do_serially, write_case
 
 #: Case: patient and site. Patient A was scanned at both sites; E has no label map.
-COHORT = {"A1": ("A", "X"), "A2": ("A", "Y"), "B": ("B", "X"), "C": ("C", "X"), "D": ("D", "Y"), "E": ("E", "Z")}
+COHORT = {
+    "A1": ("A", "X"), "A2": ("A", "Y"), "B": ("B", "X"), "C": ("C", "X"), "D": ("D", "Y"), "E": ("E", "Z"),
+    "F": ("F", "Y"),
+}  # fmt: skip
 RECIPE = ("--encoder", "tu-test_resnet", "--weights", "none", "--epochs", 1, "--variant", "raw", "--size", 32)
 
 
@@ -34,7 +37,7 @@ def site_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             table.writerow((case, f"{case}.nrrd", f"{case}S-label.nrrd" if case != "E" else "", patient, site))
     with pytest.MonkeyPatch.context() as patches:
         do_serially(patches)
-        assert len(prepare(pairs=folder / "list.csv", store=folder / "s.zarr", n4=False, axes="0").done) == 6
+        assert len(prepare(pairs=folder / "list.csv", store=folder / "s.zarr", n4=False, axes="0").done) == 7
     return folder / "s.zarr"
 
 
@@ -112,13 +115,13 @@ def test_a_site_is_tested_by_models_of_the_others(site_store: Path, tmp_path: Pa
     cohort = open_cohort(site_store)
     assert cohort.sites["A2"] == "Y"
     # A was scanned at both sites: its other case is in no part.
-    assert cohort.split(test_site="Y") == Split(("B",), ("C",), ("A2", "D"))
+    assert cohort.split(test_site="Y") == Split(("B",), ("C",), ("A2", "D", "F"))
+    assert cohort.split(test_site="X") == Split(("D",), ("F",), ("A1", "B", "C"))
     # E, the only one of site Z, has no label map.
     with pytest.raises(InputError, match="site 'Z': is no site of the store's labelled cases; known are X, Y"):
         cohort.split(test_site="Z")
     with pytest.raises(InputError, match="test_site and folds|folds and test_site"):
         cohort.split(test_site="Y", folds=3)
-    assert cohort.split(test_site="X") == Split(("D",), (), ("A1", "B", "C"))
 
 
 def test_cases_without_a_site_are_named(store: Path) -> None:
@@ -160,10 +163,28 @@ def test_a_study_tests_each_fold_of_a_file_and_each_site(site_store: Path, tmp_p
     small = {"models": ["unet"], "encoders": ["random"], "variants": ["raw"], "axes": [(0,)]}
     of_file = plan_study(cohort, Grid(**small, splits=folds).settings(RunSettings()))
     assert [cell.settings.fold_of for cell in of_file.cells] == [(0, 2), (1, 2)]
-    of_site = plan_study(cohort, Grid(**small, test_sites=["Y"]).settings(RunSettings()))
-    assert [cell.settings.test_site for cell in of_site.cells] == ["Y"]
+    assert Plan.model_validate_json(of_file.model_dump_json()) == of_file
+    of_site = plan_study(cohort, Grid(**small, test_sites=["X", "Y"]).settings(RunSettings()))
+    assert [cell.settings.test_site for cell in of_site.cells] == ["X", "Y"]
     with pytest.raises(RunError, match="--folds and --leave-site-out exclude each other"):
         Grid(**small, folds=3, test_sites=["Y"]).settings(RunSettings())
+
+
+def test_the_commands_of_a_study_take_sites_and_files(
+    site_store: Path, store: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Timing the steps takes seconds.
+    monkeypatch.setattr("cspine_train.cli.study_commands._print_cost", lambda *_: None)
+    command = ("study", "--plan", "-o", tmp_path / "study", "--models", "unet", "--encoders", "tu-test_resnet:random")
+    command = (*command, "--axes", "0", "--variants", "raw", "--epochs", 1, "--size", 32, "--store")
+    planned = run_train(*command, site_store, "--leave-site-out")
+    assert planned.exit_code == 0, planned.output
+    assert "splits: test site X, test site Y" in planned.output
+    path = nnunet(tmp_path, (["A1", "A2", "B"], ["D"]), (["D", "C", "B"], ["A1", "A2"]))
+    assert "splits: fold 0 of 2, fold 1 of 2" in run_train(*command, site_store, "--split", path).output
+    refused = run_train(*command, store, "--leave-site-out")
+    assert refused.exit_code == 1
+    assert "has fewer than two sites (none)" in refused.output
 
 
 def test_a_run_keeps_its_split_when_the_file_is_gone(
@@ -197,7 +218,7 @@ def test_the_command_tests_a_site(
     done = run_train("run", "--store", site_store, "--test-site", "Y", *RECIPE, "-o", tmp_path / "run")
     assert done.exit_code == 0, done.output
     assert "tested on site Y, trained on the others" in done.output
-    assert load_record(tmp_path / "run").test == ("A2", "D")
+    assert load_record(tmp_path / "run").test == ("A2", "D", "F")
     unknown = run_train("run", "--store", site_store, "--test-site", "Z", *RECIPE, "-o", tmp_path / "other")
     assert unknown.exit_code == 1
     assert "known are X, Y" in unknown.output
