@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -79,11 +78,10 @@ def find_cases(
 
 
 def find_volumes(source: str | Path) -> Listing:
-    """List the volumes of a folder for prediction, as in `find_cases` but without label maps and their problems."""
+    """List the volumes of a folder for prediction, as in `find_cases` but without problems of label maps."""
     source = Path(source)
     found = _find(source, AUTO, lambda _: True)
-    cases = [replace(case, label=None) for case in found.cases]
-    return _checked(source, cases, found.problems, found.notes)
+    return _checked(source, found.cases, found.problems, found.notes)
 
 
 def volumes_in(folder: str | Path) -> list[Path]:

@@ -79,10 +79,11 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Target:
-    """A volume to predict, and the folder for its label map within the output folder."""
+    """A volume to predict, the folder for its label map within the output folder, and its true label map if found."""
 
     volume: Path
     place: Path = Path()
+    truth: Path | None = None
 
 
 def find_targets(sources: Sequence[Path]) -> tuple[list[Target], tuple[str, ...]]:
@@ -100,7 +101,8 @@ def find_targets(sources: Sequence[Path]) -> tuple[list[Target], tuple[str, ...]
         problems += [problem.message for problem in listing.problems]
         for case in listing.cases:
             inside = case.volume != source
-            found.append(Target(case.volume, case.volume.relative_to(source).parent if inside else Path()))
+            place = case.volume.relative_to(source).parent if inside else Path()
+            found.append(Target(case.volume, place, case.label))
     return found, tuple(problems)
 
 
@@ -158,7 +160,7 @@ def predict_files(
     among_slices = any(_is_dicom(target) and target.parent.resolve() in homes_of_slices for target in targets)
     if among_slices or (not to_file and output.resolve() in homes):
         raise RunError(f"{output}: holds the volumes, and predictions could be mistaken for volumes; choose another -o")
-    truths = _truths(paths) if options.pictures else {}
+    truths = _truths(chosen) if options.pictures else {}
     home = output.parent if to_file else output
     for folder in {home, *(target.parent for target in targets)}:
         make_folder(folder)
@@ -247,13 +249,13 @@ def _predicted(
     return done
 
 
-def _truths(volumes: Sequence[Path]) -> dict[Path, Path]:
-    """Return the label maps beside volumes; pictures show them."""
+def _truths(targets: Sequence[Target]) -> dict[Path, Path]:
+    """Return the known label maps of volumes, and those beside single files; pictures show them."""
     labels: dict[Path, Path] = {}
-    for folder in {volume.parent for volume in volumes}:
+    for folder in {target.volume.parent for target in targets if target.truth is None}:
         with suppress(CspineDataError):
             labels |= {case.volume: case.label for case in find_cases(folder).cases if case.label}
-    return labels
+    return labels | {target.volume: target.truth for target in targets if target.truth}
 
 
 def _read_truth(path: Path, volume: Volume) -> Volume | None:
