@@ -69,6 +69,18 @@ LAYOUTS = {
             "P3": ("P3/image.nii", None, "P3", None),
         },
     ),
+    "folders, one of them alone with several patients": (
+        ("raw/sub-01_T1w.nii.gz", "raw/sub-01_T2w.nii.gz", "raw/sub-02_T2w.nii.gz", "raw/sub-02_T2w-label.nii.gz"),
+        {
+            "sub-01_T1w": ("raw/sub-01_T1w.nii.gz", None, "sub-01", "T1w"),
+            "sub-01_T2w": ("raw/sub-01_T2w.nii.gz", None, "sub-01", "T2w"),
+            "sub-02_T2w": ("raw/sub-02_T2w.nii.gz", "raw/sub-02_T2w-label.nii.gz", "sub-02", "T2w"),
+        },
+    ),
+    "folders, one of them alone with one patient": (
+        ("P1/T2.nii.gz", "P1/T1.nii.gz"),
+        {"P1_T1": ("P1/T1.nii.gz", None, "P1", "T1"), "P1_T2": ("P1/T2.nii.gz", None, "P1", "T2")},
+    ),
     "folders of images and labels": (
         ("images/train/P1.nii.gz", "labels/train/P1.nii.gz", "images/test/P2.nii.gz", "labels/test/P2_seg.nii.gz"),
         {

@@ -21,7 +21,7 @@ _SCALE = 127
 #: Least correlation of two volumes of one patient. Of different patients, it is at most 0.68 in spine14, 0.38 in
 #: spine_t1 and 0.72 in 40 phantoms. Of one volume, it is at least 0.95 after noise, a bias field or a gamma curve, 0.97
 #: after a shift of 1 mm, 0.89 after 2 mm; see docs/decisions/0053-given-splits-sites-and-look-alikes.md.
-LEAST_CORRELATION = 0.85
+LEAST_CORRELATION = 0.9
 # Volumes that were registered to each other, or generated, are all alike. They are known by the median of their
 # correlations, over some of them, from this number of patients on.
 _FEWEST_PATIENTS, _SAMPLE = 6, 200

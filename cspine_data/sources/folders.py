@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
+from cspine_data.errors import count
 from cspine_data.sources.cases import Case
 from cspine_data.sources.file_names import (
     is_plain_image_name,
@@ -30,9 +32,8 @@ def _recognise(folder: Path) -> str | None:
     if not homes:
         return None
     labels = sorted({part for home in homes for part in home.parts if part.lower() in _LABELS})
-    if labels:
-        return f"it holds volumes in {len(homes)} subfolders, label maps in {' and '.join(labels)}"
-    return f"it holds volumes in {len(homes)} subfolders"
+    held = f"it holds volumes in {count(len(homes), 'subfolder')}"
+    return f"{held}, label maps in {' and '.join(labels)}" if labels else held
 
 
 def _holds_volumes(folder: Path) -> bool:
@@ -48,13 +49,17 @@ def _find(folder: Path, wanted: Wanted) -> Found:
         names = {part.lower() for part in parts}
         images, labels = groups[tuple(part for part in parts if part.lower() not in _LABELS | _IMAGES)]
         (labels if names & _LABELS else images).extend(files)
+    alone = sum(bool(images) for images, _ in groups.values()) == 1
     for place, (images, labels) in groups.items():
-        _add_group(found, place, images, labels)
+        _add_group(found, place, images, labels, alone=alone)
     return found
 
 
-def _add_group(found: Found, place: tuple[str, ...], images: list[Path], labels: list[Path]) -> None:
-    """Add the cases of one patient's folder, or of a pair of folders with images and labels."""
+def _add_group(found: Found, place: tuple[str, ...], images: list[Path], labels: list[Path], *, alone: bool) -> None:
+    """Add the cases of one patient's folder, or of a pair of folders with images and labels.
+
+    A folder that is alone, with volumes of several patients by their names, is no patient's.
+    """
     volumes, owners, notes = pair_in_folder(images)
     names = set(volumes.values())
     for path in labels:
@@ -65,11 +70,17 @@ def _add_group(found: Found, place: tuple[str, ...], images: list[Path], labels:
         owners = dict.fromkeys(owners, *volumes.values())
     found.notes += notes
     own = [part for part in place if part.lower() not in _PARTS]
+    if alone and not any(map(is_plain_image_name, volumes.values())) and _number_of_patients(volumes.values()) > 1:
+        own = []
     for volume, label in pair(found, volumes, owners, "put {} with the images"):
         patient, sequence = patient_and_sequence(volumes[volume])
         found.cases.append(
             Case(_case_id(own, volumes[volume]), volume, label, own[0] if own else patient, sequence=sequence)
         )
+
+
+def _number_of_patients(names: Iterable[str]) -> int:
+    return len({patient_and_sequence(name)[0] for name in names})
 
 
 def _case_id(place: list[str], name: str) -> str:
