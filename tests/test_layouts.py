@@ -69,7 +69,7 @@ LAYOUTS = {
             "P3": ("P3/image.nii", None, "P3", None),
         },
     ),
-    "folders, one of them alone with several patients": (
+    "folders alone with several patients": (
         ("raw/sub-01_T1w.nii.gz", "raw/sub-01_T2w.nii.gz", "raw/sub-02_T2w.nii.gz", "raw/sub-02_T2w-label.nii.gz"),
         {
             "sub-01_T1w": ("raw/sub-01_T1w.nii.gz", None, "sub-01", "T1w"),
@@ -77,7 +77,7 @@ LAYOUTS = {
             "sub-02_T2w": ("raw/sub-02_T2w.nii.gz", "raw/sub-02_T2w-label.nii.gz", "sub-02", "T2w"),
         },
     ),
-    "folders, one of them alone with one patient": (
+    "folders alone with one patient": (
         ("P1/T2.nii.gz", "P1/T1.nii.gz"),
         {"P1_T1": ("P1/T1.nii.gz", None, "P1", "T1"), "P1_T2": ("P1/T2.nii.gz", None, "P1", "T2")},
     ),
