@@ -70,7 +70,7 @@ def _add_group(found: Found, place: tuple[str, ...], images: list[Path], labels:
         owners = dict.fromkeys(owners, *volumes.values())
     found.notes += notes
     own = [part for part in place if part.lower() not in _PARTS]
-    if alone and not any(map(is_plain_image_name, volumes.values())) and _number_of_patients(volumes.values()) > 1:
+    if alone and _name_patients(volumes.values()):
         own = []
     for volume, label in pair(found, volumes, owners, "put {} with the images"):
         patient, sequence = patient_and_sequence(volumes[volume])
@@ -79,8 +79,14 @@ def _add_group(found: Found, place: tuple[str, ...], images: list[Path], labels:
         )
 
 
-def _number_of_patients(names: Iterable[str]) -> int:
-    return len({patient_and_sequence(name)[0] for name in names})
+def _name_patients(names: Iterable[str]) -> bool:
+    """Return whether names of files give several patients, and not only sequences of one."""
+    given = {name: patient_and_sequence(name) for name in names}
+    clear = all(
+        not is_plain_image_name(name) and (sequence is None or patient != name)
+        for name, (patient, sequence) in given.items()
+    )
+    return clear and len({patient for patient, _ in given.values()}) > 1
 
 
 def _case_id(place: list[str], name: str) -> str:
