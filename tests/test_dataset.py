@@ -153,6 +153,7 @@ def test_items_of_one_size_are_what_a_batch_holds(phantom_store: Path) -> None:
     with pytest.raises(InputError, match="32 x 500 does"):
         slices.read_into([0], np.empty((1, 1, 32, 500), np.float32))
     images = cohort.slices(variant="n4", labels=None)
+    shape = images.shape(0)
     with pytest.raises(InputError, match="labels=None: reads no label"):
         images.read_into([0], np.empty((1, 1, *shape), np.float32), np.empty((1, 1, *shape), np.uint8))
 
