@@ -23,6 +23,7 @@ from cspine_data import (
 )
 from cspine_data.volumes.instances import find_instances, label_centroids_mm, order_problems, unordered_labels
 from cspine_data.volumes.levels import NAMES, SCHEMES, consecutive, level_value
+from cspine_data.volumes.segments import Segment
 from tests.conftest import geometry
 
 SIZE = (12, 24, 90)
@@ -183,3 +184,15 @@ def test_segmentations_have_the_names_of_the_levels(tmp_path: Path) -> None:
     # Names are kept whatever the end of the spine is said to be.
     again = relabel(find_cases(".", found.pairs), tmp_path / "again", lowest="L5")
     assert again.levels == found.levels
+
+
+def test_a_scheme_does_not_rename_segments_that_name_levels(tmp_path: Path) -> None:
+    """T4 has VerSe's value 11, which is C1 in TotalSpineSeg's scheme."""
+    folder = tmp_path / "raw"
+    write(folder, "A", spine([26, 25, 24, 99]))
+    (folder / "A-label.nrrd").unlink()
+    named = (Segment("T6", 26), Segment("T5", 25), Segment("T4", 24), Segment("cord", 99))
+    grid = geometry(SIZE, (2.0, 1.5, 2.0), TILTED)
+    write_volume(folder / "A.seg.nrrd", Volume(spine([26, 25, 24, 99]), grid, segments=named))
+    found = relabel(find_cases(folder), tmp_path / "out", scheme="totalspineseg")
+    assert found.levels == {"A": ("T4", "T5", "T6")}

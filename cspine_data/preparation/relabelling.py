@@ -124,7 +124,9 @@ def _label_of(case: Case) -> Volume | None:
 
 def _converted(label: Volume, scheme: str) -> dict[int, int]:
     """Return the level of each value of a scheme, from head to feet; other structures become background."""
-    known = {theirs: ours for ours, theirs in SCHEMES[scheme].items()}
+    # Values of segments that name levels are VerSe's already, see `common_values`.
+    named = {one.value: level for one in label.segments if (level := level_value(one.name))}
+    known = named or {theirs: ours for ours, theirs in SCHEMES[scheme].items()}
     values = {one.value: known[one.value] for one in find_instances(label) if one.value in known}
     if not values:
         raise InputError(label.name, f"has no value of {scheme}'s vertebrae", "is it another scheme?")
