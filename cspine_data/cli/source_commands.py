@@ -40,6 +40,7 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
         "sequence",
         "include",
         "exclude",
+        "patient_pattern",
         "label_values",
         "ignore_label",
         "trust_voxels",
@@ -182,7 +183,7 @@ def prepare(
         raise SystemExit(1)
 
 
-@click.command(cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude"))
+@click.command(cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "patient_pattern"))
 @SOURCE
 @click.option("-o", "--output", type=PATH, required=True, help="New folder for the label maps and pairs.csv.")
 @click.option("--lowest", metavar="LEVEL", help="Level of the lowest labelled vertebra of all cases, such as L5.")

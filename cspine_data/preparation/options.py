@@ -48,6 +48,10 @@ class Selection(BaseModel):
     exclude: tuple[str, ...] = ()
     """Ignore files that match this pattern, such as '*disc*'; can be repeated."""
 
+    patient_pattern: str | None = None
+    """Regular expression whose first group is the patient in a volume's path, such as '(P[0-9]+)_'; by default, the
+    layout decides."""
+
     def find_cases(self, source: str | Path) -> Listing:
         """List the selected cases of a source."""
         return find_cases(source, **{name: getattr(self, name) for name in Selection.model_fields})
