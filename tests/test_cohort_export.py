@@ -195,6 +195,9 @@ def test_label_values_stay_unless_a_tool_needs_consecutive_ones() -> None:
     assert table.names == {0: "background", 1: "label_1", 2: "label_2"}
     named = label_table((20, 21, 22, 3), (), [(20, "L1"), (21, "L2"), (22, "disc"), (3, "Disc")], consecutive=False)
     assert {20: "L1", 21: "L2", 22: "label_22", 3: "label_3"}.items() <= named.names.items()
+    # nnU-Net lists values by name.
+    taken = label_table((1, 2), (), [(1, "Label_2")], consecutive=True)
+    assert taken.names == {0: "background", 1: "label_1", 2: "label_2"}
     levels = label_table((207, 20), (300, 255), consecutive=True)
     np.testing.assert_array_equal(levels.apply(np.array([0, 20, 207, 255, 300])), [0, 1, 2, 3, 3])
     for consecutive, expected in ((True, [5, 0, 1, 2, 3, 4]), (False, [-1, 0, 1, 3, 200, 207])):

@@ -266,6 +266,13 @@ def test_the_commands_write_pages_and_report_what_cannot_be_used(
     told = run_data("report", tmp_path / "s.zarr", "-o", page)
     assert told.exit_code == 1
     assert "P01" in suspects(page)
+    before = page.read_bytes()
+    refused = run_data("report", tmp_path / "s.zarr", "--variant", "n4", "-o", page)
+    assert (refused.exit_code, page.read_bytes()) == (1, before)
+    next((tmp_path / "s.zarr" / "cases" / "P03").glob("*/zarr.json")).write_text("{")
+    told = run_data("report", tmp_path / "s.zarr", "-o", page)
+    assert told.exit_code == 1
+    assert suspects(page) == ["P01", "P03"]
     for arguments in (
         ("scan", tmp_path / "raw", "--report", tmp_path / "page.txt"),
         ("report", tmp_path / "none.zarr"),

@@ -140,6 +140,17 @@ def test_a_damaged_case_is_made_again_with_it(lost: bool, tmp_path: Path) -> Non
     assert contents(store) == before
 
 
+def test_a_case_without_a_label_map_is_repaired_beside_cases_with_the_option(tmp_path: Path) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "t.zarr"
+    cohort_of(tmp_path, 9, 9, "AB")
+    (raw / "A-label.nrrd").unlink()
+    prepare(raw, store, n4=False, axes="0", ignore_label=9)
+    before = contents(store)
+    next((store / "cases" / "A").glob("*/zarr.json")).write_bytes(b"damaged")
+    assert repair(store, raw).failed == ()
+    assert contents(store) == before
+
+
 # The loss
 
 

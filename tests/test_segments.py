@@ -231,6 +231,17 @@ def test_names_that_are_no_levels_get_one_value_where_they_are_chosen(tmp_path: 
     np.testing.assert_array_equal(cohort.export("A", label=True).array, np.choose(truth, [0, 2, 0, 1]))
 
 
+def test_a_value_to_ignore_is_the_one_that_is_stored(tmp_path: Path) -> None:
+    """The file's value 3 is ignored, and C3 has VerSe's value 3."""
+    raw, store = tmp_path / "raw", tmp_path / "s.zarr"
+    balls(raw, A=[("C3", 1, 0), ("ignore", 3, 0)])
+    (problem,) = prepare(raw, store, n4=False, axes="0", ignore_label=3).failed
+    assert "give --ignore-label 103" in problem.message
+    assert prepare(raw, store, n4=False, axes="0", ignore_label=103).failed == ()
+    record = open_cohort(store).record("A")
+    assert (record.labels, record.ignored_values) == ((3,), (103,))
+
+
 def test_a_label_map_without_segments_keeps_its_record(store: Path) -> None:
     record = open_cohort(store).record("A").model_dump()
     assert not record.keys() & {"segments", "overlaps", "label_values"}

@@ -78,7 +78,7 @@ def test_what_is_not_there_is_told() -> None:
         reference_split([["a"]]).cases("holdout")
 
 
-@pytest.mark.parametrize("arguments", [{"leave_out": "A", "folds": 3}, {"fold": 1}])
+@pytest.mark.parametrize("arguments", [{"leave_out": "A", "folds": 3}, {"fold": 1}, {"folds": 0}])
 def test_arguments_that_exclude_each_other_are_refused(arguments: dict[str, Any], store: Path) -> None:
-    with pytest.raises(InputError, match="exclude each other|give folds too"):
+    with pytest.raises(InputError, match="exclude each other|give folds too|0 folds"):
         open_cohort(store).split(**arguments)

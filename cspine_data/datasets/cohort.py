@@ -190,7 +190,8 @@ class Cohort:
         if leave_out is not None:
             name = as_known(leave_out, self._root.cases)
             return of_patients(leave_one_out(patients, patient_of.get(name, name)), cases_of)
-        return of_patients(fold_split(patients, folds, fold) if folds else reference_split(patients), cases_of)
+        split = reference_split(patients) if folds is None else fold_split(patients, folds, fold)
+        return of_patients(split, cases_of)
 
     def slices(
         self,

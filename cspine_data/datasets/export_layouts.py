@@ -64,8 +64,8 @@ class LabelTable:
         return numbers[np.searchsorted(values, label)]
 
 
-# Names of classes with a meaning of their own.
-_RESERVED = ("background", "ignore")
+# Names of classes with a meaning of their own, and those that values without a name get.
+_RESERVED = re.compile(r"background|ignore|label_\d+", re.IGNORECASE)
 
 
 def label_table(
@@ -88,9 +88,7 @@ def label_table(
         numbers = {value: value for value in (*labels, *ignored)}
     known = set(named)
     values, texts = Counter(value for value, _ in known), Counter(name.casefold() for _, name in known)
-    own = {
-        v: name for v, name in known if values[v] == texts[name.casefold()] == 1 and name.casefold() not in _RESERVED
-    }
+    own = {v: name for v, name in known if values[v] == texts[name.casefold()] == 1 and not _RESERVED.fullmatch(name)}
     names = {0: "background", **{numbers[value]: own.get(value, f"label_{value}") for value in labels}}
     return LabelTable(numbers, {**names, **{numbers[value]: "ignore" for value in ignored}})
 

@@ -184,7 +184,9 @@ def _job(
         job = new_job(files[case], preprocessing, axes, sources)
         if isinstance(job, Problem):
             return job
-        job = replace(job, current=digest, overwrite=True, label_options=label_options, neutral=root.neutral_ids)
+        job = replace(job, current=digest, overwrite=True, neutral=root.neutral_ids)
+        if job.label_sha256:
+            job = replace(job, label_options=label_options)
         if job.digest == digest:
             return job
     raise InputError(

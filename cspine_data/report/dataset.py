@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cspine_data.datasets.cohort import open_cohort
+from cspine_data.datasets.cohort import Cohort, open_cohort
 from cspine_data.datasets.splits import by_patient, reference_split
-from cspine_data.errors import Problem, count, describe_problem
+from cspine_data.errors import DamagedStoreError, Problem, count, describe_problem
 from cspine_data.parallel.workers import Workers, side_by_side
 from cspine_data.progress import Progress
 from cspine_data.report.case_summary import CaseSummary, Examined, examine_source_case, summarise_stored_case
@@ -81,7 +81,7 @@ def report_source(
     Raises
     ------
     InputError
-        If `output` has another suffix or there is nothing to show.
+        If `output` has another suffix.
     """
     check_page(Path(output))
     examine = partial(examine_source_case, options=options)
@@ -136,14 +136,15 @@ def report_store(
     Raises
     ------
     StoreError
-        If there is no store.
+        If there is no store, or it lacks the variant.
     InputError
-        If `output` has another suffix or there is nothing to show.
+        If `output` has another suffix.
     """
     check_page(Path(output))
     cohort = open_cohort(store)
     variant = variant or (cohort.variants[0] if cohort.variants else "n4")
     root = read_root(cohort.path)
+    part_of = _parts(cohort, variant)
     cases = [case for case in cohort.cases if variant in root.cases[case]]
     summarise = partial(summarise_stored_case, store=cohort.path, variant=variant)
     found = _side_by_side(summarise, cases, cases, workers, progress)
@@ -154,10 +155,18 @@ def report_store(
         command=shlex.quote(str(store)),
         stored=True,
         notes=cohort.notes,
-        part_of=cohort.split(variant=variant).part_of if summaries else {},
+        part_of=part_of,
     )
     suspects = write_page(Path(output), about, summaries, problems)
     return DatasetReport((), problems, suspects, Path(output))
+
+
+def _parts(cohort: Cohort, variant: str) -> Mapping[str, str]:
+    """Return the part of each case; none if a record is damaged, which leaves the split unknown."""
+    try:
+        return cohort.split(variant=variant).part_of
+    except DamagedStoreError:
+        return {}
 
 
 def _split_of(cases: Sequence[CaseSummary]) -> dict[str, str]:

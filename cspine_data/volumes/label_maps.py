@@ -69,9 +69,14 @@ def with_structures(label: Volume, options: LabelOptions = DEFAULT_LABELS) -> Vo
     if len(values) > MOST_VALUES:
         return label
     common = common_values(label.segments, values, wanted or ())
+    ignored = options.ignore_label
+    if ignored is not None and common.get(ignored, ignored) != ignored:
+        # The value would mean another structure, a vertebra that training then ignores.
+        problem = f"has another value {ignored} in its file: names of segments make it {common[ignored]}"
+        raise InputError(label.name, problem, f"give --ignore-label {common[ignored]}")
     kept = set(common.values()) if wanted is None else {one for one in wanted if isinstance(one, int)}
     kept |= {common[one.value] for one in label.segments if any(is_named(one, name) for name in names)}
-    kept |= {options.ignore_label} if options.ignore_label is not None else set()
+    kept |= {ignored} if ignored is not None else set()
     common = {old: new for old, new in common.items() if new in kept}
     segments = with_values(label.segments, common)
     if label.layers is None:

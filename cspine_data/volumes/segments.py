@@ -138,7 +138,9 @@ def flattened(layers: NDArray[Any], segments: Sequence[Segment]) -> tuple[NDArra
     overlaps = []
     for (first, one), (second, other) in itertools.combinations(there, 2):
         common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
-        if first.value == second.value or any(part.start >= part.stop for part in common):
+        # A voxel has one value in each layer.
+        apart = first.layer == second.layer or any(part.start >= part.stop for part in common)
+        if apart or first.value == second.value:
             continue
         both = (own[first.layer][common] == first.layer_value) & (own[second.layer][common] == second.layer_value)
         if both.any():

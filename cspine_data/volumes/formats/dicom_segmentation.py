@@ -154,8 +154,9 @@ def write(path: Path, label: Volume, source: SegmentationSource, segments: Mappi
             _refer_to_frames(written, source.frames)
             written.save_as(path)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(source.path, f"cannot have a DICOM segmentation ({reason})", _OTHER_FORMAT) from None
+        # Its text may quote the header: the patient's name or date of birth.
+        problem = f"has headers that highdicom refuses ({type(error).__name__})"
+        raise InputError(source.path, problem, _OTHER_FORMAT) from None
 
 
 def _descriptions(values: Sequence[int], segments: Mapping[int, str]) -> list[Any]:
