@@ -54,7 +54,7 @@ def relabel(
     to_scheme: str = "verse",
     progress: Progress | None = None,
 ) -> Relabelled:
-    """Write label maps whose values are levels; the volumes stay where they are.
+    """Write label maps whose values are levels, as named segments; the volumes stay where they are.
 
     Instances are ordered from head to feet and named from the lowest or the highest one, whose level is in the list of
     pairs or given here. With `scheme`, label values are converted instead. Named segments keep their names. A case with
@@ -99,7 +99,7 @@ def relabel(
             if label is not None:
                 own = (case.lowest, case.highest) if case.lowest or case.highest else (lowest, highest)
                 values = _converted(label, scheme) if scheme else _named(label) or _ordered(label, *own)
-                target = output / case.id / _file_name(case)
+                target = output / case.id / _file_name(case, to_scheme)
                 _write(target, label, values, SCHEMES[to_scheme])
                 written.append(replace(case, label=target))
                 levels[case.id] = tuple(NAMES[value] for value in values.values())
@@ -111,10 +111,9 @@ def relabel(
     return Relabelled(output / PAIRS_NAME, levels, tuple(problems))
 
 
-def _file_name(case: Case) -> str:
-    """Return the name of a case's new label map: ``.seg.nrrd`` is kept, since it holds names."""
-    segmented = case.label is not None and case.label.name.lower().endswith(SEGMENTATION_SUFFIX)
-    return f"{volume_stem(case.volume)}{SEGMENTATION_SUFFIX}" if segmented else label_name(case.volume)
+def _file_name(case: Case, scheme: str) -> str:
+    """Return the name of a case's new label map: a segmentation, which keeps names, or a plain file for other tools."""
+    return f"{volume_stem(case.volume)}{SEGMENTATION_SUFFIX}" if scheme == "verse" else label_name(case.volume)
 
 
 def _label_of(case: Case) -> Volume | None:
