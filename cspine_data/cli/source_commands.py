@@ -51,7 +51,12 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @SOURCE
 @click.option("--quick", is_flag=True, help="Read headers only: fast, and without the checks of voxels.")
 @click.option("--write-pairs", type=PATH, metavar="FILE.csv", help="Write a list of the cases, for --pairs.")
-@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with pictures, suspicious cases first.")
+@click.option(
+    "--report",
+    type=PATH,
+    metavar="FILE.html",
+    help="Write a page with pictures, suspicious cases first; uses --workers.",
+)
 def scan(
     source: Path,
     quick: bool,
@@ -199,7 +204,7 @@ def relabel(
     to_scheme: str,
     **selection: Any,
 ) -> None:
-    """Write new label maps of SOURCE whose values are vertebra levels; the volumes stay where they are."""
+    """Convert the label maps of SOURCE to vertebra levels, in a new folder; the volumes stay where they are."""
     from cspine_data.errors import count
     from cspine_data.preparation.relabelling import relabel as relabel_cohort
     from cspine_data.sources.listing import find_cases

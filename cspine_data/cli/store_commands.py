@@ -65,9 +65,9 @@ def info(store: Path) -> None:
 @click.command(cls=FieldCommand, fields=("workers",))
 @STORE
 @click.option("-o", "--output", type=PATH, required=True, metavar="FILE.html", help="The page; replaced if it exists.")
-@VARIANT
+@click.option("--variant", help="n4 or raw; default: n4 if the store has it.")
 def report(store: Path, output: Path, variant: str | None, workers: int | None) -> None:
-    """Write a page about the cases of STORE: suspicious cases first, pictures before and after correction."""
+    """Write a page about STORE: suspicious cases first, with pictures before and after bias field correction."""
     from cspine_data.report.dataset import report_store
 
     with progress_bar("reading") as progress:
@@ -192,7 +192,7 @@ def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
 def export(
     store: Path, case: str | None, variant: str | None, label: bool, layout: str | None, output: Path
 ) -> None:  # fmt: skip
-    """Write CASE of STORE to a file, on the grid of its source file, or all cases to a folder (--layout)."""
+    """Write CASE of STORE to a file, or all cases to a folder (--layout), on the grids of their source files."""
     from cspine_data.datasets.cohort import open_cohort
     from cspine_data.errors import InputError
     from cspine_data.volumes.io import write_volume

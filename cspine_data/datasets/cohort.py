@@ -97,7 +97,7 @@ class Cohort:
 
     @cached_property
     def sites(self) -> dict[str, str | None]:
-        """The site of each case, None if it is not known."""
+        """The site of each case; None if unknown."""
         return {case: self._root.identity(case).site for case in self.cases}
 
     def table(self, variant: str | None = None) -> DataFrame:
@@ -162,7 +162,7 @@ class Cohort:
         test_site : str, optional
             Test on this site, and train and validate on the others.
         given : GivenSplit, optional
-            A split from a file, see `read_splits`. Cases that it does not name are in no part.
+            A split from a file, see `read_splits`. Cases that it does not list are in no part.
         variant : str, optional
             The variant; cases without labels are in no part.
 

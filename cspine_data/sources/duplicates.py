@@ -110,7 +110,7 @@ def name_notes(patient_of: Mapping[str, str]) -> list[str]:
         words = tuple(word.lstrip("0") or "0" for word in _WORD_ENDS.split(patient.casefold()) if word)
         alike[words].setdefault(patient, case)
     pairs = [pair for cases in alike.values() for pair in pairwise(cases.items())]
-    return _first_of([_note(one, other, f"named {first} and {second}") for (first, one), (second, other) in pairs])
+    return _first_of([_note(one, other, f"patients {first} and {second}") for (first, one), (second, other) in pairs])
 
 
 def _note(first: str, second: str, why: str) -> str:

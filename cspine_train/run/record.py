@@ -18,7 +18,7 @@ from cspine_train.run.settings import RunSettings
 
 RECORD_VERSION = 1
 _MOST_LABELS = 255
-# Letters of a setting in a message; a split names all cases.
+# Characters of a setting that a message shows; a split lists all cases.
 _SHOWN = 60
 _Side = Annotated[int, Field(gt=0, le=1 << 14)]
 

@@ -50,9 +50,9 @@ class Grid:
     folds : int or None
         Number of folds, each a run; None is the reference split.
     splits : sequence of GivenSplit
-        The folds of a split file instead, each a run.
+        Folds of a split file to use instead, one run each.
     test_sites : sequence of str
-        The test sites instead, each a run.
+        Test sites to use instead, one run each.
     seeds : int
         Number of runs of each combination, from seed 0 on.
     """

@@ -214,7 +214,7 @@ def _sites(table: pd.DataFrame, shown: Sequence[str]) -> Table:
             "Dice": dice.dice.map(lambda one: _text(mean_interval(one, _WITHIN))),
         }
     )
-    return Table("Each site, of models trained on the other sites", frame, (_DICE_NOTE,))
+    return Table("Dice per test site, of models trained on the other sites", frame, (_DICE_NOTE,))
 
 
 def _levels(found: pd.DataFrame) -> Table:

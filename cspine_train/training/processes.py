@@ -43,7 +43,7 @@ def trainer_devices(machines: Machines, from_command: bool = False) -> dict[str,
     world = devices * machines.nodes
     if TorchElasticEnvironment.detect() and world != int(os.environ["WORLD_SIZE"]):
         raise RunError(
-            f"--devices {devices} --nodes {machines.nodes}: is {world} processes, but torchrun started "
+            f"--devices {devices} --nodes {machines.nodes}: needs {world} processes, but torchrun started "
             f"{os.environ['WORLD_SIZE']}; give both the same numbers"
         )
     if world == 1 and machines.strategy == "auto":
@@ -70,12 +70,12 @@ def _prepare_launch(devices: int, nodes: int, from_command: bool) -> None:
         # Lightning would run the caller's script, or notebook server, again in each process.
         raise RunError(
             f"{devices * nodes} processes: cannot be started from Python; use cspine-train run --devices {devices}, or "
-            f"start your script by torchrun --nproc-per-node {devices}"
+            f"start your script with torchrun --nproc-per-node {devices}"
         )
     missing = [name for name in _ADDRESS if name not in os.environ]
     if nodes > 1 and missing:
         raise RunError(
-            f"--nodes {nodes}: {', '.join(missing)} not set; start the command by srun or torchrun, or set them on "
+            f"--nodes {nodes}: {', '.join(missing)} not set; start the command with srun or torchrun, or set them on "
             "each node"
         )
     # Lightning kills this process when another has died; its message says why.
