@@ -148,12 +148,12 @@ def test_items_of_one_size_are_what_a_batch_holds(phantom_store: Path) -> None:
         np.testing.assert_array_equal(batch[0][item], image)
         np.testing.assert_array_equal(batch[1][item], label)
     assert batch[1].max() > 1
-    shape = slices.shape(0)
-    with pytest.raises(InputError, match=f"case 'CS_01': has slices of {shape[0]} x {shape[1]}, which 64 x 500 does"):
+    with pytest.raises(InputError, match="CS_0[1-4].*64 x 500"):
         cohort.slices(variant="n4", size_hw=(64, 500))
-    with pytest.raises(InputError, match="64 x 500 does"):
-        slices.read_into([0], np.empty((1, 1, 64, 500), np.float32))
+    with pytest.raises(InputError, match="32 x 500 does"):
+        slices.read_into([0], np.empty((1, 1, 32, 500), np.float32))
     images = cohort.slices(variant="n4", labels=None)
+    shape = images.shape(0)
     with pytest.raises(InputError, match="labels=None: reads no label"):
         images.read_into([0], np.empty((1, 1, *shape), np.float32), np.empty((1, 1, *shape), np.uint8))
 
@@ -165,11 +165,11 @@ def test_a_slice_is_read_once_in_a_batch_and_no_empty_label(
     found: list[tuple[int, np.dtype]] = []
     read = DirectSlices.read_into
     monkeypatch.setattr(DirectSlices, "read_into", lambda s, n, out: found.append((n, s.dtype)) or read(s, n, out))
-    items = [4, 3, 3, 4, int(slices.labelled_voxels.argmax())]
+    items = [2, 1, 1, 2, int(slices.labelled_voxels.argmax())]
     shape = slices.shape(0)
     slices.read_into(items, np.empty((5, 5, *shape), np.float32), np.empty((5, 1, *shape), np.uint8))
-    assert not slices.labelled_voxels[:5].any()
-    expected = sorted({*range(1, 7), *range(items[-1] - 2, items[-1] + 3)})
+    assert not slices.labelled_voxels[:3].any()
+    expected = sorted({*range(5), *range(items[-1] - 2, items[-1] + 3)})
     assert [n for n, dtype in found if dtype == np.int16] == expected
     assert [n for n, dtype in found if dtype == np.uint8] == items[-1:]
 

@@ -268,7 +268,7 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     """Through the command line: train, evaluate and predict."""
     import segmentation_models_pytorch as smp
 
-    run, options = tmp_path / "run", {**SMALL, "encoder": "tu-mobilenetv3_small_100", "epochs": 3, "axis": "0"}
+    run, options = tmp_path / "run", {**SMALL, "encoder": "tu-mobilenetv3_small_100", "epochs": 6, "axis": "0"}
     options |= {"labels": "stored", "loss": "dice_focal"}
     given = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     done = called("run", "--store", phantom_store, *given, "-o", run)

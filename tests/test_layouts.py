@@ -209,6 +209,15 @@ def test_cases_are_selected_by_pattern_and_sequence(tmp_path: Path) -> None:
         find_cases(folder, layout="xnat")
 
 
+def test_patients_by_a_pattern(tmp_path: Path) -> None:
+    tree(tmp_path, "site1/P07_T2.nii.gz", "site1/P07_b.nii.gz", "site2/P08_T2.nii.gz")
+    found = find_cases(tmp_path, patient_pattern="(P[0-9]+)_")
+    assert sorted(case.patient for case in found.cases) == ["P07", "P07", "P08"]
+    for bad, word in (("P[0-9]+", "group"), ("(P", "group"), ("(X)", "P07_T2"), ("()P", "P07_T2")):
+        with pytest.raises(InputError, match=word):
+            find_cases(tmp_path, patient_pattern=bad)
+
+
 def test_a_tree_of_dicom_series_with_label_maps(tmp_path: Path) -> None:
     volume = volume_of(np.random.default_rng(0), (6, 5, 4))
     for number, series in enumerate(("1", "2")):

@@ -135,7 +135,7 @@ def test_a_cohort_of_instances_becomes_levels_and_trains_as_such(
     assert "T12 L1 L2 L3 L4 L5" in told.output
     assert told.output.count("problem: ") == 1
     assert "ambiguous" in told.output
-    label = read_volume(tmp_path / "levels" / "B" / "B-label.nrrd")
+    label = read_volume(tmp_path / "levels" / "B" / "B.seg.nrrd")
     heights = {one.value: one.centroid_mm[2] for one in find_instances(label)}
     assert list(heights) == [19, 20, 21, 22, 23, 24]
     assert (label.array > 0).sum() == (spine([1, 2, 3, 4, 5, 6]) > 0).sum()

@@ -11,7 +11,7 @@ import cloup
 
 
 class FieldCommand(click.Command):
-    """A command whose options are made from typed fields when it is used; a list of commands does without them.
+    """A command whose options are made from typed fields only when it is used, so that a list of commands appears fast.
 
     Parameters
     ----------

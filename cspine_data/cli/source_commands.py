@@ -1,4 +1,4 @@
-"""Commands that read or write a cohort of files: `phantom`, `scan`, `prepare`."""
+"""Commands that read or write a cohort of files: `phantom`, `scan`, `prepare`, `relabel`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
         "sequence",
         "include",
         "exclude",
+        "patient_pattern",
         "label_values",
         "ignore_label",
         "trust_voxels",
@@ -50,7 +51,7 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
 @SOURCE
 @click.option("--quick", is_flag=True, help="Read headers only: fast, and without the checks of voxels.")
 @click.option("--write-pairs", type=PATH, metavar="FILE.csv", help="Write a list of the cases, for --pairs.")
-@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with pictures, outliers first.")
+@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with pictures, suspicious cases first.")
 def scan(
     source: Path,
     quick: bool,
@@ -59,7 +60,7 @@ def scan(
     workers: int | None,
     **options: Any,
 ) -> None:
-    """List the cases in SOURCE and all problems; only --write-pairs and --report write a file."""
+    """List the cases in SOURCE and all problems. Only --write-pairs and --report write a file."""
     from cspine_data.errors import InputError, count, printable
     from cspine_data.preprocessing.parameters import checked
     from cspine_data.sources.cases import scan_cases
@@ -145,7 +146,7 @@ def prepare(
     spacing: str | None,
     **others: Any,
 ) -> None:
-    """Correct, normalise and slice the volumes in SOURCE into a store; cases that are stored already are reused."""
+    """Correct, normalise and slice the volumes in SOURCE into a store; stored cases are reused."""
     from cspine_data.cli.options import preprocessing_of
     from cspine_data.errors import printable
     from cspine_data.preparation.pipeline import prepare as prepare_cohort
@@ -180,13 +181,13 @@ def prepare(
         raise SystemExit(1)
 
 
-@click.command(cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude"))
+@click.command(cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "patient_pattern"))
 @SOURCE
 @click.option("-o", "--output", type=PATH, required=True, help="New folder for the label maps and pairs.csv.")
-@click.option("--lowest", metavar="LEVEL", help="Level of the lowest labelled vertebra of all cases, such as L5.")
-@click.option("--highest", metavar="LEVEL", help="Level of the highest labelled vertebra of all cases, such as C2.")
-@click.option("--scheme", metavar="NAME", help="Convert the values of verse, totalspineseg or sct instead.")
-@click.option("--to-scheme", metavar="NAME", default="verse", help="Convention of the new values, one of the same.")
+@click.option("--lowest", metavar="LEVEL", help="Level of the lowest labelled vertebra in all cases, such as L5.")
+@click.option("--highest", metavar="LEVEL", help="Level of the highest labelled vertebra in all cases, such as C2.")
+@click.option("--scheme", metavar="NAME", help="Instead, convert label values of verse, totalspineseg or sct.")
+@click.option("--to-scheme", metavar="NAME", default="verse", help="Values to write: verse, totalspineseg or sct.")
 def relabel(
     source: Path,
     output: Path,
@@ -196,7 +197,7 @@ def relabel(
     to_scheme: str,
     **selection: Any,
 ) -> None:
-    """Write label maps of SOURCE with levels as values, in order along the spine; the volumes stay where they are."""
+    """Write new label maps of SOURCE whose values are vertebra levels; the volumes stay where they are."""
     from cspine_data.errors import count
     from cspine_data.preparation.relabelling import relabel as relabel_cohort
     from cspine_data.sources.listing import find_cases

@@ -67,7 +67,7 @@ def info(store: Path) -> None:
 @click.option("-o", "--output", type=PATH, required=True, metavar="FILE.html", help="The page; replaced if it exists.")
 @VARIANT
 def report(store: Path, output: Path, variant: str | None, workers: int | None) -> None:
-    """Write a page about the cases of STORE: outliers first, pictures before and after bias field correction."""
+    """Write a page about the cases of STORE: suspicious cases first, pictures before and after correction."""
     from cspine_data.report.dataset import report_store
 
     with progress_bar("reading") as progress:
@@ -79,7 +79,9 @@ def report(store: Path, output: Path, variant: str | None, workers: int | None) 
         raise SystemExit(1)
 
 
-@click.command(cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "workers"))
+@click.command(
+    cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "patient_pattern", "workers")
+)
 @STORE
 @click.option("--repair", "source", type=PATH, help="Prepare damaged cases again from the volumes in this folder.")
 def verify(store: Path, source: Path | None, **options: Any) -> None:
@@ -94,7 +96,7 @@ def verify(store: Path, source: Path | None, **options: Any) -> None:
         return
     given = [name for name, value in options.items() if value != PrepareOptions.model_fields[name].default]
     if given:
-        raise InputError(f"--{given[0]}", "is for --repair", "give --repair SOURCE too, or leave it out")
+        raise InputError(f"--{given[0]}", "needs --repair", "give --repair SOURCE too, or leave it out")
 
     with progress_bar("verifying") as progress:
         damages = verify_store(store, progress)
@@ -190,7 +192,7 @@ def remove(store: Path, cases: tuple[str, ...], variant: str | None) -> None:
 def export(
     store: Path, case: str | None, variant: str | None, label: bool, layout: str | None, output: Path
 ) -> None:  # fmt: skip
-    """Write CASE of STORE to a file, on the grid of its source file; with --layout all cases to a folder."""
+    """Write CASE of STORE to a file, on the grid of its source file, or all cases to a folder (--layout)."""
     from cspine_data.datasets.cohort import open_cohort
     from cspine_data.errors import InputError
     from cspine_data.volumes.io import write_volume
@@ -201,7 +203,7 @@ def export(
         _export_all(store, variant, layout, output)
         return
     if case is None:
-        raise InputError("export", "needs a case", "name one, or give --layout to export all")
+        raise InputError("export", "needs a CASE", "give one, or --layout to export all")
     if output.exists():
         raise InputError(output, "exists already", "remove it or choose another -o")
     write_volume(output, open_cohort(store).export(case, variant, label=label))
@@ -219,7 +221,7 @@ def _export_all(store: Path, variant: str | None, layout: str, output: Path) -> 
         click.echo(f"failed: {problem.message}", err=True)
     if summary.renumbered:
         changes = ", ".join(f"{value} as {number}" for value, number in summary.renumbered.items())
-        click.echo(f"note: nnU-Net needs consecutive label values; written: {changes}")
+        click.echo(f"note: nnU-Net needs consecutive label values; renumbered: {changes}")
     labelled = sum(case.label is not None for case in summary.cases)
     folds = f"{summary.folds} folds by patient" if summary.folds else "too few patients for folds"
     click.echo(f"{output}: {count(len(summary.cases), 'case')}, {labelled} with a label map; {folds}")

@@ -1,4 +1,4 @@
-"""Writing all cases of a store in the folder layout of another tool."""
+"""Export of all cases of a store in the folder layout of another tool."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class ExportSummary:
     Attributes
     ----------
     cases : tuple of Case
-        The written cases, with their files' paths in the folder.
+        The written cases, with the paths of their files relative to the folder.
     problems : tuple of Problem
-        The cases that could not be written; nothing of them is in the folder.
+        The cases that could not be written; the folder has no files of them.
     folds : int
         Number of folds in ``splits_final.json``; 0 if there are too few patients.
     renumbered : dict
-        By the store's label value, that of the files; empty if they are the same.
+        Maps label values of the store to those of the files; empty if they are the same.
     """
 
     cases: tuple[Case, ...]
@@ -61,20 +61,20 @@ def export_cohort(
     """Write all cases of a variant to a new folder in the layout of another tool, on the grids of their source files.
 
     Besides volumes and label maps, the folder has the tool's description, a cross-validation by patient in nnU-Net's
-    format, and ``cases.csv``, a list for ``--pairs``. It appears when it is complete.
+    format, and ``cases.csv``, a list for ``--pairs``. It appears only when it is complete.
 
     Parameters
     ----------
     cohort : Cohort
         The store.
     output : str or Path
-        The folder; it must not exist, or be empty.
+        The folder, new or empty.
     layout : str
         ``nnunet``, ``bids`` or ``msd``; docs/layouts.md describes them.
     variant : str, optional
         ``n4`` or ``raw``; optional if the store has only one.
     progress : callable, optional
-        Called with (cases done, cases, name of the last).
+        Called with (cases finished, cases, case id) after each case.
 
     Returns
     -------
@@ -98,7 +98,7 @@ def export_cohort(
     table = _table(records, kind)
     variant = records[0].variant
     names, cases = _planned(cohort, records, kind)
-    with _appearing(output) as folder:
+    with _atomic_folder(output) as folder:
         problems = _write_cases(cohort, variant, cases, folder, table, progress)
         failed = {problem.case for problem in problems}
         written = [case for case in cases if case.id not in failed]
@@ -151,8 +151,8 @@ def _within(folder: Path, case: Case) -> Case:
 
 
 @contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside a new one, which it becomes when the block ends; if the block raises, remove it."""
+def _atomic_folder(output: Path) -> Iterator[Path]:
+    """Yield a hidden folder that is renamed to the new one when the block ends, or removed if the block raises."""
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise InputError(output, "exists already", "remove it or choose another -o")
     make_folder(output.parent)

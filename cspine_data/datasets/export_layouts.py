@@ -1,4 +1,4 @@
-"""Folder layouts of other tools: names of the files of each case, and the descriptions beside them."""
+"""Folder layouts of other tools: the file names of each case, and the files that describe the data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cspine_data.sources.cases import Case
 from cspine_data.sources.file_names import is_contrast
 from cspine_data.store.identities import Identity
 
-#: Ending of all exported volumes; BIDS and the Decathlon know no other.
+#: Ending of all exported volumes; BIDS and the Decathlon need NIfTI.
 ENDING = ".nii.gz"
 #: Folds of a cross-validation, in nnU-Net's format.
 SPLITS = "splits_final.json"
@@ -40,9 +40,9 @@ class LabelTable:
     Attributes
     ----------
     numbers : dict
-        By the store's label value, the value in the files.
+        Maps label values of the store to those in the files.
     names : dict
-        By the value in the files, its name: the background, the labels in ascending order, then ignored voxels.
+        Maps label values in the files to names: the background, the labels in ascending order, then ignored voxels.
     """
 
     numbers: Mapping[int, int]
@@ -73,8 +73,8 @@ def label_table(
 ) -> LabelTable:
     """Return the label values of exported files for a store's label values and those of ignored voxels.
 
-    With `consecutive`, labels are 1, 2, 3, ... and ignored voxels have the next number. `named` has the names of label
-    values in each case; a value has its name only if that is the same in all cases, and no other value's.
+    With `consecutive`, labels are 1, 2, 3, ... and ignored voxels have the next number. `named` has the named label
+    values of each case. A name is used only if its value has no other name, and the name no other value, in any case.
     """
     labels, ignored = sorted(set(labels)), sorted(set(ignored))
     both = sorted(set(labels) & set(ignored))
@@ -106,9 +106,10 @@ class ExportLayout:
     label : callable
         Takes a name; returns the path of its label map.
     describe : callable
-        Takes the cases, the label table and the variant; returns the content of files that describe them, by path.
+        Takes the cases, the label table and the variant; returns the contents of the files that describe the data set,
+        by path.
     for_training : bool
-        Whether the layout needs label maps.
+        Whether at least one case must have a label map.
     consecutive : bool
         Whether the tool needs consecutive label values.
     folders : tuple of str
@@ -133,7 +134,7 @@ def _images_folder(labelled: bool) -> str:
 
 
 def _sequence(cases: Iterable[Case]) -> str:
-    """Return the contrast of all cases, or a general word; never "CT", for which nnU-Net normalises differently."""
+    """Return the contrast that all cases share, else "MRI"; never "CT", which nnU-Net normalises differently."""
     sequences = {case.sequence or "" for case in cases}
     only = sequences.pop() if len(sequences) == 1 else ""
     return only if is_contrast(only) and only.upper() != "CT" else _UNKNOWN_SEQUENCE
@@ -147,7 +148,7 @@ def _describe_nnunet(cases: Sequence[Case], table: LabelTable, _variant: str) ->
         "file_ending": ENDING,
     }
     if table.changes:
-        # nnU-Net ignores it: by the label value before the export, that of the files.
+        # From label values of the store to those of the files; nnU-Net ignores it.
         content["renumbered"] = {str(value): number for value, number in table.numbers.items()}
     return {"dataset.json": _json(content)}
 
@@ -170,9 +171,9 @@ def _describe_msd(cases: Sequence[Case], table: LabelTable, _variant: str) -> di
 
 
 def _bids_names(identities: Mapping[str, Identity]) -> dict[str, str]:
-    """Return BIDS names: a case id that is one is kept, others consist of patient, sequence and a number.
+    """Return BIDS names: a case id that is one is kept, others consist of patient, sequence and, if needed, a number.
 
-    Labels of BIDS are letters and digits; patients whose labels would be equal get a suffix.
+    Names in BIDS are letters and digits; a number is added if those of two patients would be equal.
     """
     own = {case: _BIDS_NAME.fullmatch(case) for case in identities}
     names = {case: case for case, match in own.items() if match and _is_own_name(match, identities[case])}
@@ -215,7 +216,7 @@ def _bids_folder(name: str) -> Path:
 
 def _describe_bids(cases: Sequence[Case], table: LabelTable, variant: str) -> dict[str, str]:
     generated = {"BIDSVersion": _BIDS_VERSION, "GeneratedBy": [{"Name": "cspine", "Version": version("cspine")}]}
-    # Volumes after a correction are no raw data.
+    # Corrected volumes are derivatives.
     kind = "raw" if variant == "raw" else "derivative"
     sites = {case.volume.parts[0]: printable(case.site or "n/a") for case in cases}
     index = [f"{number}\t{name}" for number, name in table.names.items()]
@@ -242,7 +243,7 @@ def _lines(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-#: By name, the layouts in which a store can be exported.
+#: The layouts in which a store can be exported, by name.
 EXPORT_LAYOUTS = {
     "nnunet": ExportLayout(
         _case_ids,

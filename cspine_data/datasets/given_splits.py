@@ -1,4 +1,4 @@
-"""Splits that are given in a file: nnU-Net's JSON, or a CSV file."""
+"""Splits from a file: nnU-Net's JSON, or CSV."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PART, _CASE, _PATIENT = "part", "case", "patient"
 
 
 class GivenSplit(BaseModel):
-    """A split as a file gives it, see `read_splits`; `Cohort.split` finds its cases in a store.
+    """A split from a file, see `read_splits`; `Cohort.split` finds its cases in a store.
 
     Attributes
     ----------
     by : {"case", "patient"}
-        What the names are.
+        Whether the names are those of cases or of patients.
     train, validation, test : tuple of str
         The names of each part. Without validation patients, some of the training patients are used.
     fold, folds : int
@@ -45,9 +45,9 @@ def read_splits(path: str | Path) -> tuple[GivenSplit, ...]:
     Parameters
     ----------
     path : str or Path
-        nnU-Net's ``splits_final.json``, a list of folds with ``train`` and ``val``: the cases of ``val`` are the test
-        cases. Or a CSV file with the columns ``part`` (``train``, ``validation``, ``test``) and ``case`` or
-        ``patient``, which is a single fold.
+        nnU-Net's ``splits_final.json``, a list of folds with ``train`` and ``val``: the cases of ``val`` become the
+        test cases. Or a CSV file, which is a single fold, with the columns ``part`` (``train``, ``validation``,
+        ``test``) and ``case`` or ``patient``.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def given_split(
         found[TRAIN] = tuple(case for case in found[TRAIN] if patients[case] not in held)
     for part in PARTS:
         if not found[part]:
-            problem = f"holds no labelled case of the store for {part}"
+            problem = f"has no labelled case of the store for {part}"
             raise InputError("the given split", problem, "add label maps, or name other cases")
     return Split(found[TRAIN], found[VALIDATION], found[TEST])
 

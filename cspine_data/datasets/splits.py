@@ -47,7 +47,7 @@ class Split:
 
 
 def check_ways(fold: int, **ways: object) -> None:
-    """Raise `InputError` if a split is asked for in several ways, or a fold without a number of folds."""
+    """Raise `InputError` if a split is requested in several ways, or a fold without a number of folds."""
     named = [name for name, value in ways.items() if value is not None]
     if len(named) > 1:
         raise InputError(" and ".join(named), "exclude each other", "give one of them")
@@ -116,9 +116,10 @@ def leave_one_out(batches: Iterable[Sequence[str]], case: str) -> Split:
 
 
 def hold_back_validation(batches: Iterable[Sequence[str]]) -> Split:
-    """Split training patients into those for training and those for validation, one in 14 and at least one.
+    """Split training patients into training and validation patients.
 
-    They are the last ones of each batch, as the test patients of the reference split.
+    Validation patients are chosen as the reference split chooses test patients: the last ones of each batch, one in 14,
+    at least one.
     """
     split = reference_split(batches)
     return Split((*split.train, *split.validation), split.test, ())
@@ -127,7 +128,7 @@ def hold_back_validation(batches: Iterable[Sequence[str]]) -> Split:
 def site_split(
     batches: Iterable[Sequence[str]], cases_of: Mapping[str, Sequence[str]], sites: Mapping[str, str | None], site: str
 ) -> Split:
-    """Return the cases of a split that tests one site, and trains and validates on patients of the others.
+    """Return the split that tests on one site, and trains and validates on patients of the others.
 
     Parameters
     ----------
@@ -138,7 +139,7 @@ def site_split(
     sites : dict
         The site of each case.
     site : str
-        The site to test. Other cases of its patients are left out.
+        The test site. Cases of its patients from other sites are left out.
     """
     cases = [case for patient in cases_of for case in cases_of[patient]]
     without = sorted(case for case in cases if sites[case] is None)
@@ -157,7 +158,7 @@ def site_split(
 
 
 def of_patients(split: Split, cases_of: Mapping[str, Sequence[str]]) -> Split:
-    """Return the cases of a split of patients."""
+    """Convert a split of patients to one of their cases."""
     return Split(*(_cases(split.cases(part), cases_of) for part in PARTS))
 
 

@@ -40,13 +40,17 @@ class Selection(BaseModel):
     layout: str = "auto"
     """How SOURCE is arranged: flat, folders, bids, nnunet, msd, dicom, or auto to recognise it."""
     pairs: Path | None = None
-    """CSV file with the columns case,volume,label and, if wanted, patient,site,sequence; replaces SOURCE."""
+    """CSV file with the columns case,volume,label and, optionally, patient,site,sequence; replaces SOURCE."""
     sequence: str | None = None
     """Use only volumes of this sequence, such as T2w."""
     include: tuple[str, ...] = ()
     """Use only cases that match this pattern, such as 'sub-0*'; can be repeated."""
     exclude: tuple[str, ...] = ()
     """Ignore files that match this pattern, such as '*disc*'; can be repeated."""
+
+    patient_pattern: str | None = None
+    """Regular expression whose first group is the patient in a volume's path, such as '(P[0-9]+)_'; by default, the
+    layout decides."""
 
     def find_cases(self, source: str | Path) -> Listing:
         """List the selected cases of a source."""
@@ -62,9 +66,9 @@ class PrepareOptions(Selection, LabelOptions):
     anonymise: bool = False
     """Name cases case0001 and so on; the key is STORE.key.csv."""
     n4: bool | None = None
-    """Correct the bias field (variant n4), or do not (variant raw)."""
+    """Correct the bias field (variant n4), or not (variant raw)."""
     preprocessing: Preprocessing | None = None
-    """Parameters other than the default ones; they include `n4`."""
+    """Preprocessing parameters instead of the defaults; `n4` must agree with them."""
     axes: Annotated[tuple[int, ...], BeforeValidator(parse_axes)] = (0, 1, 2)
     """Slice directions: 0 sagittal, 1 coronal, 2 axial. Stored axes of a case are kept."""
     workers: int | None = None
@@ -72,7 +76,7 @@ class PrepareOptions(Selection, LabelOptions):
     scheduler: str | None = None
     """Address of a running Dask scheduler to use instead of local processes; its workers must see the same paths."""
     rehash: bool = False
-    """Hash all files again, also those with unchanged size and times."""
+    """Hash all files again, even those with unchanged size and times."""
 
     @model_validator(mode="after")
     def _agree(self) -> PrepareOptions:

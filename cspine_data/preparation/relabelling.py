@@ -1,4 +1,4 @@
-"""Convert label maps of unordered instances, or of another convention, to levels."""
+"""Convert label maps of instances, or with the label values of another tool, to vertebra levels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Relabelled:
     pairs : Path
         The list of the volumes and new label maps, for ``--pairs``.
     levels : dict of str to tuple of str
-        The names of each case's vertebrae, from head to feet.
+        The levels of each case, from head to feet.
     problems : tuple of Problem
         Cases that were not written: ambiguous ones, or files that cannot be used.
     """
@@ -54,11 +54,11 @@ def relabel(
     to_scheme: str = "verse",
     progress: Progress | None = None,
 ) -> Relabelled:
-    """Write label maps whose values are levels; the volumes stay where they are.
+    """Write label maps whose values are levels, as named segments; the volumes stay where they are.
 
-    Instances are ordered from head to feet and named from the lowest or the highest one: of each case in the list, or
-    the given one. With `scheme`, values are converted from that convention instead. Named segments keep their names.
-    A case is ambiguous if its instances have gaps, touch, or are fragmented: it is a problem, and not written.
+    Instances are ordered from head to feet and named from the lowest or the highest one, whose level is in the list of
+    pairs or given here. With `scheme`, label values are converted instead. Named segments keep their names. A case with
+    a doubtful order, see `order_problems`, is a problem and not written.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def relabel(
     lowest, highest : str, optional
         The level of the lowest or the highest instance, such as ``L5``.
     scheme, to_scheme : str, optional
-        The convention of the values that are read, and of those that are written: ``verse``, ``totalspineseg`` or
+        The scheme of the label values that are read, and of those that are written: ``verse``, ``totalspineseg`` or
         ``sct``.
     progress : callable, optional
         Called with (cases finished, cases, case id) after each case.
@@ -84,7 +84,7 @@ def relabel(
         if name is not None and name not in SCHEMES:
             raise InputError(f"scheme {name!r}", "is not known", f"choose one of {', '.join(SCHEMES)}")
     if scheme and (lowest or highest):
-        raise InputError("--scheme", "has no use for a lowest or highest level", "leave out one of them")
+        raise InputError("--scheme", "excludes --lowest and --highest", "leave out one of them")
     if lowest or highest:
         consecutive(lowest, highest, 1)
     if output.exists() and any(output.iterdir()):
@@ -99,7 +99,7 @@ def relabel(
             if label is not None:
                 own = (case.lowest, case.highest) if case.lowest or case.highest else (lowest, highest)
                 values = _converted(label, scheme) if scheme else _named(label) or _ordered(label, *own)
-                target = output / case.id / _file_name(case)
+                target = output / case.id / _file_name(case, to_scheme)
                 _write(target, label, values, SCHEMES[to_scheme])
                 written.append(replace(case, label=target))
                 levels[case.id] = tuple(NAMES[value] for value in values.values())
@@ -111,10 +111,9 @@ def relabel(
     return Relabelled(output / PAIRS_NAME, levels, tuple(problems))
 
 
-def _file_name(case: Case) -> str:
-    """Return the name of a case's new label map: a segmentation stays one, so that it keeps names."""
-    segmented = case.label is not None and case.label.name.lower().endswith(SEGMENTATION_SUFFIX)
-    return f"{volume_stem(case.volume)}{SEGMENTATION_SUFFIX}" if segmented else label_name(case.volume)
+def _file_name(case: Case, scheme: str) -> str:
+    """Return the name of a case's new label map: a segmentation, which keeps names, or a plain file for other tools."""
+    return f"{volume_stem(case.volume)}{SEGMENTATION_SUFFIX}" if scheme == "verse" else label_name(case.volume)
 
 
 def _label_of(case: Case) -> Volume | None:
@@ -129,7 +128,7 @@ def _converted(label: Volume, scheme: str) -> dict[int, int]:
     known = named or {theirs: ours for ours, theirs in SCHEMES[scheme].items()}
     values = {one.value: known[one.value] for one in find_instances(label) if one.value in known}
     if not values:
-        raise InputError(label.name, f"has no value of {scheme}'s vertebrae", "is it another scheme?")
+        raise InputError(label.name, f"has no label value of {scheme}", "give the right --scheme")
     return values
 
 
@@ -148,7 +147,7 @@ def _ordered(label: Volume, lowest: str | None, highest: str | None) -> dict[int
         raise InputError(label.name, f"is ambiguous: {'; '.join(odd)}", "correct it, or leave it out")
     if not (lowest or highest):
         remedy = "give --lowest or --highest, or the column lowest or highest in --pairs"
-        raise InputError(label.name, "has instances without names", remedy)
+        raise InputError(label.name, "has instances, and none has a known level", remedy)
     levels = consecutive(lowest, highest, len(instances))
     return {one.value: level for one, level in zip(instances, levels, strict=True)}
 
@@ -156,7 +155,7 @@ def _ordered(label: Volume, lowest: str | None, highest: str | None) -> dict[int
 def _write(path: Path, label: Volume, values: Mapping[int, int], scheme: Mapping[int, int]) -> None:
     missing = [NAMES[level] for level in values.values() if level not in scheme]
     if missing:
-        raise InputError(label.name, f"has {', '.join(missing)}, which that scheme lacks", "choose another one")
+        raise InputError(label.name, f"has {', '.join(missing)}, which --to-scheme lacks", "choose another --to-scheme")
     table = {value: scheme[level] for value, level in values.items()}
     array: NDArray[np.uint8] = np.zeros(label.array.shape, np.uint8)
     for value, new in table.items():

@@ -1,4 +1,4 @@
-"""Measure and draw one case, from its files or from a store; the result is small, for the page of a cohort."""
+"""What the dataset report shows of one case: measures and pictures, from its files or from a store."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Histogram:
 
 @dataclass(frozen=True, eq=False)
 class LabelSummary:
-    """A label map with any labelled voxel."""
+    """What the page shows of a label map that is not empty."""
 
     volumes_ml: dict[int, float]
     """Volume of each label value."""
@@ -82,7 +82,7 @@ class CaseSummary:
 
     identity: Identity
     fingerprint: Fingerprint
-    """Case id, patient and grid; and the image, to recognise others of the same patient."""
+    """Case id, patient and grid, and what identifies other scans of the same patient."""
     orientation: str
     """The file's axes, such as LPS."""
     intensity: float

@@ -1,4 +1,4 @@
-"""Report on the cases of a source or of a store: examine them in parallel, and write the page."""
+"""The dataset report of a source or a store: cases are examined in parallel, then the page is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cspine_data.volumes.label_options import DEFAULT_LABELS, LabelOptions
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a report has found.
+    """The result of a report.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class DatasetReport:
     problems : tuple of Problem
         Cases and files that cannot be used.
     suspects : int
-        Number of cases to look at, those with problems included.
+        Number of cases to look at, including those with problems.
     page : Path
         The page.
     """
@@ -56,7 +56,7 @@ def report_source(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> DatasetReport:
-    """Check every case of a source as `prepare` does, and write a page about them.
+    """Check every case of a source as `prepare` does, and write a page about the cases.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def report_source(
     options : LabelOptions
         How label maps are read.
     command : str
-        The source in the commands that the page suggests.
+        The arguments that name the source in commands on the page.
     workers : int, optional
         Number of worker processes; by default one per core.
     progress : callable, optional
@@ -100,7 +100,7 @@ def report_source(
         title=f"Dataset report: {len(summaries)} cases before preparation",
         command=command,
         stored=False,
-        notes=(*listing.notes, "split: what a new store of these cases would have"),
+        notes=(*listing.notes, "the column split is the reference split of a new store with these cases"),
         part_of=_split_of(summaries),
     )
     suspects = write_page(Path(output), about, summaries, problems)

@@ -1,4 +1,4 @@
-"""Find the cases of a cohort that look wrong, and order them."""
+"""Find the suspicious cases of a cohort, and order them."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ _TO_DEVIATION = 1.4826
 _POOR_FIT, _MOST_GAIN, _GOOD_FIT = 2.0, 1.0, 3.0
 # In cohorts of 14, 12 and 60, each case is more like the others than its mirror images along y and z, by 0.07 or more.
 _FLIP_MARGIN, _LEAST_SIMILARITY = 0.05, 0.3
-# What is certain comes before weak outliers.
+# Strengths of findings that have none of their own: clear evidence comes before weak outliers.
 _ONE_PATIENT, _DOUBT = 3.0, 2.0
 _DIRECTIONS = ("left-right", "anterior-posterior", "inferior-superior")
 _FLIPS = {
     "anterior-posterior": (1,),
     "inferior-superior": (2,),
-    "both anterior-posterior and inferior-superior": (1, 2),
+    "anterior-posterior and inferior-superior": (1, 2),
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that looks wrong with a case."""
+    """A sign that a case is faulty."""
 
     case: str
     problem: str
     strength: float
-    """How far beyond its limit; 1 is just beyond it."""
+    """A value relative to its limit; 1 is at the limit."""
     kind: str = "case"
-    """What would help: ``case``, ``patient`` for two cases of one patient, ``file`` for a file that cannot be used, or
-    ``field``."""
+    """Decides the remedy: ``patient`` for two cases of one patient, ``file`` for a file that cannot be used, ``field``
+    for a bias field, ``case`` for all others."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of each case that is compared over the cohort.
+    """A number of each case that is compared within the cohort.
 
-    `tolerance` is the smallest robust standard deviation, so that harmless differences in a uniform cohort are none.
+    `tolerance` is the smallest robust standard deviation, so that small differences in a uniform cohort do not count.
     """
 
     title: str
@@ -75,7 +75,7 @@ class Measure:
         return f"{value:,.0f} {self.unit}".rstrip() if value >= 1000 else f"{value:.3g} {self.unit}".rstrip()
 
     def distances(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the distance of each value from the median, 1 where an outlier begins; 0 for too few cases."""
+        """Return the distance of each value from the median; outliers exceed 1 or -1. 0 if there are too few cases."""
         if values.size < FEWEST_CASES:
             return np.zeros(values.size)
         centred = np.log(values) if self.logarithmic else values
@@ -112,9 +112,9 @@ def _of_label(value: Callable[[LabelSummary], float]) -> Callable[[CaseSummary],
 
 
 def find_outliers(cases: Sequence[CaseSummary]) -> tuple[Finding, ...]:
-    """Return what looks wrong in a cohort, the strongest first.
+    """Return the findings in a cohort, the strongest first.
 
-    A case is compared with the others of the cohort where there are eight or more, and each label map with its image.
+    Each label map is compared with its image. In cohorts of eight or more, each case is compared with the others too.
     """
     found = [*_two_of_one_patient(cases), *_poor_fits(cases), *_doubts(cases), *_outlying(cases), *_flipped(cases)]
     return tuple(sorted(found, key=lambda finding: (-finding.strength, finding.case)))
@@ -151,8 +151,8 @@ def _doubts(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
 def _fit_problem(fit: LabelFit) -> str:
     size = math.hypot(*fit.displacement_mm)
     if fit.here + fit.gain < _GOOD_FIT:
-        return "the label map fits its image nowhere within 15 mm; is it another volume's?"
-    return f"the label map would fit its image better {size:.0f} mm away; is it displaced, or is the volume flipped?"
+        return "the label map does not fit its image, even if moved by up to 15 mm; does it belong to another volume?"
+    return f"the label map fits its image better if moved by {size:.0f} mm; is it displaced, or is the volume flipped?"
 
 
 def _flipped(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
@@ -167,12 +167,14 @@ def _flipped(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
         flipped = {name: similarity(np.flip(around, axes), others) for name, axes in _FLIPS.items()}
         name, best = max(flipped.items(), key=lambda item: item[1])
         if best > max(as_is + _FLIP_MARGIN, _LEAST_SIMILARITY):
-            problem = f"looks flipped along {name}: correlation with the cohort {as_is:.2f}, flipped {best:.2f}"
+            problem = (
+                f"looks flipped along {name}: correlation with the cohort's mean {as_is:.2f}, {best:.2f} if flipped"
+            )
             yield Finding(case.case, problem, 1 + 4 * (best - as_is))
 
 
 def _two_of_one_patient(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
     for pair in look_alikes(case.fingerprint for case in cases):
         for case, twin in ((pair.first, pair.second), (pair.second, pair.first)):
-            problem = f"looks like the same patient as {twin} (correlation {pair.correlation:.2f})"
+            problem = f"looks like the same patient as {twin} (correlation of their voxels {pair.correlation:.2f})"
             yield Finding(case, problem, _ONE_PATIENT, "patient")

@@ -23,17 +23,17 @@ _BARS = 30
 _MOST_PROBLEMS = 4
 _SOURCE_LEGEND = "One slice along each axis, with the outlines of the label map."
 _STORE_LEGEND = (
-    "One slice along each axis. With bias field correction: before it; after it, with the outlines of the label map; "
-    "and the logarithm of the field, black -1, white 1."
+    "One slice along each axis, with the outlines of the label map. Corrected cases have three rows: before bias field "
+    "correction; after it, with the outlines; and the logarithm of the bias field, from -1 (black) to 1 (white)."
 )
 
 
 @dataclass(frozen=True)
 class About:
-    """What the page says of a whole cohort.
+    """What the page says about a whole cohort.
 
-    `command` completes the commands that it suggests: the source as `prepare` takes it, or the store. `part_of` is the
-    part of each case in the split.
+    `command` is the part of suggested commands that names the source, as for `prepare`, or the store. `part_of` has the
+    part of the split of each case.
     """
 
     title: str
@@ -44,9 +44,9 @@ class About:
 
 
 def check_page(path: Path) -> None:
-    """Raise `InputError` unless a page can have this name: a wrong name must not cost the work before."""
+    """Raise `InputError` unless a page can have this name. Called first, so that a wrong name wastes no work."""
     if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(path, "is no name of a page", "give a name that ends in .html")
+        raise InputError(path, "is no HTML file", "give a name that ends in .html")
     if not path.parent.is_dir():
         raise InputError(path.parent, "is no folder", "make it, or choose another place for the page")
 
@@ -88,7 +88,7 @@ def _strength(findings: Sequence[Finding]) -> float:
 def _suspect(case: str, findings: Sequence[Finding], anchors: Mapping[str, str], about: About) -> dict[str, Any]:
     problems = [finding.problem for finding in findings[:_MOST_PROBLEMS]]
     if len(findings) > _MOST_PROBLEMS:
-        problems.append(f"and {len(findings) - _MOST_PROBLEMS} more values")
+        problems.append(f"and {len(findings) - _MOST_PROBLEMS} more problems")
     kinds = dict.fromkeys(finding.kind for finding in findings)
     remedies = [remedy for kind in kinds for remedy in _remedies(kind, case, about)]
     return {"case": case, "anchor": anchors.get(case), "problems": problems, "remedies": remedies}
@@ -107,13 +107,18 @@ def _remedies(kind: str, case: str, about: About) -> list[dict[str, str]]:
     )
     if kind == "patient":
         command = f"cspine-data scan {'SOURCE' if about.stored else about.command} --write-pairs pairs.csv"
-        text = "If both are one patient, write a list, correct its column patient, and prepare it with --pairs:"
+        text = (
+            "If both are one patient: write a list with this command, correct its column patient, give it as --pairs:"
+        )
         return [{"text": text, "command": command}, leave_out]
     if kind == "field":
-        text = "If its field is wrong, prepare it with another preset, or all cases with --no-n4:"
+        text = "If the bias field is wrong: prepare all cases with --no-n4, or this one with another preset:"
         command = f"cspine-data prepare SOURCE --store {about.command} --include {shlex.quote(glob.escape(case))}"
         return [{"text": text, "command": f"{command} --n4-preset thorough"}, leave_out]
-    return [{"text": "Compare it with its original in a viewer, and correct the file.", "command": ""}, leave_out]
+    return [
+        {"text": "Compare it with the original images in a viewer, and correct the file.", "command": ""},
+        leave_out,
+    ]
 
 
 def _patients(cases: Sequence[CaseSummary], part_of: Mapping[str, str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cspine_data.volumes.geometry import Triple
 _LONGEST_SIDE = 320
 _GAP = 4
 _QUALITY = 60
-# Shown as black and white; fat near a coil is very bright.
+# Percentiles that are black and white, since fat near a coil is very bright.
 _WINDOW = (1, 99.5)
 # A field of 1 / e is black, of e white.
 _FIELD_WINDOW = (-1.0, 1.0)

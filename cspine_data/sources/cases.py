@@ -145,7 +145,7 @@ def load_case(case: Case, options: LabelOptions = DEFAULT_LABELS, *, neutral: bo
     options : LabelOptions
         How the label map is read.
     neutral : bool
-        Replace names of segments that are free text, see `with_neutral_names`.
+        Replace names of segments that could identify a patient, see `with_neutral_names`.
 
     Raises
     ------
@@ -189,14 +189,14 @@ def load_case(case: Case, options: LabelOptions = DEFAULT_LABELS, *, neutral: bo
 
 
 def _empty_notes(label: Volume, options: LabelOptions) -> tuple[str, ...]:
-    """Return the notes on a label map in which nothing is to be segmented; an image is refused."""
+    """Return the notes on a label map without labels to segment; an image is refused."""
     counts = value_counts(label.array)
     values = labelled_values(counts, options.ignore_label)[0].tolist()
     if not values:
         return (EMPTY_LABEL_MAP,)
     check_no_image(label.name, label.array, counts)
     names = {one.value: one.name for one in label.segments}
-    return EMPTY_LABEL_MAP, f"label map: none of its labels is to be segmented ({describe_labels(values, names)})"
+    return EMPTY_LABEL_MAP, f"label map: none of its labels ({describe_labels(values, names)}) is to be segmented"
 
 
 def describe_labels(values: Sequence[int], names: Mapping[int, str], ignored: Collection[int] = ()) -> str:

@@ -1,4 +1,4 @@
-"""Which cases look like one patient: patients with names alike, and correlated fingerprints of volumes."""
+"""Which cases may be the same patient under two names: similar names, or correlated fingerprints of volumes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from cspine_data.volumes.volume import Volume
 # Blocks along each axis, at most.
 _BLOCKS = 16
 _SCALE = 127
-#: Least correlation of two volumes of one patient. Of different patients, it is at most 0.68 in spine14, 0.38 in
-#: spine_t1 and 0.72 in 40 phantoms. Of one volume, it is at least 0.95 after noise, a bias field or a gamma curve, 0.97
-#: after a shift of 1 mm, 0.89 after 2 mm; see docs/decisions/0053-given-splits-sites-and-look-alikes.md.
+#: Smallest correlation of two volumes that look like one patient. Different patients correlate by at most 0.68 in
+#: spine14, 0.38 in spine_t1 and 0.72 in 40 phantoms. A volume correlates with itself by at least 0.95 after noise, a
+#: bias field or a gamma curve, 0.97 after a shift of 1 mm, 0.89 after 2 mm; see
+#: docs/decisions/0053-given-splits-sites-and-look-alikes.md.
 LEAST_CORRELATION = 0.9
-# Volumes that were registered to each other, or generated, are all alike. They are known by the median of their
-# correlations, over some of them, from this number of patients on.
+# Volumes that were registered to each other, or generated, are all alike: the median of their correlations is high.
+# It is computed from this number of patients on, over at most this number of volumes.
 _FEWEST_PATIENTS, _SAMPLE = 6, 200
-# Volumes that are compared at a time, which limits the memory.
+# Number of volumes that are compared at a time, to limit the memory.
 _CHUNK = 1000
 # Where a part of a cohort was registered to a template, there are millions of pairs.
 _MOST_PAIRS, _MOST_NOTES = 1000, 20
@@ -54,7 +55,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class LookAlike:
-    """Two cases that look like one patient and are of two, and the correlation of their fingerprints."""
+    """Two cases that look like one patient but have different ones, and the correlation of their fingerprints."""
 
     first: str
     second: str
@@ -64,8 +65,9 @@ class LookAlike:
 def fingerprint(volume_xyz: NDArray[np.number]) -> NDArray[np.int8]:
     """Return a volume's fingerprint, at most 4 kB: the ranks of its local contrast.
 
-    The volume is averaged to at most 16 blocks along each axis. Their Laplacian leaves out coil sensitivity and the
-    outline that all patients share. Its ranks do not depend on the scale of the intensities, nor on few bright voxels.
+    The volume is averaged to at most 16 blocks along each axis. Their Laplacian suppresses coil sensitivity and the
+    body outline, which is similar in all patients. Its ranks depend neither on the intensity scale nor on a few bright
+    voxels.
     """
     from scipy.ndimage import laplace
 
@@ -77,9 +79,9 @@ def fingerprint(volume_xyz: NDArray[np.number]) -> NDArray[np.int8]:
 
 
 def look_alikes(fingerprints: Iterable[Fingerprint]) -> list[LookAlike]:
-    """Return the pairs of cases that look like one patient and are of two, the most alike first, up to a thousand.
+    """Return the pairs of cases that look like one patient but have different ones, at most 1,000.
 
-    Only volumes of equal size and spacing are compared.
+    The highest correlation is first. Only volumes of equal size and spacing are compared.
     """
     groups: dict[tuple[object, ...], list[Fingerprint]] = defaultdict(list)
     for one in fingerprints:
@@ -92,12 +94,12 @@ def look_alike_notes(fingerprints: Iterable[Fingerprint]) -> list[str]:
     """Return a note for each of `look_alikes`, up to twenty."""
     pairs = look_alikes(fingerprints)
     return _first_of(
-        [_note(one.first, one.second, f"their voxels correlate by {one.correlation:.2f}") for one in pairs]
+        [_note(one.first, one.second, f"correlation of their voxels {one.correlation:.2f}") for one in pairs]
     )
 
 
 def name_notes(patient_of: Mapping[str, str]) -> list[str]:
-    """Return a note for each two patients with names alike, up to twenty: ``P-07`` and ``p7``.
+    """Return a note for each two patients with similar names, such as ``P-07`` and ``p7``, up to twenty.
 
     Parameters
     ----------
@@ -109,11 +111,11 @@ def name_notes(patient_of: Mapping[str, str]) -> list[str]:
         words = tuple(word.lstrip("0") or "0" for word in _WORD_ENDS.split(patient.casefold()) if word)
         alike[words].setdefault(patient, case)
     pairs = [pair for cases in alike.values() for pair in pairwise(cases.items())]
-    return _first_of([_note(one, other, f"patients {first} and {second}") for (first, one), (second, other) in pairs])
+    return _first_of([_note(one, other, f"named {first} and {second}") for (first, one), (second, other) in pairs])
 
 
 def _note(first: str, second: str, why: str) -> str:
-    return f"case {first} and case {second} look like one patient ({why}): give them one patient in --pairs"
+    return f"case {first} and case {second} look like one patient ({why}): if so, give them one patient in --pairs"
 
 
 def _first_of(notes: list[str]) -> list[str]:
@@ -135,7 +137,7 @@ def _pairs(group: Sequence[Fingerprint]) -> Iterator[LookAlike]:
 
 
 def _all_alike(group: Sequence[Fingerprint]) -> bool:
-    """Return whether most volumes look alike whatever their patient, so that this tells nothing."""
+    """Return whether most volumes look alike, so that this is no sign of the same patient."""
     if len({one.patient for one in group}) < _FEWEST_PATIENTS:
         return False
     some = _standardised(group[:: -(-len(group) // _SAMPLE)])

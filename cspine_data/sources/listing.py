@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cspine_data.errors import InputError, Problem, count
 from cspine_data.extensions import LAYOUTS
+from cspine_data.names import normalised
 from cspine_data.sources.cases import Case, Listing, is_case_id
 from cspine_data.sources.duplicates import name_notes
 from cspine_data.sources.flat import FLAT
@@ -27,6 +30,7 @@ def find_cases(
     sequence: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    patient_pattern: str | None = None,
 ) -> Listing:
     """List the cases of a folder: volumes, label maps, patients, sequences and problems.
 
@@ -47,6 +51,8 @@ def find_cases(
     include, exclude : sequence of str
         Patterns such as ``sub-0*``, compared with case ids, file names and paths in the folder. Files that match one of
         `exclude` are ignored; cases must match one of `include`, if there is any.
+    patient_pattern : str, optional
+        A regular expression that is searched for in each volume's path in the folder. Its first group is the patient.
 
     Returns
     -------
@@ -72,6 +78,8 @@ def find_cases(
         cases = [case for case in cases if _matches(include, home, case.volume, case.id)]
     if (include or exclude) and found.cases and not cases:
         raise InputError(source, "holds no case that --include and --exclude select", "change the patterns")
+    if patient_pattern is not None:
+        cases = [_with_patient(case, patient_pattern, home) for case in cases]
     usable = [case for case in cases if case.volume not in found.unclear]
     notes = [*found.notes, *_patient_notes(usable), *name_notes({case.id: case.patient for case in usable})]
     return _checked(source, usable, [*found.problems, *found.label_problems], notes)
@@ -108,6 +116,24 @@ def _find(folder: Path, name: str, wanted: Wanted) -> Found:
 def _matches(patterns: Iterable[str], home: Path, path: Path, case_id: str = "") -> bool:
     inside = path.relative_to(home).as_posix() if path.is_relative_to(home) else ""
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in (path.name, inside, case_id))
+
+
+def _with_patient(case: Case, pattern: str, home: Path) -> Case:
+    """Return a case with the patient that a pattern finds in its path."""
+    path = case.volume.relative_to(home) if case.volume.is_relative_to(home) else case.volume
+    try:
+        found = re.search(pattern, normalised(path.as_posix()))
+        patient = found and (found.group(1) or "")
+    except (re.error, IndexError) as error:
+        remedy = "give one with a group, such as '(P[0-9]+)_'"
+        raise InputError(
+            f"--patient-pattern {pattern!r}", f"is no regular expression with a group ({error})", remedy
+        ) from None
+    if not patient:
+        raise InputError(
+            case.volume, f"has no patient by --patient-pattern {pattern!r}", "change it, or --exclude the file"
+        )
+    return replace(case, patient=patient)
 
 
 def _of_sequence(source: Path, cases: list[Case], sequence: str) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Labelled vertebrae as instances: their positions, their order from head to feet, and what is odd about it."""
+"""Labelled vertebrae as instances: their positions, their order from head to feet, and signs that it is wrong."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from cspine_data.volumes.geometry import Geometry, Triple
 from cspine_data.volumes.volume import Volume
 
-# Distances between neighbours grow from C1 to L5 by a few percent each. Of 132 real ones, each is 0.82 to 1.12 times
-# the median of its patient's.
+# Distance of neighbours, relative to the patient's median, above which one may be missing, or below which two labels
+# may be one vertebra. Distances grow from C1 to L5 by a few percent each; 132 real ones are 0.82 to 1.12.
 _GAP, _CLOSE = 1.5, 0.55
 # Share of an instance in its largest connected component, below which it is fragmented.
 _WHOLE = 0.9
-# Difference in height of two vertebrae; neighbours in the neck are 15 mm apart.
+# Difference in height above which a vertebra is clearly above another; neighbours in the neck are 15 mm apart.
 _APART_MM = 8.0
 
 
@@ -36,7 +36,7 @@ class Instance:
     volume_ml : float
         Its volume.
     whole : float
-        Share of its largest connected component.
+        Share of its voxels in its largest connected component.
     """
 
     value: int
@@ -77,7 +77,7 @@ def find_instances(label: Volume) -> tuple[Instance, ...]:
 
 
 def order_problems(instances: Sequence[Instance]) -> list[str]:
-    """Return what makes the order of instances doubtful: gaps, duplicates, fragments, or a path that turns back."""
+    """Return the reasons to doubt the order of instances: gaps, duplicates, fragments, or a path that turns back."""
     problems = [
         f"label {one.value} is in several pieces, the largest has {one.whole:.0%} of it"
         for one in instances
@@ -91,7 +91,7 @@ def order_problems(instances: Sequence[Instance]) -> list[str]:
     for one, other, distance in zip(instances, instances[1:], distances.tolist(), strict=False):
         if distance > _GAP * usual:
             problems.append(
-                f"labels {one.value} and {other.value} are {distance:.0f} mm apart: is one missing between?"
+                f"labels {one.value} and {other.value} are {distance:.0f} mm apart: is a vertebra between them missing?"
             )
         elif distance < _CLOSE * usual:
             problems.append(
@@ -99,16 +99,16 @@ def order_problems(instances: Sequence[Instance]) -> list[str]:
             )
     if not _is_path(centres):
         problems.append(
-            "the order by height is not that along the spine: the spine turns back, or a label is elsewhere"
+            "the order by height is not the order along the spine: the spine turns back, or a label is misplaced"
         )
     return problems
 
 
 def unordered_labels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, int] | None:
-    """Return two label values of which each is clearly above the other in some case; None if there are none.
+    """Return two label values that are in one order in some case and in the other in another; None if there are none.
 
-    Levels have the same order in all cases, unordered instances do not. Discs and other structures that reach along the
-    whole spine have centroids at about the same height.
+    Levels have the same order in all cases, unordered instances do not. Structures along the whole spine, such as discs
+    with one value, have no order: their centroids are at about the same height.
 
     Parameters
     ----------

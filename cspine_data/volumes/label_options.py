@@ -21,7 +21,7 @@ def parse_label_values(given: str | Sequence[int | str] | None) -> tuple[int | s
     Raises
     ------
     InputError
-        If there is none, one is no positive number, or a range is empty or too long.
+        If there is no value, one is not positive, or a range is empty or too long.
     """
     if given is None:
         return None
@@ -32,7 +32,9 @@ def parse_label_values(given: str | Sequence[int | str] | None) -> tuple[int | s
         if between:
             first, last = map(int, between.groups())
             if not first <= last < first + _LONGEST_RANGE:
-                raise InputError(f"label values {text!r}", "are no range", "give the lowest and the highest value")
+                raise InputError(
+                    f"label values {text!r}", "are no range", "give the lowest value first, and at most 1000 values"
+                )
             values += range(first, last + 1)
         else:
             values.append(int(text) if re.fullmatch(r"[-+]?\d{1,9}", text) else text)
@@ -59,14 +61,14 @@ class LabelOptions(BaseModel):
 
     label_values: Annotated[tuple[int | str, ...] | None, BeforeValidator(parse_label_values)] = None
     """Label values to segment, such as 1,2 or 1-25, or names of segments, such as C3,C4; all others become background.
-    By default all; a stored case keeps its values."""
+    Default: all, or the choice of the stored case."""
     ignore_label: int | None = None
-    """Label value of voxels to ignore, such as -1. By default a stored case keeps its value."""
+    """Label value of voxels to ignore, such as -1. Default: none, or that of the stored case."""
     trust_voxels: bool = False
-    """Assume that a label map without a position in its header is on its volume's grid, voxel for voxel."""
+    """Assume that a label map whose header has no position is on its volume's grid, voxel for voxel."""
     resample_labels: bool = False
-    """Resample label maps on another grid to that of their volume: nearest neighbour by position; the change of each
-    label's volume is reported."""
+    """Resample label maps on another grid to their volume's grid (nearest neighbour), and report the change of each
+    label's volume."""
 
     @field_validator("ignore_label")
     @classmethod
@@ -76,5 +78,5 @@ class LabelOptions(BaseModel):
         return value
 
 
-#: All values are segmented, none is ignored, no defect is accepted that could change a label map's meaning.
+#: All values are segmented, none is ignored, and no defect that could change a label map's meaning is accepted.
 DEFAULT_LABELS = LabelOptions()

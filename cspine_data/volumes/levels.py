@@ -1,4 +1,4 @@
-"""Names and label values of vertebrae: VerSe's convention, and conversion from and to those of other tools.
+"""Names and label values of vertebrae, in VerSe's scheme and in those of other tools.
 
 Values: 1 to 7 are C1 to C7, 8 to 19 T1 to T12, 20 to 25 L1 to L6, 26 the sacrum, 28 T13 (Sekuboyina et al. 2021).
 """
@@ -25,8 +25,7 @@ _LEVEL = re.compile(
     r"(vertebrae?[-_ ]*)?((?P<region>c|t|th|l)0?(?P<number>\d{1,2})|(?P<sacrum>sacrum))([-_ ]*vertebrae?)?",
     re.IGNORECASE,
 )
-#: For each scheme, its value of each of VerSe's values. TotalSpineSeg has other values; SCT has VerSe's up to L5, and
-#: S1 instead of L6.
+#: For each scheme, its label values by VerSe's. SCT has VerSe's up to L5, and the sacrum has 25.
 SCHEMES: dict[str, dict[int, int]] = {
     "verse": {value: value for value in NAMES},
     "totalspineseg": {
@@ -40,7 +39,7 @@ SCHEMES: dict[str, dict[int, int]] = {
 
 
 def level_value(name: str) -> int | None:
-    """Return VerSe's value of a vertebra that a name names, such as ``C3`` or ``vertebrae_C3``; else None."""
+    """Return VerSe's value of a vertebra's name, such as ``C3`` or ``vertebrae_C3``; None for other names."""
     found = _LEVEL.fullmatch(name.strip())
     if not found:
         return None
@@ -55,7 +54,7 @@ def consecutive(lowest: str | None, highest: str | None, count: int) -> tuple[in
     Raises
     ------
     InputError
-        If both or neither are given, the name is no vertebra's, or the spine ends before.
+        If both or neither are given, the name is not a vertebra's, or the spine has too few vertebrae on that side.
     """
     name = lowest or highest
     if name is None or (lowest and highest):
@@ -71,5 +70,5 @@ def consecutive(lowest: str | None, highest: str | None, count: int) -> tuple[in
     at = sequence.index(value)
     first = at - count + 1 if lowest else at
     if first < 0 or first + count > len(sequence):
-        raise InputError(f"{count} vertebrae", f"do not fit with {NAMES[value]} at the end", "is it the right one?")
+        raise InputError(f"{count} vertebrae", f"do not fit with {NAMES[value]} at the end", "give another level")
     return tuple(sequence[first : first + count])

@@ -1,4 +1,4 @@
-"""Named segments of a label map, as 3D Slicer writes them: their layers, and the values that their names give them."""
+"""Named segments of a label map, as 3D Slicer writes them: how layers are merged, and names converted to values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cspine_data.volumes.levels import T13, level_value
 
-#: Added to values that are no levels, where others are.
+#: Added to label values of other structures beside levels.
 BEYOND_LEVELS = 100
 
 
@@ -28,7 +28,7 @@ class Segment:
     value : int
         Its value in the label map.
     layer, layer_value : int
-        The layer that it has in a file of overlapping segments, and its value there.
+        Its layer in a file of overlapping segments, and its value in that layer.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two segments with common voxels, which have the value of the second one, and the number of these voxels."""
+    """Two overlapping segments, and the number of common voxels. These have the value of the second one."""
 
     first: Segment
     second: Segment
@@ -47,13 +47,13 @@ class Overlap:
 
 
 def is_named(segment: Segment, name: str) -> bool:
-    """Return whether a name is that of a segment, or of the same level; capitals do not matter."""
+    """Return whether a name is a segment's, or means the same level; upper and lower case are equal."""
     level = level_value(name)
     return segment.name.casefold() == name.casefold() or (level is not None and level == level_value(segment.name))
 
 
 def with_neutral_names(segments: Sequence[Segment], wanted: Sequence[int | str] = ()) -> tuple[Segment, ...]:
-    """Return segments in which free text is replaced by a code, the same for the same text; levels keep their names."""
+    """Return segments with codes as names, except for levels and names in `wanted`; equal names have equal codes."""
 
     def neutral(name: str) -> str:
         known = level_value(name) is not None or name.casefold() in {str(one).casefold() for one in wanted}
@@ -65,9 +65,9 @@ def with_neutral_names(segments: Sequence[Segment], wanted: Sequence[int | str] 
 def common_values(
     segments: Sequence[Segment], values: Collection[int], wanted: Sequence[int | str] = ()
 ) -> dict[int, int]:
-    """Return the value that each value of a label map gets, so that a name has the same one in all cases.
+    """Return the new value of each value of a label map, so that a name has the same value in all cases.
 
-    A level gets VerSe's value, another name in `wanted` its position there. Without such names nothing changes.
+    A level gets VerSe's value, another name in `wanted` its position there. Without such names, no value changes.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def common_values(
             common[segment.value] = position + BEYOND_LEVELS * has_levels
     taken, named = set(common.values()), bool(common)
     for value in sorted({*values, *(segment.value for segment in segments)} - common.keys() - {0}):
-        # A value that is no level's is moved out of the way of all levels, not only of those that this case has.
+        # Other values must not equal any level's, even if this case lacks that level.
         new = value + BEYOND_LEVELS if named and 0 < value <= T13 else value
         while new in taken:
             new += BEYOND_LEVELS
@@ -118,7 +118,7 @@ def flattened(layers: NDArray[Any], segments: Sequence[Segment]) -> tuple[NDArra
     layers : ndarray
         Label maps, (layers, i, j, k).
     segments : sequence of Segment
-        The segments. On common voxels, the last one remains.
+        The segments. Where they overlap, the last one wins.
     """
     from scipy import ndimage
 

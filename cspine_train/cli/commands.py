@@ -216,7 +216,7 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
 )
 @click.option(
     "--format", "ending", type=click.Choice(["nrrd", "nii.gz", "nii", "mha", "seg.nrrd", "dcm"]),
-    help="Output format for a folder; default: the input's. dcm: DICOM segmentations, of DICOM volumes.",
+    help="Output format for a folder; default: the input's. dcm: DICOM segmentation, for DICOM input only.",
 )  # fmt: skip
 @click.option("--probability", is_flag=True, help="Also write the probability of each voxel.")
 @click.option("--pictures", is_flag=True, help="Also draw slices along each axis, and an animation through them.")

@@ -59,7 +59,7 @@ def record_of(model: type[Model], /, **options: Any) -> Model:
 
 
 def with_recorded_split(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
-    """Return options with the split of the run that is to be resumed, if the split's file is gone."""
+    """Return options with the recorded split of the run to resume, if the split file is gone."""
     if run is None or not options["split"] or Path(options["split"]).exists() or not (run / RECORD_NAME).exists():
         return options
     from cspine_train.run.record import load_record
@@ -73,5 +73,5 @@ def _fold_of_file(path: str, fold: int) -> GivenSplit:
 
     folds = read_splits(path)
     if fold >= len(folds):
-        raise click.UsageError(f"--fold {fold}: is none of the {len(folds)} of {path}, which are counted from 0")
+        raise click.UsageError(f"--fold {fold}: is none of the {len(folds)} folds of {path}, which are counted from 0")
     return folds[fold]

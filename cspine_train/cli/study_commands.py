@@ -51,9 +51,9 @@ _GRID = cloup.option_group(
     ),
     cloup.option("--folds", callback=folds_of, default="reference", help="reference split, or the number of folds."),
     cloup.option(
-        "--split", type=click.Path(path_type=Path), metavar="FILE", help="File of splits, as in run; all its folds."
+        "--split", type=click.Path(path_type=Path), metavar="FILE", help="Split file, as in run; all its folds."
     ),
-    cloup.option("--leave-site-out", is_flag=True, help="Test on each site in turn, train on the others."),
+    cloup.option("--leave-site-out", is_flag=True, help="Test on each site in turn; train on the others."),
     cloup.option("--seeds", type=click.IntRange(1), default=1, help="Runs of each cell, from seed 0 on."),
     cloup.option(
         "--from", "queue", type=click.Path(path_type=Path, exists=True, dir_okay=False),

@@ -22,8 +22,8 @@ _MOST_NAMED = 3
 def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[int, ...]:
     """Return the label values of a run's classes: the sorted values of its training cases; empty for binary labels.
 
-    Raises `RunError` if there are more than 254, one exceeds 32 bits, segments overlap, or a segment's name has other
-    values in other cases.
+    Raises `RunError` if there are more than 254, one exceeds 32 bits, segments overlap, values are unordered instances,
+    or a segment's name has different values.
     """
     if settings.labels == "binary":
         return ()
@@ -61,8 +61,8 @@ def label_names(cohort: Cohort, split: Split, settings: DataSettings) -> dict[in
             else:
                 continue
             raise RunError(
-                f"{cohort.path}: {problem}; prepare with --label-values and the names to segment, which gives a name "
-                "one value, or train with --labels binary"
+                f"{cohort.path}: {problem}; prepare with --label-values and the names to segment, which gives each "
+                "name one value, or train with --labels binary"
             )
     return {value: name for value, (name, _) in names.items()}
 
@@ -74,27 +74,26 @@ def _cases(split: Split, settings: DataSettings) -> Iterator[str]:
 
 
 def _check_overlaps(cohort: Cohort, split: Split, settings: DataSettings) -> None:
-    """Refuse segments with common voxels: these would be labelled as one of them."""
+    """Refuse overlapping segments: a common voxel would count for one of them only."""
     for case in _cases(split, settings):
         record = cohort.record(case, settings.variant)
         for pair in record.overlaps:
             first, second = (repr(record.segments.get(value, f"label {value}")) for value in pair)
             raise RunError(
-                f"{cohort.path}: segments {first} and {second} of {case} overlap, and a voxel has one label; separate "
+                f"{cohort.path}: segments {first} and {second} of {case} overlap, but a voxel has one label; separate "
                 "them in 3D Slicer, prepare with --label-values and the names to segment, or train with --labels binary"
             )
 
 
 def _check_order(cohort: Cohort, split: Split, settings: DataSettings) -> None:
-    """Refuse values that mean another vertebra in another case: as classes they would teach the network nothing."""
+    """Refuse values that are different vertebrae in different cases: a network cannot learn them as classes."""
     cases = _cases(split, settings)
     unordered = unordered_labels(cohort.record(case, settings.variant).label_centroids_mm for case in cases)
     if unordered:
         first, second = unordered
         raise RunError(
-            f"{cohort.path}: label {first} is above label {second} in some cases and below it in others, so that label "
-            "values are instances and no levels; make levels of them with cspine-data relabel, or train with "
-            "--labels binary"
+            f"{cohort.path}: label {first} is above label {second} in some cases and below it in others: label values "
+            "are instances, not levels; convert them with cspine-data relabel, or train with --labels binary"
         )
 
 
@@ -128,14 +127,14 @@ def unknown_labels_note(unknown: Mapping[str, Iterable[int]]) -> str:
 
 
 def unnamed_note(cohort: Cohort, split: Split, settings: DataSettings) -> str:
-    """Return a line about cases whose labels have no names, if those of others have; empty if there are none."""
+    """Return a line about cases without names of segments, if other cases have them; empty if there are none."""
     cases = list(_cases(split, settings)) if settings.labels == "stored" else []
     unnamed = [case for case in cases if not cohort.record(case, settings.variant).segments]
     if len(unnamed) in (0, len(cases)):
         return ""
     return (
-        f"{count(len(unnamed), 'case')} without names of segments ({', '.join(unnamed[:_MOST_NAMED])}): label values "
-        "are taken for those of the cases with names; compare both with cspine-data info"
+        f"{count(len(unnamed), 'case')} without names of segments ({', '.join(unnamed[:_MOST_NAMED])}): their label "
+        "values are taken to mean the same as in the other cases; compare them with cspine-data info"
     )
 
 

@@ -1,4 +1,4 @@
-"""Devices that a run trains on: each field is the one definition of an option, as in `RunSettings`."""
+"""Devices that a run trains on; each field defines an option, as in `RunSettings`."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ class Machines(BaseModel):
     strategy: Literal["auto", "ddp"] = "auto"
     """Lightning's strategy. ddp: a copy of the network on each device; auto: ddp for several devices."""
     deterministic: bool = False
-    """Use only algorithms that give the same bits each time, on a GPU too."""
+    """Use only deterministic algorithms, so that a run on a GPU is reproducible bit for bit."""

@@ -29,7 +29,7 @@ from cspine_train.run.planes import AXES
 # A record may come from anybody: beyond these bounds, a run needs more memory than any machine has.
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
-# Not in names of folders.
+# Characters that names of folders must not have.
 _UNSAFE = re.compile(r"[^\w-]")
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -103,12 +103,12 @@ class DataSettings(BaseModel):
     folds: int | None = Field(default=None, ge=3)
     """Number of folds for cross-validation, instead of the reference split."""
     fold: int = Field(default=0, ge=0)
-    """The fold whose patients are the test patients, from 0."""
+    """The fold of --folds or --split whose patients are the test patients, from 0."""
     split: Annotated[GivenSplit | None, Spelling(metavar="FILE")] = None
-    """Split from a file: nnU-Net's splits_final.json, whose val cases of --fold are the test cases, or a CSV file with
-    the columns case (or patient) and part (train, validation, test)."""
+    """Split from a file: nnU-Net's splits_final.json (the val cases of --fold become the test cases), or a CSV file
+    with the columns case (or patient) and part (train, validation, test)."""
     test_site: str | None = None
-    """Test on this site, train and validate on the others."""
+    """Test on this site; train and validate on the others."""
     pixel_mm: float | None = Field(default=None, ge=_LEAST_PIXEL_MM)
     """Pixel size, mm, that slices are resampled to; default: their own."""
     size_hw: Annotated[

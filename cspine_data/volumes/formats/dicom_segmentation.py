@@ -1,7 +1,7 @@
-"""Writing label maps as DICOM segmentations (SEG) of the images they were made from, with highdicom.
+"""Writer of DICOM segmentations (SEG): label maps of DICOM images, written with highdicom.
 
-A segmentation repeats the patient and the study of its source, as the standard demands. highdicom needs attributes that
-anonymised files lack and tolerates no rounding; what it reads of a source is completed in memory.
+A segmentation contains the patient and study data of its source, as the standard demands. highdicom needs attributes
+that anonymised files lack, and exactly consistent geometry. So the headers of the source are completed in memory.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class SegmentationSource:
     frames : tuple of Frame
         The slices, in the order of the grid.
     headers : tuple
-        A header for each slice, or one of a multi-frame file with these slices only; without pixels, and with all
-        attributes that highdicom needs.
+        A header for each slice, or one header of a multi-frame file, reduced to these slices; without pixels, but with
+        all attributes that highdicom needs.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class SegmentationSource:
 
 
 def segmentation_source(path: str | Path) -> SegmentationSource:
-    """Read the headers of a DICOM volume, to write segmentations of it.
+    """Read the headers of a DICOM volume, for segmentations of it.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def segmentation_source(path: str | Path) -> SegmentationSource:
     Raises
     ------
     InputError
-        If it is no DICOM volume, lacks an attribute that a segmentation must repeat, or highdicom is not installed.
+        If it is not a DICOM volume, lacks an attribute that a segmentation needs, or highdicom is not installed.
     """
     path = Path(path)
     try:
@@ -86,14 +86,14 @@ def segmentation_source(path: str | Path) -> SegmentationSource:
     frames, geometry = dicom.stacked(path, dicom.chosen(path)[0].frames)
     files = list(dict.fromkeys(frame.path for frame in frames))
     if frames[0].index is not None and len(files) > 1:
-        raise InputError(path, "is a volume in several multi-frame files", _OTHER_FORMAT)
+        raise InputError(path, "is spread over several multi-frame files", _OTHER_FORMAT)
     headers = []
     for file in files:
         with untrusted(file, "is no readable DICOM image", FETCH):
             header = pydicom.dcmread(file, force=True, stop_before_pixels=True)
             missing = [name for name in _REPEATED if not header.get(name)]
             if missing:
-                problem = f"lacks {missing[0]}, which a DICOM segmentation must repeat"
+                problem = f"lacks {missing[0]}, which a DICOM segmentation needs"
                 raise InputError(file, problem, _OTHER_FORMAT)
             _complete(header, frames, geometry)
             headers.append(header)
@@ -112,7 +112,7 @@ def write(path: Path, label: Volume, source: SegmentationSource, segments: Mappi
     source : SegmentationSource
         The images.
     segments : dict
-        Names of label values; those that are levels, such as ``C3``, are coded. By default a number.
+        Names of label values; other values are named by their number. Levels, such as ``C3``, are coded in SNOMED.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def write(path: Path, label: Volume, source: SegmentationSource, segments: Mappi
     for number, value in enumerate(values, start=1):
         numbers[label.array == value] = number
     try:
-        # It warns of empty label maps and unusual names of patients.
+        # highdicom warns of empty label maps and unusual names of patients.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             written = Segmentation(
@@ -177,7 +177,7 @@ def _descriptions(values: Sequence[int], segments: Mapping[int, str]) -> list[An
 
 
 def _structure(name: str) -> Any:
-    """Return the SNOMED code of a segment's name: a level, a vertebra, the sacrum, or else the spine."""
+    """Return the SNOMED code of a segment's name: a level, ``vertebra`` or ``sacrum``; for others the spine's."""
     from pydicom.sr.codedict import codes
 
     if _LEVEL.fullmatch(name):
@@ -195,7 +195,7 @@ def _complete(header: Any, frames: Sequence[Frame], geometry: Geometry) -> None:
         if name not in header:
             setattr(header, name, None)
     if not header.get("FrameOfReferenceUID"):
-        # That of no other series.
+        # Unique to this series.
         header.FrameOfReferenceUID = pydicom.uid.generate_uid(entropy_srcs=[first.series])
     measures, orientation = pydicom.Dataset(), pydicom.Dataset()
     measures.PixelSpacing = _decimals(first.spacing_mm[::-1])
@@ -214,14 +214,14 @@ def _complete(header: Any, frames: Sequence[Frame], geometry: Geometry) -> None:
 
 
 def _decimals(numbers: Iterable[float]) -> list[Any]:
-    """Return numbers that have at most the sixteen letters of a DICOM decimal string."""
+    """Return numbers rounded to the sixteen characters of a DICOM decimal string."""
     from pydicom.valuerep import DSfloat
 
     return [DSfloat(float(number), auto_format=True) for number in numbers]
 
 
 def _refer_to_frames(written: Any, frames: Sequence[Frame]) -> None:
-    """Correct the frame numbers of a multi-frame source, which are those of the sorted slices."""
+    """Set the frame numbers of a multi-frame source to those in its file; highdicom counts the sorted slices."""
     if frames[0].index is None:
         return
     images = {
