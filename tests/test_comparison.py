@@ -94,6 +94,17 @@ def test_the_sites_or_given_folds_of_a_model_are_one(parts: list[dict[str, objec
         compare([*runs, evaluated(tmp_path / "again", halves[1], model="fpn", **parts[1])])
 
 
+def test_a_patient_of_two_sites_has_the_mean_over_all_its_cases(tmp_path: Path) -> None:
+    sites = []
+    for site, dice in (("X", {"P": 0.8, "Q": 0.5}), ("Y", {"P": 0.6})):
+        sites.append(evaluated(tmp_path / site, dice, test_site=site))
+        rows = [{"case": case + site, "patient": case, "split": "test", "dice": one} for case, one in dice.items()]
+        (sites[-1] / "evaluation" / "test.json").write_text(json.dumps({"patients": rows}))
+    other = evaluated(tmp_path / "other", {"P": 0.9, "Q": 0.9})
+    scores = compare([*sites, other]).models[0].scores
+    assert scores == {"P": pytest.approx(0.7), "Q": pytest.approx(0.5)}
+
+
 def test_the_folds_of_a_model_are_one(tmp_path: Path) -> None:
     cases = list(PATIENTS)
     one = [

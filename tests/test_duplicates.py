@@ -69,6 +69,16 @@ def test_chunks_give_the_pairs_of_a_plain_comparison(monkeypatch: pytest.MonkeyP
     assert sorted(pairs(cohort)) == sorted(expected)
 
 
+def test_of_very_many_pairs_the_most_alike_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = [print_of(f"{seed}{scan}", noisy(anatomy(seed), scan)) for seed in (4, 2, 9, 6) for scan in (3, 5)]
+    everything = pairs(cohort)
+    assert len(everything) == 4
+    monkeypatch.setattr(duplicates, "_MOST_PAIRS", 2)
+    for chunk in (3, 8):
+        monkeypatch.setattr(duplicates, "_CHUNK", chunk)
+        assert pairs(cohort) == everything[:2]
+
+
 def test_a_cohort_in_which_all_look_alike_gives_no_pairs() -> None:
     """As volumes that were registered to each other, or generated."""
     cohort = [print_of(str(seed), noisy(anatomy(0), seed)) for seed in range(6)]

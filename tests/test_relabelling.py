@@ -88,6 +88,16 @@ def test_values_are_unordered_only_where_one_is_clearly_above_and_below() -> Non
     assert label_centroids_mm(np.zeros(SIZE, np.uint8), grid) == {}
 
 
+def test_centroids_are_means_of_positions() -> None:
+    array = np.random.default_rng(0).choice(np.array([-1, 0, 0, 3, 300], np.int16), (5, 6, 7))
+    grid = geometry(array.shape, (2.0, 1.5, 2.0), TILTED)
+    for order in ("C", "F"):
+        found = label_centroids_mm(np.asarray(array, order=order), grid)
+        assert list(found) == [-1, 3, 300]
+        for value, centroid_mm in found.items():
+            np.testing.assert_allclose(centroid_mm, grid.positions_mm(np.argwhere(array == value)).mean(0))
+
+
 def test_consecutive_levels_end_where_they_are_told() -> None:
     named = [" ".join(NAMES[value] for value in consecutive(*given)) for given in (("L5", None, 3), (None, "C6", 4))]
     assert named == ["L3 L4 L5", "C6 C7 T1 T2"]

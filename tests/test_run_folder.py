@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from cspine_data import open_cohort
+from cspine_data import Preprocessing, open_cohort
 from cspine_train import RunError, RunSettings, evaluate, load_run, train
 from cspine_train.cli.commands import main as train_main
 from cspine_train.metrics.overlap import Overlap, overlap, slice_overlaps
@@ -31,7 +31,7 @@ from cspine_train.prediction.stored_volumes import Segmented
 from cspine_train.reports.figures import SliceView, as_seen, draw_curves, draw_overlays
 from cspine_train.reports.model_card import escaped, write_card
 from cspine_train.run.record import RunRecord, load_record, save_record
-from cspine_train.training.loggers import RunTensorBoard, open_loggers
+from cspine_train.training.loggers import RunMLflow, RunTensorBoard, open_loggers
 from cspine_train.training.progress import TrainingProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
@@ -142,6 +142,36 @@ def test_mlflow_has_one_run_and_each_epoch_once(run: Path) -> None:
     dice = [(metric.step, metric.value) for metric in client.get_metric_history(logged.info.run_id, "valid_dice")]
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()[1:]]
     assert dice == [(int(row[0]), float(row[2])) for row in rows]
+
+
+def record_of_split(**split: object) -> RunRecord:
+    """A record of a run that has not trained yet."""
+    return RunRecord(
+        store="s.zarr", settings=RunSettings(case_weights={"Doe": 2}, **split), weights_used="none", size_hw=(32, 32),
+        preprocessing=Preprocessing(bias=None), notes=(), train=("Doe",), validation=(), test=(), digests={},
+        versions={},
+    )  # fmt: skip
+
+
+def test_a_server_gets_no_names_of_cases(tmp_path: Path) -> None:
+    logger = RunMLflow(tmp_path, record_of_split(split={"train": ["Doe"], "test": ["Roe"]}), 0)
+    logged = logger.experiment.get_run(str(logger.run_id)).data.params
+    assert "Doe" not in str(logged)
+    assert logged["split_name"] == "given split"
+
+
+@pytest.mark.parametrize(
+    ("split", "told"),
+    [
+        ({}, ""),
+        ({"folds": 4, "fold": 1}, ", fold 1 of 4"),
+        ({"test_site": "X"}, ", test site X"),
+        ({"split": {"train": ["Doe"], "test": ["Roe"]}}, ", given split"),
+    ],
+)
+def test_a_model_card_says_how_patients_were_split(split: dict[str, object], told: str, tmp_path: Path) -> None:
+    card = write_card(tmp_path, record_of_split(**split)).read_text()
+    assert f"seed 0{told}. The other settings" in card
 
 
 def test_a_logger_that_cannot_be_had_is_told_before_training(

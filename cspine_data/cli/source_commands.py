@@ -113,9 +113,7 @@ def scan(
         write_list(write_pairs, listing.cases)
         click.echo(f"wrote {write_pairs}: {count(len(listing.cases), 'case')}; correct it and give it as --pairs")
     if report is not None:
-        click.echo(
-            f"wrote {report}: {count(found.suspects, 'case')} to look at; it shows patients, keep it confidential"
-        )
+        click.echo(found)
     state = "with a readable header" if quick else "can be prepared"
     unlabelled = sum(not case.labelled for case in cases)
     click.echo(

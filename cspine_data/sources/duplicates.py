@@ -28,7 +28,8 @@ LEAST_CORRELATION = 0.9
 _FEWEST_PATIENTS, _SAMPLE = 6, 200
 # Number of volumes that are compared at a time, to limit the memory.
 _CHUNK = 1000
-_MOST_NOTES = 20
+# Where a part of a cohort was registered to a template, there are millions of pairs.
+_MOST_PAIRS, _MOST_NOTES = 1000, 20
 # Where a name has separators, or changes from letters to digits or back.
 _WORD_ENDS = re.compile(r"[-_ .]+|(?<=\D)(?=\d)|(?<=\d)(?=\D)")
 
@@ -78,15 +79,15 @@ def fingerprint(volume_xyz: NDArray[np.number]) -> NDArray[np.int8]:
 
 
 def look_alikes(fingerprints: Iterable[Fingerprint]) -> list[LookAlike]:
-    """Return the pairs of cases that look like one patient but have different ones, the highest correlation first.
+    """Return the pairs of cases that look like one patient but have different ones, at most 1,000.
 
-    Only volumes of equal size and spacing are compared.
+    The highest correlation is first. Only volumes of equal size and spacing are compared.
     """
     groups: dict[tuple[object, ...], list[Fingerprint]] = defaultdict(list)
     for one in fingerprints:
         groups[one.size_xyz, tuple(round(mm, 3) for mm in one.spacing_xyz_mm)].append(one)
     found = [pair for group in groups.values() if not _all_alike(group) for pair in _pairs(group)]
-    return sorted(found, key=lambda pair: (-pair.correlation, pair.first, pair.second))
+    return sorted(found, key=lambda pair: (-pair.correlation, pair.first, pair.second))[:_MOST_PAIRS]
 
 
 def look_alike_notes(fingerprints: Iterable[Fingerprint]) -> list[str]:
@@ -119,7 +120,7 @@ def _note(first: str, second: str, why: str) -> str:
 
 def _first_of(notes: list[str]) -> list[str]:
     more = len(notes) - _MOST_NOTES
-    return [*notes[:_MOST_NOTES], f"{more} more pairs of cases look like one patient"] if more > 0 else notes
+    return [*notes[:_MOST_NOTES], f"at least {more} more pairs of cases look like one patient"] if more > 0 else notes
 
 
 def _pairs(group: Sequence[Fingerprint]) -> Iterator[LookAlike]:
@@ -128,7 +129,9 @@ def _pairs(group: Sequence[Fingerprint]) -> Iterator[LookAlike]:
         rows, columns = slice(start, start + _CHUNK), slice(other, other + _CHUNK)
         correlations = _standardised(group[rows]) @ _standardised(group[columns]).T
         alike = (correlations >= LEAST_CORRELATION) & (patients[rows, None] != patients[None, columns])
-        for row, column in np.argwhere(np.triu(alike) if start == other else alike):
+        places = np.argwhere(np.triu(alike) if start == other else alike)
+        most = np.argsort(-correlations[tuple(places.T)], kind="stable")[:_MOST_PAIRS]
+        for row, column in places[most]:
             first, second = sorted((group[start + row].case, group[other + column].case))
             yield LookAlike(first, second, float(correlations[row, column]))
 

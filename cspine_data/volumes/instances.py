@@ -47,16 +47,17 @@ class Instance:
 
 def label_centroids_mm(array: NDArray[Any], geometry: Geometry) -> dict[int, Triple]:
     """Return the centroid of each label value of an array on a grid, in world coordinates (LPS)."""
-    labelled = np.flatnonzero(array)
-    values, number, counts = np.unique(array.ravel()[labelled], return_inverse=True, return_counts=True)
-    at = np.unravel_index(labelled, array.shape)
-    means = (
-        np.stack([np.bincount(number, along) / counts for along in at], axis=-1) if values.size else np.empty((0, 3))
-    )
-    return {
-        int(value): (x, y, z)
-        for value, (x, y, z) in zip(values.tolist(), geometry.positions_mm(means).tolist(), strict=True)
-    }
+    # By value: the number of its voxels, and the sums of their indices. Plane by plane, which takes little memory.
+    sums: dict[int, NDArray[np.float64]] = {}
+    for index, plane in enumerate(array):
+        at = np.nonzero(plane)
+        values, number, counts = np.unique(plane[at], return_inverse=True, return_counts=True)
+        along = (np.bincount(number, indices, len(values)) for indices in at)
+        for value, *of_plane in zip(values.tolist(), counts, index * counts, *along, strict=True):
+            sums[value] = sums.get(value, 0) + np.array(of_plane, np.float64)
+    means = np.array([sums[value][1:] / sums[value][0] for value in sorted(sums)]).reshape(-1, 3)
+    centroids = geometry.positions_mm(means).tolist()
+    return {value: (x, y, z) for value, (x, y, z) in zip(sorted(sums), centroids, strict=True)}
 
 
 def find_instances(label: Volume) -> tuple[Instance, ...]:

@@ -144,19 +144,20 @@ def _parts_of_model(settings: RunSettings) -> str | None:
 
 
 def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: str, measure: str) -> dict[str, float]:
-    scores: dict[str, float] = {}
+    # A patient may have cases at several test sites.
+    of_cases: dict[str, tuple[str, float]] = {}
     for folder in folders:
-        of_cases = {
+        found = {
             row["case"]: (unicodedata.normalize("NFC", patient_of(row)), row[measure])
             for _, evaluation in recorded_evaluations(folder, records[folder])
             for row in evaluation["patients"]
             if row["split"] == split and measure in row
         }
-        if not of_cases:
+        if not found:
             raise RunError(f"{folder}: has no {split} scores; run cspine-train evaluate {folder} --split {split}")
-        patients, figures = zip(*of_cases.values(), strict=True)
-        scores |= of_patients(figures, patients)
-    return scores
+        of_cases |= found
+    patients, figures = zip(*of_cases.values(), strict=True)
+    return of_patients(figures, patients)
 
 
 def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float], measure: Measure) -> Compared:

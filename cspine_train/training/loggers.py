@@ -94,7 +94,9 @@ class RunMLflow(RunLogger, MLFlowLogger):
         )
         if run_id is None:
             write_text(known, str(self.run_id))
-            self.log_hyperparams(record.settings.model_dump())
+            # A server may be anybody's: it gets no names of cases.
+            logged = record.settings.model_dump(exclude={"split", "case_weights"})
+            self.log_hyperparams(logged | {"split_name": record.settings.split_name})
         else:
             self._resume(run_id, known)
 
