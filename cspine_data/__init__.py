@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from cspine_data.preparation.options import PrepareOptions, parse_axes
     from cspine_data.preparation.pipeline import prepare
-    from cspine_data.preparation.relabelling import Relabelled, relabel
+    from cspine_data.preparation.relabelling import RelabelSummary, relabel
     from cspine_data.preparation.repair import RepairSummary, repair
     from cspine_data.preparation.source_digests import Digested, digest_source
     from cspine_data.preparation.summary import PrepareSummary
@@ -75,7 +75,7 @@ _HOME = {
     "store.garbage": ("Garbage", "collect_garbage"),
     "volumes.geometry": ("Geometry", "Orientation"),
     "volumes.image_checks": ("usable_image",),
-    "preparation.relabelling": ("Relabelled", "relabel"),
+    "preparation.relabelling": ("RelabelSummary", "relabel"),
     "preparation.repair": ("RepairSummary", "repair"),
     "sources.listing": ("find_cases", "find_volumes", "volumes_in"),
     "sources.layout": ("Found", "Layout"),
@@ -127,7 +127,7 @@ __all__ = [
     "Preprocessing",
     "Problem",
     "RecordedPreprocessing",
-    "Relabelled",
+    "RelabelSummary",
     "RepairSummary",
     "SegmentationSource",
     "SliceDataset",

@@ -77,6 +77,8 @@ def scan(
 
     if report and quick:
         raise InputError("--report and --quick", "exclude each other", "a report needs the voxels: leave out --quick")
+    if workers is not None and report is None:
+        raise InputError("--workers", "is for --report", "give --report FILE.html too, or leave it out")
     labels = checked(LabelOptions, "", {name: options.pop(name) for name in LabelOptions.model_fields})
     listing = find_cases(source, **options)
     for note in listing.notes:

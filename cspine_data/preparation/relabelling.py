@@ -26,7 +26,7 @@ PAIRS_NAME = "pairs.csv"
 
 
 @dataclass(frozen=True)
-class Relabelled:
+class RelabelSummary:
     """The result of `relabel`.
 
     Attributes
@@ -53,7 +53,7 @@ def relabel(
     scheme: str | None = None,
     to_scheme: str = "verse",
     progress: Progress | None = None,
-) -> Relabelled:
+) -> RelabelSummary:
     """Write label maps whose values are levels, as named segments; the volumes stay where they are.
 
     Instances are ordered from head to feet and named from the lowest or the highest one, whose level is in the list of
@@ -108,7 +108,7 @@ def relabel(
         if progress:
             progress(number, len(listing.cases), case.id)
     write_pairs(output / PAIRS_NAME, written)
-    return Relabelled(output / PAIRS_NAME, levels, tuple(problems))
+    return RelabelSummary(output / PAIRS_NAME, levels, tuple(problems))
 
 
 def _file_name(case: Case, scheme: str) -> str:
