@@ -33,6 +33,7 @@ from cspine_data.report.case_summary import CaseSummary, examine_source_case
 from cspine_data.report.dataset import report_source
 from cspine_data.report.findings import Finding, find_outliers
 from cspine_data.report.label_fit import label_fit, similarity
+from cspine_data.store.identities import Identity
 from cspine_data.store.records import read_log_bias_xyz, read_volume_xyz
 from cspine_data.volumes.label_options import DEFAULT_LABELS
 from tests.browser import CHROMIUM, browser
@@ -294,7 +295,14 @@ def test_commands_on_the_page_select_the_same_cases_and_are_quoted(
         write_volume(raw / f"{name}-label.nrrd", replace(label, array=np.roll(label.array, 4, 1)))
     run_data("scan", raw, "--layout", "flat", "--exclude", "x*", "--report", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert f"cspine-data prepare &#39;{raw}&#39; --layout flat --exclude &#39;x*&#39; --exclude P00" in text
+    assert "<code>--exclude P00</code>" in text
+    # Two of one patient need a list of the same cases.
+    write_volume(
+        raw / "P02.nrrd", replace(read_volume(cohort / "P00.nrrd"), array=read_volume(cohort / "P00.nrrd").array + 1)
+    )
+    run_data("scan", raw, "--layout", "flat", "--exclude", "x*", "--report", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert f"cspine-data scan &#39;{raw}&#39; --layout flat --exclude &#39;x*&#39; --write-pairs pairs.csv" in text
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +368,17 @@ def test_few_cases_are_not_compared_with_each_other(few: int, cohort: Path) -> N
     some = summaries(cohort)[:few]
     some[0] = replace(some[0], intensity=1e6)
     assert find_outliers(some) == ()
+
+
+def test_cases_are_compared_within_their_sequence(cohort: Path) -> None:
+    some = summaries(cohort)
+    some[3] = replace(some[3], intensity=2e6)
+    assert find_outliers(some)
+    halves = [
+        replace(one, identity=Identity(patient=one.case, sequence="T1" if n % 2 else "T2"))
+        for n, one in enumerate(some)
+    ]
+    assert find_outliers(halves) == ()
 
 
 def test_an_outlier_names_its_value_and_the_median(cohort: Path) -> None:

@@ -20,6 +20,7 @@ from cspine_data import InputError, find_cases, open_cohort, prepare, read_volum
 from cspine_data.sources.file_names import patient_and_sequence
 from cspine_data.sources.pair_lists import write_pairs
 from cspine_data.volumes.io import content_digest
+from cspine_train.prediction.files import find_targets
 from cspine_train.run.evaluations import figures_of_patients, number_of_patients
 from tests.conftest import write_case
 from tests.test_dicom import volume_of, write_series
@@ -207,6 +208,19 @@ def test_cases_are_selected_by_pattern_and_sequence(tmp_path: Path) -> None:
         find_cases(folder, include=["none*"])
     with pytest.raises(InputError, match="'xnat'.*bids"):
         find_cases(folder, layout="xnat")
+
+
+def test_what_is_left_out_is_named(tmp_path: Path) -> None:
+    tree(tmp_path / "a", "P1/T1.nii.gz", "P1/T2.nii.gz", "P1/odd.nii.gz")
+    found = find_cases(tmp_path / "a", sequence="t2")
+    assert [case.id for case in found.cases] == ["P1_T2"]
+    assert any("odd.nii.gz" in note for note in found.notes)
+    write_series(tmp_path / "b" / "exam", volume_of(np.random.default_rng(0), (9, 8, 7)))
+    write_case(tmp_path / "b", "P1", label=False)
+    assert any("--layout dicom" in note for note in find_cases(tmp_path / "b").notes)
+    (tmp_path / "list.csv").write_text("case,volume,label")
+    with pytest.raises(InputError, match="--pairs"):
+        find_cases(tmp_path / "list.csv")
 
 
 def test_patients_by_a_pattern(tmp_path: Path) -> None:
@@ -425,6 +439,9 @@ def test_several_dicom_volumes_of_a_folder_are_prepared(tmp_path: Path) -> None:
     summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, axes="2")
     assert (summary.done, summary.failed) == (("P1-1", "P1-2"), ())
     assert open_cohort(tmp_path / "s.zarr").patients == {"P1-1": "P1", "P1-2": "P1"}
+    targets, problems = find_targets([tmp_path / "raw" / "P1"])
+    assert problems == ()
+    assert [(one.volume.name, one.place) for one in targets] == [("P1#1", Path()), ("P1#2", Path())]
     assert prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, axes="2").reused == ("P1-1", "P1-2")
 
 

@@ -218,6 +218,7 @@ def relabel(
     for problem in found.problems:
         click.echo(f"problem: {problem.message}", err=True)
     written = f"{count(len(found.levels), 'label map')} written, {count(len(found.problems), 'problem')}"
-    click.echo(f"{written}; prepare them with: cspine-data prepare --pairs {shlex.quote(str(found.pairs))}")
+    prepare_them = f"; prepare them with: cspine-data prepare --pairs {shlex.quote(str(found.pairs))}"
+    click.echo(f"{written}{prepare_them if found.levels else ''}")
     if found.problems:
         raise SystemExit(1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ _TO_DEVIATION = 1.4826
 # 1.2 or more; those of other patients fit by 1.4 at most.
 _POOR_FIT, _MOST_GAIN, _GOOD_FIT = 2.0, 1.0, 3.0
 # In cohorts of 14, 12 and 60, each case is more like the others than its mirror images along y and z, by 0.07 or more.
-_FLIP_MARGIN, _LEAST_SIMILARITY = 0.05, 0.3
+_FLIP_MARGIN, _LEAST_SIMILARITY = 0.05, 0.4
 # Strengths of findings that have none of their own: clear evidence comes before weak outliers.
 _ONE_PATIENT, _DOUBT = 3.0, 2.0
 _DIRECTIONS = ("left-right", "anterior-posterior", "inferior-superior")
@@ -114,20 +115,34 @@ def _of_label(value: Callable[[LabelSummary], float]) -> Callable[[CaseSummary],
 def find_outliers(cases: Sequence[CaseSummary]) -> tuple[Finding, ...]:
     """Return the findings in a cohort, the strongest first.
 
-    Each label map is compared with its image. In cohorts of eight or more, each case is compared with the others too.
+    Each label map is compared with its image. Each case is compared with the others of its sequence, if they are eight
+    or more.
     """
     found = [*_two_of_one_patient(cases), *_poor_fits(cases), *_doubts(cases), *_outlying(cases), *_flipped(cases)]
     return tuple(sorted(found, key=lambda finding: (-finding.strength, finding.case)))
 
 
-def _outlying(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
-    for measure in measures():
-        having, values = measure.values(cases)
-        for case, value, distance in zip(having, values, measure.distances(values), strict=True):
+def outliers_of(measure: Measure, cases: Sequence[CaseSummary]) -> Iterator[tuple[CaseSummary, float, Finding]]:
+    """Iterate over the outliers of a measure, with value and finding; cases are compared within their sequence."""
+    for group in _by_sequence(cases):
+        having, values = measure.values(group)
+        for case, value, distance in zip(having, values.tolist(), measure.distances(values).tolist(), strict=True):
             if abs(distance) > 1:
                 median = measure.text(float(np.median(values)))
                 problem = f"{measure.title} is {measure.text(value)}; the cohort's median is {median}"
-                yield Finding(case.case, problem, abs(float(distance)), measure.kind)
+                yield case, value, Finding(case.case, problem, abs(distance), measure.kind)
+
+
+def _by_sequence(cases: Sequence[CaseSummary]) -> Iterable[list[CaseSummary]]:
+    groups: dict[str | None, list[CaseSummary]] = defaultdict(list)
+    for case in cases:
+        groups[case.identity.sequence].append(case)
+    return groups.values()
+
+
+def _outlying(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
+    for measure in measures():
+        yield from (finding for _, _, finding in outliers_of(measure, cases))
 
 
 def _fits(fit: LabelFit) -> bool:
@@ -157,6 +172,11 @@ def _fit_problem(fit: LabelFit) -> str:
 
 def _flipped(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
     """Compare the surroundings of each fitting label map with the mean of the others, as they are and flipped."""
+    for group in _by_sequence(cases):
+        yield from _flipped_in_group(group)
+
+
+def _flipped_in_group(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
     known = [(case, case.label.surroundings) for case in cases if case.label and _fits(case.label.fit)]
     if len(known) < FEWEST_CASES:
         return

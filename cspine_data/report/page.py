@@ -17,7 +17,7 @@ from cspine_data.errors import InputError, Problem, count
 from cspine_data.files import atomic_write
 from cspine_data.pages.page import render_page
 from cspine_data.report.case_summary import CaseSummary, Histogram
-from cspine_data.report.findings import Finding, Measure, find_outliers, measures
+from cspine_data.report.findings import Finding, Measure, find_outliers, measures, outliers_of
 
 _BARS = 30
 _MOST_PROBLEMS = 4
@@ -95,16 +95,15 @@ def _suspect(case: str, findings: Sequence[Finding], anchors: Mapping[str, str],
 
 
 def _remedies(kind: str, case: str, about: About) -> list[dict[str, str]]:
+    if about.stored:
+        command = f"cspine-data remove {about.command} {shlex.quote(case)}"
+        leave_out = {"text": "To remove it:", "command": command}
+    else:
+        # An option, since all cases that are left out belong into one command.
+        option = f"--exclude {shlex.quote(glob.escape(case))}"
+        leave_out = {"text": "To leave it out, add to cspine-data prepare:", "command": option}
     if kind == "file":
-        return []
-    leave_out = (
-        {"text": "To remove it:", "command": f"cspine-data remove {about.command} {shlex.quote(case)}"}
-        if about.stored
-        else {
-            "text": "To leave it out:",
-            "command": f"cspine-data prepare {about.command} --exclude {shlex.quote(glob.escape(case))}",
-        }
-    )
+        return [] if about.stored else [leave_out]
     if kind == "patient":
         command = f"cspine-data scan {'SOURCE' if about.stored else about.command} --write-pairs pairs.csv"
         text = (
@@ -112,13 +111,11 @@ def _remedies(kind: str, case: str, about: About) -> list[dict[str, str]]:
         )
         return [{"text": text, "command": command}, leave_out]
     if kind == "field":
-        text = "If the bias field is wrong: prepare all cases with --no-n4, or this one with another preset:"
-        command = f"cspine-data prepare SOURCE --store {about.command} --include {shlex.quote(glob.escape(case))}"
-        return [{"text": text, "command": f"{command} --n4-preset thorough"}, leave_out]
-    return [
-        {"text": "Compare it with the original images in a viewer, and correct the file.", "command": ""},
-        leave_out,
-    ]
+        # Models cannot be trained on cases that were corrected in different ways.
+        text = "If the bias field is wrong: prepare all cases with another --n4-preset, or with --no-n4."
+        return [{"text": text, "command": ""}, leave_out]
+    text = "Compare it with the original images in a viewer, and correct the file."
+    return [{"text": text, "command": ""}, leave_out]
 
 
 def _patients(cases: Sequence[CaseSummary], part_of: Mapping[str, str]) -> dict[str, Any]:
@@ -189,8 +186,7 @@ def _plot(measure: Measure, cases: Sequence[CaseSummary], anchors: Mapping[str, 
             "x": f"{10 + 300 * (value - low) / max(high - low, 1e-9):.1f}",
             "caption": f"{case.case}: {measure.text(value)}",
         }
-        for case, value, distance in zip(having, values, measure.distances(values), strict=True)
-        if abs(distance) > 1
+        for case, value, _ in outliers_of(measure, cases)
     ]
     return {
         "title": measure.title,

@@ -15,6 +15,8 @@ from cspine_data.volumes.formats.dicom_frames import is_dicom
 
 # Files of a folder that are looked at before it is taken for one without DICOM.
 _FIRST_FILES = 5
+# Opening thousands of these takes seconds.
+_OTHERS = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".json")
 
 
 def _recognise(folder: Path) -> str | None:
@@ -23,7 +25,11 @@ def _recognise(folder: Path) -> str | None:
 
 
 def _holds_dicom(folder: Path) -> bool:
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    files = (
+        path
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and not path.name.lower().endswith(_OTHERS) and path.is_file()
+    )
     return any(map(is_dicom, islice(files, _FIRST_FILES)))
 
 

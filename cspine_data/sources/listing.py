@@ -19,6 +19,7 @@ from cspine_data.sources.layout import Found, Layout, Wanted
 from cspine_data.sources.pair_lists import read_pairs
 
 AUTO = "auto"
+_DICOM = "dicom"
 _MOST_NAMED = 3
 
 
@@ -71,7 +72,9 @@ def find_cases(
         source = home = Path(source)
         found = _find(source, layout, lambda path: not _matches(exclude, home, path))
     cases = found.cases
+    notes = list(found.notes)
     if sequence is not None:
+        notes += _without_sequence(cases)
         cases = _of_sequence(source, [*found.cases, *found.others], sequence)
     cases = [case for case in cases if not _matches(exclude, home, case.volume, case.id)]
     if include:
@@ -81,7 +84,7 @@ def find_cases(
     if patient_pattern is not None:
         cases = [_with_patient(case, patient_pattern, home) for case in cases]
     usable = [case for case in cases if case.volume not in found.unclear]
-    notes = [*found.notes, *_patient_notes(usable), *name_notes({case.id: case.patient for case in usable})]
+    notes += [*_patient_notes(usable), *name_notes({case.id: case.patient for case in usable})]
     return _checked(source, usable, [*found.problems, *found.label_problems], notes)
 
 
@@ -99,7 +102,8 @@ def volumes_in(folder: str | Path) -> list[Path]:
 
 def _find(folder: Path, name: str, wanted: Wanted) -> Found:
     if not folder.is_dir():
-        raise InputError(folder, "is no folder", "give the folder that holds the volumes")
+        is_list = folder.suffix.lower() == ".csv" and folder.is_file()
+        raise InputError(folder, "is no folder", "give it as --pairs" if is_list else "give the folder of the volumes")
     if name != AUTO:
         layout: Layout = LAYOUTS.load(name)
         return layout.find(folder, wanted)
@@ -109,6 +113,8 @@ def _find(folder: Path, name: str, wanted: Wanted) -> Found:
         if reason is not None:
             found = layout.find(folder, wanted)
             found.notes.insert(0, f"layout {one}: {reason}")
+            if one != _DICOM and (missed := LAYOUTS.load(_DICOM).recognise(folder)):
+                found.notes.insert(1, f"{missed}, which are left out; --layout {_DICOM} reads them")
             return found
     return FLAT.find(folder, wanted)
 
@@ -143,6 +149,13 @@ def _of_sequence(source: Path, cases: list[Case], sequence: str) -> list[Case]:
         known = sorted({case.sequence for case in cases if case.sequence}) or ["none"]
         raise InputError(source, f"holds no volume of sequence {sequence!r}", f"known are {', '.join(known)}")
     return of_sequence
+
+
+def _without_sequence(cases: Iterable[Case]) -> list[str]:
+    """Return a note on the volumes that `_of_sequence` leaves out because their sequence is not known."""
+    names = [str(case.volume) for case in cases if case.sequence is None]
+    named = ", ".join(names[:_MOST_NAMED]) + ", ..." * (len(names) > _MOST_NAMED)
+    return [f"{count(len(names), 'volume')} of unknown sequence left out: {named}"] if names else []
 
 
 def _checked(source: Path, cases: Iterable[Case], found: Iterable[Problem], notes: Iterable[str]) -> Listing:

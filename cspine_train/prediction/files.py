@@ -100,7 +100,8 @@ def find_targets(sources: Sequence[Path]) -> tuple[list[Target], tuple[str, ...]
         listing = volumes_of(source)
         problems += [problem.message for problem in listing.problems]
         for case in listing.cases:
-            inside = case.volume != source
+            # One of several DICOM volumes that the folder itself holds is beside it: exam#2.
+            inside = case.volume != source and case.volume.is_relative_to(source)
             place = case.volume.relative_to(source).parent if inside else Path()
             found.append(Target(case.volume, place, case.label))
     return found, tuple(problems)

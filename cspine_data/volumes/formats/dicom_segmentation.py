@@ -149,6 +149,7 @@ def write(path: Path, label: Volume, source: SegmentationSource, segments: Mappi
                 device_serial_number="0",
                 content_label="SEGMENTATION",
                 series_description="Segmentation",
+                omit_empty_frames=bool(numbers.any()),
                 specific_character_set="ISO_IR 192",
             )
             _refer_to_frames(written, source.frames)
