@@ -105,6 +105,18 @@ def test_a_patient_of_two_sites_has_the_mean_over_all_its_cases(tmp_path: Path) 
     assert scores == {"P": pytest.approx(0.7), "Q": pytest.approx(0.5)}
 
 
+def test_folds_of_two_split_files_are_not_one_model(tmp_path: Path) -> None:
+    runs = [
+        evaluated(
+            tmp_path / str(fold), dict.fromkeys(tested, 0.9),
+            split={"train": ["P9"], "test": tested, "fold": fold, "folds": 2},
+        )
+        for fold, tested in enumerate((["P0", "P1"], ["P1", "P2"]))
+    ]  # fmt: skip
+    with pytest.raises(RunError, match="tests P1, as another fold does"):
+        compare([*runs, evaluated(tmp_path / "other", PATIENTS)])
+
+
 def test_the_folds_of_a_model_are_one(tmp_path: Path) -> None:
     cases = list(PATIENTS)
     one = [
@@ -182,8 +194,8 @@ def test_folds_are_called_what_their_folders_have_in_common(tmp_path: Path) -> N
     assert (first, third) == ("unet-resnet18-axis0-n4-seed0 (3 folds)",) * 2
     assert second.startswith("unet-resnet18-axis0-n4-seed0-")
     assert second != first
-    elsewhere = [evaluated(tmp_path / f"{fold}x", {"Q": 0.9}, folds=3, fold=fold) for fold in range(2)]
-    other = evaluated(tmp_path / "y", {"Q": 0.9})
+    elsewhere = [evaluated(tmp_path / f"{fold}x", {f"Q{fold}": 0.9}, folds=3, fold=fold) for fold in range(2)]
+    other = evaluated(tmp_path / "y", {"Q0": 0.9, "Q1": 0.9})
     assert compare([*elsewhere, other]).models[0].name == "0x (2 folds)"
 
 

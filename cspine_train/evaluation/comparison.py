@@ -155,6 +155,9 @@ def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: s
         }
         if not found:
             raise RunError(f"{folder}: has no {split} scores; run cspine-train evaluate {folder} --split {split}")
+        if split == "test" and (twice := found.keys() & of_cases.keys()):
+            problem = f"tests {min(twice)}, as another fold does"
+            raise RunError(f"{folder}: {problem}; compare folds of one --split file only")
         of_cases |= found
     patients, figures = zip(*of_cases.values(), strict=True)
     return of_patients(figures, patients)
