@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from cspine_data import Cohort, InputError, NotInStoreError, Volume, open_cohort
 from cspine_data.cli.commands import main
 from cspine_data.datasets.export import export_cohort
 from cspine_data.datasets.export_layouts import EXPORT_LAYOUTS, label_table
+from cspine_data.files import exclusive_lock
 from cspine_data.store.identities import Identity
 from tests.conftest import ball, do_serially
 
@@ -265,3 +267,19 @@ def test_a_store_without_label_maps_is_exported_as_bids_only(tmp_path: Path) -> 
     assert not (tmp_path / "out" / "derivatives").exists()
     with pytest.raises(InputError, match="layout 'dicom': is not known"):
         export_cohort(cohort, tmp_path / "new", "dicom")
+
+
+def test_what_a_killed_export_left_is_removed_and_a_running_one_is_waited_for(cohort: Cohort, tmp_path: Path) -> None:
+    left = tmp_path / ".unfinished-out"
+    (left / "imagesTr").mkdir(parents=True)
+    (left / "imagesTr" / "half.nii.gz").touch()
+    lock = exclusive_lock(left / ".lock")
+    with lock, ThreadPoolExecutor(1) as other, pytest.raises(InputError, match="another export"):
+        other.submit(export_cohort, cohort, tmp_path / "out", "nnunet").result()
+    export_cohort(cohort, tmp_path / "out", "nnunet")
+    assert not left.exists()
+    assert not (tmp_path / "out" / ".lock").exists()
+    assert not list((tmp_path / "out").rglob("half*"))
+    (tmp_path / ".unfinished-other").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="link"):
+        export_cohort(cohort, tmp_path / "other", "nnunet")

@@ -79,12 +79,14 @@ def test_gaps_duplicates_and_fragments_are_ambiguous(
 
 def test_values_are_unordered_only_where_one_is_clearly_above_and_below() -> None:
     grid = geometry(SIZE, (2.0, 1.5, 2.0))
-    orders = ([1, 2, 3], [2, 1, 3], [1, 3, 4])
-    first, second, third = (label_centroids_mm(spine(order), grid) for order in orders)
-    assert unordered_labels([first, third]) is None
-    assert unordered_labels([first, third, second]) == (1, 2)
+    orders = ([1, 2, 3, 4], [3, 2, 1, 4], [1, 3, 4], [2, 1, 3, 4])
+    first, second, third, fourth = (label_centroids_mm(spine(order), grid) for order in orders)
+    assert unordered_labels([first, third]) == ()
+    assert unordered_labels([first, third, second]) == (1, 2, 3)
+    # One structure that may be anywhere, such as a lesion.
+    assert unordered_labels([first, fourth]) == ()
     # Bodies and discs, both along the whole spine.
-    assert unordered_labels([{1: (0, 0, 50), 2: (0, 0, 52)}, {1: (0, 0, 50), 2: (0, 0, 47)}]) is None
+    assert unordered_labels([{1: (0, 0, 50), 2: (0, 0, 52)}, {1: (0, 0, 50), 2: (0, 0, 47)}]) == ()
     assert label_centroids_mm(np.zeros(SIZE, np.uint8), grid) == {}
 
 
@@ -147,7 +149,7 @@ def test_a_cohort_of_instances_becomes_levels_and_trains_as_such(
         store = tmp_path / f"{name}.zarr"
         assert prepare(source, store, n4=False, axes="0", **options).done
         unordered = unordered_labels(record.label_centroids_mm for record in open_cohort(store).records())
-        assert (unordered is not None) == (name == "instances")
+        assert bool(unordered) == (name == "instances")
     refused = run_train("run", "--store", tmp_path / "instances.zarr", "--variant", "raw", "--labels", "stored")
     assert refused.exit_code == 1
     assert "cspine-data relabel" in refused.output

@@ -104,7 +104,7 @@ def scan(
         click.echo(f"note: {note}")
     unordered = unordered_labels(case.centroids_mm for case in cases)
     if unordered:
-        first, second = unordered
+        first, second, _ = unordered
         click.echo(
             f"note: label {first} is above label {second} in some cases and below it in others: label values are "
             "instances, not levels; cspine-data relabel orders and names them"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from cspine_data.datasets.export_layouts import (
     label_table,
 )
 from cspine_data.errors import InputError, NotInStoreError, Problem, describe_problem
-from cspine_data.files import make_folder, sync_folder, write_file
+from cspine_data.files import exclusive_lock, make_folder, sync_folder, write_file
 from cspine_data.parallel.workers import usable_cores
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import NOTE_FILE, Case
@@ -31,6 +30,7 @@ from cspine_data.volumes.io import write_volume
 
 _FOLDS = 5
 _FEWEST_FOLDS = 3
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -152,18 +152,31 @@ def _within(folder: Path, case: Case) -> Case:
 
 @contextmanager
 def _atomic_folder(output: Path) -> Iterator[Path]:
-    """Yield a hidden folder that is renamed to the new one when the block ends, or removed if the block raises."""
+    """Yield a hidden folder that is renamed to the new one when the block ends, or removed if the block raises.
+
+    What a killed export left in it is removed first.
+    """
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise InputError(output, "exists already", "remove it or choose another -o")
-    make_folder(output.parent)
-    unfinished = output.parent / f".unfinished-{uuid.uuid4().hex}"
-    unfinished.mkdir()
+    unfinished = output.parent / f".unfinished-{output.name}"
+    if unfinished.is_symlink():
+        raise InputError(unfinished, "is a link", "remove it")
+    make_folder(unfinished)
+    lock = unfinished / _LOCK
     try:
-        yield unfinished
-        unfinished.replace(output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        held = exclusive_lock(lock)
+    except TimeoutError:
+        raise InputError(output, "is being written by another export", "wait for it") from None
+    with held:
+        for left in [path for path in unfinished.iterdir() if path != lock]:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        try:
+            yield unfinished
+            lock.unlink()
+            unfinished.replace(output)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
     sync_folder(output.parent)
 
 

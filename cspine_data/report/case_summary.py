@@ -139,9 +139,10 @@ def examine_source_case(case: Case, options: LabelOptions) -> Examined:
     spacing_mm = orientation.geometry_xyz(loaded.image.geometry).spacing_mm
     tissue = TissueStatistics.of(image_xyz, image_xyz > tissue_threshold(image_xyz, spacing_mm))
     before, after = _histograms(image_xyz, normalisation_of(tissue, "zscore", None, loaded.image.name))
+    scanned = describe_case(loaded, options.ignore_label)
     summary = CaseSummary(
         identity=identity_of(case),
-        fingerprint=Fingerprint.of(case.id, case.patient, loaded.image),
+        fingerprint=scanned.fingerprint or Fingerprint.of(case.id, case.patient, loaded.image),
         orientation=loaded.image.geometry.orientation_code,
         intensity=tissue.at((50,))[0],
         before=before,
@@ -150,7 +151,7 @@ def examine_source_case(case: Case, options: LabelOptions) -> Examined:
         label=LabelSummary.of(image_xyz, label_xyz, spacing_mm, options.ignore_label),
         notes=loaded.notes,
     )
-    return Examined(describe_case(loaded, options.ignore_label), summary, voxels_digest(loaded.image))
+    return Examined(scanned, summary, voxels_digest(loaded.image))
 
 
 def summarise_stored_case(case: str, store: Path, variant: str) -> CaseSummary:

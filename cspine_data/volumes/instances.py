@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -104,11 +104,12 @@ def order_problems(instances: Sequence[Instance]) -> list[str]:
     return problems
 
 
-def unordered_labels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, int] | None:
-    """Return two label values that are in one order in some case and in the other in another; None if there are none.
+def unordered_labels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, ...]:
+    """Return three label values of which any two are in one order in some case, and in the other in another; or none.
 
     Levels have the same order in all cases, unordered instances do not. Structures along the whole spine, such as discs
-    with one value, have no order: their centroids are at about the same height.
+    with one value, have no order: their centroids are at about the same height. One structure that may be anywhere,
+    such as a lesion, changes its order with all others, but these keep theirs.
 
     Parameters
     ----------
@@ -119,10 +120,11 @@ def unordered_labels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, int] |
     for centroids in cases:
         for (one, (*_, height)), (other, (*_, lower)) in permutations(centroids.items(), 2):
             if height > lower + _APART_MM:
-                if (other, one) in above:
-                    return min(one, other), max(one, other)
                 above.add((one, other))
-    return None
+    swapped = {pair for pair in above if pair[::-1] in above}
+    values = sorted({value for pair in swapped for value in pair})
+    threes = combinations(values, 3)
+    return next((three for three in threes if all(pair in swapped for pair in combinations(three, 2))), ())
 
 
 def _is_path(centres: NDArray[np.float64]) -> bool:

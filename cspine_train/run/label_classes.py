@@ -90,7 +90,7 @@ def _check_order(cohort: Cohort, split: Split, settings: DataSettings) -> None:
     cases = _cases(split, settings)
     unordered = unordered_labels(cohort.record(case, settings.variant).label_centroids_mm for case in cases)
     if unordered:
-        first, second = unordered
+        first, second, _ = unordered
         raise RunError(
             f"{cohort.path}: label {first} is above label {second} in some cases and below it in others: label values "
             "are instances, not levels; convert them with cspine-data relabel, or train with --labels binary"
