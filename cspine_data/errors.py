@@ -97,6 +97,11 @@ class Problem:
         object.__setattr__(self, "message", printable(self.message))
 
 
+def header_number(number: int) -> str:
+    """Return a number that a header claims, for a message: a damaged header may have one of thousands of digits."""
+    return str(number) if abs(number) < 10**9 else "over a billion"
+
+
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -494,6 +494,20 @@ def fuzz(folder: Path, seconds: float) -> None:
     print(json.dumps({"tried": outcomes.total(), "grown_mebibytes": most, "outcomes": outcomes.most_common()}))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.nrrd", b"NRRD0004\ntype: short\ndimension: " + 900 * b"9" + b"\nsizes: 4 5 6\nencoding: raw\n\n"),
+        ("x.mha", b"ObjectType = Image\nNDims = " + 900 * b"9" + b"\nDimSize = 4 5 6\nElementDataFile = LOCAL\n"),
+    ],
+)
+def test_a_message_repeats_no_endless_number_of_a_header(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        read_volume(tmp_path / name)
+    assert 900 * "9" not in str(refused.value)
+
+
 @pytest.mark.timeout(0)
 def test_no_mutant_of_a_valid_file_breaks_a_reader(long_run: bool, tmp_path: Path) -> None:
     seconds = float(os.environ.get("CSPINE_FUZZ_SECONDS", "3600")) if long_run else 4.0
