@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+_LONG_NUMBER = re.compile(r"\d{30,}")
 # Unicode categories of control, format, surrogate, private and unassigned characters, and of line separators.
 _NOT_PRINTED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _REMEDIES = {
@@ -55,6 +57,8 @@ class InputError(CspineDataError, ValueError):
     """
 
     def __init__(self, subject: Path | str, problem: str, remedy: str) -> None:
+        # A damaged header may claim a number of thousands of digits.
+        problem = _LONG_NUMBER.sub(lambda number: f"{number[0][:6]}...", problem)
         super().__init__(printable(f"{subject}: {problem}; {remedy}"))
         self.subject = subject
         self.problem = problem
@@ -95,11 +99,6 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", printable(self.message))
-
-
-def header_number(number: int) -> str:
-    """Return a number that a header claims, for a message: a damaged header may have one of thousands of digits."""
-    return str(number) if abs(number) < 10**9 else "over a billion"
 
 
 def count(number: int, noun: str) -> str:

@@ -498,6 +498,10 @@ def fuzz(folder: Path, seconds: float) -> None:
     ("name", "content"),
     [
         ("x.nrrd", b"NRRD0004\ntype: short\ndimension: " + 900 * b"9" + b"\nsizes: 4 5 6\nencoding: raw\n\n"),
+        (
+            "x.nrrd",
+            b"NRRD0004\ntype: short\ndimension: 3\nsizes: 4 5 6\nencoding: raw\nbyteskip: " + 900 * b"9" + b"\n\n",
+        ),
         ("x.mha", b"ObjectType = Image\nNDims = " + 900 * b"9" + b"\nDimSize = 4 5 6\nElementDataFile = LOCAL\n"),
     ],
 )

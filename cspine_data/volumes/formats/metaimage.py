@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.errors import InputError, header_number
+from cspine_data.errors import InputError
 from cspine_data.volumes.bounded import Source, check_claim, check_read, grid, stored_bytes
 from cspine_data.volumes.geometry import Geometry
 from cspine_data.volumes.volume import Volume
@@ -137,9 +137,7 @@ def _read_header(path: Path) -> _Header:
     except (KeyError, ValueError):
         raise InputError(path, "has a damaged header", _EXPORT) from None
     if dimensions != 3 or channels != 1:
-        what = (
-            f"{header_number(dimensions)}-D" if dimensions != 3 else f"an image of {header_number(channels)} channels"
-        )
+        what = f"{dimensions}-D" if dimensions != 3 else f"an image of {channels} channels"
         raise InputError(path, f"is {what}", "give one 3-D volume with one channel a file")
     kind = fields.get("ElementType", "")
     if kind not in _DTYPES:

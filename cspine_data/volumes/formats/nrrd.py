@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data.errors import InputError, header_number
+from cspine_data.errors import InputError
 from cspine_data.names import on_disk
 from cspine_data.volumes.bounded import Source, check_claim, check_read, grid, stored_bytes
 from cspine_data.volumes.formats.nrrd_segments import check_layers, parse_segments, segment_key
@@ -139,7 +139,7 @@ def read_header(path: Path) -> NrrdHeader:
     if fields["dimension"] == len(fields["sizes"]) == 4 and kinds[:1] == ["list"] and fields["segments"]:
         layers, kinds = _without_list(path, fields), kinds[1:]
     elif fields["dimension"] != 3:
-        raise InputError(path, f"is {header_number(fields['dimension'])}-D", "give one 3-D volume a file")
+        raise InputError(path, f"is {fields['dimension']}-D", "give one 3-D volume a file")
     if any(kind not in _SPATIAL for kind in kinds):
         named = ", ".join(kind if kind in (*_SPATIAL, *_WORDS) else "unknown" for kind in kinds[:3])
         raise InputError(path, f"has axes of kind {named}", "give one 3-D volume of scalar voxels")
