@@ -70,7 +70,8 @@ class PrepareOptions(Selection, LabelOptions):
     preprocessing: Preprocessing | None = None
     """Preprocessing parameters instead of the defaults; `n4` must agree with them."""
     axes: Annotated[tuple[int, ...], BeforeValidator(parse_axes)] = (0, 1, 2)
-    """Slice directions: 0 sagittal, 1 coronal, 2 axial. Stored axes of a case are kept."""
+    """Slice directions: 0 sagittal, 1 coronal, 2 axial. A stored case keeps its axes. If axes are added, runs
+    trained on it must be trained again."""
     workers: int | None = None
     """Number of worker processes; default: one per core."""
     scheduler: str | None = None
