@@ -429,7 +429,7 @@ def test_a_metaimage_header_names_no_file_elsewhere(name: str, tmp_path: Path) -
         read_volume(home / "x.mhd")
 
 
-def test_several_dicom_volumes_of_a_folder_are_prepared(tmp_path: Path) -> None:
+def test_several_dicom_volumes_of_a_folder_are_prepared(tmp_path: Path, run_data: Callable[..., Result]) -> None:
     rng = np.random.default_rng(0)
     for number in (1, 2):
         tags = {"SeriesInstanceUID": f"1.2.{number}", "SeriesNumber": number}
@@ -439,6 +439,9 @@ def test_several_dicom_volumes_of_a_folder_are_prepared(tmp_path: Path) -> None:
     summary = prepare(tmp_path / "raw", tmp_path / "s.zarr", n4=False, axes="2")
     assert (summary.done, summary.failed) == (("P1-1", "P1-2"), ())
     assert open_cohort(tmp_path / "s.zarr").patients == {"P1-1": "P1", "P1-2": "P1"}
+    heading, first, *_ = run_data("info", tmp_path / "s.zarr").output.splitlines()
+    assert heading.split()[-1] == "patient"
+    assert first.split()[-1] == "P1"
     targets, problems = find_targets([tmp_path / "raw" / "P1"])
     assert problems == ()
     assert [(one.volume.name, one.place) for one in targets] == [("P1#1", Path()), ("P1#2", Path())]

@@ -32,7 +32,8 @@ def info(store: Path) -> None:
     from cspine_data.errors import count, printable
 
     cohort = open_cohort(store)
-    rows, descriptions, chosen = [], [], []
+    rows: list[list[str]] = []
+    descriptions, chosen = [], []
     for variant in cohort.variants:
         part_of = cohort.split(variant=variant).part_of
         for record in cohort.records(variant):
@@ -40,14 +41,21 @@ def info(store: Path) -> None:
             chosen += [record.chosen_labels] if record.chosen_labels else []
             deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
             rows.append(
-                (
+                [
                     record.case, variant, " x ".join(map(str, record.size_xyz)),
                     " x ".join(f"{mm:.3g}" for mm in record.spacing_xyz_mm),
                     "".join(map(str, record.axes)), _labels(record),
                     part_of.get(record.case, "-"), deviation,
-                )
+                ]
             )  # fmt: skip
-    print_table(("case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"), rows)
+    names = ["case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"]
+    # Most stores have no patients with several cases, sites or sequences.
+    for name in ("patient", "site", "sequence"):
+        of_case = {case: getattr(cohort.identity(case), name) for case in cohort.cases}
+        if any(value not in (None, case) for case, value in of_case.items()):
+            names.append(name)
+            rows = [[*row, of_case[row[0]] or "-"] for row in rows]
+    print_table(names, rows)
     for (variant, description), number in Counter(descriptions).items():
         click.echo(f"{variant}: {number} cases prepared with {description}")
     for values, number in Counter(chosen).items():
