@@ -248,8 +248,10 @@ def test_a_tree_of_dicom_series_with_label_maps(tmp_path: Path) -> None:
         ("P1_exam-1", "P1", "t1", None), ("P1_exam-2", "P1", "t2", None), ("P2", "P2", None, "P2-label.nii.gz"),
     ]  # fmt: skip
     assert [case.volume.name for case in listing.cases] == ["exam#1", "exam#2", "P2"]
-    (tmp_path / "P2-label.nii.gz").unlink()
-    assert find_cases(tmp_path).notes[0].startswith("layout dicom:")
+    (tmp_path / "P2-label.nii.gz").rename(tmp_path / "P1" / "exam-1-label.nii.gz")
+    found = find_cases(tmp_path)
+    assert found.notes[0].startswith("layout dicom:")
+    assert [case.label and case.label.name for case in found.cases] == ["exam-1-label.nii.gz", None, None]
 
 
 @pytest.mark.parametrize(

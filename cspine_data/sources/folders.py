@@ -11,6 +11,7 @@ from cspine_data.sources.cases import Case
 from cspine_data.sources.file_names import (
     is_plain_image_name,
     is_visible_volume,
+    label_maps,
     name_of,
     patient_and_sequence,
     without_label_ending,
@@ -37,7 +38,9 @@ def _recognise(folder: Path) -> str | None:
 
 
 def _holds_volumes(folder: Path) -> bool:
-    return any(map(is_visible_volume, folder.iterdir()))
+    files = [path for path in folder.iterdir() if is_visible_volume(path)]
+    # Label maps alone may lie beside DICOM slices.
+    return len(label_maps(files)) < len(files)
 
 
 def _find(folder: Path, wanted: Wanted) -> Found:
