@@ -16,7 +16,8 @@ class FieldCommand(click.Command):
     Parameters
     ----------
     fields : tuple of str
-        The fields of `PrepareOptions`; empty for all options of `prepare`.
+        The fields of `PrepareOptions`. ``selection`` stands for all fields of `Selection`, and ``labels`` for those of
+        `LabelOptions`. Empty for all options of `prepare`.
     """
 
     def __init__(self, callback: Callable[..., Any], fields: tuple[str, ...] = (), **attributes: Any) -> None:

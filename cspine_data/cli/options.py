@@ -48,10 +48,12 @@ def prepare_options(command: Command) -> Command:
 
 
 def field_options(*fields: str) -> Callable[[Command], Command]:
-    """Give a command the options of some fields of `PrepareOptions`."""
+    """Give a command the options of some fields of `PrepareOptions`, see `FieldCommand`."""
+    groups = {"selection": SELECTION, "labels": LABELS}
+    named = [name for field in fields for name in groups.get(field, (field,))]
 
     def decorate(command: Command) -> Command:
-        for field in reversed(fields):
+        for field in reversed(named):
             command = field_option(PrepareOptions, field)(command)
         return command
 

@@ -32,22 +32,7 @@ def phantom(folder: Path, cases: int, seed: int) -> None:
     )
 
 
-@click.command(
-    cls=FieldCommand,
-    fields=(
-        "layout",
-        "pairs",
-        "sequence",
-        "include",
-        "exclude",
-        "patient_pattern",
-        "label_values",
-        "ignore_label",
-        "trust_voxels",
-        "resample_labels",
-        "workers",
-    ),
-)
+@click.command(cls=FieldCommand, fields=("selection", "labels", "workers"))
 @SOURCE
 @click.option("--quick", is_flag=True, help="Read headers only: fast, and without the checks of voxels.")
 @click.option("--write-pairs", type=PATH, metavar="FILE.csv", help="Write a list of the cases, for --pairs.")
@@ -188,7 +173,7 @@ def prepare(
         raise SystemExit(1)
 
 
-@click.command(cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "patient_pattern"))
+@click.command(cls=FieldCommand, fields=("selection",))
 @SOURCE
 @click.option("-o", "--output", type=PATH, required=True, help="New folder for the label maps and pairs.csv.")
 @click.option("--lowest", metavar="LEVEL", help="Level of the lowest labelled vertebra in all cases, such as L5.")

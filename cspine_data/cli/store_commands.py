@@ -87,9 +87,7 @@ def report(store: Path, output: Path, variant: str | None, workers: int | None) 
         raise SystemExit(1)
 
 
-@click.command(
-    cls=FieldCommand, fields=("layout", "pairs", "sequence", "include", "exclude", "patient_pattern", "workers")
-)
+@click.command(cls=FieldCommand, fields=("selection", "workers"))
 @STORE
 @click.option("--repair", "source", type=PATH, help="Prepare damaged cases again from the volumes in this folder.")
 def verify(store: Path, source: Path | None, **options: Any) -> None:
