@@ -122,3 +122,10 @@ def describe_problem(case_id: str, error: BaseException) -> Problem:
     if isinstance(error, MemoryError):
         return Problem(case_id, f"{case_id}: memory ran out; use fewer --workers")
     return Problem(case_id, f"{case_id}: failed unexpectedly ({type(error).__name__}: {error}); please report this")
+
+
+def describe_lost(case_id: str, subject: object, reason: str | Exception) -> Problem:
+    """Return the problem of a task that no worker could finish: of a file or case, for a reason of `side_by_side`."""
+    if isinstance(reason, Exception):
+        return describe_problem(case_id, reason)
+    return Problem(case_id, f"{subject}: {reason}")

@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
-from cspine_data.errors import InputError
+from cspine_data.errors import InputError, Problem, describe_problem
 
 _THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS", "NUMEXPR_NUM_THREADS",
@@ -93,6 +93,17 @@ def side_by_side(
                     (task, lost(task, _DIED) if isinstance(outcome, KilledWorker) else outcome)
                     for task, outcome in finished
                 ]
+
+
+def run_in_worker(case_id: str, function: Callable[[], Result]) -> Result | Problem:
+    """Call a function on one thread and convert any exception to a one-line problem of a case."""
+    from numcodecs import blosc
+
+    blosc.use_threads = False
+    try:
+        return function()
+    except Exception as error:  # noqa: BLE001 - a failed case does not stop the others
+        return describe_problem(case_id, error)
 
 
 def _resource(client: Any, wanted: str | None) -> str | None:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from cspine_data.errors import Problem, describe_problem
-from cspine_data.parallel.workers import Result, Workers, side_by_side
+from cspine_data.errors import Problem, describe_lost
+from cspine_data.parallel.workers import Result, Workers, run_in_worker, side_by_side
 from cspine_data.preparation.case_writer import prepare_case
 from cspine_data.preparation.plan import Job, Stored, planned_anew
 from cspine_data.progress import Progress
@@ -86,25 +86,12 @@ def run_jobs(
     yield from side_by_side(do, ordered, _lost_job, workers, ticks=ticks)
 
 
-def run_in_worker(job: Job, function: Callable[[], Result]) -> Result | Problem:
-    """Call a function on one thread and convert any exception to a one-line problem."""
-    from numcodecs import blosc
-
-    blosc.use_threads = False
-    try:
-        return function()
-    except Exception as error:  # noqa: BLE001 - a failed case does not stop the others
-        return describe_problem(job.case.id, error)
-
-
 def _prepare_in_worker(job: Job, store: str) -> Stored | Problem:
-    return run_in_worker(job, lambda: prepare_case(job, Path(store)))
+    return run_in_worker(job.case.id, lambda: prepare_case(job, Path(store)))
 
 
 def _lost_job(job: Job, reason: str | Exception) -> Problem:
-    if isinstance(reason, Exception):
-        return describe_problem(job.case.id, reason)
-    return Problem(job.case.id, f"{job.case.volume}: {reason}")
+    return describe_lost(job.case.id, job.case.volume, reason)
 
 
 def _batches_by_time(

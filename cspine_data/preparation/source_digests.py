@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cspine_data.errors import InputError, Problem, describe_problem
+from cspine_data.errors import InputError, Problem, describe_lost, describe_problem
 from cspine_data.files import replace_file
 from cspine_data.parallel.workers import Workers, side_by_side, usable_cores
 from cspine_data.sources.cases import Case
@@ -186,7 +186,7 @@ def _hash(paths: Sequence[Path], workers: Workers) -> Iterator[tuple[Path, Diges
     if workers.scheduler is not None:
 
         def lost(path: Path, reason: str | Exception) -> Problem:
-            return describe_problem("", reason) if isinstance(reason, Exception) else Problem("", f"{path}: {reason}")
+            return describe_lost("", path, reason)
 
         for finished in side_by_side(digest_file, paths, lost, workers):
             yield from finished

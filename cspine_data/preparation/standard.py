@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cspine_data.errors import Problem
-from cspine_data.parallel.workers import Workers
+from cspine_data.parallel.workers import Workers, run_in_worker
 from cspine_data.preparation.case_writer import stored_volume
-from cspine_data.preparation.jobs import run_in_worker, run_jobs
+from cspine_data.preparation.jobs import run_jobs
 from cspine_data.preparation.plan import Job
 from cspine_data.preprocessing.normalisation import standard_landmarks
 from cspine_data.preprocessing.steps import correct_volume
@@ -54,4 +54,4 @@ def _landmarks(job: Job, store: str) -> tuple[float, ...] | Problem:
         corrected = stored_volume(job, Path(store))
         return (corrected or correct_volume(read_volume(job.case.volume), job.preprocessing.bias)).tissue.landmarks
 
-    return run_in_worker(job, find)
+    return run_in_worker(job.case.id, find)

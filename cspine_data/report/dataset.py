@@ -11,8 +11,8 @@ from typing import Any
 
 from cspine_data.datasets.cohort import Cohort, open_cohort
 from cspine_data.datasets.splits import by_patient, reference_split
-from cspine_data.errors import DamagedStoreError, Problem, count, describe_problem
-from cspine_data.parallel.workers import Workers, side_by_side
+from cspine_data.errors import DamagedStoreError, Problem, count, describe_lost
+from cspine_data.parallel.workers import Workers, run_in_worker, side_by_side
 from cspine_data.progress import Progress
 from cspine_data.report.case_summary import CaseSummary, Examined, examine_source_case, summarise_stored_case
 from cspine_data.report.page import About, check_page, write_page
@@ -195,16 +195,8 @@ def _side_by_side(
 
 
 def _guarded(work: Callable[[Any], Any], task: tuple[str, Any]) -> Any:
-    from numcodecs import blosc
-
-    blosc.use_threads = False
-    try:
-        return work(task[1])
-    except Exception as error:  # noqa: BLE001 - a case that fails does not stop the others
-        return describe_problem(task[0], error)
+    return run_in_worker(task[0], lambda: work(task[1]))
 
 
 def _lost(task: tuple[str, Any], reason: str | Exception) -> Problem:
-    if isinstance(reason, Exception):
-        return describe_problem(task[0], reason)
-    return Problem(task[0], f"{task[0]}: {reason}")
+    return describe_lost(task[0], task[0], reason)
