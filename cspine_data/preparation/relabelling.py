@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cspine_data.errors import CspineDataError, InputError, Problem, describe_problem
 from cspine_data.files import make_folder
@@ -15,10 +14,10 @@ from cspine_data.progress import Progress
 from cspine_data.sources.cases import Case, Listing, load_case
 from cspine_data.sources.pair_lists import write_pairs
 from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX
-from cspine_data.volumes.instances import find_instances, order_problems
+from cspine_data.volumes.instances import Instance, find_instances, order_problems
 from cspine_data.volumes.io import label_name, volume_stem, write_volume
 from cspine_data.volumes.levels import NAMES, SCHEMES, consecutive, level_value
-from cspine_data.volumes.segments import Segment
+from cspine_data.volumes.segments import Segment, relabelled
 from cspine_data.volumes.volume import Volume
 
 #: The list of volumes and new label maps, in the output folder.
@@ -98,7 +97,12 @@ def relabel(
             label = _label_of(case)
             if label is not None:
                 own = (case.lowest, case.highest) if case.lowest or case.highest else (lowest, highest)
-                values = _converted(label, scheme) if scheme else _named(label) or _ordered(label, *own)
+                # Once, as connected components take a second.
+                instances = find_instances(label)
+                if scheme:
+                    values = _converted(label, instances, scheme)
+                else:
+                    values = _named(label, instances) or _ordered(label, instances, *own)
                 target = output / case.id / _file_name(case, to_scheme)
                 _write(target, label, values, SCHEMES[to_scheme])
                 written.append(replace(case, label=target))
@@ -121,27 +125,26 @@ def _label_of(case: Case) -> Volume | None:
     return load_case(case).label if case.label else None
 
 
-def _converted(label: Volume, scheme: str) -> dict[int, int]:
+def _converted(label: Volume, instances: Sequence[Instance], scheme: str) -> dict[int, int]:
     """Return the level of each value of a scheme, from head to feet; other structures become background."""
     # Values of segments that name levels are VerSe's already, see `common_values`.
     named = {one.value: level for one in label.segments if (level := level_value(one.name))}
     known = named or {theirs: ours for ours, theirs in SCHEMES[scheme].items()}
-    values = {one.value: known[one.value] for one in find_instances(label) if one.value in known}
+    values = {one.value: known[one.value] for one in instances if one.value in known}
     if not values:
         raise InputError(label.name, f"has no label value of {scheme}", "give the right --scheme")
     return values
 
 
-def _named(label: Volume) -> dict[int, int]:
+def _named(label: Volume, instances: Sequence[Instance]) -> dict[int, int]:
     """Return the level of each value, from head to feet, if segments name all of them; else nothing."""
     levels = {one.value: level_value(one.name) for one in label.segments}
-    found = {one.value: levels.get(one.value) for one in find_instances(label)}
+    found = {one.value: levels.get(one.value) for one in instances}
     return {value: level for value, level in found.items() if level} if all(found.values()) else {}
 
 
-def _ordered(label: Volume, lowest: str | None, highest: str | None) -> dict[int, int]:
+def _ordered(label: Volume, instances: Sequence[Instance], lowest: str | None, highest: str | None) -> dict[int, int]:
     """Return the level of each instance, from head to feet."""
-    instances = find_instances(label)
     odd = order_problems(instances)
     if odd:
         raise InputError(label.name, f"is ambiguous: {'; '.join(odd)}", "correct it, or leave it out")
@@ -156,9 +159,6 @@ def _write(path: Path, label: Volume, values: Mapping[int, int], scheme: Mapping
     missing = [NAMES[level] for level in values.values() if level not in scheme]
     if missing:
         raise InputError(label.name, f"has {', '.join(missing)}, which --to-scheme lacks", "choose another --to-scheme")
-    table = {value: scheme[level] for value, level in values.items()}
-    array: NDArray[np.uint8] = np.zeros(label.array.shape, np.uint8)
-    for value, new in table.items():
-        array[label.array == value] = new
+    array = relabelled(label.array, {value: scheme[level] for value, level in values.items()}).astype(np.uint8)
     segments = tuple(Segment(NAMES[level], scheme[level]) for level in values.values())
     write_volume(path, Volume(array, label.geometry, segments=segments))
