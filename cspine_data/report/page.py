@@ -55,21 +55,22 @@ def write_page(path: Path, about: About, cases: Sequence[CaseSummary], problems:
     """Write the page, atomically, and return the number of cases to look at; an existing file is replaced."""
     findings = [Finding(problem.case, problem.message, np.inf, "file") for problem in problems]
     findings += find_outliers(cases)
-    of_case: dict[str, list[Finding]] = defaultdict(list)
+    # By case, the strongest first.
+    of_case: dict[str, list[Finding]] = {}
     for finding in findings:
-        of_case[finding.case].append(finding)
-    ordered = sorted(cases, key=lambda case: (-_strength(of_case[case.case]), case.case))
+        of_case.setdefault(finding.case, []).append(finding)
+    rank = {case: number for number, case in enumerate(of_case)}
+    ordered = sorted(cases, key=lambda case: (rank.get(case.case, len(rank)), case.case))
     anchors = {case.case: f"case-{number}" for number, case in enumerate(ordered, start=1)}
-    suspects = [case for case, found in of_case.items() if found]
     patients = len({case.identity.patient for case in cases})
     text = render_page(
         "cspine_data.report",
         "templates",
         "dataset.html.jinja",
         title=about.title,
-        answer=f"{count(len(cases), 'case')} of {count(patients, 'patient')}; {len(suspects)} to look at.",
+        answer=f"{count(len(cases), 'case')} of {count(patients, 'patient')}; {len(of_case)} to look at.",
         notes=about.notes,
-        suspects=[_suspect(case, of_case[case], anchors, about) for case in suspects],
+        suspects=[_suspect(case, found, anchors, about) for case, found in of_case.items()],
         patients=_patients(cases, about.part_of),
         plots=[plot for measure in measures() if (plot := _plot(measure, cases, anchors))],
         table=_table(ordered, about, anchors),
@@ -78,11 +79,7 @@ def write_page(path: Path, about: About, cases: Sequence[CaseSummary], problems:
     )
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return len(suspects)
-
-
-def _strength(findings: Sequence[Finding]) -> float:
-    return max((finding.strength for finding in findings), default=0.0)
+    return len(of_case)
 
 
 def _suspect(case: str, findings: Sequence[Finding], anchors: Mapping[str, str], about: About) -> dict[str, Any]:
