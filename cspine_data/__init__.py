@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from cspine_data.store.schema import CaseRecord
     from cspine_data.store.verification import Damage, verify
     from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource, segmentation_source
-    from cspine_data.volumes.geometry import Geometry, Orientation
+    from cspine_data.volumes.geometry import Geometry, Orientation, as_seen
     from cspine_data.volumes.image_checks import usable_image
     from cspine_data.volumes.instances import unordered_labels
     from cspine_data.volumes.io import (
@@ -73,7 +73,7 @@ _HOME = {
         "StoreError",
     ),
     "store.garbage": ("Garbage", "collect_garbage"),
-    "volumes.geometry": ("Geometry", "Orientation"),
+    "volumes.geometry": ("Geometry", "Orientation", "as_seen"),
     "volumes.image_checks": ("usable_image",),
     "preparation.relabelling": ("RelabelSummary", "relabel"),
     "preparation.repair": ("RepairSummary", "repair"),
@@ -137,6 +137,7 @@ __all__ = [
     "Volume",
     "VolumeDataset",
     "__version__",
+    "as_seen",
     "bias_parameters",
     "collect_garbage",
     "content_digest",

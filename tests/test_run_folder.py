@@ -22,13 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from cspine_data import Preprocessing, open_cohort
+from cspine_data import Preprocessing, as_seen, open_cohort
 from cspine_train import RunError, RunSettings, evaluate, load_run, train
 from cspine_train.cli.commands import main as train_main
 from cspine_train.metrics.overlap import Overlap, overlap, slice_overlaps
 from cspine_train.prediction.overlays import BEST, WORST, extreme_slices, save_overlays
 from cspine_train.prediction.stored_volumes import Segmented
-from cspine_train.reports.figures import SliceView, as_seen, draw_curves, draw_overlays
+from cspine_train.reports.figures import SliceView, draw_curves, draw_overlays
 from cspine_train.reports.model_card import escaped, write_card
 from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.training.loggers import RunMLflow, RunTensorBoard, open_loggers

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cspine_data.preprocessing.bias_field import field_at, field_factors, uncorrect
 from cspine_data.preprocessing.steps import CorrectedVolume
-from cspine_data.volumes.geometry import Triple
+from cspine_data.volumes.geometry import Triple, as_seen
 
 #: Longest side of a slice, pixels; a page of 1,000 cases with nine slices each has about 30 MB.
 _LONGEST_SIDE = 320
@@ -132,21 +132,17 @@ def _picture(
     from PIL import Image
 
     low, high = window
-    grey = np.clip((_as_seen(slice_ab, axis).astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
+    grey = np.clip((as_seen(slice_ab, axis).astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
     width, height = (max(1, round(n * mm / pixel_mm)) for n, mm in zip(slice_ab.shape, spacing_mm, strict=True))
     shown = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR))
     picture = np.repeat(shown[..., None], 3, axis=2)
     if label_ab is not None:
         values = np.unique(label_ab)
-        numbers = np.searchsorted(values, _as_seen(label_ab, axis)).astype(np.int32)
+        numbers = np.searchsorted(values, as_seen(label_ab, axis)).astype(np.int32)
         label = values[np.asarray(Image.fromarray(numbers).resize((width, height), Image.Resampling.NEAREST))]
         outline = (label != 0) & _differs_from_neighbour(label)
         picture[outline] = _COLOURS[(label[outline].astype(np.int64) - 1) % len(_COLOURS)]
     return picture
-
-
-def _as_seen(slice_ab: NDArray[Any], axis: int) -> NDArray[Any]:
-    return slice_ab.T if axis == 2 else slice_ab.T[::-1]
 
 
 def _differs_from_neighbour(label: NDArray[Any]) -> NDArray[np.bool_]:

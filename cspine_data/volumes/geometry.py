@@ -203,6 +203,22 @@ def _turned(geometry: Geometry, axes: tuple[int, ...], flips: tuple[bool, ...]) 
     )
 
 
+def as_seen(slice_ab: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Return a view of a slice in radiological orientation.
+
+    Sagittal: head up, anterior left. Coronal: head up, patient's right on the left. Axial, seen from the feet: anterior
+    up, patient's right on the left.
+
+    Parameters
+    ----------
+    slice_ab : ndarray
+        Slice along axis 0 (y, z), 1 (x, z) or 2 (x, y); x grows to the patient's left, y to the back, z to the head.
+    axis : int
+        Axis of the slice.
+    """
+    return slice_ab.T if axis == 2 else slice_ab.T[::-1]
+
+
 def rotation(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the rotation matrix, (3, 3), of a unit quaternion with parts b, c and d."""
     squares = float(quaternion @ quaternion)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cspine_data import Cohort
+from cspine_data import Cohort, as_seen
 from cspine_data.tools import count, make_folder
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented, segment_all
-from cspine_train.reports.figures import SliceView, as_seen, draw_overlays
+from cspine_train.reports.figures import SliceView, draw_overlays
 from cspine_train.run.folder import OVERLAYS_FOLDER
 
 #: Largest number of validation patients that are predicted for pictures.

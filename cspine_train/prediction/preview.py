@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from cspine_data import Orientation, Volume
+from cspine_data import Orientation, Volume, as_seen
 from cspine_data.tools import atomic_write
-from cspine_train.reports.figures import BORDERS, as_seen, window_of
+from cspine_train.reports.figures import BORDERS, window_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

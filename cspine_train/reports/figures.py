@@ -30,22 +30,6 @@ _TRUTH, _FOUND, _KEPT = "#56B4E9", "#E69F00", "#009E73"
 _WINDOW = (1.0, 98.0)
 
 
-def as_seen(slice_ab: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Return a view of a slice in radiological orientation.
-
-    Sagittal: head up, anterior left. Coronal: head up, patient's right on the left. Axial, seen from the feet: anterior
-    up, patient's right on the left.
-
-    Parameters
-    ----------
-    slice_ab : ndarray
-        Slice along axis 0 (y, z), 1 (x, z) or 2 (x, y); x grows to the patient's left, y to the back, z to the head.
-    axis : int
-        Axis of the slice.
-    """
-    return slice_ab.T if axis == 2 else slice_ab.T[::-1]
-
-
 @dataclass(frozen=True, eq=False)
 class SliceView:
     """A slice with its predicted and its true mask.
