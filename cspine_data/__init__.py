@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource, segmentation_source
     from cspine_data.volumes.geometry import Geometry, Orientation, as_seen
     from cspine_data.volumes.image_checks import usable_image
-    from cspine_data.volumes.instances import unordered_labels
+    from cspine_data.volumes.instances import ordered_levels, unordered_labels
     from cspine_data.volumes.io import (
         content_digest,
         label_name,
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         write_segmentation,
         write_volume,
     )
+    from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, consecutive_levels, level_value
     from cspine_data.volumes.volume import Volume
 
 _HOME = {
@@ -90,17 +91,20 @@ _HOME = {
     "datasets.splits": ("Split",),
     "store.verification": ("Damage", "verify"),
     "volumes.formats.dicom_segmentation": ("SegmentationSource", "segmentation_source"),
-    "volumes.instances": ("unordered_labels",),
+    "volumes.instances": ("ordered_levels", "unordered_labels"),
     "volumes.io": (
         "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_segmentation",
         "write_volume",
     ),
+    "volumes.levels": ("LEVEL_NAMES", "SPINE", "consecutive_levels", "level_value"),
     "volumes.volume": ("Volume",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "IGNORE_INDEX",
+    "LEVEL_NAMES",
+    "SPINE",
     "BiasParameters",
     "Case",
     "CaseRecord",
@@ -140,13 +144,16 @@ __all__ = [
     "as_seen",
     "bias_parameters",
     "collect_garbage",
+    "consecutive_levels",
     "content_digest",
     "digest_source",
     "export_cohort",
     "find_cases",
     "find_volumes",
     "label_name",
+    "level_value",
     "open_cohort",
+    "ordered_levels",
     "parse_axes",
     "prepare",
     "preprocess_volume",

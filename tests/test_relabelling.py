@@ -22,7 +22,7 @@ from cspine_data import (
     write_volume,
 )
 from cspine_data.volumes.instances import find_instances, label_centroids_mm, order_problems, unordered_labels
-from cspine_data.volumes.levels import NAMES, SCHEMES, consecutive, level_value
+from cspine_data.volumes.levels import LEVEL_NAMES, SCHEMES, consecutive_levels, level_value
 from cspine_data.volumes.segments import Segment
 from tests.conftest import geometry
 
@@ -101,20 +101,23 @@ def test_centroids_are_means_of_positions() -> None:
 
 
 def test_consecutive_levels_end_where_they_are_told() -> None:
-    named = [" ".join(NAMES[value] for value in consecutive(*given)) for given in (("L5", None, 3), (None, "C6", 4))]
+    named = [
+        " ".join(LEVEL_NAMES[value] for value in consecutive_levels(*given))
+        for given in (("L5", None, 3), (None, "C6", 4))
+    ]
     assert named == ["L3 L4 L5", "C6 C7 T1 T2"]
-    assert [NAMES[value] for value in consecutive("L6", None, 3)] == ["L4", "L5", "L6"]
-    assert [NAMES[value] for value in consecutive("T13", None, 2)] == ["T12", "T13"]
-    assert [NAMES[value] for value in consecutive("sacrum", None, 2)] == ["L5", "sacrum"]
+    assert [LEVEL_NAMES[value] for value in consecutive_levels("L6", None, 3)] == ["L4", "L5", "L6"]
+    assert [LEVEL_NAMES[value] for value in consecutive_levels("T13", None, 2)] == ["T12", "T13"]
+    assert [LEVEL_NAMES[value] for value in consecutive_levels("sacrum", None, 2)] == ["L5", "sacrum"]
     for bad in (("C2", None, 3), (None, "L4", 3), ("X1", None, 1), (None, None, 2), ("L5", "C1", 2)):
         with pytest.raises(InputError):
-            consecutive(*bad)
+            consecutive_levels(*bad)
 
 
 def test_schemes_are_one_to_one_and_names_have_their_values() -> None:
     for scheme in SCHEMES.values():
         assert len(set(scheme.values())) == len(scheme)
-    assert all(level_value(name) == value for value, name in NAMES.items())
+    assert all(level_value(name) == value for value, name in LEVEL_NAMES.items())
     assert (SCHEMES["totalspineseg"][1], SCHEMES["totalspineseg"][19], SCHEMES["totalspineseg"][24]) == (11, 32, 45)
 
 

@@ -16,7 +16,7 @@ from cspine_data.sources.pair_lists import write_pairs
 from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX
 from cspine_data.volumes.instances import Instance, find_instances, order_problems
 from cspine_data.volumes.io import label_name, volume_stem, write_volume
-from cspine_data.volumes.levels import NAMES, SCHEMES, consecutive, level_value
+from cspine_data.volumes.levels import LEVEL_NAMES, SCHEMES, consecutive_levels, level_value
 from cspine_data.volumes.segments import Segment, relabelled
 from cspine_data.volumes.volume import Volume
 
@@ -85,7 +85,7 @@ def relabel(
     if scheme and (lowest or highest):
         raise InputError("--scheme", "excludes --lowest and --highest", "leave out one of them")
     if lowest or highest:
-        consecutive(lowest, highest, 1)
+        consecutive_levels(lowest, highest, 1)
     if output.exists() and any(output.iterdir()):
         raise InputError(output, "is not empty", "choose a new folder")
     make_folder(output)
@@ -106,7 +106,7 @@ def relabel(
                 target = output / case.id / _file_name(case, to_scheme)
                 _write(target, label, values, SCHEMES[to_scheme])
                 written.append(replace(case, label=target))
-                levels[case.id] = tuple(NAMES[value] for value in values.values())
+                levels[case.id] = tuple(LEVEL_NAMES[value] for value in values.values())
         except (CspineDataError, OSError, MemoryError) as error:
             problems.append(describe_problem(case.id, error))
         if progress:
@@ -151,14 +151,14 @@ def _ordered(label: Volume, instances: Sequence[Instance], lowest: str | None, h
     if not (lowest or highest):
         remedy = "give --lowest or --highest, or the column lowest or highest in --pairs"
         raise InputError(label.name, "has instances, and none has a known level", remedy)
-    levels = consecutive(lowest, highest, len(instances))
+    levels = consecutive_levels(lowest, highest, len(instances))
     return {one.value: level for one, level in zip(instances, levels, strict=True)}
 
 
 def _write(path: Path, label: Volume, values: Mapping[int, int], scheme: Mapping[int, int]) -> None:
-    missing = [NAMES[level] for level in values.values() if level not in scheme]
+    missing = [LEVEL_NAMES[level] for level in values.values() if level not in scheme]
     if missing:
         raise InputError(label.name, f"has {', '.join(missing)}, which --to-scheme lacks", "choose another --to-scheme")
     array = relabelled(label.array, {value: scheme[level] for value, level in values.items()}).astype(np.uint8)
-    segments = tuple(Segment(NAMES[level], scheme[level]) for level in values.values())
+    segments = tuple(Segment(LEVEL_NAMES[level], scheme[level]) for level in values.values())
     write_volume(path, Volume(array, label.geometry, segments=segments))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.volumes.geometry import Geometry, Triple
+from cspine_data.volumes.levels import SPINE
 from cspine_data.volumes.volume import Volume
 
 # Distance of neighbours, relative to the patient's median, above which one may be missing, or below which two labels
@@ -125,6 +126,27 @@ def unordered_labels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, ...]:
     values = sorted({value for pair in swapped for value in pair})
     threes = combinations(values, 3)
     return next((three for three in threes if all(pair in swapped for pair in combinations(three, 2))), ())
+
+
+def ordered_levels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, ...]:
+    """Return the label values that are levels of vertebrae, from head to feet; none if their positions contradict it.
+
+    Values of levels are those of VerSe's scheme. Each must be clearly above the next in every case that has both, and
+    there must be three or more of them: values 1 to 3 may as well be tissues.
+
+    Parameters
+    ----------
+    cases : iterable of dict
+        For each case, the centroids of its label values.
+    """
+    present: set[int] = set()
+    for centroids in cases:
+        own = [value for value in SPINE if value in centroids]
+        present.update(own)
+        heights = [centroids[value][2] for value in own]
+        if any(height < lower + _APART_MM for height, lower in pairwise(heights)):
+            return ()
+    return tuple(value for value in SPINE if value in present) if len(present) > 2 else ()
 
 
 def _is_path(centres: NDArray[np.float64]) -> bool:

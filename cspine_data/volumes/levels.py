@@ -11,7 +11,7 @@ from cspine_data.errors import InputError
 
 SACRUM, T13 = 26, 28
 #: The name of each value.
-NAMES = {
+LEVEL_NAMES = {
     **{number: f"C{number}" for number in range(1, 8)},
     **{7 + number: f"T{number}" for number in range(1, 13)},
     **{19 + number: f"L{number}" for number in range(1, 7)},
@@ -20,14 +20,16 @@ NAMES = {
 }
 #: The usual vertebrae from head to feet: seven cervical, twelve thoracic and five lumbar.
 USUAL = tuple(range(1, 25))
-_VALUES = {name.lower(): value for value, name in NAMES.items()}
+#: All vertebrae from head to feet, with the rare T13 and L6.
+SPINE = (*range(1, 20), T13, *range(20, SACRUM))
+_VALUES = {name.lower(): value for value, name in LEVEL_NAMES.items()}
 _LEVEL = re.compile(
     r"(vertebrae?[-_ ]*)?((?P<region>c|t|th|l)0?(?P<number>\d{1,2})|(?P<sacrum>sacrum))([-_ ]*vertebrae?)?",
     re.IGNORECASE,
 )
 #: For each scheme, its label values by VerSe's. SCT has VerSe's up to L5, and the sacrum has 25.
 SCHEMES: dict[str, dict[int, int]] = {
-    "verse": {value: value for value in NAMES},
+    "verse": {value: value for value in LEVEL_NAMES},
     "totalspineseg": {
         **{value: 10 + value for value in range(1, 8)},
         **{value: 13 + value for value in range(8, 20)},
@@ -46,7 +48,7 @@ def level_value(name: str) -> int | None:
     return SACRUM if found["sacrum"] else _VALUES.get(f"{found['region'][0]}{int(found['number'])}".lower())
 
 
-def consecutive(lowest: str | None, highest: str | None, count: int) -> tuple[int, ...]:
+def consecutive_levels(lowest: str | None, highest: str | None, count: int) -> tuple[int, ...]:
     """Return the values of consecutive vertebrae from head to feet, given the lowest or the highest.
 
     ``L6`` and ``T13`` are in the sequence only if they are the lowest or the highest.
@@ -70,5 +72,5 @@ def consecutive(lowest: str | None, highest: str | None, count: int) -> tuple[in
     at = sequence.index(value)
     first = at - count + 1 if lowest else at
     if first < 0 or first + count > len(sequence):
-        raise InputError(f"{count} vertebrae", f"do not fit with {NAMES[value]} at the end", "give another level")
+        raise InputError(f"{count} vertebrae", f"do not fit with {LEVEL_NAMES[value]} at the end", "give another level")
     return tuple(sequence[first : first + count])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cspine_data import RecordedPreprocessing, Split
+from cspine_data import SPINE, RecordedPreprocessing, Split
 from cspine_train.errors import RunError
 from cspine_train.run.cohort_range import CohortLooks
 from cspine_train.run.folder import RECORD_NAME, is_in_use, write_text
@@ -47,6 +47,8 @@ class RunRecord(BaseModel):
         single channel. Empty for binary labels.
     label_meaning : dict
         Meaning of the values of predicted label maps.
+    levels : tuple of int
+        Those of `label_values` that are levels of vertebrae, from head to feet; none if the labels mean something else.
     cohort_looks : CohortLooks or None
         Ranges of properties of the training volumes; None in old records.
     digests : dict
@@ -84,6 +86,7 @@ class RunRecord(BaseModel):
     test: tuple[str, ...]
     label_values: tuple[int, ...] = Field(default=(), max_length=_MOST_LABELS)
     label_meaning: dict[int, str] = Field(default_factory=lambda: {0: "background", 1: "vertebra"})
+    levels: tuple[int, ...] = Field(default=(), max_length=len(SPINE))
     cohort_looks: CohortLooks | None = None
     digests: dict[str, str]
     patients: dict[str, str] = Field(default_factory=dict)

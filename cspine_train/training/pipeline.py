@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from cspine_data import Cohort, Split, open_cohort
+from cspine_data import LEVEL_NAMES, Cohort, Split, open_cohort
 from cspine_data.terminal import progress_bar
 from cspine_data.tools import make_folder
 from cspine_train.data.datamodule import CohortSlices
@@ -39,7 +39,9 @@ from cspine_train.run.label_classes import (
     network_classes,
     unknown_labels,
     unknown_labels_note,
+    unnamed_levels_note,
     unnamed_note,
+    vertebra_levels,
 )
 from cspine_train.run.machines import Machines
 from cspine_train.run.patient_split import cohort_fields, split_of
@@ -227,16 +229,21 @@ def _built(
         check_steps(network, part, data.sizes, data.smallest_batch, "bf16" in trainer.precision)
     if world > 1 and trainer.strategy.root_device.type == "cuda":
         network = synchronised(network)
+    names = label_names(cohort, split, settings) if values else {}
+    levels = vertebra_levels(cohort, split, settings, values, names)
+    if levels and not names.keys() & set(levels):
+        warnings.warn(unnamed_levels_note(levels), stacklevel=3)
     missed = [len(unknown.get(case, ())) for case in split.validation]
-    names = sorted({cohort.patients[case] for case in split.validation})
-    patients = [names.index(cohort.patients[case]) for case in split.validation]
+    numbers = sorted({cohort.patients[case] for case in split.validation})
+    patients = [numbers.index(cohort.patients[case]) for case in split.validation]
     labels = max(1, len(values))
     module = SliceSegmenter(network, settings, split.validation, data.sizes, labels, missed, data.ignores, patients)
     made = {
         "weights_used": weights_used,
         "size_hw": data.sizes.slice_hw,
         "label_values": values,
-        "label_meaning": label_meaning(values, label_names(cohort, split, settings) if values else {}),
+        "label_meaning": label_meaning(values, names | {level: LEVEL_NAMES[level] for level in levels}),
+        "levels": levels,
         "versions": _versions(),
         "processes": world,
     }
