@@ -7,7 +7,6 @@ import csv
 import json
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,12 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cspine_data import open_cohort
 from cspine_train import RunSettings, train
-from cspine_train.evaluation.scoring import _confusion
 from cspine_train.metrics.overlap import MEASURES
 from cspine_train.metrics.statistics import mean_interval
 from cspine_train.reports.model_card import write_card
@@ -203,13 +199,3 @@ def test_a_patient_that_cannot_be_read_is_named_and_the_others_are_scored(
     assert re.search(rf"failed: .*{damaged}.*is damaged", done.output)
     assert [row["case"] for row in rows_of(copy / "evaluation" / "train.csv")] == list(record.train[1:])
     assert damaged in json.loads((copy / "evaluation" / "train.json").read_text())["failed"]
-
-
-@given(st.integers(0, 2**32), st.sampled_from([np.uint8, np.int16, np.int32]))
-def test_confusion_counts_pairs_of_any_values(seed: int, dtype: type) -> None:
-    rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
-    values = np.array([0, 1, 2, limits.min, limits.max], dtype)
-    found, truth = rng.choice(values, (2, 4, 3, 5))
-    expected = Counter(zip(truth.ravel().tolist(), found.ravel().tolist(), strict=True))
-    del expected[0, 0]
-    assert dict(_confusion(found, truth)) == dict(expected)
