@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         write_segmentation,
         write_volume,
     )
-    from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, consecutive_levels, level_value
+    from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, consecutive_levels, level_colour, level_value
     from cspine_data.volumes.volume import Volume
 
 _HOME = {
@@ -96,7 +96,7 @@ _HOME = {
         "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_segmentation",
         "write_volume",
     ),
-    "volumes.levels": ("LEVEL_NAMES", "SPINE", "consecutive_levels", "level_value"),
+    "volumes.levels": ("LEVEL_NAMES", "SPINE", "consecutive_levels", "level_colour", "level_value"),
     "volumes.volume": ("Volume",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -151,6 +151,7 @@ __all__ = [
     "find_cases",
     "find_volumes",
     "label_name",
+    "level_colour",
     "level_value",
     "open_cohort",
     "ordered_levels",

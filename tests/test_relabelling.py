@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import slicerio
 from click.testing import Result
 from numpy.typing import NDArray
 
@@ -15,6 +16,7 @@ from cspine_data import (
     Orientation,
     Volume,
     find_cases,
+    level_colour,
     open_cohort,
     prepare,
     read_volume,
@@ -22,7 +24,7 @@ from cspine_data import (
     write_volume,
 )
 from cspine_data.volumes.instances import find_instances, label_centroids_mm, order_problems, unordered_labels
-from cspine_data.volumes.levels import LEVEL_NAMES, SCHEMES, consecutive_levels, level_value
+from cspine_data.volumes.levels import LEVEL_NAMES, SCHEMES, SPINE, consecutive_levels, level_value
 from cspine_data.volumes.segments import Segment
 from tests.conftest import geometry
 
@@ -114,6 +116,18 @@ def test_consecutive_levels_end_where_they_are_told() -> None:
             consecutive_levels(*bad)
 
 
+def test_colours_of_levels_show_the_region_and_tell_neighbours_apart() -> None:
+    colours = [level_colour(value) for value in LEVEL_NAMES]
+    assert len(set(colours)) == len(colours)
+    hues = {name[0]: np.argmax(level_colour(value)) for value, name in LEVEL_NAMES.items()}
+    assert hues == {"C": 2, "T": 1, "L": 0, "s": 0}
+    for region in ("C", "T", "L"):
+        light = [sum(level_colour(value)) for value in SPINE if LEVEL_NAMES[value][0] == region]
+        assert (np.abs(np.diff(light)) > 150).all()
+    with pytest.raises(KeyError):
+        level_colour(27)
+
+
 def test_schemes_are_one_to_one_and_names_have_their_values() -> None:
     for scheme in SCHEMES.values():
         assert len(set(scheme.values())) == len(scheme)
@@ -196,6 +210,8 @@ def test_segmentations_have_the_names_of_the_levels(tmp_path: Path) -> None:
     assert case.label
     assert case.label.name == "A.seg.nrrd"
     assert {one.name: one.value for one in read_volume(case.label).segments} == {"C3": 3, "C4": 4, "C5": 5}
+    for segment in slicerio.read_segmentation(str(case.label))["segments"]:
+        np.testing.assert_allclose(segment["color"], np.divide(level_colour(segment["labelValue"]), 255), atol=1e-3)
     # Names are kept whatever the end of the spine is said to be.
     again = relabel(find_cases(".", found.pairs), tmp_path / "again", lowest="L5")
     assert again.levels == found.levels

@@ -5,7 +5,9 @@ Values: 1 to 7 are C1 to C7, 8 to 19 T1 to T12, 20 to 25 L1 to L6, 26 the sacrum
 
 from __future__ import annotations
 
+import colorsys
 import re
+from collections.abc import Sequence
 
 from cspine_data.errors import InputError
 
@@ -22,6 +24,15 @@ LEVEL_NAMES = {
 USUAL = tuple(range(1, 25))
 #: All vertebrae from head to feet, with the rare T13 and L6.
 SPINE = (*range(1, 20), T13, *range(20, SACRUM))
+# By the first letter of names: values and hues (degrees) of each region, from its first to its last level.
+_REGIONS: dict[str, tuple[Sequence[int], tuple[int, int]]] = {
+    "C": (range(1, 8), (195, 265)),
+    "T": ((*range(8, 20), T13), (60, 170)),
+    "L": (range(20, SACRUM), (0, 45)),
+    "s": ((SACRUM,), (310, 310)),
+}
+# Of neighbours, one is dark and the other light: the colour-blind can distinguish them, too.
+_LIGHTNESS, _SATURATION = (0.36, 0.72), 0.8
 _VALUES = {name.lower(): value for value, name in LEVEL_NAMES.items()}
 _LEVEL = re.compile(
     r"(vertebrae?[-_ ]*)?((?P<region>c|t|th|l)0?(?P<number>\d{1,2})|(?P<sacrum>sacrum))([-_ ]*vertebrae?)?",
@@ -46,6 +57,23 @@ def level_value(name: str) -> int | None:
     if not found:
         return None
     return SACRUM if found["sacrum"] else _VALUES.get(f"{found['region'][0]}{int(found['number'])}".lower())
+
+
+def level_colour(value: int) -> tuple[int, int, int]:
+    """Return the colour of a level in pictures and segmentations: red, green and blue, 0 to 255.
+
+    The hue shows the region: blue for cervical, green for thoracic, red for lumbar vertebrae, purple for the sacrum.
+
+    Parameters
+    ----------
+    value : int
+        A value of `LEVEL_NAMES`.
+    """
+    levels, (first, last) = _REGIONS[LEVEL_NAMES[value][0]]
+    position = levels.index(value)
+    hue = first + (last - first) * position / max(len(levels) - 1, 1)
+    red, green, blue = colorsys.hls_to_rgb(hue / 360, _LIGHTNESS[position % 2], _SATURATION)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def consecutive_levels(lowest: str | None, highest: str | None, count: int) -> tuple[int, ...]:

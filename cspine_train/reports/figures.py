@@ -68,6 +68,12 @@ def window_of(image: NDArray[Any]) -> tuple[float, float]:
     return float(low), float(high) if high > low else float(low) + 1
 
 
+def grey_levels(image: NDArray[Any], window: tuple[float, float]) -> NDArray[np.uint8]:
+    """Return intensities as grey levels from 0 to 255, given those shown as black and white."""
+    low, high = window
+    return (np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+
 @contextmanager
 def never_fatal(what: str) -> Iterator[None]:
     """Turn an error into a warning: a picture or a report that fails must not end a run."""

@@ -1,0 +1,265 @@
+"""Picture of the named vertebrae of a volume."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.optimize import isotonic_regression
+
+from cspine_data import LEVEL_NAMES, as_seen, level_colour
+from cspine_data.tools import atomic_write
+from cspine_train.reports.figures import grey_levels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from PIL.ImageFont import FreeTypeFont
+
+#: Names of a lower probability have a question mark.
+CERTAIN = 0.9
+# Size of a panel: a neck of 150 mm has about 4 pixels a millimetre.
+_HEIGHT, _MOST_PIXELS_PER_MM = 640, 5.0
+# Shown around the vertebrae; there is more in front of them, for the names.
+_ABOVE_MM, _FRONT_MM, _BACK_MM = 15.0, 45.0, 40.0
+_FILL = 0.5
+_FONT, _NAME_FONT, _LINE = 16, 20, 24
+# Share of a vertebra's depth that is its body, if it has processes.
+_FRONT_SHARE = 0.3
+# Drawn larger and reduced, which makes smooth outlines.
+_FINER = 2
+_GAP = 8
+_GROUND, _TEXT = (16, 16, 16), (240, 240, 240)
+
+
+@dataclass(frozen=True, eq=False)
+class LevelSlice:
+    """A sagittal slice that follows the spine from side to side, with its vertebrae.
+
+    Attributes
+    ----------
+    grey_hw : ndarray
+        Intensities from 0 to 255, head up and front on the left.
+    label_hw : ndarray
+        Levels.
+    centres_hw : dict
+        By level, row and column of the centroid of the whole vertebra.
+    spacing_mm : tuple of float
+        Spacing of rows and of columns.
+    """
+
+    grey_hw: NDArray[np.uint8]
+    label_hw: NDArray[Any]
+    centres_hw: Mapping[int, tuple[float, float]]
+    spacing_mm: tuple[float, float]
+
+
+def level_slices(
+    image_xyz: NDArray[Any],
+    levels_xyz: Sequence[NDArray[Any]],
+    spacing_mm: tuple[float, float, float],
+    window: tuple[float, float],
+) -> tuple[LevelSlice, ...]:
+    """Return a slice for each level map of a volume, all cut to the same part of it.
+
+    Each slice runs through the centroids of its vertebrae, so that it shows all of them even if the spine is scoliotic.
+
+    Parameters
+    ----------
+    image_xyz : ndarray
+        Intensities (x, y, z).
+    levels_xyz : sequence of ndarray
+        Level maps of that shape, for example predicted and true.
+    spacing_mm : tuple of float
+        Voxel spacing along x, y and z.
+    window : tuple of float
+        Intensities shown as black and white.
+    """
+    centres = [_centres(levels) for levels in levels_xyz]
+    rows, columns = _part(levels_xyz, spacing_mm)
+    slices = []
+    for levels, of_levels in zip(levels_xyz, centres, strict=True):
+        image, label = (
+            as_seen(along[columns, rows], 0) for along in _along_spine(image_xyz, levels, list(of_levels.values()))
+        )
+        top = rows.stop - 1
+        places = {value: (top - z, y - columns.start) for value, (_, y, z) in of_levels.items()}
+        slices.append(LevelSlice(grey_levels(image, window), label, places, (spacing_mm[2], spacing_mm[1])))
+    return tuple(slices)
+
+
+def _along_spine(
+    image_xyz: NDArray[Any], levels_xyz: NDArray[Any], centres: Sequence[tuple[float, float, float]]
+) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Return image and levels, (y, z), at the x of the spine at each z."""
+    across, _, height = image_xyz.shape
+    heights = np.arange(height)
+    # In the middle without vertebrae; straight on above the first and below the last.
+    at = sorted((z, x) for x, _, z in centres) or [(0.0, (across - 1) / 2)]
+    x = np.interp(heights, *np.array(at).T)
+    left = np.minimum(x.astype(int), max(0, across - 2))
+    right = np.minimum(left + 1, across - 1)
+    share = (x - left).astype(np.float32)
+    # Arrays of indices first: (z, y).
+    image = image_xyz[left, :, heights] * (1 - share[:, None]) + image_xyz[right, :, heights] * share[:, None]
+    return image.T, levels_xyz[x.round().astype(int), :, heights].T
+
+
+def _centres(levels_xyz: NDArray[Any]) -> dict[int, tuple[float, float, float]]:
+    centres = {}
+    for value, box in enumerate(ndimage.find_objects(levels_xyz), start=1):
+        if box is not None:
+            x, y, z = (
+                float(indices.mean()) + of_axis.start
+                for indices, of_axis in zip(np.nonzero(levels_xyz[box] == value), box, strict=True)
+            )
+            centres[value] = (x, y, z)
+    return centres
+
+
+def _part(levels_xyz: Sequence[NDArray[Any]], spacing_mm: tuple[float, float, float]) -> tuple[slice, slice]:
+    """Return the shown part of z and of y: the vertebrae of all maps and a margin; all of it if there are none."""
+    boxes = [
+        box for levels in levels_xyz for box in ndimage.find_objects((levels != 0).astype(np.uint8)) if box is not None
+    ]
+    parts = []
+    for axis, (before_mm, after_mm) in ((2, (_ABOVE_MM, _ABOVE_MM)), (1, (_FRONT_MM, _BACK_MM))):
+        size, mm = levels_xyz[0].shape[axis], spacing_mm[axis]
+        first = min((box[axis].start for box in boxes), default=0) - round(before_mm / mm)
+        last = max((box[axis].stop for box in boxes), default=size) + round(after_mm / mm)
+        parts.append(slice(max(0, first), min(size, last)))
+    return parts[0], parts[1]
+
+
+def draw_levels(
+    path: Path,
+    slices: Sequence[LevelSlice],
+    headings: Sequence[str] = ("",),
+    notes: Sequence[str] = (),
+    uncertain: Collection[int] = (),
+) -> None:
+    """Draw slices of the same size side by side, each vertebra in its colour with its name in front of it.
+
+    Parameters
+    ----------
+    path : Path
+        The PNG, written atomically.
+    slices : sequence of LevelSlice
+        From `level_slices`.
+    headings : sequence of str
+        Above each slice.
+    notes : sequence of str
+        Lines below.
+    uncertain : collection of int
+        Levels of the first slice whose names have a question mark.
+    """
+    from PIL import Image, ImageDraw
+
+    panels = [_panel(one, uncertain if number == 0 else ()) for number, one in enumerate(slices)]
+    font = _font(_FONT)
+    width = sum(panel.width + _GAP for panel in panels) + _GAP
+    headed = any(headings)
+    lines = [line for note in notes for line in _wrapped(note, font, width - 2 * _GAP)]
+    above = _GAP + (_LINE if headed else 0)
+    height = above + panels[0].height + _GAP + _LINE * len(lines) + (_GAP if lines else 0)
+    sheet = Image.new("RGB", (width, height), _GROUND)
+    draw = ImageDraw.Draw(sheet)
+    left = _GAP
+    for panel, heading in zip(panels, headings, strict=True):
+        draw.text((left, above - 4), heading, _TEXT, font, anchor="ls")
+        sheet.paste(panel, (left, above))
+        left += panel.width + _GAP
+    for number, line in enumerate(lines):
+        draw.text((_GAP, above + panels[0].height + _GAP + _LINE * number), line, _TEXT, font, anchor="lt")
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+
+
+def _panel(shown: LevelSlice, uncertain: Collection[int]) -> Picture:
+    from PIL import Image, ImageDraw
+
+    (rows, columns), (down_mm, right_mm) = shown.grey_hw.shape, shown.spacing_mm
+    scale = min(_HEIGHT / (rows * down_mm), _MOST_PIXELS_PER_MM)
+    # Names need their height, even of many vertebrae in a small part.
+    scale = max(scale, _LINE * len(shown.centres_hw) / (rows * down_mm))
+    width, height = (max(1, round(n * mm * scale)) for n, mm in ((columns, right_mm), (rows, down_mm)))
+    fine = width * _FINER, height * _FINER
+    grey = Image.fromarray(shown.grey_hw).resize(fine, Image.Resampling.BICUBIC)
+    pixels = np.repeat(np.asarray(grey)[..., None], 3, axis=2)
+    masks = {value: _resized(shown.label_hw == value, fine) for value in shown.centres_hw}
+    for value, mask in masks.items():
+        colour = np.array(level_colour(value))
+        pixels[mask] = ((1 - _FILL) * pixels[mask] + _FILL * colour).astype(np.uint8)
+        pixels[mask & ~ndimage.binary_erosion(mask, iterations=_FINER + 1, border_value=1)] = (2 * colour + 255) // 3
+    picture = Image.fromarray(pixels).reduce(_FINER)
+    draw = ImageDraw.Draw(picture)
+    for name, place in _names(shown, masks, (width, height), uncertain):
+        draw.text(place, name, _TEXT, _font(_NAME_FONT), "rm", stroke_width=2, stroke_fill=(0, 0, 0))
+    return picture
+
+
+def _names(
+    shown: LevelSlice, masks: Mapping[int, NDArray[np.bool_]], size: tuple[int, int], uncertain: Collection[int]
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Iterate over the text and the place of its right end, of each vertebra; texts do not overlap."""
+    width, height = size
+    rows, columns = shown.grey_hw.shape
+    places = {}
+    for value, (row, column) in shown.centres_hw.items():
+        places[value] = _body(masks[value]) or ((row + 0.5) * height / rows, (column + 0.5) * width / columns)
+    order = sorted(places, key=lambda value: places[value])
+    for value, down in zip(order, _apart([places[value][0] for value in order], _LINE, height), strict=True):
+        text = LEVEL_NAMES.get(value, str(value)) + ("?" if value in uncertain else "")
+        # In front of all that is drawn at the height of the text.
+        band = slice(max(0, round(down - _LINE / 2) * _FINER), round(down + _LINE / 2) * _FINER)
+        front = np.flatnonzero(np.any([mask[band].any(axis=0) for mask in masks.values()], axis=0))
+        right = front[0] / _FINER if front.size else places[value][1]
+        yield text, (max(right - 6, _font(_NAME_FONT).getlength(text) + 4), down)
+
+
+def _body(mask: NDArray[np.bool_]) -> tuple[float, float] | None:
+    """Return row and column, in the picture, of the front of a vertebra: its processes may lie lower."""
+    rows, columns = np.nonzero(mask)
+    if not columns.size:
+        return None
+    front = columns <= columns.min() + _FRONT_SHARE * np.ptp(columns)
+    return float(rows[front].mean()) / _FINER, float(columns.min()) / _FINER
+
+
+def _apart(places: Sequence[float], gap: float, size: float) -> list[float]:
+    """Return ascending places moved as little as possible so that they are a gap apart, and inside the size."""
+    if not places:
+        return []
+    steps = gap * np.arange(len(places))
+    moved = isotonic_regression(np.array(places) - steps).x
+    return list((np.clip(moved, gap / 2, max(gap / 2, size - gap / 2 - steps[-1])) + steps).tolist())
+
+
+def _resized(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    from PIL import Image
+
+    smooth = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(smooth) > 127
+
+
+def _font(size: int) -> FreeTypeFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=size)  # type: ignore[return-value]
+
+
+def _wrapped(text: str, font: FreeTypeFont, width: float) -> Iterator[str]:
+    """Iterate over lines of whole words that fit a width; a longer word has a line of its own."""
+    line = ""
+    for word in text.split():
+        if line and font.getlength(f"{line} {word}") > width:
+            yield line
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    if line:
+        yield line
