@@ -20,7 +20,7 @@ from scipy.stats import spearmanr, wilcoxon
 from cspine_data import open_cohort
 from cspine_train import LoadedRun, load_run
 from cspine_train.metrics.overlap import overlap
-from cspine_train.prediction.predictor import expected_dice, label_map
+from cspine_train.prediction.labelling import expected_dice, label_map
 
 EXPECTED, AGREEMENT = "expected Dice", "agreement"
 
@@ -38,11 +38,13 @@ def scores(store: str, runs: list[LoadedRun]) -> dict[str, dict[str, float]]:
         # Runs of equal digests were fed the same volumes.
         variant = runs[0].record.settings.variant
         prepared = cohort.prepared(case, variant)
+        grid = prepared.corrected.geometry_xyz
         for run in runs:
             probabilities = run.on_source_grid(prepared)
-            ways[name_of(run)] = label_map([run], probabilities)
+            ways[name_of(run)] = label_map([run.record], probabilities, [1.0], grid).array_xyz
             total = probabilities if total is None else total + probabilities
-        ways["together"] = label_map(runs, total)
+        records = [run.record for run in runs]
+        ways["together"] = label_map(records, total, [1.0] * len(runs), grid).array_xyz
         truth = cohort.label_xyz(case, variant) != 0
         for way, mask in ways.items():
             found.setdefault(way, {})[case] = overlap(mask != 0, truth).dice

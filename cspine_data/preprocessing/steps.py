@@ -64,7 +64,12 @@ class CorrectedVolume:
     @property
     def spacing_mm(self) -> Triple:
         """Voxel spacing along x, y and z."""
-        return Orientation.of(self.geometry).geometry_xyz(self.geometry).spacing_mm
+        return self.geometry_xyz.spacing_mm
+
+    @property
+    def geometry_xyz(self) -> Geometry:
+        """The grid of `image_xyz`."""
+        return Orientation.of(self.geometry).geometry_xyz(self.geometry)
 
     @property
     def doubts(self) -> tuple[str, ...]:

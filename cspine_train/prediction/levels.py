@@ -1,8 +1,22 @@
-"""Named vertebrae of a prediction."""
+"""Named vertebrae: from a mask, and the probabilities of its levels, to a level map."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from cspine_data import LEVEL_NAMES, Geometry, consecutive_levels
+from cspine_train.prediction.instances import vertebra_instances
+from cspine_train.prediction.level_sequence import LevelSequence, find_sequence, is_gap, sequence_name
+
+#: Names of a lower probability are uncertain.
+CERTAIN = 0.9
+# The height is measured between these percentiles: single voxels do not change it.
+_ENDS = (5.0, 95.0)
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,8 @@ class FoundLevel:
     volume_ml : float
         Its volume.
     height_mm : float
-        Its extent along the spine, as its volume divided by its mean cross-section; see docs/levels.md.
+        Its extent along the spine: the distance of the 5th from the 95th percentile of its voxels, divided by 0.9,
+        which is the height of a cylinder.
     """
 
     value: int
@@ -47,3 +62,118 @@ class NamedSpine:
 
     levels: tuple[FoundLevel, ...]
     doubt: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the networks say about the levels of a volume.
+
+    Attributes
+    ----------
+    probabilities : sequence of ndarray
+        For each level, the probability of its voxels, (x, y, z), or a multiple of it.
+    levels : tuple of int
+        The levels.
+    temperature : float
+        See `find_sequence`.
+    """
+
+    probabilities: Sequence[NDArray[np.float32]]
+    levels: tuple[int, ...]
+    temperature: float = 1.0
+
+    def of(self, instances_xyz: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Return the share of each level in the probabilities of each instance, (n, K)."""
+        numbers = np.arange(1, instances_xyz.max() + 1)
+        sums = np.array([ndimage.sum_labels(level, instances_xyz, numbers) for level in self.probabilities]).T
+        return np.asarray(sums / np.maximum(sums.sum(1, keepdims=True), 1e-12))
+
+
+def name_vertebrae(
+    mask_xyz: NDArray[np.bool_],
+    geometry_xyz: Geometry,
+    evidence: Evidence | None = None,
+    lowest: str | None = None,
+    highest: str | None = None,
+) -> tuple[NDArray[np.uint8], NamedSpine]:
+    """Split a mask into vertebrae and name them, each level once, in order.
+
+    Parameters
+    ----------
+    mask_xyz : ndarray
+        bool (x, y, z): vertebra or not.
+    geometry_xyz : Geometry
+        The grid of the mask.
+    evidence : Evidence, optional
+        Probabilities of levels. Without it, `lowest` or `highest` must be given.
+    lowest, highest : str, optional
+        Name of the lowest or highest vertebra of the mask.
+
+    Returns
+    -------
+    level_map : ndarray
+        uint8, the mask's shape: the level of each voxel, 0 for background and fragments.
+    spine : NamedSpine
+        The vertebrae.
+
+    Raises
+    ------
+    InputError
+        If a name is not that of a level, or the spine has too few vertebrae beyond it.
+    """
+    instances = vertebra_instances(mask_xyz, geometry_xyz.spacing_mm)
+    places = [np.argwhere(instances == number) for number in range(1, instances.max() + 1)]
+    if not places:
+        return instances, NamedSpine((), "no vertebra was found")
+    centroids = geometry_xyz.positions_mm(np.array([place.mean(0) for place in places]))
+    distances = np.linalg.norm(np.diff(centroids, axis=0), axis=1).tolist()
+    if evidence is None:
+        levels = consecutive_levels(lowest, highest, len(places))
+        sequence = LevelSequence(levels, (1.0,) * len(levels))
+    else:
+        sequence = find_sequence(
+            evidence.of(instances),
+            evidence.levels,
+            distances,
+            evidence.temperature,
+            *(None if name is None else consecutive_levels(name, None, 1)[0] for name in (lowest, highest)),
+        )
+    table = np.array([0, *sequence.levels], np.uint8)
+    directions = _directions(centroids)
+    voxel_ml = float(np.prod(geometry_xyz.spacing_mm)) / 1e3
+    found = tuple(
+        FoundLevel(
+            level, LEVEL_NAMES[level], probability, (x, y, z), len(place) * voxel_ml,
+            _height_mm(geometry_xyz.positions_mm(place) @ direction),
+        )
+        for level, probability, (x, y, z), place, direction in zip(
+            sequence.levels, sequence.probabilities, centroids.tolist(), places, directions, strict=True
+        )
+    )  # fmt: skip
+    return table[instances], NamedSpine(found, "; ".join(_doubts(sequence, distances)))
+
+
+def _directions(centroids_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the direction of the spine at each vertebra: from one neighbour to the other; upwards for a single one."""
+    if len(centroids_mm) < 2:
+        return np.array([[0.0, 0.0, 1.0]])
+    along = np.gradient(centroids_mm, axis=0)
+    return np.asarray(along / np.linalg.norm(along, axis=1, keepdims=True))
+
+
+def _height_mm(along_mm: NDArray[np.float64]) -> float:
+    low, high = np.percentile(along_mm, _ENDS)
+    return float(high - low) / (_ENDS[1] - _ENDS[0]) * 100
+
+
+def _doubts(sequence: LevelSequence, distances_mm: Sequence[float]) -> list[str]:
+    doubts = []
+    if sequence.rival and sequence.probability < CERTAIN:
+        likely = {sequence.levels: sequence.probability, sequence.rival: sequence.rival_probability}
+        both = (f"{sequence_name(levels)} {probability:.2f}" for levels, probability in likely.items())
+        doubts.append(f"the levels are uncertain, by probability {' or '.join(both)}")
+    gaps = [number for number, distance in enumerate(distances_mm) if is_gap(distance, distances_mm)]
+    if gaps:
+        names = [f"{LEVEL_NAMES[sequence.levels[n]]} and {LEVEL_NAMES[sequence.levels[n + 1]]}" for n in gaps]
+        doubts.append(f"a vertebra may be missing between {', '.join(names)}")
+    return doubts

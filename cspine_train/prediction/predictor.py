@@ -18,12 +18,13 @@ from cspine_data import PreparedVolume, Preprocessing, Volume, preprocess_volume
 from cspine_train.data.sizes import fixed_size, network_shape
 from cspine_train.data.transforms import from_network, to_network, with_context
 from cspine_train.errors import ModelError, RunError
-from cspine_train.metrics.components import tidied
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.models.build import check_names, load_model, sides_of
+from cspine_train.prediction.labelling import expected_dice, label_map, of_any
+from cspine_train.prediction.levels import NamedSpine
 from cspine_train.run.cohort_range import differences, looks_of
 from cspine_train.run.folder import MODEL_FOLDER, RECORD_NAME, is_in_use
-from cspine_train.run.label_classes import network_classes, stored_values
+from cspine_train.run.label_classes import network_classes
 from cspine_train.run.record import RunRecord, load_record
 
 _BATCH = 8
@@ -66,7 +67,7 @@ class LoadedRun:
         ndarray
             float32, the image's shape, from 0 to 1.
         """
-        return _of_any(self.label_probabilities(image_xyz, spacing_mm))
+        return of_any(self.label_probabilities(image_xyz, spacing_mm))
 
     def label_probabilities(
         self, image_xyz: NDArray[np.float32], spacing_mm: tuple[float, float, float]
@@ -168,6 +169,8 @@ class Prediction:
         Notes on the volume's file, and differences of the volume from the runs' training volumes.
     probability : Volume or None
         Probability of vertebra, of any label, float32; if requested.
+    spine : NamedSpine or None
+        The named vertebrae; None if the labels are not levels.
     """
 
     label: Volume
@@ -175,6 +178,7 @@ class Prediction:
     agreement: float | None
     warnings: tuple[str, ...]
     probability: Volume | None = None
+    spine: NamedSpine | None = None
 
 
 def load_run(path: str | Path) -> LoadedRun:
@@ -219,11 +223,12 @@ def predict(
     weights: Sequence[float] | None = None,
     mirror: bool = False,
     with_probability: bool = False,
+    lowest: str | None = None,
+    highest: str | None = None,
 ) -> Prediction:
     """Predict a volume: preprocess it as in training, and average the probabilities of the runs.
 
-    The threshold is the average of the runs' thresholds; with several labels, the most probable label is taken. The
-    runs' postprocessing is applied if it is the same for all.
+    See `label_map` for how probabilities become labels.
 
     Parameters
     ----------
@@ -237,11 +242,17 @@ def predict(
         Also average with the prediction of the volume mirrored left-right.
     with_probability : bool
         Return the probabilities, too.
+    lowest, highest : str, optional
+        Level of the lowest or highest vertebra in the volume, see `name_vertebrae`. It names the vertebrae of binary
+        runs, and decides for runs that were trained on levels.
 
     Raises
     ------
     RunError
-        If there is no run, their labels differ, or the weights do not match them.
+        If there is no run, their labels differ, the weights do not match them, or the vertebrae cannot be named from
+        `lowest` or `highest`.
+    InputError
+        If `lowest` or `highest` is not a level.
     """
     check_runs(runs, weights)
     volume = usable_image(volume)
@@ -261,14 +272,16 @@ def predict(
             fused.add(run, found, weight / len(sides))
             del found
     unlike = [line for run in runs for line in differences(run.record.cohort_looks, looks[run.record.preprocessing])]
-    numbers = label_map(runs, fused.total, each)
-    back = next(iter(prepared.values())).to_file_grid
+    first = next(iter(prepared.values()))
+    back, records = first.to_file_grid, [run.record for run in runs]
+    labelled = label_map(records, fused.total, each, first.corrected.geometry_xyz, lowest, highest)
     return Prediction(
-        back(numbers),
-        expected_dice(fused.total, sum(each), numbers != 0),
+        back(labelled.array_xyz),
+        expected_dice(fused.total, sum(each), labelled.array_xyz != 0),
         fused.agreement(),
         tuple(dict.fromkeys([*_file_warnings(volume, prepared), *unlike])),
-        back(_of_any(fused.total) / np.float32(sum(each))) if with_probability else None,
+        back(of_any(fused.total) / np.float32(sum(each))) if with_probability else None,
+        labelled.spine,
     )
 
 
@@ -294,7 +307,7 @@ class _Fused:
     def add(self, run: LoadedRun, found: NDArray[np.float32], weight: float) -> None:
         if self._several:
             # One bit per voxel.
-            mask = np.packbits(_of_any(found) > run.record.threshold)
+            mask = np.packbits(of_any(found) > run.record.threshold)
             count = int(np.unpackbits(mask).sum())
             for other, others in self._masks:
                 both = int(np.unpackbits(mask & other).sum())
@@ -314,42 +327,6 @@ class _Fused:
 
     def agreement(self) -> float | None:
         return mean(self._dice) if self._dice else None
-
-
-def _of_any(found: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the probability of any label, (x, y, z); a view if there is only one label."""
-    return found[0] if len(found) == 1 else np.asarray(found.sum(0))
-
-
-def expected_dice(total: NDArray[np.float32], weight: float, mask: NDArray[np.bool_]) -> float:
-    """Return the Dice of a mask, bool (x, y, z), if all probabilities are right, see `Prediction`.
-
-    `total` is the weighted sum of the runs' probabilities of each label, (K, x, y, z), and `weight` the sum of weights.
-    """
-    probable, probable_in_mask = (
-        sum(float(of_label.sum(dtype=np.float64, where=where)) for of_label in total) / weight for where in (True, mask)
-    )
-    marked = np.count_nonzero(mask)
-    return 2 * probable_in_mask / (probable + marked) if marked else float(probable < 0.5)
-
-
-def label_map(
-    runs: Sequence[LoadedRun], total: NDArray[np.float32], weights: Sequence[float] | None = None
-) -> NDArray[Any]:
-    """Return the label map, (x, y, z), of the weighted sum of the runs' probabilities, (K, x, y, z)."""
-    each = [1.0] * len(runs) if weights is None else weights
-    if len(total) == 1:
-        mask = total[0] > sum(weight * run.record.threshold for run, weight in zip(runs, each, strict=True))
-        ways = {(run.record.kept_components, run.record.filled_holes) for run in runs}
-        # None if the runs have different postprocessing.
-        mask = tidied(mask, *(ways.pop() if len(ways) == 1 else (None, False)))
-        return stored_values(mask.astype(np.uint8), runs[0].record.label_values)
-    highest = np.float32(sum(each)) - total.sum(0)
-    numbers = np.zeros(highest.shape, np.uint8)
-    for number, of_label in enumerate(total, start=1):
-        numbers[of_label > highest] = number
-        np.maximum(highest, of_label, out=highest)
-    return stored_values(numbers, runs[0].record.label_values)
 
 
 def check_runs(runs: Sequence[LoadedRun], weights: Sequence[float] | None = None) -> None:

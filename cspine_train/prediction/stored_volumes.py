@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from cspine_data import Cohort
 from cspine_train.errors import RunError
 from cspine_train.metrics.overlap import Overlap, slice_overlaps
-from cspine_train.prediction.predictor import LoadedRun, label_map
+from cspine_train.prediction.labelling import label_map
+from cspine_train.prediction.levels import NamedSpine
+from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.reports.figures import window_of
 
 
@@ -35,6 +37,8 @@ class Segmented:
         The run's axes.
     ignored_xyz : ndarray of bool or None
         Ignored voxels, where `truth_xyz` is 0; None if there are none.
+    spine : NamedSpine or None
+        The named vertebrae of the prediction; None if the labels are not levels.
     """
 
     case: str
@@ -44,6 +48,7 @@ class Segmented:
     truth_xyz: NDArray[Any]
     axes: tuple[int, ...] = (0, 1, 2)
     ignored_xyz: NDArray[np.bool_] | None = None
+    spine: NamedSpine | None = None
 
     def scored(self, found_xyz: NDArray[Any]) -> NDArray[Any]:
         """Return a label map of the volume's shape with 0 for ignored voxels."""
@@ -69,14 +74,16 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     check_trained_on(loaded, cohort, case)
     variant = loaded.record.settings.variant
     prepared = cohort.prepared(case, variant)
-    found = label_map([loaded], loaded.on_source_grid(prepared))
     corrected = prepared.corrected
+    labelled = label_map([loaded.record], loaded.on_source_grid(prepared), [1.0], corrected.geometry_xyz)
     truth, axes = cohort.label_xyz(case, variant), loaded.record.settings.axes
     ignored, values = None, cohort.record(case, variant).ignored_values
     if values:
         ignored = np.isin(truth, values)
         truth = np.where(ignored, 0, truth)
-    return Segmented(case, corrected.image_xyz, corrected.spacing_mm, found, truth, axes, ignored)
+    return Segmented(
+        case, corrected.image_xyz, corrected.spacing_mm, labelled.array_xyz, truth, axes, ignored, labelled.spine
+    )
 
 
 def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:

@@ -49,6 +49,8 @@ class RunRecord(BaseModel):
         Meaning of the values of predicted label maps.
     levels : tuple of int
         Those of `label_values` that are levels of vertebrae, from head to feet; none if the labels mean something else.
+    level_temperature : float
+        Calibration of the probabilities of levels, from the validation patients; see `find_sequence`.
     cohort_looks : CohortLooks or None
         Ranges of properties of the training volumes; None in old records.
     digests : dict
@@ -87,6 +89,7 @@ class RunRecord(BaseModel):
     label_values: tuple[int, ...] = Field(default=(), max_length=_MOST_LABELS)
     label_meaning: dict[int, str] = Field(default_factory=lambda: {0: "background", 1: "vertebra"})
     levels: tuple[int, ...] = Field(default=(), max_length=len(SPINE))
+    level_temperature: float = Field(default=1.0, ge=1, allow_inf_nan=False)
     cohort_looks: CohortLooks | None = None
     digests: dict[str, str]
     patients: dict[str, str] = Field(default_factory=dict)

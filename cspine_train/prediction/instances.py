@@ -1,0 +1,136 @@
+"""Vertebrae of a mask as instances, from head to feet.
+
+Neighbouring vertebrae touch in a predicted mask. Their cores do not: a mask is cut at its necks, where it is much
+narrower than the vertebrae on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from cspine_train.metrics.components import Box, common_box
+
+# All ratios are of depths, distances to the border of the mask, or of volumes; they were chosen on the validation
+# patients of one fold, see docs/levels.md.
+#: Thresholds of depth at which the mask is searched for necks.
+_STEP_MM = 0.5
+# A neck is no deeper than this share of the vertebrae on both sides.
+_NECK = 0.7
+# Depth of a vertebra, relative to the deepest: processes and fragments have less.
+_CORE = 0.5
+# Instances below this share of the median volume are fragments.
+_SMALL = 0.15
+# Instances nearer than this share of the median distance are parts of one vertebra, as the two sides of C1.
+_CLOSE = 0.55
+
+
+def vertebra_instances(mask_xyz: NDArray[np.bool_], spacing_mm: tuple[float, float, float]) -> NDArray[np.uint8]:
+    """Split a mask into vertebrae.
+
+    Parameters
+    ----------
+    mask_xyz : ndarray
+        bool (x, y, z), z from feet to head.
+    spacing_mm : tuple of float
+        Voxel spacing along x, y and z.
+
+    Returns
+    -------
+    ndarray
+        uint8, the mask's shape: 1 for the highest vertebra, 2 for the next; 0 outside and in fragments.
+    """
+    whole = np.zeros(mask_xyz.shape, np.uint8)
+    box = common_box(mask_xyz)
+    if box is None:
+        return whole
+    mask = mask_xyz[box]
+    # Beyond the volume is outside the mask.
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
+    numbers = _grown(_cores(depth), mask)
+    whole[box] = _in_order(numbers, spacing_mm[2])
+    return whole
+
+
+def _cores(depth: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Return the cores of vertebrae, numbered from 1: the mask is cut at ever deeper necks, as long as it has any."""
+    cores = np.zeros(depth.shape, np.int32)
+    deepest, found = depth.max(), 0
+    parts = list(_components(depth > 0, (slice(None),) * 3))
+    while parts:
+        box, part = parts.pop()
+        inside = np.where(part, depth[box], 0)
+        if inside.max() < _CORE * deepest:
+            continue
+        if pieces := _cut(inside, box, _CORE * deepest):
+            parts += pieces
+        else:
+            found += 1
+            cores[box][inside > inside.max() / 2] = found
+    return cores
+
+
+def _cut(inside: NDArray[np.float64], box: Box, least: float) -> list[tuple[Box, NDArray[np.bool_]]]:
+    """Cut a part of the mask at its narrowest necks; return its pieces with their boxes, or nothing if it has none."""
+    for threshold in np.arange(_STEP_MM, _NECK * inside.max(), _STEP_MM):
+        pieces = [
+            (outer, piece)
+            for outer, piece in _components(inside > threshold, box)
+            if (peak := inside[_within(outer, box)][piece].max()) >= least and threshold <= _NECK * peak
+        ]
+        if len(pieces) > 1:
+            return pieces
+    return []
+
+
+def _components(mask: NDArray[np.bool_], box: Box) -> Iterator[tuple[Box, NDArray[np.bool_]]]:
+    """Iterate over the connected components of a mask that is a `box` of a volume, with their boxes in the volume."""
+    numbers, _ = ndimage.label(mask)
+    for number, own in enumerate(ndimage.find_objects(numbers), start=1):
+        outer = tuple(slice((b.start or 0) + s.start, (b.start or 0) + s.stop) for b, s in zip(box, own, strict=True))
+        yield outer, numbers[own] == number
+
+
+def _within(outer: Box, box: Box) -> Box:
+    return tuple(slice(o.start - (b.start or 0), o.stop - (b.start or 0)) for o, b in zip(outer, box, strict=True))
+
+
+def _grown(cores: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Grow cores voxel by voxel until they meet or fill the mask: a process belongs to the body that it grows from."""
+    numbers, free = np.pad(cores, 1), np.pad(mask & (cores == 0), 1)
+    flat, unreached = numbers.reshape(-1), free.reshape(-1)
+    steps = [sign * stride // numbers.itemsize for stride in numbers.strides for sign in (1, -1)]
+    front = np.flatnonzero(flat)
+    while front.size:
+        reached = []
+        for step in steps:
+            near = front + step
+            near = near[unreached[near]]
+            flat[near] = flat[near - step]
+            unreached[near] = False
+            reached.append(near)
+        front = np.concatenate(reached)
+    return numbers[1:-1, 1:-1, 1:-1]
+
+
+def _in_order(numbers: NDArray[np.int32], mm: float) -> NDArray[np.uint8]:
+    """Renumber instances from head to feet, without fragments; join those at one height."""
+    found = np.arange(1, numbers.max() + 1)
+    voxels = np.bincount(numbers.ravel(), minlength=len(found) + 1)[1:].astype(float)
+    heights = mm * np.array([place[2] for place in ndimage.center_of_mass(numbers > 0, numbers, found)])
+    kept = [index for index in np.argsort(-heights, kind="stable") if voxels[index] >= _SMALL * np.median(voxels)]
+    groups = [[index] for index in kept]
+    while len(groups) > 2:
+        centres = np.array([np.average(heights[group], weights=voxels[group]) for group in groups])
+        distances = -np.diff(centres)
+        nearest = int(distances.argmin())
+        if distances[nearest] >= _CLOSE * np.median(distances):
+            break
+        groups[nearest] += groups.pop(nearest + 1)
+    table = np.zeros(len(found) + 1, np.uint8)
+    for number, group in enumerate(groups, start=1):
+        table[1 + np.array(group)] = number
+    return table[numbers]

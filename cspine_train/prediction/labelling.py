@@ -1,0 +1,119 @@
+"""From the probabilities of one run or several to a label map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data import Geometry
+from cspine_train.errors import RunError
+from cspine_train.metrics.components import tidied
+from cspine_train.prediction.levels import Evidence, NamedSpine, name_vertebrae
+from cspine_train.run.label_classes import stored_values
+from cspine_train.run.record import RunRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A label map, (x, y, z), and the vertebrae in it; None if its labels are not levels."""
+
+    array_xyz: NDArray[Any]
+    spine: NamedSpine | None = None
+
+
+def label_map(
+    records: Sequence[RunRecord],
+    total: NDArray[np.float32],
+    weights: Sequence[float],
+    geometry_xyz: Geometry,
+    lowest: str | None = None,
+    highest: str | None = None,
+) -> Labelled:
+    """Return the label map of the weighted sum of the runs' probabilities.
+
+    With a single label, the threshold is the average of the runs' thresholds, and the runs' postprocessing is applied
+    if it is the same for all. With several labels, the most probable one is taken. Labels that are levels of vertebrae
+    are one label there, which `name_vertebrae` then splits and names: each level once, in order.
+
+    Parameters
+    ----------
+    records : sequence of RunRecord
+        The records of the runs, with the same labels.
+    total : ndarray
+        float32 (K, x, y, z): the sum, for each label.
+    weights : sequence of float
+        Weight of each run.
+    geometry_xyz : Geometry
+        The grid of the volume in anatomical order.
+    lowest, highest : str, optional
+        See `name_vertebrae`. A single label is then split into vertebrae, too.
+
+    Raises
+    ------
+    RunError
+        If the vertebrae cannot be named from `lowest` or `highest`.
+    InputError
+        If these are not levels.
+    """
+    record, ends = records[0], (lowest, highest)
+    if len(total) == 1:
+        mask = total[0] > sum(weight * one.threshold for one, weight in zip(records, weights, strict=True))
+        ways = {(one.kept_components, one.filled_holes) for one in records}
+        # None if the runs have different postprocessing.
+        mask = tidied(mask, *(ways.pop() if len(ways) == 1 else (None, False)))
+        if any(ends):
+            return Labelled(*name_vertebrae(mask, geometry_xyz, None, *ends))
+        return Labelled(stored_values(mask.astype(np.uint8), record.label_values))
+    background = np.float32(sum(weights)) - total.sum(0)
+    levels = record.levels if all(one.levels == record.levels for one in records) else ()
+    if any(ends) and not levels:
+        raise RunError("the labels of these runs are not levels of vertebrae; leave --lowest and --highest out")
+    own = [record.label_values.index(level) for level in levels]
+    others = [number for number in range(len(total)) if number not in own]
+    array, highest_other = _most_probable(background, total, others, record.label_values)
+    if not levels:
+        return Labelled(array)
+    vertebra = total[own].sum(0) > highest_other
+    evidence = Evidence([total[number] for number in own], levels, max(one.level_temperature for one in records))
+    try:
+        level_map, spine = name_vertebrae(vertebra, geometry_xyz, evidence, *ends)
+    except RunError as error:
+        if any(ends):
+            raise
+        plain, _ = _most_probable(background, total, range(len(total)), record.label_values)
+        return Labelled(plain, NamedSpine((), f"{error}; they were not named"))
+    array = array.astype(np.result_type(array, level_map))
+    array[vertebra] = level_map[vertebra]
+    return Labelled(array, spine)
+
+
+def _most_probable(
+    background: NDArray[np.float32], total: NDArray[np.float32], among: Sequence[int], values: Sequence[int]
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Return the most probable of some labels and the background, as label values, and its probability."""
+    numbers, highest = np.zeros(background.shape, np.uint8), background.copy()
+    for number in among:
+        numbers[total[number] > highest] = number + 1
+        np.maximum(highest, total[number], out=highest)
+    return stored_values(numbers, values), highest
+
+
+def of_any(found: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the probability of any label, (x, y, z), from that of each; a view if there is only one label."""
+    return found[0] if len(found) == 1 else np.asarray(found.sum(0))
+
+
+def expected_dice(total: NDArray[np.float32], weight: float, mask: NDArray[np.bool_]) -> float:
+    """Return the Dice of a mask, bool (x, y, z), if all probabilities are right, see `Prediction`.
+
+    `total` is the weighted sum of the runs' probabilities of each label, (K, x, y, z), and `weight` the sum of weights.
+    """
+    probable, probable_in_mask = (
+        sum(float(of_label.sum(dtype=np.float64, where=where)) for of_label in total) / weight for where in (True, mask)
+    )
+    marked = np.count_nonzero(mask)
+    return 2 * probable_in_mask / (probable + marked) if marked else float(probable < 0.5)

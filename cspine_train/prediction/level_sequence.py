@@ -1,0 +1,137 @@
+"""The most probable sequence of levels for the vertebrae of a volume: each level once, in order.
+
+A network may name half a vertebra L3 and the other L4, or two vertebrae L3. Vertebrae are consecutive: the whole
+sequence is decided at once, by the evidence of all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cspine_data import LEVEL_NAMES, SPINE
+from cspine_train.errors import RunError
+
+_SACRUM, _T13, _L6 = 26, 28, 25
+_T11, _T12, _L1, _L5 = 18, 19, 20, 24
+# Frequency of the variants in people, about: thirteen or eleven thoracic vertebrae, six lumbar ones (Tins 2016).
+_VARIANTS = {(_T12, _T13): 0.02, (_T13, _L1): 1.0, (_T11, _L1): 0.02, (_L5, _L6): 0.05, (_L6, _SACRUM): 1.0}
+# Share of the evidence that is spread over all levels: the network may be wrong, and it does not know all levels.
+_UNSURE = 0.02
+# A vertebra may have been missed where the distance of two is more than this share of the median; 132 real distances
+# are 0.82 to 1.12 times their patient's median.
+_GAP = 1.5
+
+
+@dataclass(frozen=True)
+class LevelSequence:
+    """The most probable sequence of levels, from head to feet, and its rival.
+
+    Attributes
+    ----------
+    levels : tuple of int
+        Level of each vertebra.
+    probabilities : tuple of float
+        Probability of each vertebra's level, over all sequences.
+    probability : float
+        Probability of the sequence.
+    rival : tuple of int
+        The second most probable sequence; empty if there is only one.
+    rival_probability : float
+        Its probability.
+    """
+
+    levels: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    probability: float = 1.0
+    rival: tuple[int, ...] = ()
+    rival_probability: float = 0.0
+
+
+def find_sequence(
+    evidence: NDArray[np.float64],
+    known: Sequence[int],
+    distances_mm: Sequence[float],
+    temperature: float = 1.0,
+    lowest: int | None = None,
+    highest: int | None = None,
+) -> LevelSequence:
+    """Return the most probable sequence of levels.
+
+    Parameters
+    ----------
+    evidence : ndarray
+        (n, K): for each vertebra, from head to feet, the network's probability of each known level; rows sum to 1.
+    known : sequence of int
+        The K levels.
+    distances_mm : sequence of float
+        The n - 1 distances of neighbours. A level may be left out where one is a gap.
+    temperature : float
+        Divides the log-probabilities: neighbours are wrong together, so that their evidence is not independent.
+    lowest, highest : int, optional
+        The level of the last or the first vertebra, if known.
+
+    Raises
+    ------
+    RunError
+        If there is no such sequence: there are too many vertebrae.
+    """
+    logs = np.full((len(evidence), len(SPINE) + 1), math.log(_UNSURE / len(SPINE)))
+    column = {level: number for number, level in enumerate((*SPINE, _SACRUM))}
+    for number, level in enumerate(known):
+        logs[:, column[level]] = np.log((1 - _UNSURE) * evidence[:, number] + _UNSURE / len(SPINE))
+    gaps = [is_gap(distance, distances_mm) for distance in distances_mm]
+    found = [
+        (path, (prior + sum(logs[row, column[level]] for row, level in enumerate(path))) / temperature)
+        for path, prior in _paths(len(evidence), gaps)
+        if lowest in (None, path[-1]) and highest in (None, path[0])
+    ]
+    if not found:
+        between = [f"{word} {LEVEL_NAMES[v]}" for word, v in (("up to", highest), ("down to", lowest)) if v is not None]
+        raise RunError(f"{len(evidence)} vertebrae were found, more than a spine has {' '.join(between)}".rstrip())
+    found.sort(key=lambda one: -one[1])
+    weights = np.exp(np.array([score for _, score in found]) - found[0][1])
+    weights /= weights.sum()
+    best = found[0][0]
+    own = [
+        float(sum(weight for (path, _), weight in zip(found, weights, strict=True) if path[row] == level))
+        for row, level in enumerate(best)
+    ]
+    rival = (found[1][0], float(weights[1])) if len(found) > 1 else ((), 0.0)
+    return LevelSequence(best, tuple(own), float(weights[0]), *rival)
+
+
+def _paths(count: int, gaps: Sequence[bool]) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Iterate over all sequences of `count` levels, with the logarithms of their prior probabilities."""
+    rare = {after: math.log(frequency) for (_, after), frequency in _VARIANTS.items() if after in (_T13, _L6)}
+    ends: list[tuple[tuple[int, ...], float]] = [((level,), rare.get(level, 0.0)) for level in (*SPINE, _SACRUM)]
+    for gap in gaps[: count - 1]:
+        ends = [((*path, level), prior + more) for path, prior in ends for level, more in _next(path[-1], gap)]
+    yield from ends
+
+
+def _next(level: int, gap: bool) -> Iterator[tuple[int, float]]:
+    """Iterate over the levels that may follow, with the logarithms of their probabilities."""
+    for (before, after), frequency in _VARIANTS.items():
+        if before == level:
+            yield after, math.log(frequency)
+    below = level + 1 if level < _L5 else _SACRUM
+    if level in (_T13, _L6, _SACRUM):
+        return
+    yield below, 0.0
+    if gap and below < _L5:
+        yield below + 1, 0.0
+
+
+def is_gap(distance_mm: float, all_mm: Sequence[float]) -> bool:
+    """Return whether a vertebra may be missing between two that are that far apart, given all distances."""
+    return len(all_mm) > 1 and distance_mm > _GAP * float(np.median(all_mm))
+
+
+def sequence_name(levels: Sequence[int]) -> str:
+    """Return a sequence as text, such as ``T11-L5``."""
+    return LEVEL_NAMES[levels[0]] if len(levels) == 1 else f"{LEVEL_NAMES[levels[0]]}-{LEVEL_NAMES[levels[-1]]}"
