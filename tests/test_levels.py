@@ -1,0 +1,198 @@
+"""Predicted vertebrae are split, and named as one sequence: each level once, in order."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from cspine_data import LEVEL_NAMES, SPINE, Geometry, InputError
+from cspine_train import RunError
+from cspine_train.prediction.instances import vertebra_instances
+from cspine_train.prediction.level_sequence import find_sequence
+from cspine_train.prediction.levels import Evidence, name_vertebrae
+
+LUMBAR = (20, 21, 22, 23, 24)
+
+
+def grid(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float] = (1, 1, 1)) -> Geometry:
+    directions = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    return Geometry(size=shape, spacing_mm=spacing_mm, directions=directions, origin_mm=(10.0, 20.0, 30.0))
+
+
+def spine(
+    bodies: int, shape: tuple[int, int, int] = (50, 40, 160), tilt: float = 0.1, spacing_mm: float = 1
+) -> NDArray[np.uint8]:
+    """Return bodies that touch their neighbours over a third of their width, 1 for the highest."""
+    x, y, z = np.meshgrid(*(np.arange(n) * spacing_mm for n in shape), indexing="ij")
+    label = np.zeros(shape, np.uint8)
+    for number in range(bodies):
+        middle = shape[2] * spacing_mm - 20 - 24 * number
+        height = z - middle - tilt * (y - 20)
+        across = ((x - 24) / 18) ** 2 + ((y - 20) / 14) ** 2
+        body = (across < 1) & (np.abs(height) <= 10)
+        bridge = (across < 0.1) & (height < 0) & (height > -24) & (number < bodies - 1)
+        label[bridge & (label == 0)] = number + 1
+        label[body] = number + 1
+    return label
+
+
+@pytest.mark.parametrize("spacing_mm", [1, 0.5])
+def test_touching_bodies_are_split_from_head_to_feet(spacing_mm: float) -> None:
+    shape = tuple(int(n / spacing_mm) for n in (50, 40, 160))
+    truth = spine(6, shape, spacing_mm=spacing_mm)  # type: ignore[arg-type]
+    found = vertebra_instances(truth != 0, (spacing_mm,) * 3)
+    assert found.dtype == np.uint8
+    assert found.max() == 6
+    core = (truth != 0) & (found != truth)
+    # Bridges belong to either side.
+    assert core.sum() < 0.03 * (truth != 0).sum()
+
+
+def test_fragments_are_dropped_and_the_sides_of_a_vertebra_joined() -> None:
+    mask = spine(4) != 0
+    mask[2:6, 2:6, 80:84] = True
+    # The lowest has two sides, as C1 has: without a middle.
+    mask[20:29, :, :80] = False
+    found = vertebra_instances(mask, (1, 1, 1))
+    assert found.max() == 4
+    assert not found[2:6, 2:6, 80:84].any()
+    lowest = found == 4
+    assert lowest[:20].any()
+    assert lowest[29:].any()
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4), (1, 1, 1)])
+def test_masks_without_or_full_of_vertebra(shape: tuple[int, int, int]) -> None:
+    assert not vertebra_instances(np.zeros(shape, bool), (1, 1, 1)).any()
+    assert (vertebra_instances(np.ones(shape, bool), (1, 1, 1)) == 1).all()
+
+
+def evidence_of(rows: list[list[float]]) -> NDArray[np.float64]:
+    return np.array(rows) / np.sum(rows, axis=1, keepdims=True)
+
+
+def test_the_sequence_is_decided_by_all_vertebrae_at_once() -> None:
+    # One vertebra looks like L2 and like L3, and two look like L4.
+    rows = [[9, 1, 0, 0, 0], [0, 5, 5, 0, 0], [0, 0, 2, 8, 0], [0, 0, 0, 8, 2], [0, 0, 0, 1, 9]]
+    sequence = find_sequence(evidence_of(rows), LUMBAR, [35] * 4)
+    assert sequence.levels == LUMBAR
+    assert min(sequence.probabilities) > 0.99
+    assert sequence.rival != sequence.levels
+
+
+def test_a_vertebra_that_the_network_never_saw_is_named_by_its_place() -> None:
+    known = (18, 19, *LUMBAR)
+    rows = np.vstack([[0.6, 0.3, 0.1, 0, 0, 0, 0], np.eye(7)])
+    sequence = find_sequence(rows, known, [35] * 7)
+    assert [LEVEL_NAMES[level] for level in sequence.levels] == ["T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5"]
+
+
+def test_variants_need_evidence() -> None:
+    six = np.eye(7)
+    assert find_sequence(six, (19, *LUMBAR, 25), [35] * 6).levels == (19, *LUMBAR, 25)
+    unsure = np.full((7, len(SPINE)), 1 / len(SPINE))
+    assert not {25, 28} & set(find_sequence(unsure, SPINE, [35] * 6).levels)
+
+
+def test_a_level_is_left_out_only_where_there_is_a_gap() -> None:
+    rows = np.eye(5)[[0, 1, 3, 4]]
+    assert find_sequence(rows, LUMBAR, [35, 70, 35]).levels == (20, 21, 23, 24)
+    assert find_sequence(rows, LUMBAR, [35, 36, 35]).levels in {(20, 21, 22, 23), (21, 22, 23, 24)}
+
+
+def test_equal_evidence_for_two_sequences_is_a_doubt() -> None:
+    rows = evidence_of([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]])
+    sequence = find_sequence(rows, LUMBAR, [35] * 3)
+    assert {sequence.levels, sequence.rival} == {LUMBAR[:4], LUMBAR[1:]}
+    assert sequence.probability == pytest.approx(sequence.rival_probability)
+    assert find_sequence(rows, LUMBAR, [35] * 3, lowest=24).levels == LUMBAR[1:]
+    assert find_sequence(rows, LUMBAR, [35] * 3, highest=20).levels == LUMBAR[:4]
+
+
+def test_temperature_makes_names_less_certain() -> None:
+    rows = evidence_of([[4, 1, 0, 0, 0], [0, 4, 1, 0, 0]])
+    sharp, soft = (find_sequence(rows, LUMBAR, [35], temperature) for temperature in (1.0, 5.0))
+    assert sharp.levels == soft.levels == (20, 21)
+    assert sharp.probability > soft.probability > soft.rival_probability
+
+
+def test_more_vertebrae_than_a_spine_has() -> None:
+    with pytest.raises(RunError, match="30"):
+        find_sequence(np.full((30, 5), 0.2), LUMBAR, [35] * 29)
+    with pytest.raises(RunError, match="C2"):
+        find_sequence(np.full((3, 5), 0.2), LUMBAR, [35] * 2, lowest=2)
+
+
+@given(st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_any_evidence_gives_consecutive_levels(count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    known = tuple(sorted(rng.choice(range(1, 26), 5, replace=False).tolist()))
+    sequence = find_sequence(rng.dirichlet(np.full(5, 0.3), count), known, [30.0] * (count - 1))
+    assert len(sequence.levels) == count
+    order = [(*SPINE, 26).index(level) for level in sequence.levels]
+    assert all(0 < after - before <= 2 for before, after in pairwise(order))
+    assert all(sequence.probability <= one + 1e-9 and one < 1 + 1e-9 for one in sequence.probabilities)
+    assert sequence.rival_probability <= sequence.probability
+
+
+def test_named_vertebrae_are_measured_in_mm() -> None:
+    truth = np.zeros((20, 20, 60), np.uint8)
+    for number, top in enumerate((58, 38, 18)):
+        truth[2:18, 4:16, top - 12 : top] = number + 1
+    level_map, named = name_vertebrae(truth != 0, grid(truth.shape, (2, 1, 1.5)), lowest="L5")
+    assert set(np.unique(level_map)) == {0, 22, 23, 24}
+    assert [one.name for one in named.levels] == ["L3", "L4", "L5"]
+    highest = named.levels[0]
+    assert highest.value == 22
+    assert highest.probability == 1
+    assert highest.centroid_mm == pytest.approx((10 + 2 * 9.5, 20 + 9.5, 30 + 1.5 * 51.5))
+    assert highest.volume_ml == pytest.approx(16 * 12 * 12 * 3 / 1000)
+    # Twelve voxels of 1.5 mm.
+    assert highest.height_mm == pytest.approx(18, abs=2)
+    assert named.doubt == ""
+
+
+def test_names_from_the_probabilities_of_levels() -> None:
+    truth = spine(5)
+    # Half of each body looks like the next level.
+    half = np.arange(truth.shape[0])[:, None, None] < 20
+    probabilities = [
+        np.where(truth == n + 1, np.where(half, 0.3, 0.9), 0) + np.where(truth == n, np.where(half, 0.6, 0.05), 0)
+        for n in range(5)
+    ]
+    evidence = Evidence([one.astype(np.float32) for one in probabilities], LUMBAR)
+    level_map, named = name_vertebrae(truth != 0, grid(truth.shape), evidence)
+    assert [one.name for one in named.levels] == ["L1", "L2", "L3", "L4", "L5"]
+    assert (level_map == np.where(truth, truth + 19, 0)).mean() > 0.99
+    _, fused = name_vertebrae(
+        truth != 0, grid(truth.shape), Evidence([2 * one for one in evidence.probabilities], LUMBAR)
+    )
+    assert fused == named
+
+
+def test_doubts_name_both_sequences_and_gaps() -> None:
+    truth = spine(4)
+    flat = Evidence([np.full(truth.shape, 0.2, np.float32)] * 5, LUMBAR)
+    _, named = name_vertebrae(truth != 0, grid(truth.shape), flat)
+    assert "uncertain" in named.doubt
+    assert " or " in named.doubt
+    _, gap = name_vertebrae((truth != 0) & (truth != 2), grid(truth.shape), lowest="L5")
+    assert gap.doubt == ""
+    higher = spine(6)
+    _, gap = name_vertebrae((higher != 0) & (higher != 2), grid(higher.shape), lowest="L5")
+    assert "missing" in gap.doubt
+    _, nothing = name_vertebrae(np.zeros((4, 4, 4), bool), grid((4, 4, 4)), lowest="L5")
+    assert nothing.levels == ()
+    assert "no vertebra" in nothing.doubt
+
+
+def test_names_that_do_not_fit_are_refused() -> None:
+    truth = spine(5)
+    for lowest, highest in ((None, "T99"), ("C3", None), ("L5", "L1")):
+        with pytest.raises(InputError):
+            name_vertebrae(truth != 0, grid(truth.shape), lowest=lowest, highest=highest)
