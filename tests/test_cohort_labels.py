@@ -81,6 +81,8 @@ def test_a_few_cases_with_mistakes_do_not_make_levels_instances() -> None:
     assert "C5 is above C4" in problem
     (problem,) = found.problems(instances(column([3, 4, 5], [20, 5])))
     assert "5 mm" in problem
+    (problem,) = found.problems(instances(column([6, 5, 4, 3])))
+    assert "reverse" in problem
     # Three of seven are no longer a few.
     assert not cohort_labels(cohort(*good, *[column([6, 5, 4, 3])] * 3)).levels
 

@@ -238,7 +238,7 @@ class ScannedCase:
     @property
     def labels(self) -> LabelledCase:
         """Its labels, for `cohort_labels`."""
-        return LabelledCase(self.row[0], {one.value: one.centroid_mm for one in self.instances}, self.names)
+        return LabelledCase.of(self.row[0], self.instances, self.names)
 
 
 def scan_cases(
@@ -303,8 +303,7 @@ def describe_case(loaded: LoadedCase, ignore_label: int | None) -> ScannedCase:
     label = case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}{_UNLABELLED}"
     row = (case.id, *_grid_cells(geometry), orientation, labels or "-", label)
     fingerprint = Fingerprint.of(case.id, case.patient, loaded.image)
-    instances = find_instances(loaded.label) if loaded.label else ()
-    instances = tuple(one for one in instances if one.value != ignore_label)
+    instances = find_instances(loaded.label, ignore_label) if loaded.label else ()
     return ScannedCase(row, loaded.notes, bool(found), fingerprint, instances, names)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +16,7 @@ from cspine_data.volumes.instances import (
     out_of_order,
     unordered_labels,
 )
-from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, level_value
+from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, level_value, levels_text
 
 # Share of cases that may contradict the order of levels: a few cases with mistakes do not make them instances.
 _MISTAKEN = 0.2
@@ -40,8 +40,13 @@ class LabelledCase:
     """
 
     case: str
-    centroids_mm: Mapping[int, Triple]
-    names: Mapping[int, str]
+    centroids_mm: Mapping[int, Triple] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, case: str, instances: Sequence[Instance], names: Mapping[int, str]) -> LabelledCase:
+        """Return the labels of a case with these instances."""
+        return cls(case, {one.value: one.centroid_mm for one in instances}, names)
 
     @property
     def levels_mm(self) -> dict[int, Triple]:
@@ -77,9 +82,13 @@ class CohortLabels:
             return order_problems(instances)
         own = {one.value: one for one in instances if one.value in self.levels}
         heights = {value: one.centroid_mm for value, one in own.items()}
-        wrong = [_order_problem(one, other, heights) for one, other in out_of_order(heights)]
+        wrong = out_of_order(heights)
         # Distances mean nothing in a wrong order.
-        return wrong or order_problems([own[value] for value in SPINE if value in own], levels=True)
+        if len(wrong) > 1 and not out_of_order(heights, SPINE[::-1]):
+            return [f"{levels_text(own)} are in reverse order: is the volume upside down, or its label map?"]
+        if wrong:
+            return [_order_problem(one, other, heights) for one, other in wrong[:_MOST_NAMED]]
+        return order_problems([own[value] for value in SPINE if value in own], levels=True)
 
 
 def cohort_labels(cases: Sequence[LabelledCase]) -> CohortLabels:

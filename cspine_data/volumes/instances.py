@@ -100,11 +100,11 @@ def label_centroids_mm(array: NDArray[Any], geometry: Geometry) -> dict[int, Tri
     return _centroids_mm(_extents(array), geometry)
 
 
-def find_instances(label: Volume) -> tuple[Instance, ...]:
+def find_instances(label: Volume, ignore_label: int | None = None) -> tuple[Instance, ...]:
     """Return the instances of a label map from head to feet: by the height of their centroids."""
     from scipy import ndimage
 
-    extents = _extents(label.array)
+    extents = {value: one for value, one in _extents(label.array).items() if value != ignore_label}
     centroids = _centroids_mm(extents, label.geometry)
     voxel_ml = math.prod(label.geometry.spacing_mm) / 1e3
     found = []
