@@ -391,6 +391,23 @@ def test_an_outlier_names_its_value_and_the_median(cohort: Path) -> None:
     assert "2,000,000" in outlier.problem
 
 
+def test_vertebrae_out_of_order_are_found_before_and_after_preparation(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    for number, (image, label, spacing) in enumerate(phantoms(5, SPACING)):
+        exchanged = np.array([0, 1, 2, 4, 3, 5, 6, 7], np.uint8)[label] if number == 2 else label
+        write(folder, f"P{number:02d}", (image, exchanged, spacing))
+    prepare(folder, tmp_path / "s.zarr", n4=False, axes="0")
+    pages = [tmp_path / "source.html", tmp_path / "store.html"]
+    report_source(find_cases(folder), pages[0])
+    report_store(tmp_path / "s.zarr", pages[1])
+    for page in pages:
+        assert suspects(page) == ["P02"]
+        text = page.read_text(encoding="utf-8")
+        assert "C4 is above C3" in text
+        assert re.search("note.*levels C1 to C7", text)
+        assert "<td>C1-C7</td>" in text
+
+
 def test_a_page_of_another_suffix_is_refused_before_any_work(cohort: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.html"):
         report_source(find_cases(cohort), tmp_path / "page")

@@ -57,7 +57,7 @@ def scan(
     from cspine_data.sources.duplicates import look_alike_notes
     from cspine_data.sources.listing import find_cases
     from cspine_data.sources.pair_lists import write_pairs as write_list
-    from cspine_data.volumes.instances import unordered_labels
+    from cspine_data.volumes.cohort_labels import cohort_labels
     from cspine_data.volumes.label_options import LabelOptions
 
     if report and quick:
@@ -87,13 +87,10 @@ def scan(
     print_notes((case.row[0], case.notes) for case in cases)
     for note in look_alike_notes(case.fingerprint for case in cases if case.fingerprint):
         click.echo(f"note: {note}")
-    unordered = unordered_labels(case.centroids_mm for case in cases)
-    if unordered:
-        first, second, _ = unordered
-        click.echo(
-            f"note: label {first} is above label {second} in some cases and below it in others: label values are "
-            "instances, not levels; cspine-data relabel orders and names them"
-        )
+    labels_of_all = cohort_labels([case.labels for case in cases])
+    if labels_of_all.text:
+        click.echo(f"note: {labels_of_all.text}")
+    print_notes((case.row[0], labels_of_all.problems(case.instances)) for case in cases)
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
     if write_pairs is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from cspine_data.sources.cases import Case, ScannedCase, describe_case, load_cas
 from cspine_data.sources.duplicates import Fingerprint, fingerprint
 from cspine_data.store.identities import Identity, identity_of
 from cspine_data.store.records import read_corrected, read_label_xyz, read_root, record_of
+from cspine_data.volumes.cohort_labels import LabelledCase
 from cspine_data.volumes.geometry import Orientation, Triple
-from cspine_data.volumes.label_checks import value_counts
+from cspine_data.volumes.instances import Instance, find_instances
 from cspine_data.volumes.label_options import LabelOptions
+from cspine_data.volumes.volume import Volume
 
 _BINS = 48
 # Percentiles between which intensities are shown.
@@ -49,31 +51,37 @@ class Histogram:
 class LabelSummary:
     """What the page shows of a label map that is not empty."""
 
-    volumes_ml: dict[int, float]
-    """Volume of each label value."""
+    instances: tuple[Instance, ...]
+    """Its label values, from head to feet."""
+    names: Mapping[int, str]
+    """The names of label values, where the file has them."""
     fit: LabelFit
     surroundings: NDArray[np.float32]
     """The image around the labelled voxels."""
 
     @classmethod
     def of(
-        cls, image_xyz: NDArray[Any], label_xyz: NDArray[Any] | None, spacing_mm: Triple, ignore_label: int | None
+        cls,
+        image_xyz: NDArray[Any],
+        label_xyz: NDArray[Any] | None,
+        spacing_mm: Triple,
+        ignore_label: int | None,
+        instances: tuple[Instance, ...],
+        names: Mapping[int, str],
     ) -> LabelSummary | None:
-        """Return the summary of a label map; None if there is none, or nothing labelled."""
-        if label_xyz is None:
+        """Return the summary of a label map with its instances; None if there is none, or nothing labelled."""
+        if label_xyz is None or not instances:
             return None
-        values, counts = value_counts(label_xyz)
-        voxel_ml = math.prod(spacing_mm) / 1e3
-        volumes_ml = {int(v): n * voxel_ml for v, n in zip(values.tolist(), counts.tolist(), strict=True)}
         labelled = label_xyz != 0
-        volumes_ml.pop(0, None)
         if ignore_label is not None:
-            volumes_ml.pop(ignore_label, None)
             labelled &= label_xyz != ignore_label
-        if not volumes_ml:
-            return None
         fit = label_fit(image_xyz, labelled, spacing_mm)
-        return cls(volumes_ml, fit, surroundings(image_xyz, labelled, spacing_mm))
+        return cls(instances, names, fit, surroundings(image_xyz, labelled, spacing_mm))
+
+    @property
+    def volumes_ml(self) -> dict[int, float]:
+        """Volume of each label value, in ascending order."""
+        return {one.value: one.volume_ml for one in sorted(self.instances, key=lambda one: one.value)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +111,15 @@ class CaseSummary:
     def case(self) -> str:
         """Case id."""
         return self.fingerprint.case
+
+    @property
+    def labels(self) -> LabelledCase:
+        """Its labels, for `cohort_labels`."""
+        return (
+            LabelledCase.of(self.case, self.label.instances, self.label.names)
+            if self.label
+            else LabelledCase(self.case)
+        )
 
     @property
     def size_xyz(self) -> tuple[int, ...]:
@@ -148,7 +165,7 @@ def examine_source_case(case: Case, options: LabelOptions) -> Examined:
         before=before,
         after=after,
         picture=draw_slices((image_row(image_xyz),), label_xyz, image_xyz.shape, spacing_mm),
-        label=LabelSummary.of(image_xyz, label_xyz, spacing_mm, options.ignore_label),
+        label=LabelSummary.of(image_xyz, label_xyz, spacing_mm, options.ignore_label, scanned.instances, scanned.names),
         notes=loaded.notes,
     )
     return Examined(scanned, summary, voxels_digest(loaded.image))
@@ -162,6 +179,10 @@ def summarise_stored_case(case: str, store: Path, variant: str) -> CaseSummary:
     label_xyz = read_label_xyz(store, record) if record.labelled else None
     image_xyz, spacing_mm = corrected.image_xyz, corrected.spacing_mm
     before, after = _histograms(image_xyz, record.normalisation)
+    instances: tuple[Instance, ...] = ()
+    if label_xyz is not None:
+        geometry_xyz = Orientation.of(record.geometry).geometry_xyz(record.geometry)
+        instances = find_instances(Volume(label_xyz, geometry_xyz), record.ignore_label)
     identity = root.identity(case)
     with_bias = record.preprocessing.bias is not None
     return CaseSummary(
@@ -172,7 +193,7 @@ def summarise_stored_case(case: str, store: Path, variant: str) -> CaseSummary:
         before=before,
         after=after,
         picture=draw_slices(correction_rows(corrected), label_xyz, image_xyz.shape, spacing_mm),
-        label=LabelSummary.of(image_xyz, label_xyz, spacing_mm, record.ignore_label),
+        label=LabelSummary.of(image_xyz, label_xyz, spacing_mm, record.ignore_label, instances, record.segments),
         notes=record.notes,
         doubts=corrected.doubts if with_bias else (),
         log_bias_deviation=record.log_bias_deviation if with_bias else None,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cspine_data.report.case_summary import CaseSummary, LabelSummary
 from cspine_data.report.label_fit import LabelFit, similarity
 from cspine_data.sources.duplicates import look_alikes
+from cspine_data.volumes.cohort_labels import cohort_labels
 
 #: Fewest cases that show what is usual.
 FEWEST_CASES = 8
@@ -115,10 +116,13 @@ def _of_label(value: Callable[[LabelSummary], float]) -> Callable[[CaseSummary],
 def find_outliers(cases: Sequence[CaseSummary]) -> tuple[Finding, ...]:
     """Return the findings in a cohort, the strongest first.
 
-    Each label map is compared with its image. Each case is compared with the others of its sequence, if they are eight
-    or more.
+    Each label map is compared with its image, and its vertebrae with the order along a spine. Each case is compared
+    with the others of its sequence, if they are eight or more.
     """
-    found = [*_two_of_one_patient(cases), *_poor_fits(cases), *_doubts(cases), *_outlying(cases), *_flipped(cases)]
+    found = [
+        *_two_of_one_patient(cases), *_poor_fits(cases), *_odd_vertebrae(cases), *_doubts(cases), *_outlying(cases),
+        *_flipped(cases),
+    ]  # fmt: skip
     return tuple(sorted(found, key=lambda finding: (-finding.strength, finding.case)))
 
 
@@ -155,6 +159,13 @@ def _poor_fits(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
         if fit and not _fits(fit):
             strength = 1 + max(0.0, _POOR_FIT - fit.here) + max(0.0, fit.gain - _MOST_GAIN)
             yield Finding(case.case, _fit_problem(fit), strength)
+
+
+def _odd_vertebrae(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
+    labels = cohort_labels([case.labels for case in cases])
+    for case in cases:
+        for problem in labels.problems(case.label.instances) if case.label else ():
+            yield Finding(case.case, problem, _DOUBT)
 
 
 def _doubts(cases: Sequence[CaseSummary]) -> Iterator[Finding]:

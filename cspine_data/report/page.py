@@ -6,7 +6,7 @@ import base64
 import glob
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from cspine_data.files import atomic_write
 from cspine_data.pages.page import render_page
 from cspine_data.report.case_summary import CaseSummary, Histogram
 from cspine_data.report.findings import Finding, Measure, find_outliers, measures, outliers_of
+from cspine_data.volumes.cohort_labels import cohort_labels
+from cspine_data.volumes.levels import levels_text
 
 _BARS = 30
 _MOST_PROBLEMS = 4
@@ -63,17 +65,18 @@ def write_page(path: Path, about: About, cases: Sequence[CaseSummary], problems:
     ordered = sorted(cases, key=lambda case: (rank.get(case.case, len(rank)), case.case))
     anchors = {case.case: f"case-{number}" for number, case in enumerate(ordered, start=1)}
     patients = len({case.identity.patient for case in cases})
+    labels = cohort_labels([case.labels for case in cases])
     text = render_page(
         "cspine_data.report",
         "templates",
         "dataset.html.jinja",
         title=about.title,
         answer=f"{count(len(cases), 'case')} of {count(patients, 'patient')}; {len(of_case)} to look at.",
-        notes=about.notes,
+        notes=(*about.notes, *filter(None, [labels.text])),
         suspects=[_suspect(case, found, anchors, about) for case, found in of_case.items()],
         patients=_patients(cases, about.part_of),
         plots=[plot for measure in measures() if (plot := _plot(measure, cases, anchors))],
-        table=_table(ordered, about, anchors),
+        table=_table(ordered, about, anchors, labels.levels),
         legend=_STORE_LEGEND if about.stored else _SOURCE_LEGEND,
         cases=list(_cards(ordered, anchors, of_case)),
     )
@@ -128,9 +131,11 @@ def _patients(cases: Sequence[CaseSummary], part_of: Mapping[str, str]) -> dict[
     return {"columns": ("site", "sequence", "split", "patients", "cases"), "rows": rows}
 
 
-def _table(cases: Sequence[CaseSummary], about: About, anchors: Mapping[str, str]) -> dict[str, Any]:
+def _table(
+    cases: Sequence[CaseSummary], about: About, anchors: Mapping[str, str], levels: Collection[int]
+) -> dict[str, Any]:
     """Return a row for each case; columns without any value are left out."""
-    rows = [_cells(case, about.part_of.get(case.case)) for case in cases]
+    rows = [_cells(case, about.part_of.get(case.case), levels) for case in cases]
     columns = [name for name in (rows[0] if rows else {}) if any(row[name] for row in rows)]
     return {
         "columns": ["case", *columns],
@@ -141,7 +146,7 @@ def _table(cases: Sequence[CaseSummary], about: About, anchors: Mapping[str, str
     }
 
 
-def _cells(case: CaseSummary, part: str | None) -> dict[str, str | None]:
+def _cells(case: CaseSummary, part: str | None, levels: Collection[int]) -> dict[str, str | None]:
     label, identity = case.label, case.identity
     return {
         "patient": identity.patient if identity.patient != case.case else None,
@@ -154,6 +159,7 @@ def _cells(case: CaseSummary, part: str | None) -> dict[str, str | None]:
         "orientation": case.orientation,
         "intensity": f"{case.intensity:.4g}",
         "labels": " ".join(map(str, label.volumes_ml)) if label else None,
+        "levels": levels_text(label.volumes_ml.keys() & levels) if label else None,
         "labelled ml": f"{sum(label.volumes_ml.values()):.1f}" if label else None,
         "fit of labels": f"{label.fit.here:.1f}" if label else None,
         "log bias SD": None if case.log_bias_deviation is None else f"{case.log_bias_deviation:.3f}",

@@ -15,9 +15,10 @@ from cspine_data.errors import CspineDataError, Problem, describe_problem, print
 from cspine_data.preprocessing.tissue import tissue_threshold
 from cspine_data.progress import Progress
 from cspine_data.sources.duplicates import Fingerprint
-from cspine_data.volumes.geometry import Geometry, Orientation, Triple
+from cspine_data.volumes.cohort_labels import LabelledCase
+from cspine_data.volumes.geometry import Geometry, Orientation
 from cspine_data.volumes.image_checks import usable_image
-from cspine_data.volumes.instances import label_centroids_mm
+from cspine_data.volumes.instances import Instance, find_instances
 from cspine_data.volumes.io import Volume, read_geometry, read_volume
 from cspine_data.volumes.label_checks import (
     check_labels,
@@ -230,8 +231,14 @@ class ScannedCase:
     notes: tuple[str, ...] = ()
     labelled: bool = False
     fingerprint: Fingerprint | None = None
-    centroids_mm: dict[int, Triple] = field(default_factory=dict)
-    """See `Fingerprint` and `label_centroids_mm`; none if its voxels were not read."""
+    instances: tuple[Instance, ...] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
+    """See `Fingerprint` and `find_instances`, and names of label values; none if its voxels were not read."""
+
+    @property
+    def labels(self) -> LabelledCase:
+        """Its labels, for `cohort_labels`."""
+        return LabelledCase.of(self.row[0], self.instances, self.names)
 
 
 def scan_cases(
@@ -296,8 +303,8 @@ def describe_case(loaded: LoadedCase, ignore_label: int | None) -> ScannedCase:
     label = case.label.name if case.label and loaded.label else f"{'empty' if case.label else 'none'}{_UNLABELLED}"
     row = (case.id, *_grid_cells(geometry), orientation, labels or "-", label)
     fingerprint = Fingerprint.of(case.id, case.patient, loaded.image)
-    centroids_mm = label_centroids_mm(loaded.label.array, loaded.label.geometry) if loaded.label else {}
-    return ScannedCase(row, loaded.notes, bool(found), fingerprint, centroids_mm)
+    instances = find_instances(loaded.label, ignore_label) if loaded.label else ()
+    return ScannedCase(row, loaded.notes, bool(found), fingerprint, instances, names)
 
 
 def scan_header(case: Case) -> ScannedCase | Problem:

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.volumes.geometry import Geometry, Triple
-from cspine_data.volumes.levels import SPINE
+from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, levels_between
 from cspine_data.volumes.volume import Volume
 
-# Distance of neighbours, relative to the patient's median, above which one may be missing, or below which two labels
-# may be one vertebra. Distances grow from C1 to L5 by a few percent each; 132 real ones are 0.82 to 1.12.
+# Distance of neighbours, relative to the median around them, above which one may be missing, or below which two labels
+# may be one vertebra. Along a spine, distances double from the neck to L5; 132 real ones are 0.82 to 1.12.
 _GAP, _CLOSE = 1.5, 0.55
+# The median is of the distances to as many vertebrae on each side.
+_AROUND = 2
 # Share of an instance in its largest connected component, below which it is fragmented.
 _WHOLE = 0.9
 # Difference in height above which a vertebra is clearly above another; neighbours in the neck are 15 mm apart.
@@ -38,71 +40,131 @@ class Instance:
         Its volume.
     whole : float
         Share of its voxels in its largest connected component.
+    at_edge : bool
+        Whether it touches the edge of the volume, so that the rest of it may be outside.
     """
 
     value: int
     centroid_mm: Triple
     volume_ml: float
     whole: float
+    at_edge: bool = False
+
+
+@dataclass
+class _Extent:
+    """The number of voxels of a label value, the sums of their indices, the first ones, and those after the last."""
+
+    voxels: int
+    sums: NDArray[np.float64]
+    first: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+
+def _extents(array: NDArray[Any]) -> dict[int, _Extent]:
+    """Return the extent of each label value, in ascending order; plane by plane, which takes little memory."""
+    found: dict[int, _Extent] = {}
+    for index, plane in enumerate(array):
+        at = np.nonzero(plane)
+        values, number, counts = np.unique(plane[at], return_inverse=True, return_counts=True)
+        first, end = np.full((len(values), 2), plane.shape), np.zeros((len(values), 2), np.int64)
+        sums = np.empty((len(values), 2))
+        for axis, indices in enumerate(at):
+            sums[:, axis] = np.bincount(number, indices, len(values))
+            np.minimum.at(first[:, axis], number, indices)
+            np.maximum.at(end[:, axis], number, indices + 1)
+        for n, value in enumerate(values.tolist()):
+            voxels = int(counts[n])
+            of_plane = _Extent(
+                voxels,
+                np.array([index * voxels, *sums[n]]),
+                np.array([index, *first[n]]),
+                np.array([index + 1, *end[n]]),
+            )
+            one = found.setdefault(value, of_plane)
+            if one is not of_plane:
+                one.voxels += voxels
+                one.sums += of_plane.sums
+                np.minimum(one.first, of_plane.first, out=one.first)
+                np.maximum(one.end, of_plane.end, out=one.end)
+    return dict(sorted(found.items()))
+
+
+def _centroids_mm(extents: Mapping[int, _Extent], geometry: Geometry) -> dict[int, Triple]:
+    means = np.array([one.sums / one.voxels for one in extents.values()]).reshape(-1, 3)
+    return {value: (x, y, z) for value, (x, y, z) in zip(extents, geometry.positions_mm(means).tolist(), strict=True)}
 
 
 def label_centroids_mm(array: NDArray[Any], geometry: Geometry) -> dict[int, Triple]:
     """Return the centroid of each label value of an array on a grid, in world coordinates (LPS)."""
-    # By value: the number of its voxels, and the sums of their indices. Plane by plane, which takes little memory.
-    sums: dict[int, NDArray[np.float64]] = {}
-    for index, plane in enumerate(array):
-        at = np.nonzero(plane)
-        values, number, counts = np.unique(plane[at], return_inverse=True, return_counts=True)
-        along = (np.bincount(number, indices, len(values)) for indices in at)
-        for value, *of_plane in zip(values.tolist(), counts, index * counts, *along, strict=True):
-            sums[value] = sums.get(value, 0) + np.array(of_plane, np.float64)
-    means = np.array([sums[value][1:] / sums[value][0] for value in sorted(sums)]).reshape(-1, 3)
-    centroids = geometry.positions_mm(means).tolist()
-    return {value: (x, y, z) for value, (x, y, z) in zip(sorted(sums), centroids, strict=True)}
+    return _centroids_mm(_extents(array), geometry)
 
 
-def find_instances(label: Volume) -> tuple[Instance, ...]:
+def find_instances(label: Volume, ignore_label: int | None = None) -> tuple[Instance, ...]:
     """Return the instances of a label map from head to feet: by the height of their centroids."""
     from scipy import ndimage
 
-    centroids = label_centroids_mm(label.array, label.geometry)
+    extents = {value: one for value, one in _extents(label.array).items() if value != ignore_label}
+    centroids = _centroids_mm(extents, label.geometry)
     voxel_ml = math.prod(label.geometry.spacing_mm) / 1e3
     found = []
-    for value, centroid_mm in centroids.items():
-        at = np.nonzero(label.array == value)
-        box = tuple(slice(int(along.min()), int(along.max()) + 1) for along in at)
+    for value, one in extents.items():
+        box = tuple(map(slice, one.first, one.end))
         components, _ = ndimage.label(label.array[box] == value, np.ones((3, 3, 3)))
-        sizes = np.bincount(components.ravel())[1:]
-        found.append(Instance(value, centroid_mm, at[0].size * voxel_ml, float(sizes.max() / sizes.sum())))
+        largest = int(np.bincount(components.ravel())[1:].max())
+        at_edge = bool((one.first == 0).any() or (one.end == label.array.shape).any())
+        found.append(Instance(value, centroids[value], one.voxels * voxel_ml, largest / one.voxels, at_edge))
     return tuple(sorted(found, key=lambda one: -one.centroid_mm[2]))
 
 
-def order_problems(instances: Sequence[Instance]) -> list[str]:
-    """Return the reasons to doubt the order of instances: gaps, duplicates, fragments, or a path that turns back."""
+def order_problems(instances: Sequence[Instance], *, levels: bool = False) -> list[str]:
+    """Return the reasons to doubt the order of instances: gaps, duplicates, fragments, or a path that turns back.
+
+    Parameters
+    ----------
+    instances : sequence of Instance
+        The instances from head to feet.
+    levels : bool
+        Their values are levels, so that missing ones are known.
+    """
+    texts = [LEVEL_NAMES[one.value] if levels else f"label {one.value}" for one in instances]
     problems = [
-        f"label {one.value} is in several pieces, the largest has {one.whole:.0%} of it"
-        for one in instances
-        if one.whole < _WHOLE
+        f"{text} is in several pieces, the largest has {one.whole:.0%} of it"
+        for one, text in zip(instances, texts, strict=True)
+        # A vertebra at the edge of the volume is often cut: its body and its processes are apart.
+        if one.whole < _WHOLE and not one.at_edge
     ]
-    centres = np.array([one.centroid_mm for one in instances])
-    if len(centres) < 3:
+    if len(instances) < 2:
         return problems
+    centres = np.array([one.centroid_mm for one in instances])
     distances = np.linalg.norm(np.diff(centres, axis=0), axis=1)
-    usual = float(np.median(distances))
-    for one, other, distance in zip(instances, instances[1:], distances.tolist(), strict=False):
-        if distance > _GAP * usual:
-            problems.append(
-                f"labels {one.value} and {other.value} are {distance:.0f} mm apart: is a vertebra between them missing?"
-            )
-        elif distance < _CLOSE * usual:
-            problems.append(
-                f"labels {one.value} and {other.value} are only {distance:.0f} mm apart: are they one vertebra?"
-            )
-    if not _is_path(centres):
+    missing = [levels_between(one.value, other.value) if levels else () for one, other in pairwise(instances)]
+    # Per vertebra, so that missing ones do not make the others look close.
+    steps = distances / [len(between) + 1 for between in missing]
+    for n, ((one, other), between) in enumerate(zip(pairwise(texts), missing, strict=True)):
+        ratio = steps[n] / np.median(steps[max(0, n - _AROUND) : n + _AROUND + 1])
+        problem = _neighbour_problem(float(distances[n]), float(ratio), between, certain=len(instances) > 2)
+        if problem:
+            problems.append(f"{one} and {other} {problem}")
+    if len(instances) > 2 and not _is_path(centres):
         problems.append(
             "the order by height is not the order along the spine: the spine turns back, or a label is misplaced"
         )
     return problems
+
+
+def _neighbour_problem(distance: float, ratio: float, missing: Sequence[int], *, certain: bool) -> str:
+    """Return what is odd about two neighbours in the order, from their distance and its ratio to the usual one."""
+    if missing:
+        names = ", ".join(LEVEL_NAMES[value] for value in missing)
+        if certain and ratio < _CLOSE:
+            return f"are {distance:.0f} mm apart, as neighbours are, though {names} would be between them"
+        return f"are labelled, and {names} between them is not"
+    if certain and ratio > _GAP:
+        return f"are {distance:.0f} mm apart: is a vertebra between them missing?"
+    if certain and ratio < _CLOSE:
+        return f"are only {distance:.0f} mm apart: are they one vertebra?"
+    return ""
 
 
 def unordered_labels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, ...]:
@@ -141,12 +203,17 @@ def ordered_levels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, ...]:
     """
     present: set[int] = set()
     for centroids in cases:
-        own = [value for value in SPINE if value in centroids]
-        present.update(own)
-        heights = [centroids[value][2] for value in own]
-        if any(height < lower + _APART_MM for height, lower in pairwise(heights)):
+        present.update(centroids)
+        if out_of_order(centroids):
             return ()
-    return tuple(value for value in SPINE if value in present) if len(present) > 2 else ()
+    levels = tuple(value for value in SPINE if value in present)
+    return levels if len(levels) > 2 else ()
+
+
+def out_of_order(centroids: Mapping[int, Triple], order: Sequence[int] = SPINE) -> list[tuple[int, int]]:
+    """Return neighbours in an order from head to feet of which the first is not clearly above the second."""
+    own = [value for value in order if value in centroids]
+    return [(one, other) for one, other in pairwise(own) if centroids[one][2] < centroids[other][2] + _APART_MM]
 
 
 def _is_path(centres: NDArray[np.float64]) -> bool:

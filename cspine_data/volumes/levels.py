@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import colorsys
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cspine_data.errors import InputError
 
@@ -74,6 +74,22 @@ def level_colour(value: int) -> tuple[int, int, int]:
     hue = first + (last - first) * position / max(len(levels) - 1, 1)
     red, green, blue = colorsys.hls_to_rgb(hue / 360, _LIGHTNESS[position % 2], _SATURATION)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def levels_between(upper: int, lower: int) -> tuple[int, ...]:
+    """Return the usual levels between two levels; most spines have neither T13 nor L6."""
+    return tuple(value for value in SPINE[SPINE.index(upper) + 1 : SPINE.index(lower)] if value in USUAL)
+
+
+def levels_text(levels: Collection[int]) -> str:
+    """Return levels from head to feet in short: ``T11-L3 L5`` if L4 is missing."""
+    runs: list[list[int]] = []
+    for value in (value for value in SPINE if value in levels):
+        if runs and not levels_between(runs[-1][-1], value):
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return " ".join("-".join(dict.fromkeys((LEVEL_NAMES[run[0]], LEVEL_NAMES[run[-1]]))) for run in runs)
 
 
 def consecutive_levels(lowest: str | None, highest: str | None, count: int) -> tuple[int, ...]:

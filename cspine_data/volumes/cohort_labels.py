@@ -1,0 +1,161 @@
+"""What the label values of a cohort are, by the positions of its labels: levels of vertebrae, instances, or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from cspine_data.volumes.geometry import Triple
+from cspine_data.volumes.instances import (
+    Instance,
+    order_problems,
+    ordered_levels,
+    out_of_order,
+    unordered_labels,
+)
+from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, level_value, levels_text
+
+# Share of cases that may contradict the order of levels: a few cases with mistakes do not make them instances.
+_MISTAKEN = 0.2
+# Neighbours in an adult's neck are 13 to 20 mm apart, lumbar ones 30 to 40 mm.
+_CERVICAL_MM = 25.0
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class LabelledCase:
+    """The labels of a case.
+
+    Attributes
+    ----------
+    case : str
+        The case id.
+    centroids_mm : dict
+        The centroid of each label value, see `label_centroids_mm`.
+    names : dict
+        The names of label values, where the file has them.
+    """
+
+    case: str
+    centroids_mm: Mapping[int, Triple] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, case: str, instances: Sequence[Instance], names: Mapping[int, str]) -> LabelledCase:
+        """Return the labels of a case with these instances."""
+        return cls(case, {one.value: one.centroid_mm for one in instances}, names)
+
+    @property
+    def levels_mm(self) -> dict[int, Triple]:
+        """The centroids of the values that may be levels, from head to feet: those without another name."""
+        others = {value for value, name in self.names.items() if level_value(name) != value}
+        return {value: self.centroids_mm[value] for value in SPINE if value in self.centroids_mm.keys() - others}
+
+
+@dataclass(frozen=True)
+class CohortLabels:
+    """What the label values of a cohort are.
+
+    Attributes
+    ----------
+    levels : tuple of int
+        Those that are levels, from head to feet.
+    unordered : tuple of int
+        Three that are instances, see `unordered_labels`; none if there are levels.
+    mistaken : tuple of str
+        Cases that contradict the order of the levels.
+    text : str
+        The same in one line for the user; empty if there is nothing to say, such as of a single value.
+    """
+
+    levels: tuple[int, ...] = ()
+    unordered: tuple[int, ...] = ()
+    mistaken: tuple[str, ...] = ()
+    text: str = ""
+
+    def problems(self, instances: Sequence[Instance]) -> list[str]:
+        """Return what is odd about the vertebrae of a case: their order, gaps, distances and fragments."""
+        if self.unordered:
+            return order_problems(instances)
+        own = {one.value: one for one in instances if one.value in self.levels}
+        heights = {value: one.centroid_mm for value, one in own.items()}
+        wrong = out_of_order(heights)
+        # Distances mean nothing in a wrong order.
+        if len(wrong) > 1 and not out_of_order(heights, SPINE[::-1]):
+            return [f"{levels_text(own)} are in reverse order: is the volume upside down, or its label map?"]
+        if wrong:
+            return [_order_problem(one, other, heights) for one, other in wrong[:_MOST_NAMED]]
+        return order_problems([own[value] for value in SPINE if value in own], levels=True)
+
+
+def cohort_labels(cases: Sequence[LabelledCase]) -> CohortLabels:
+    """Return what the label values of a cohort are.
+
+    Values are levels if each is clearly above the next in all cases, or in all but a few. Positions alone cannot
+    distinguish C1, C2, C3, ... from other vertebrae that are numbered from above; the text says how they are read.
+    """
+    # A single value has no order.
+    labelled = [case for case in cases if len(case.levels_mm) > 1]
+    mistaken = tuple(case.case for case in labelled if out_of_order(case.levels_mm))
+    if len(mistaken) <= _MISTAKEN * len(labelled):
+        agreeing = [case for case in labelled if case.case not in mistaken]
+        levels = ordered_levels(case.levels_mm for case in agreeing)
+        if levels:
+            return CohortLabels(levels, mistaken=mistaken, text=_levels_text(levels, agreeing, mistaken))
+    unordered = unordered_labels(case.centroids_mm for case in cases)
+    if unordered:
+        first, second, _ = unordered
+        text = (
+            f"label {first} is above label {second} in some cases and below it in others: label values are instances, "
+            "not levels; cspine-data relabel orders and names them"
+        )
+        return CohortLabels(unordered=unordered, text=text)
+    return CohortLabels(text=_other_text(cases))
+
+
+def _order_problem(one: int, other: int, centroids: Mapping[int, Triple]) -> str:
+    above_mm = centroids[one][2] - centroids[other][2]
+    first, second = LEVEL_NAMES[one], LEVEL_NAMES[other]
+    if above_mm < 0:
+        return f"{second} is above {first}: are label values {one} and {other} exchanged?"
+    return f"{first} is only {above_mm:.0f} mm above {second}: are they levels of vertebrae?"
+
+
+def _levels_text(levels: Sequence[int], cases: Sequence[LabelledCase], mistaken: Sequence[str]) -> str:
+    span = f"levels {LEVEL_NAMES[levels[0]]} to {LEVEL_NAMES[levels[-1]]}"
+    own = [tuple(case.levels_mm) for case in cases]
+    if all(case.levels_mm.keys() <= case.names.keys() for case in cases):
+        text = f"labels are {span}, by their names"
+    else:
+        text = f"label values {levels[0]} to {levels[-1]} are read as {span}"
+        far = _distance_text(cases)
+        if far or all(values == tuple(range(1, len(values) + 1)) for values in own):
+            text += f"{far}; if they are other vertebrae, cspine-data relabel names them"
+    if mistaken:
+        text += f"; {_named(mistaken)} contradict this order: correct them, or no label is a level in training"
+    return text
+
+
+def _distance_text(cases: Sequence[LabelledCase]) -> str:
+    """Return a remark on distances that are too long for a neck."""
+    necks = [[mm for value, mm in case.levels_mm.items() if LEVEL_NAMES[value][0] == "C"] for case in cases]
+    distances = [np.linalg.norm(np.subtract(one, other)) for neck in necks for one, other in pairwise(neck)]
+    distance = float(np.median(distances)) if distances else 0.0
+    return f", although {distance:.0f} mm apart, further than in a neck" if distance > _CERVICAL_MM else ""
+
+
+def _other_text(cases: Sequence[LabelledCase]) -> str:
+    values = sorted({value for case in cases for value in case.centroids_mm})
+    if len(values) < 3:
+        return ""
+    several = [case.levels_mm for case in cases if len(case.levels_mm) > 1]
+    if several and not any(out_of_order(one, sorted(one, reverse=True)) for one in several):
+        return "label values are numbered from feet to head, so they are no levels; cspine-data relabel names them"
+    return f"label values {_named(values)} are neither levels nor instances of vertebrae, by their positions"
+
+
+def _named(things: Sequence[object]) -> str:
+    return ", ".join(map(str, things[:_MOST_NAMED])) + ", ..." * (len(things) > _MOST_NAMED)
