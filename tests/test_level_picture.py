@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cspine_data import LEVEL_NAMES, level_colour
+from cspine_train.prediction import overlays
 from cspine_train.prediction.level_picture import _apart, draw_levels, level_slices
+from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, LevelGallery
+from cspine_train.prediction.stored_volumes import Segmented
 
 # From head to feet; x goes from side to side, as in scoliosis.
 C3_TO_C6 = {3: (4, 30, 56), 4: (16, 28, 42), 5: (28, 28, 28), 6: (16, 30, 14)}
 SIZE, SPACING_MM = (34, 60, 70), (1.5, 1.0, 1.2)
+
+EMPTY = np.zeros((2, 2, 2), np.uint8)
 
 
 def boxes(centres: dict[int, tuple[int, int, int]]) -> NDArray[np.uint8]:
@@ -122,16 +127,19 @@ def test_places_move_no_more_than_they_must() -> None:
     assert _apart([], 20, 100) == []
 
 
-def test_notes_are_wrapped_to_the_width_and_headings_stand_above(tmp_path: Path, written) -> None:
+def test_title_headings_and_notes_do_not_overlap_and_are_wrapped_to_the_width(tmp_path: Path, written) -> None:
     (shown,) = slices(boxes(C3_TO_C6))
     note = "the levels may be one lower " * 9
-    draw_levels(tmp_path / "x.png", [shown, shown], ("predicted", "true"), [note])
+    draw_levels(tmp_path / "x.png", [shown, shown], ("predicted", "true"), "CS_01", [note])
     width = Image.open(tmp_path / "x.png").width
     lines = [(text, box) for text, box in written if "lower" in text or "levels" in text]
     assert len(lines) > 1
     assert " ".join(text for text, _ in lines) == note.strip()
     assert all(box[2] <= width for _, box in lines)
-    assert {"predicted", "true"} <= {text for text, _ in written}
+    around = [box for text, box in written if text not in LEVEL_NAMES.values()]
+    assert [text for text, _ in written if text in ("CS_01", "predicted", "true")] == ["CS_01", "predicted", "true"]
+    for (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) in combinations(around, 2):
+        assert right <= other_left or other_right <= left or bottom <= other_top or other_bottom <= top
 
 
 def test_a_volume_without_vertebrae_is_shown_whole(tmp_path: Path) -> None:
@@ -139,3 +147,40 @@ def test_a_volume_without_vertebrae_is_shown_whole(tmp_path: Path) -> None:
     assert shown.grey_hw.shape == (SIZE[2], SIZE[1])
     draw_levels(tmp_path / "x.png", [shown])
     assert Image.open(tmp_path / "x.png").format == "PNG"
+
+
+# The best, the median and the worst patient
+
+
+@pytest.mark.parametrize(
+    ("dice", "shown"),
+    [
+        ([0.8], {"best": "P0"}),
+        ([0.7, 0.8], {"best": "P1", "worst": "P0"}),
+        ([0.1, 0.9, 0.5, 0.6, 0.2], {"best": "P1", "median": "P2", "worst": "P0"}),
+        ([i / 40 for i in range(41)], {"best": "P40", "median": "P20", "worst": "P0"}),
+        # 0.000 to 0.400 in a mixed order.
+        ([i * 37 % 401 / 1e3 for i in range(401)], {"best": "P65", "median": "P233", "worst": "P0"}),
+    ],
+)
+def test_the_levels_of_the_best_the_median_and_the_worst_patient_are_drawn(
+    dice: list[float], shown: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: dict[str, str] = {}
+    monkeypatch.setattr(
+        overlays, "draw_levels", lambda path, _, __, title, ___: titles.update({path.name: title.partition(":")[0]})
+    )
+    gallery = LevelGallery((BEST, MEDIAN, WORST), (3, 4))
+    for number, of_patient in enumerate(dice):
+        gallery.add(Segmented(f"P{number}", np.zeros((2, 2, 2)), (1, 1, 1), EMPTY, EMPTY), of_patient)
+    files = list(gallery.draw(tmp_path, "test-", "all", ()))
+    assert titles == {f"test-levels-{kind}.png": case for kind, case in shown.items()}
+    assert {file.name for file in files} == set(titles)
+
+
+def test_other_labels_than_levels_are_not_in_the_picture(tmp_path: Path, written) -> None:
+    levels = boxes(C3_TO_C6)
+    gallery = LevelGallery((BEST,), (3, 4))
+    gallery.add(Segmented("A", np.zeros(SIZE, np.float32), SPACING_MM, levels, levels), 0.5)
+    assert len(list(gallery.draw(tmp_path, "", "1 patient", ()))) == 1
+    assert [name for name, _ in names_in(written)] == ["C3", "C4"] * 2

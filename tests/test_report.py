@@ -100,9 +100,9 @@ def test_evaluation_writes_all_that_the_page_shows(
     assert all(measure.heading in page.texts for measure in MEASURES)
     assert len(page.of("svg")) == 2
     pictures = [attributes["src"] for attributes in page.of("img")]
-    assert [picture is not None and picture.startswith("data:image/png;base64,") for picture in pictures] == [True] * 6
-    best = (folder / "test-best.png").read_bytes()
-    assert any(base64.b64decode(str(picture).partition(",")[2]) == best for picture in pictures)
+    assert [picture is not None and picture.startswith("data:image/png;base64,") for picture in pictures] == [True] * 7
+    shown = {base64.b64decode(str(picture).partition(",")[2]) for picture in pictures}
+    assert {(folder / f"test-{name}.png").read_bytes() for name in ("best", "levels-best")} <= shown
     assert all(attributes["alt"] for attributes in page.of("img"))
 
 

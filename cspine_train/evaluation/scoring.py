@@ -221,7 +221,7 @@ def _evaluate(
     for _, case in wanted:
         check_trained_on(loaded, cohort, case)
     wanted, nothing = _labelled(loaded, cohort, wanted)
-    gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST))
+    gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST), record.levels)
     scores, failed = [], []
     for number, (part, case) in enumerate(wanted, start=1):
         try:
@@ -232,7 +232,7 @@ def _evaluate(
                 raise
         else:
             scores.append(score_patient(volume, part, loaded))
-            gallery.add(volume)
+            gallery.add(volume, scores[-1].label_dice)
         if progress:
             progress(number, len(wanted), case)
     name = "-".join(splits)

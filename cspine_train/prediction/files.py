@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -26,8 +25,9 @@ from cspine_data import (
     write_volume,
 )
 from cspine_data import find_volumes as volumes_of
-from cspine_data.tools import atomic_write, make_folder
+from cspine_data.tools import make_folder
 from cspine_train.errors import RunError
+from cspine_train.prediction.output_tables import OutputTable
 from cspine_train.prediction.predictor import LoadedRun, check_runs, predict
 from cspine_train.prediction.preview import draw_overview
 from cspine_train.run.folder import MODEL_FOLDER, only_one
@@ -269,21 +269,19 @@ def _read_truth(path: Path, volume: Volume) -> Volume | None:
 
 
 class _Index:
-    """The table of predictions in a folder, by the label map's name; a row is written before its label map."""
+    """The table of predictions in a folder, by the label map's name; a row is written before its label map.
+
+    After a power failure, a label map without its row would count as one of other runs.
+    """
 
     def __init__(self, path: Path, made_by: str) -> None:
-        self._path = path
+        self._folder = path.parent
         self._made_by = made_by
-        self._rows: dict[str, dict[str, str]] = {}
-        if not path.exists():
-            return
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            # Rows that were cut off, or changed by a spreadsheet, are dropped.
-            self._rows = {row["label"]: row for row in csv.DictReader(file) if _is_whole(row)}
+        self._table = OutputTable(path, _COLUMNS, "label", _is_whole)
 
     def known(self, volume: Path, target: Path, digest: str) -> Predicted | None:
         """Return the earlier prediction of a volume by these runs; None if there is none."""
-        row = self._rows.get(self._name(target))
+        row = next(iter(self._table.rows(self._name(target))), None)
         if not row or row["made_by"] != self._made_by:
             return None
         if row["volume_sha256"] != digest:
@@ -295,7 +293,7 @@ class _Index:
         return Predicted(volume, target, float(row["expected_dice"]), agreement, warnings, already=True)
 
     def _name(self, label: Path) -> str:
-        return label.relative_to(self._path.parent).as_posix()
+        return label.relative_to(self._folder).as_posix()
 
     def add(self, done: Predicted, digest: str) -> None:
         """Add the row of a label map that will be written."""
@@ -309,21 +307,12 @@ class _Index:
             "volume_sha256": digest,
             "made_by": self._made_by,
         }
-        self._rows[row["label"]] = row
-        # The whole file, durably: ten thousand rows take 50 ms. After a power failure, a label map without its row
-        # would count as one of other runs.
-        with (
-            atomic_write(self._path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self._rows.values())
+        self._table.put(row["label"], [row])
 
 
-def _is_whole(row: Mapping[str, str | None]) -> bool:
+def _is_whole(row: Mapping[str, str]) -> bool:
     try:
-        float(row["expected_dice"] or ""), float(row["agreement"] or 0)
-    except (KeyError, ValueError):
+        float(row["expected_dice"]), float(row["agreement"] or 0)
+    except ValueError:
         return False
-    return all(row.get(name) is not None for name in _COLUMNS) and bool(row["label"] and row["made_by"])
+    return bool(row["made_by"])

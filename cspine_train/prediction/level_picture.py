@@ -139,6 +139,7 @@ def draw_levels(
     path: Path,
     slices: Sequence[LevelSlice],
     headings: Sequence[str] = ("",),
+    title: str = "",
     notes: Sequence[str] = (),
     uncertain: Collection[int] = (),
 ) -> None:
@@ -152,6 +153,8 @@ def draw_levels(
         From `level_slices`.
     headings : sequence of str
         Above each slice.
+    title : str
+        Above all slices.
     notes : sequence of str
         Lines below.
     uncertain : collection of int
@@ -162,19 +165,20 @@ def draw_levels(
     panels = [_panel(one, uncertain if number == 0 else ()) for number, one in enumerate(slices)]
     font = _font(_FONT)
     width = sum(panel.width + _GAP for panel in panels) + _GAP
-    headed = any(headings)
+    titles = list(_wrapped(title, font, width - 2 * _GAP))
     lines = [line for note in notes for line in _wrapped(note, font, width - 2 * _GAP)]
-    above = _GAP + (_LINE if headed else 0)
-    height = above + panels[0].height + _GAP + _LINE * len(lines) + (_GAP if lines else 0)
-    sheet = Image.new("RGB", (width, height), _GROUND)
+    top = _GAP + _LINE * (len(titles) + any(headings))
+    bottom = top + panels[0].height + _GAP
+    sheet = Image.new("RGB", (width, bottom + _LINE * len(lines) + (_GAP if lines else 0)), _GROUND)
     draw = ImageDraw.Draw(sheet)
+    for start, block in ((_GAP, titles), (bottom, lines)):
+        for number, line in enumerate(block):
+            draw.text((_GAP, start + _LINE * number), line, _TEXT, font, "la")
     left = _GAP
     for panel, heading in zip(panels, headings, strict=True):
-        draw.text((left, above - 4), heading, _TEXT, font, anchor="ls")
-        sheet.paste(panel, (left, above))
+        draw.text((left, top - _LINE), heading, _TEXT, font, "la")
+        sheet.paste(panel, (left, top))
         left += panel.width + _GAP
-    for number, line in enumerate(lines):
-        draw.text((_GAP, above + panels[0].height + _GAP + _LINE * number), line, _TEXT, font, anchor="lt")
     with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 

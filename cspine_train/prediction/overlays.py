@@ -1,8 +1,9 @@
-"""Pictures of the slices with the best, the median and the worst Dice."""
+"""Pictures of the slices, and of the levels of the patients, with the best, the median and the worst Dice."""
 
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -13,6 +14,7 @@ import numpy as np
 from cspine_data import Cohort, as_seen
 from cspine_data.tools import count, make_folder
 from cspine_train.metrics.overlap import Overlap
+from cspine_train.prediction.level_picture import LevelSlice, draw_levels, level_slices
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented, segment_all
 from cspine_train.reports.figures import SliceView, draw_overlays
@@ -21,36 +23,106 @@ from cspine_train.run.folder import OVERLAYS_FOLDER
 #: Largest number of validation patients that are predicted for pictures.
 MOST_PATIENTS = 8
 _SHOWN = 4
+# Candidates for the patients that are shown, as the median changes with each patient: enough for some thousand in a
+# random order. Each takes about 0.1 MB.
+_CANDIDATES = 64
 # Neighbouring slices are similar.
 _APART_MM = 5.0
 
 
 class Kind(NamedTuple):
-    """A kind of slices: name, and sort key of a slice's overlap and the median Dice of all slices."""
+    """A kind of slices or patients.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    order : callable
+        Sort key of a slice's overlap and the median Dice of all slices.
+    order_of_patients : callable
+        Sort key of a patient's Dice and the median Dice of all patients.
+    """
 
     name: str
     order: Callable[[Overlap, float], Any]
+    order_of_patients: Callable[[float, float], float]
 
 
-BEST = Kind("best", lambda voxels, _: (-voxels.dice, -voxels.true_positive))
-MEDIAN = Kind("median", lambda voxels, middle: (abs(voxels.dice - middle), -voxels.true_positive))
-WORST = Kind("worst", lambda voxels, _: (voxels.dice, -voxels.false_positive - voxels.false_negative))
+BEST = Kind("best", lambda voxels, _: (-voxels.dice, -voxels.true_positive), lambda dice, _: -dice)
+MEDIAN = Kind(
+    "median",
+    lambda voxels, middle: (abs(voxels.dice - middle), -voxels.true_positive),
+    lambda dice, middle: abs(dice - middle),
+)
+WORST = Kind(
+    "worst", lambda voxels, _: (voxels.dice, -voxels.false_positive - voxels.false_negative), lambda dice, _: dice
+)
+
+
+class LevelView(NamedTuple):
+    """Predicted and true levels of a case, and their mean Dice."""
+
+    dice: float
+    case: str
+    slices: tuple[LevelSlice, ...]
+
+
+class LevelGallery:
+    """Collects the levels of the patients of each kind, over any number of patients."""
+
+    def __init__(self, kinds: Sequence[Kind], levels: Sequence[int]) -> None:
+        self._kinds = kinds
+        self._levels = levels
+        self._views: list[LevelView] = []
+        self._dice: list[float] = []
+
+    def add(self, segmented: Segmented, dice: float) -> None:
+        """Add a patient, with the mean Dice over labels, and keep the patients that may be shown."""
+        maps = [
+            np.where(np.isin(one, self._levels), one, 0)
+            for one in (segmented.scored(segmented.found_xyz), segmented.truth_xyz)
+        ]
+        slices = level_slices(segmented.image_xyz, maps, segmented.spacing_mm, segmented.window)
+        insort(self._dice, dice)
+        views = [*self._views, LevelView(dice, segmented.case, slices)]
+        kept = [view for kind in self._kinds for view in self._first(kind, views, _CANDIDATES)]
+        self._views = list({view.case: view for view in kept}.values())
+
+    def draw(self, folder: Path, stem: str, of: str, notes: Sequence[str]) -> Iterator[Path]:
+        """Write a picture of the first patient of each kind, ``<stem>levels-<kind>.png``."""
+        shown: set[str] = set()
+        # With one patient or two, the median is also the best or the worst.
+        for kind in sorted(self._kinds, key=lambda kind: kind == MEDIAN):
+            for view in self._first(kind, self._views, 1):
+                if view.case not in shown:
+                    shown.add(view.case)
+                    path = folder / f"{stem}levels-{kind.name}.png"
+                    title = f"{view.case}: {kind.name} mean Dice over labels of {of}, {view.dice:.3f}"
+                    draw_levels(path, view.slices, ("predicted", "true"), title, notes)
+                    yield path
+
+    def _first(self, kind: Kind, views: Sequence[LevelView], count: int) -> list[LevelView]:
+        middle = median(self._dice) if self._dice else 0.0
+        return heapq.nsmallest(count, views, lambda view: kind.order_of_patients(view.dice, middle))
 
 
 class Gallery:
     """Collects the slices of each kind, along some axes, over any number of patients.
 
-    Slices that are empty in both masks are left out.
+    Slices that are empty in both masks are left out. Where label values are levels, see `LevelGallery`.
     """
 
-    def __init__(self, axes: Sequence[int], kinds: Sequence[Kind]) -> None:
+    def __init__(self, axes: Sequence[int], kinds: Sequence[Kind], levels: Sequence[int] = ()) -> None:
         self._kinds = kinds
+        self._levels = LevelGallery(kinds, levels) if levels else None
         self._views: dict[int, dict[str, list[SliceView]]] = {axis: {kind.name: [] for kind in kinds} for axis in axes}
         self._dice: dict[int, list[float]] = {axis: [] for axis in axes}
         self._middle = dict.fromkeys(axes, 0.0)
 
-    def add(self, segmented: Segmented) -> None:
-        """Add a patient, and keep the slices that may be shown."""
+    def add(self, segmented: Segmented, label_dice: float | None = None) -> None:
+        """Add a patient, with the mean Dice over labels, and keep the slices that may be shown."""
+        if self._levels and label_dice is not None:
+            self._levels.add(segmented, label_dice)
         for axis, views in self._views.items():
             dice = self._dice[axis]
             dice += [voxels.dice for voxels in segmented.slices[axis].values()]
@@ -65,7 +137,8 @@ class Gallery:
     def draw(self, folder: Path, stem: str, of: str, notes: Sequence[str]) -> tuple[Path, ...]:
         """Write a picture for each kind that has slices, ``<stem><kind>.png``, with a row for each axis.
 
-        `of` names the patients in the title; notes stand below the picture. The folder is created if needed.
+        Levels are in ``<stem>levels-<kind>.png``. `of` names the patients in the title; notes stand below the picture.
+        The folder is created if needed.
         """
         files = []
         for kind in self._kinds:
@@ -74,7 +147,7 @@ class Gallery:
                 make_folder(folder)
                 files.append(folder / f"{stem}{kind.name}.png")
                 draw_overlays(files[-1], shown, f"{kind.name} slices of {of}", notes)
-        return tuple(files)
+        return (*files, *(self._levels.draw(folder, stem, of, notes) if self._levels else ()))
 
     def _order(self, kind: Kind, axis: int) -> Callable[[Overlap], Any]:
         middle = self._middle[axis]

@@ -62,7 +62,9 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
         "splits": list(_splits(evaluation["patients"])),
         "confusion": _confusion(folder / f"{name}-confusion.csv"),
         "pictures": embedded_pictures(
-            (folder / f"{name}-{kind}.png", f"slices of {kind} Dice") for kind in ("best", "median", "worst")
+            (folder / f"{name}-{what}{kind}.png", f"{caption} {kind} Dice")
+            for what, caption in (("levels-", "levels of the patient with the"), ("", "slices of"))
+            for kind in ("best", "median", "worst")
         ),
         "plots": plots[:MOST_PLOTS],
         "left_out": max(0, len(plots) - MOST_PLOTS),
