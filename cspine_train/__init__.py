@@ -13,7 +13,8 @@ from cspine_data.tools import install_hint
 if TYPE_CHECKING:
     from cspine_train.errors import CspineTrainError, ModelError, RunError
     from cspine_train.evaluation.comparison import Comparison, compare
-    from cspine_train.evaluation.scoring import Evaluation, PatientScore, evaluate
+    from cspine_train.evaluation.patient_score import PatientScore
+    from cspine_train.evaluation.scoring import Evaluation, evaluate
     from cspine_train.metrics.overlap import MaskMeasure, MaskPair
     from cspine_train.prediction.files import Options, Predicted, Target, find_targets, find_volumes, predict_files
     from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 _HOME = {
     "evaluation.comparison": ("Comparison", "compare"),
     "errors": ("CspineTrainError", "ModelError", "RunError"),
-    "evaluation.scoring": ("Evaluation", "PatientScore", "evaluate"),
+    "evaluation.patient_score": ("PatientScore",),
+    "evaluation.scoring": ("Evaluation", "evaluate"),
     "metrics.overlap": ("MaskMeasure", "MaskPair"),
     "prediction.predictor": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
     "prediction.files": ("Options", "Predicted", "Target", "find_targets", "find_volumes", "predict_files"),

@@ -17,13 +17,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cspine_data import Preprocessing, Split, Volume, open_cohort, prepare, preprocess_volume, read_volume, write_volume
+from cspine_data import (
+    LEVEL_NAMES,
+    Preprocessing,
+    Split,
+    Volume,
+    open_cohort,
+    prepare,
+    preprocess_volume,
+    read_volume,
+    write_volume,
+)
 from cspine_data.volumes.geometry import Geometry, Orientation, as_rows
 from cspine_train import RunError, RunSettings, evaluate, load_run, predict_volume, train
 from cspine_train.cli.commands import main as train_main
 from cspine_train.data.batches import SliceBatches
 from cspine_train.data.transforms import masks_to_network
-from cspine_train.metrics.overlap import MEASURES, Overlap, agreement, label_agreements, mean_over_labels, overlap
+from cspine_train.metrics.instances import (
+    LEVEL_MEASURES,
+    identification,
+    label_centroids,
+    label_overlaps,
+    panoptic_quality,
+)
+from cspine_train.metrics.overlap import (
+    MEASURES,
+    Overlap,
+    agreement,
+    diagonal_mm,
+    label_agreements,
+    mean_over_labels,
+    overlap,
+)
 from cspine_train.prediction.files import predict_files
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.run.label_classes import (
@@ -281,7 +306,9 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
         again = smp.from_pretrained(str(run / "model")).eval()(image)
         torch.testing.assert_close(again, loaded.network(image), atol=5e-2, rtol=1e-2)
     scored = called("evaluate", run)
-    assert scored.output.splitlines()[0].endswith("Dice of labels  IoU of labels")
+    first, *others = scored.output.splitlines()
+    assert first.endswith("Dice of labels  IoU of labels")
+    assert sum("identification rate" in line for line in others) == 2
     twin = shutil.copytree(run, tmp_path / "twin")
     called("predict", phantom_folder / "CS_04.nrrd", "--run", run, "--run", twin, "-o", tmp_path / "p.nrrd")
     found, truth = read_volume(tmp_path / "p.nrrd"), read_volume(phantom_folder / "CS_04S-label.nrrd")
@@ -290,22 +317,32 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     assert len(np.unique(found.array)) > 1
     with (run / "evaluation" / "test-labels.csv").open() as file:
         rows = list(csv.DictReader(file))
-    columns = ["case", "split", "label", "dice", "iou"]
+    columns = ["case", "split", "label", "level", "dice", "iou"]
     columns += [f"{kind}_voxels" for kind in ("true_positive", "false_positive", "false_negative")]
     columns += [measure.name for measure in MEASURES[2:]]
-    assert list(rows[0]) == [*columns, "note"]
+    assert list(rows[0]) == [*columns, "identification_rate", "localisation_distance_mm", "note"]
     assert {int(row["label"]): float(row["dice"]) for row in rows} == {
         value: pytest.approx(voxels.dice, abs=1e-6) for value, voxels in overlaps.items()
     }
     with (run / "evaluation" / "test.csv").open() as file:
         (row,) = csv.DictReader(file)
-    columns[1:3] = ["patient", "split"]
-    assert list(row) == [*columns, "batch_averaged_dice", "label_dice", "label_iou", "note"]
+    columns[1:4] = ["patient", "split"]
+    of_levels = [measure.name for measure in LEVEL_MEASURES]
+    assert list(row) == [*columns, "batch_averaged_dice", "label_dice", "label_iou", *of_levels, "note"]
     assert float(row["dice"]) == pytest.approx(overlap(found.array > 0, truth.array > 0).dice, abs=1e-6)
     assert float(row["label_dice"]) == pytest.approx(mean_over_labels(overlaps, "dice"), abs=1e-6)
     summary = json.loads((run / "evaluation" / "test.json").read_text())
     assert summary["mean_label_dice"] == pytest.approx(float(row["label_dice"]), abs=1e-6)
     assert [one["label"] for one in summary["labels"]] == [int(one["label"]) for one in rows]
+    assert [one["level"] for one in summary["labels"]] == [LEVEL_NAMES[one["label"]] for one in summary["labels"]]
+    named = identification(
+        *(label_centroids(one.array, one.geometry.spacing_mm) for one in (found, truth)),
+        diagonal_mm(truth.array.shape, truth.geometry.spacing_mm),
+    )
+    assert float(row["identification_rate"]) == pytest.approx(named.rate, abs=1e-6)
+    assert float(row["localisation_distance_mm"]) == pytest.approx(named.distance_mm, abs=1e-6)
+    quality = panoptic_quality(label_overlaps(found.array, truth.array))
+    assert float(row["panoptic_quality"]) == pytest.approx(quality.panoptic, abs=1e-6)
 
 
 def called(*arguments: str | Path) -> Result:

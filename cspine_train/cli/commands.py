@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,9 @@ from cspine_train.training.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
     from cspine_train.evaluation.scoring import Evaluation
+    from cspine_train.metrics.overlap import Measure
     from cspine_train.prediction.files import Predicted
+    from cspine_train.run.evaluations import LevelMeans
     from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
 
@@ -132,10 +135,7 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
 
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
-    columns, rows, notes = _score_table(evaluation)
-    print_table(columns, rows)
-    for note in notes:
-        say(f"note: {note}")
+    _print_scores(evaluation)
     for file in evaluation.files:
         click.echo(f"wrote {file}")
     for problem in evaluation.failed:
@@ -144,30 +144,44 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
         raise SystemExit(1)
 
 
-def _score_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return columns and rows of a table of scores and means, and notes for below it."""
-    from cspine_train.metrics.overlap import Measure, measures
+def _print_scores(evaluation: Evaluation) -> None:
+    """Print the scores of patients, those of their vertebrae, and the means of levels, each as a table."""
+    from cspine_train.metrics.instances import LEVEL_MEASURES
     from cspine_train.metrics.statistics import too_few
+    from cspine_train.run.evaluations import known_measures
 
-    shown = [measure for measure in measures() if measure.brief]
-    of_labels = [Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels")]
-    several = evaluation.scores[0].labels is not None
-    columns = ["case", "split", *(measure.heading for measure in (*shown, *(of_labels if several else ())))]
-    rows, notes = [], list(evaluation.caveats)
-    for score in evaluation.scores:
-        figures = [m.figure(getattr(score.whole, m.name)) for m in shown]
-        if several:
-            figures += [m.figure(getattr(score, m.name)) for m in of_labels]
-        rows.append([score.case, score.split, *figures])
-    for split, means in evaluation.means.items():
-        count = len({score.patient for score in evaluation.scores if score.split == split})
-        known = [(m, means[m.name]) for m in (*shown, *of_labels) if m.name in means]
-        rows.append([f"mean of {count}", split, *(m.figure(one.mean) for m, one in known)])
-        if few := too_few(count, split):
-            notes.append(few)
-        else:
-            rows.append(["95 % interval of the mean", split, *(one.between(m.digits) for m, one in known)])
-    return columns, rows, notes
+    brief = [measure for measure in known_measures([score.figures for score in evaluation.scores]) if measure.brief]
+    of_levels = [measure for measure in brief if measure in LEVEL_MEASURES]
+    print_table(*_score_table(evaluation, [measure for measure in brief if measure not in of_levels]))
+    if evaluation.levels:
+        click.echo()
+        print_table(*_score_table(evaluation, of_levels))
+        click.echo()
+        print_table(*_level_table(evaluation.levels))
+    few = (too_few(evaluation.patients(split), split) for split in evaluation.means)
+    for note in (*evaluation.caveats, *filter(None, few)):
+        say(f"note: {note}")
+
+
+def _score_table(evaluation: Evaluation, measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of a table of scores and means."""
+    rows = [
+        [score.case, score.split, *(one.figure(score.figures[one.name]) for one in measures)]
+        for score in evaluation.scores
+    ]
+    for split, of_split in evaluation.means.items():
+        means = [(one, of_split[one.name]) for one in measures]
+        rows.append([f"mean of {evaluation.patients(split)}", split, *(one.figure(mean.mean) for one, mean in means)])
+        if any(mean.low is not None for _, mean in means):
+            rows.append(["95 % interval of the mean", split, *(mean.between(one.digits) for one, mean in means)])
+    return ["case", "split", *(one.heading for one in measures)], rows
+
+
+def _level_table(levels: Sequence[LevelMeans]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of a table of the means of levels."""
+    brief = [one for one in levels[0].means if one.brief]
+    rows = [[level.level, level.split, str(level.patients), *(level.text(one) for one in brief)] for level in levels]
+    return ["level", "split", "patients", *(f"mean {one.heading}" for one in brief)], rows
 
 
 @main.command()

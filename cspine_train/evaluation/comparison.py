@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cspine_train.errors import RunError
-from cspine_train.metrics.overlap import Measure, measures
+from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import (
     FEWEST_PATIENTS,
     MeanInterval,
@@ -22,7 +22,7 @@ from cspine_train.metrics.statistics import (
     signed_rank_p,
     too_few,
 )
-from cspine_train.run.evaluations import patient_of, recorded_evaluations
+from cspine_train.run.evaluations import known_measures, patient_measures, patient_of, recorded_evaluations
 from cspine_train.run.record import RunRecord, load_record
 from cspine_train.run.settings import RunSettings
 
@@ -82,7 +82,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
     split : str
         ``train``, ``validation`` or ``test``.
     measure : str
-        Name of one of `measures`.
+        Name of one of `patient_measures`.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
         If a run was not evaluated on the split, a fold is given twice, there is only one model, or no patient is common
         to all.
     """
-    known = {one.name: one for one in measures()}
+    known = {one.name: one for one in patient_measures()}
     if measure not in known:
         raise RunError(f"measure {measure!r}: is unknown; choose from {', '.join(known)}")
     records = {Path(run): load_record(Path(run)) for run in runs}
@@ -147,14 +147,20 @@ def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: s
     # A patient may have cases at several test sites.
     of_cases: dict[str, tuple[str, float]] = {}
     for folder in folders:
-        found = {
-            row["case"]: (unicodedata.normalize("NFC", patient_of(row)), row[measure])
+        rows = [
+            row
             for _, evaluation in recorded_evaluations(folder, records[folder])
             for row in evaluation["patients"]
-            if row["split"] == split and measure in row
+            if row["split"] == split
+        ]
+        if not rows:
+            raise RunError(f"{folder}: has no {split} scores; run cspine-train evaluate {folder} --split {split}")
+        found = {
+            row["case"]: (unicodedata.normalize("NFC", patient_of(row)), row[measure]) for row in rows if measure in row
         }
         if not found:
-            raise RunError(f"{folder}: has no {split} scores; run cspine-train evaluate {folder} --split {split}")
+            have = ", ".join(one.name for one in known_measures(rows))
+            raise RunError(f"{folder}: its {split} scores have no {measure}; evaluate it again, or choose from {have}")
         if split == "test" and (twice := found.keys() & of_cases.keys()):
             problem = f"tests {min(twice)}, as another fold does"
             raise RunError(f"{folder}: {problem}; compare folds of one --split file only")

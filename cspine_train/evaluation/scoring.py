@@ -4,90 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cspine_data import Cohort, CspineDataError, Problem, open_cohort
+from cspine_data import LEVEL_NAMES, Cohort, CspineDataError, Problem, open_cohort
 from cspine_data.tools import count, make_folder
 from cspine_train.errors import RunError
-from cspine_train.metrics.instances import label_overlaps
-from cspine_train.metrics.overlap import (
-    Agreement,
-    Overlap,
-    agreement,
-    batch_averaged_dice,
-    label_agreements,
-    mean_over_labels,
-    measures,
-)
-from cspine_train.metrics.statistics import MeanInterval, mean_interval, of_patients
+from cspine_train.evaluation.patient_score import PatientScore, score_patient, vertebra_values
+from cspine_train.metrics.overlap import Overlap
+from cspine_train.metrics.statistics import MeanInterval
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, Gallery
 from cspine_train.prediction.predictor import LoadedRun, load_run
-from cspine_train.prediction.stored_volumes import Segmented, check_trained_on, segment
+from cspine_train.prediction.stored_volumes import check_trained_on, segment
 from cspine_train.reports.figures import never_fatal
 from cspine_train.reports.model_card import write_card
 from cspine_train.reports.run_report import write_report
+from cspine_train.run.evaluations import LevelMeans, known_measures, mean_over_patients, means_of_levels
 from cspine_train.run.folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, only_writer, write_rows, write_text
 from cspine_train.run.record import load_record
-
-_SHARES = ("batch_averaged_dice", "label_dice", "label_iou")
-
-
-@dataclass(frozen=True)
-class PatientScore:
-    """Scores of one patient's volume.
-
-    Attributes
-    ----------
-    case, split, patient : str
-        Case id, its part of the split, and its patient.
-    whole : Agreement
-        All measures of the whole volume: vertebra or background, whatever the labels.
-    batch_averaged_dice : float
-        Dice as in the reference study, see `batch_averaged_dice`, over slices along the run's axes.
-    labels : dict or None
-        Measures for each true or predicted label value; None for binary labels.
-    slices : dict
-        Overlap in each slice along the run's axes, by axis and index; slices empty in both masks are left out.
-    confusion : dict
-        Number of voxels by (true, predicted) label value, 0 for none; empty for binary labels.
-    """
-
-    case: str
-    split: str
-    whole: Agreement
-    batch_averaged_dice: float
-    labels: Mapping[int, Agreement] | None = None
-    slices: Mapping[int, Mapping[int, Overlap]] = field(default_factory=dict)
-    confusion: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    patient: str = ""
-
-    @property
-    def voxels(self) -> Overlap:
-        """Numbers of voxels of the whole volume."""
-        return self.whole.voxels
-
-    @property
-    def dice(self) -> float:
-        """Dice of the whole volume."""
-        return self.whole.dice
-
-    @property
-    def iou(self) -> float:
-        """Intersection over union of the whole volume."""
-        return self.whole.iou
-
-    @property
-    def label_dice(self) -> float | None:
-        """Mean Dice over the patient's labels, see `mean_over_labels`; None for binary labels."""
-        return None if self.labels is None else mean_over_labels(self.labels, "dice")
-
-    @property
-    def label_iou(self) -> float | None:
-        """Mean intersection over union over the patient's labels; None for binary labels."""
-        return None if self.labels is None else mean_over_labels(self.labels, "iou")
 
 
 @dataclass(frozen=True)
@@ -103,10 +39,12 @@ class Evaluation:
     files : tuple of Path
         The written files.
     means : dict
-        Means over patients by split and name: `measures`, the batch-averaged Dice, and with several labels their Dice
-        and IoU. Splits are apart, as validation patients chose epoch and threshold.
+        Means over patients by split and name, see `PatientScore.figures`. Splits are apart, as validation patients
+        chose epoch and threshold.
     failed : tuple of Problem
         Patients whose volumes could not be read from the store; they are in no figure.
+    levels : tuple of LevelMeans
+        Means of each level; none if the run's labels are not levels.
     """
 
     scores: tuple[PatientScore, ...]
@@ -114,6 +52,11 @@ class Evaluation:
     files: tuple[Path, ...]
     means: Mapping[str, Mapping[str, MeanInterval]]
     failed: tuple[Problem, ...] = ()
+    levels: tuple[LevelMeans, ...] = ()
+
+    def patients(self, split: str) -> int:
+        """Return the number of scored patients of a split."""
+        return len({score.patient for score in self.scores if score.split == split})
 
     @property
     def mean_dice(self) -> float:
@@ -142,19 +85,6 @@ class Evaluation:
         if len(self.means) > 1:
             raise RunError(f"{' and '.join(self.means)} patients are not averaged together; use `means`")
         return next(iter(self.means.values()))
-
-
-def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
-    """Return the means over patients of one split."""
-    patients = [score.patient or score.case for score in scores]
-
-    def of(figures: list[float], within: tuple[float, float]) -> MeanInterval:
-        return mean_interval(list(of_patients(figures, patients).values()), within)
-
-    means = {m.name: of([getattr(score.whole, m.name) for score in scores], m.within) for m in measures()}
-    # Binary runs have no figures of labels.
-    shares = {name: [getattr(score, name) for score in scores] for name in _SHARES}
-    return means | {name: of(known, (0.0, 1.0)) for name, known in shares.items() if None not in known}
 
 
 def evaluate(
@@ -270,24 +200,6 @@ def _labelled(
     return labelled, nothing
 
 
-def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> PatientScore:
-    """Score a patient's prediction by a run."""
-    found, truth, spacing_mm = segmented.scored(segmented.found_xyz), segmented.truth_xyz, segmented.spacing_mm
-    several = bool(loaded.record.label_values)
-    slices = segmented.slices
-    labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
-    return PatientScore(
-        segmented.case,
-        part,
-        agreement(found != 0, truth != 0, spacing_mm),
-        batch_averaged_dice(labelled, loaded.record.settings.batch_size),
-        label_agreements(found, truth, spacing_mm) if several else None,
-        slices,
-        label_overlaps(found, truth) if several else {},
-        loaded.record.patient(segmented.case),
-    )
-
-
 def _written(
     loaded: LoadedRun,
     name: str,
@@ -328,9 +240,11 @@ def _written(
         "digests": {score.case: record.digests[score.case] for score in scores},
     }
     if several:
-        label_rows = [row for score in scores for row in _label_rows(score, note)]
-        columns = ("case", "split", "label", *_figures(scores[0].whole), "note")
-        write_rows(files[3], columns, label_rows)
+        vertebrae = vertebra_values(record) if record.levels else None
+        label_rows = [row for score in scores for row in _label_rows(score, note, vertebrae)]
+        # Levels that only the prediction has lack some figures.
+        columns = dict.fromkeys(name for row in label_rows for name in row if name != "note")
+        write_rows(files[3], (*columns, "note"), label_rows)
         write_rows(
             files[4],
             ("case", "split", "true_label", "found_label", "voxels"),
@@ -345,22 +259,29 @@ def _written(
         names = ("dice", "iou", *(("label_dice", "label_iou") if several else ()))
         summary |= {f"mean_{name}": getattr(evaluation, f"mean_{name}") for name in names}
     write_text(files[1], json.dumps(summary, indent=1))
-    return evaluation
+    return replace(evaluation, levels=means_of_levels(summary))
+
+
+def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
+    """Return the means over patients of one split."""
+    rows = [{"case": score.case, "patient": score.patient, **score.figures} for score in scores]
+    means = {measure.name: mean_over_patients(rows, measure) for measure in known_measures(rows)}
+    return {name: one for name, one in means.items() if one}
 
 
 def _row(score: PatientScore, note: str) -> dict[str, Any]:
-    row = {"case": score.case, "patient": score.patient, "split": score.split, **_figures(score.whole)}
-    row["batch_averaged_dice"] = round(score.batch_averaged_dice, 6)
-    if score.label_dice is not None and score.label_iou is not None:
-        row |= {"label_dice": round(score.label_dice, 6), "label_iou": round(score.label_iou, 6)}
-    return row | {"note": note}
+    known = {"case": score.case, "patient": score.patient, "split": score.split}
+    return known | _figures(score.voxels, score.figures) | {"note": note}
 
 
-def _label_rows(score: PatientScore, note: str) -> list[dict[str, Any]]:
-    return [
-        {"case": score.case, "split": score.split, "label": value, **_figures(of_label), "note": note}
-        for value, of_label in (score.labels or {}).items()
-    ]
+def _label_rows(score: PatientScore, note: str, vertebrae: Container[int] | None) -> Iterator[dict[str, Any]]:
+    for value, of_label in (score.labels or {}).items():
+        known: dict[str, Any] = {"case": score.case, "split": score.split, "label": value}
+        figures = of_label.figures
+        if score.levels and vertebrae is not None:
+            known["level"] = LEVEL_NAMES[value] if value in vertebrae else ""
+            figures = {**figures, **score.levels.figures_of(value)}
+        yield known | _figures(of_label.voxels, figures) | {"note": note}
 
 
 def _slice_rows(score: PatientScore) -> Iterator[dict[str, Any]]:
@@ -369,9 +290,8 @@ def _slice_rows(score: PatientScore) -> Iterator[dict[str, Any]]:
             yield {"case": score.case, "split": score.split, "axis": axis, "slice": index, **_counts(voxels)}
 
 
-def _figures(of: Agreement) -> dict[str, Any]:
-    counts = _counts(of.voxels)
-    return counts | {measure.name: round(getattr(of, measure.name), 6) for measure in measures()}
+def _figures(voxels: Overlap, figures: Mapping[str, float]) -> dict[str, Any]:
+    return _counts(voxels) | {name: round(figure, 6) for name, figure in figures.items()}
 
 
 def _counts(voxels: Overlap) -> dict[str, Any]:

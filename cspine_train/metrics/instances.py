@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cspine_train.metrics.overlap import Measure, diagonal_mm
 
 #: Smallest intersection over union of matched instances (Kirillov 2019).
 MATCHED_IOU = 0.5
@@ -67,6 +70,79 @@ class Identification:
     def distance_mm(self) -> float:
         """Mean distance over true vertebrae."""
         return mean(self.distances_mm.values()) if self.distances_mm else self.extra_mm
+
+
+@dataclass(frozen=True)
+class LevelAgreement:
+    """Agreement of the named vertebrae of two level maps."""
+
+    identification: Identification
+    quality: PanopticQuality
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Values of `LEVEL_MEASURES` by name."""
+        return {measure.name: measure.compute(self) for measure in LEVEL_MEASURES}
+
+    def figures_of(self, level: int) -> dict[str, float]:
+        """Return the values of the measures that a single true vertebra has; none for other levels."""
+        named = self.identification
+        if level not in named.distances_mm:
+            return {}
+        return {RATE.name: float(level in named.identified), DISTANCE.name: named.distances_mm[level]}
+
+
+@dataclass(frozen=True)
+class LevelMeasure(Measure):
+    """A measure of the vertebrae of a volume."""
+
+    compute: Callable[[LevelAgreement], float] = field(kw_only=True)
+
+
+RATE = LevelMeasure("identification_rate", "identification rate", compute=lambda of: of.identification.rate)
+DISTANCE = LevelMeasure(
+    "localisation_distance_mm", "localisation distance", "mm", 2, (0.0, math.inf), "lower",
+    compute=lambda of: of.identification.distance_mm,
+)  # fmt: skip
+#: Measures of volumes whose labels are levels, in the order of tables.
+LEVEL_MEASURES = (
+    RATE,
+    DISTANCE,
+    LevelMeasure("recognition_quality", "recognition quality", compute=lambda of: of.quality.recognition),
+    LevelMeasure("segmentation_quality", "segmentation quality", compute=lambda of: of.quality.segmentation),
+    LevelMeasure("panoptic_quality", "panoptic quality", compute=lambda of: of.quality.panoptic),
+)
+
+
+def level_agreement(
+    found: NDArray[Any],
+    truth: NDArray[Any],
+    spacing_mm: tuple[float, float, float],
+    overlaps: Mapping[tuple[int, int], int],
+    levels: Container[int],
+) -> LevelAgreement:
+    """Compare the vertebrae of two label maps.
+
+    Parameters
+    ----------
+    found, truth : ndarray
+        Predicted and true label maps, three axes, of one shape.
+    spacing_mm : tuple of float
+        Voxel spacing along each axis.
+    overlaps : dict
+        Their `label_overlaps`.
+    levels : container of int
+        The label values that are vertebrae; others are background.
+    """
+    of_levels = Counter[tuple[int, int]]()
+    for (true, was), voxels in overlaps.items():
+        of_levels[true if true in levels else 0, was if was in levels else 0] += voxels
+    of_found, of_truth = (
+        {value: position for value, position in label_centroids(labels, spacing_mm).items() if value in levels}
+        for labels in (found, truth)
+    )
+    named = identification(of_found, of_truth, diagonal_mm(truth.shape, spacing_mm))
+    return LevelAgreement(named, panoptic_quality(of_levels))
 
 
 def label_overlaps(found: NDArray[Any], truth: NDArray[Any]) -> dict[tuple[int, int], int]:

@@ -87,7 +87,7 @@ class MaskPair:
         """
         if self.surfaces is not None:
             return of(self.surfaces)
-        return 0.0 if self._both_empty else float(np.linalg.norm(np.multiply(self.found.shape, self.spacing_mm)))
+        return 0.0 if self._both_empty else diagonal_mm(self.found.shape, self.spacing_mm)
 
     def surface_dice(self, tolerance_mm: float) -> float:
         """Return `SurfaceDistances.dice_within`; 1 if both masks are empty, 0 if one is."""
@@ -121,6 +121,9 @@ class Measure:
         Smallest and largest possible value, the limits of confidence intervals.
     better : str
         Which values are better: ``higher``, ``lower``, or those near ``zero``.
+    brief : bool
+        Whether short tables show it: those of `evaluate`, of studies and of the model card. Files and reports show all
+        measures.
     """
 
     name: str
@@ -129,6 +132,7 @@ class Measure:
     digits: int = 4
     within: tuple[float, float] = (0.0, 1.0)
     better: Literal["higher", "lower", "zero"] = "higher"
+    brief: bool = field(default=True, kw_only=True)
 
     @property
     def heading(self) -> str:
@@ -148,13 +152,9 @@ class MaskMeasure(Measure):
     ----------
     compute : callable
         Function of a `MaskPair` that returns a finite number, also for empty masks.
-    brief : bool
-        Whether short tables show it: those of `evaluate`, of studies and of the model card. Files and reports show all
-        measures.
     """
 
     compute: Callable[[MaskPair], float] = field(kw_only=True)
-    brief: bool = field(default=True, kw_only=True)
 
 
 #: The project's own measures, in the order of tables; see `measures` for all.
@@ -245,6 +245,11 @@ def _value(measure: MaskMeasure, pair: MaskPair) -> float:
     if not math.isfinite(value):
         raise RunError(f"measure {measure.name}: is {value}, not a finite number; correct or remove its plug-in")
     return value
+
+
+def diagonal_mm(shape: tuple[int, ...], spacing_mm: tuple[float, float, float]) -> float:
+    """Return the diagonal of a volume, the largest possible distance in it."""
+    return float(np.linalg.norm(np.multiply(shape, spacing_mm)))
 
 
 def overlap(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Overlap:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cspine_train.metrics.overlap import measures
 from cspine_train.metrics.statistics import mean_interval, too_few
 from cspine_train.run.evaluations import (
     figures_of_patients,
+    known_measures,
     mean_over_patients,
     number_of_patients,
     recorded_evaluations,
@@ -84,8 +84,9 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
 
 
 def _measures(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
-    """Return a table of the means of all short measures except Dice: its head, then a row for each split."""
-    shown = [measure for measure in measures() if measure.brief and measure.name != "dice"]
+    """Return a table of the means of short measures: its head, then a row for each split. Dice has its own tables."""
+    known = known_measures([row for rows in scores.values() for row in rows])
+    shown = [measure for measure in known if measure.brief and measure.name not in ("dice", "label_dice")]
     rows = [["part", *(measure.heading for measure in shown)]]
     for part, patients in scores.items():
         means = [(measure, mean_over_patients(patients, measure)) for measure in shown]

@@ -10,7 +10,13 @@ from typing import Any
 from cspine_data.tools import count, render_page
 from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import too_few
-from cspine_train.run.evaluations import mean_over_patients, number_of_patients, patient_measures, recorded_evaluations
+from cspine_train.run.evaluations import (
+    known_measures,
+    mean_over_patients,
+    means_of_levels,
+    number_of_patients,
+    recorded_evaluations,
+)
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
@@ -50,16 +56,18 @@ def page(template: str, **known: Any) -> str:
 
 def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     folder = run / EVALUATION_FOLDER
+    known = known_measures(evaluation["patients"])
     patients = [
-        {"case": row["case"], "figures": [_figure(measure, row.get(measure.name)) for measure in patient_measures()]}
+        {"case": row["case"], "figures": [_figure(measure, row.get(measure.name)) for measure in known]}
         for row in evaluation["patients"]
     ]
     plots = sorted(slice_plots(folder / f"{name}-slices.csv"), key=lambda plot: plot["lowest"])
     return {
         "title": f"{name.replace('-', ' and ')} patients".capitalize(),
-        "headings": [measure.heading for measure in patient_measures()],
+        "headings": [measure.heading for measure in known],
         "patients": patients,
-        "splits": list(_splits(evaluation["patients"])),
+        "splits": list(_splits(evaluation["patients"], known)),
+        "levels": _levels(evaluation),
         "confusion": _confusion(folder / f"{name}-confusion.csv"),
         "pictures": embedded_pictures(
             (folder / f"{name}-{what}{kind}.png", f"{caption} {kind} Dice")
@@ -71,23 +79,36 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _splits(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _splits(rows: Sequence[Mapping[str, Any]], measured: Sequence[Measure]) -> Iterator[dict[str, Any]]:
     """Iterate over the means of each split; validation patients, which chose epoch and threshold, are apart."""
     for split in dict.fromkeys(row["split"] for row in rows):
         of_split = [row for row in rows if row["split"] == split]
         patients = number_of_patients(of_split)
-        known = [mean_over_patients(of_split, measure) for measure in patient_measures()]
+        means = [(measure, mean_over_patients(of_split, measure)) for measure in measured]
         yield {
             "title": f"mean of {count(patients, f'{split} patient')}",
             "few": too_few(patients, split),
-            "means": [
-                _figure(measure, one.mean if one else None)
-                for measure, one in zip(patient_measures(), known, strict=True)
-            ],
-            "intervals": [
-                one.between(m.digits) if one else "" for m, one in zip(patient_measures(), known, strict=True)
-            ],
+            "means": [_figure(measure, one.mean if one else None) for measure, one in means],
+            "intervals": [one.between(measure.digits) if one else "" for measure, one in means],
         }
+
+
+def _levels(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    levels = means_of_levels(evaluation)
+    if not levels:
+        return None
+    several = len({level.split for level in levels}) > 1
+    return {
+        "headings": [measure.heading for measure in levels[0].means],
+        "rows": [
+            {
+                "level": f"{level.level}, {level.split}" if several else level.level,
+                "patients": level.patients,
+                "means": [level.text(measure) for measure in level.means],
+            }
+            for level in levels
+        ],
+    }
 
 
 def _figure(measure: Measure, figure: float | None) -> str:

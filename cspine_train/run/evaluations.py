@@ -5,18 +5,32 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from cspine_data import LEVEL_NAMES, SPINE
+from cspine_train.metrics.instances import LEVEL_MEASURES, RATE
 from cspine_train.metrics.overlap import Measure, measures
 from cspine_train.metrics.statistics import MeanInterval, mean_interval, of_patients
 from cspine_train.run.folder import EVALUATION_FOLDER
 from cspine_train.run.record import RunRecord
 
+#: The reference study's Dice, see `batch_averaged_dice`.
+BATCH_AVERAGED = Measure("batch_averaged_dice", "batch-averaged Dice", brief=False)
+#: Means over the labels of a patient, see `mean_over_labels`; binary runs have none.
+LABEL_MEASURES = (Measure("label_dice", "Dice of labels"), Measure("label_iou", "IoU of labels"))
+
 
 def patient_measures() -> tuple[Measure, ...]:
-    """Return the measures of a patient in an evaluation."""
-    return *measures(), Measure("batch_averaged_dice", "batch-averaged Dice")
+    """Return the measures that a patient can have in an evaluation."""
+    return *measures(), BATCH_AVERAGED, *LABEL_MEASURES, *LEVEL_MEASURES
+
+
+def known_measures(rows: Sequence[Mapping[str, Any]]) -> list[Measure]:
+    """Return those of `patient_measures` that a row of an evaluation has."""
+    return [measure for measure in patient_measures() if any(measure.name in row for row in rows)]
 
 
 def mean_over_patients(rows: Sequence[Mapping[str, Any]], measure: Measure) -> MeanInterval | None:
@@ -24,6 +38,48 @@ def mean_over_patients(rows: Sequence[Mapping[str, Any]], measure: Measure) -> M
     if not all(measure.name in row for row in rows):
         return None
     return mean_interval(figures_of_patients(rows, measure.name), measure.within)
+
+
+@dataclass(frozen=True)
+class LevelMeans:
+    """Means over the patients of one split who have a vertebra, missed or not.
+
+    Attributes
+    ----------
+    level : str
+        Name of the vertebra.
+    split : str
+        The split.
+    patients : int
+        Number of patients who have it.
+    means : dict
+        Means by measure; None where an evaluation lacks the measure.
+    """
+
+    level: str
+    split: str
+    patients: int
+    means: Mapping[Measure, MeanInterval | None]
+
+    def text(self, measure: Measure) -> str:
+        """Return the mean of a measure, and its interval, as text."""
+        mean = self.means[measure]
+        return "" if mean is None else mean.text(measure.digits)
+
+
+def means_of_levels(evaluation: Mapping[str, Any]) -> tuple[LevelMeans, ...]:
+    """Return the means of each true level in an evaluation, from head to feet; none if its labels are not levels."""
+    patients = {row["case"]: patient_of(row) for row in evaluation["patients"]}
+    true = [row for row in evaluation.get("labels", ()) if RATE.name in row]
+    rows = [row | {"patient": patients.get(row["case"])} for row in true]
+    measured = known_measures(rows)
+    found = []
+    for split, value in product(dict.fromkeys(row["split"] for row in rows), SPINE):
+        own = [row for row in rows if (row["split"], row["label"]) == (split, value)]
+        if own:
+            means = {measure: mean_over_patients(own, measure) for measure in measured}
+            found.append(LevelMeans(LEVEL_NAMES[value], split, number_of_patients(own), means))
+    return tuple(found)
 
 
 def figures_of_patients(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
@@ -56,7 +112,7 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
             same_weights = evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch
             steps = evaluation.get("kept_components"), evaluation.get("filled_holes", False)
             current = same_weights and steps == (record.kept_components, record.filled_holes)
-            for row in evaluation["patients"]:
+            for row in (*evaluation["patients"], *evaluation.get("labels", ())):
                 "".join((row["case"], row["split"])), row["dice"] + 0.0
                 sum(row[name] for name in names if name in row)
             evaluation.get("seconds", 0.0) + 0.0

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from cspine_data.tools import count
-from cspine_train.metrics.overlap import measures
+from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
+from cspine_train.run.evaluations import BATCH_AVERAGED, patient_measures
 from cspine_train.run.planes import PLANES
 from cspine_train.study.plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_NOTE
 from cspine_train.study.published import published_percent
@@ -59,13 +60,12 @@ class Findings:
     answer : str
         Whether N4 helps, in a sentence.
     conditions : DataFrame
-        A row for each condition, in the order of the plan: `MeanInterval` of each of `measures` and of
-        ``batch_averaged_percent``,
-        ``published_percent`` (NaN if not published) and ``difference_percent``.
+        A row for each condition, in the order of the plan: `MeanInterval` of each measure that its patients have and
+        of ``batch_averaged_percent``, ``published_percent`` (NaN if not published) and ``difference_percent``.
     cells : tuple of Table
         Conditions of each axis with the published figures.
     measures : Table
-        All measures of all conditions.
+        Short measures of all conditions.
     sites : Table
         Dice of each condition on each test site, of models that were trained on the other sites.
     factors, pairs, ranking : Table
@@ -103,7 +103,7 @@ def findings(table: pd.DataFrame, unfinished: Sequence[str] = ()) -> Findings:
         n4_answer(compared),
         figures,
         tuple(_cells(axes, figures, shown) for axes in figures["axes"].unique()),
-        _measures(figures, shown),
+        _measures([measure for measure in _measured(table) if measure.brief], figures, shown),
         _sites(table, shown),
         _levels(levels(dice)),
         _pairs(compared),
@@ -135,7 +135,7 @@ def _caveats(table: pd.DataFrame, dice: pd.DataFrame, unfinished: Sequence[str])
 def _figures(table: pd.DataFrame, dice: pd.DataFrame) -> pd.DataFrame:
     """Return the means of each condition, see `Findings`."""
     found = {"patients": dice.count()}
-    for measure in measures():
+    for measure in _measured(table):
         found[measure.name] = _means(scores(table, measure.name), dice, measure.within)
     found["batch_averaged_percent"] = _means(100 * scores(table, "batch_averaged_dice"), dice, (0.0, 100.0))
     figures = dice.columns.to_frame(index=False)
@@ -149,6 +149,11 @@ def _figures(table: pd.DataFrame, dice: pd.DataFrame) -> pd.DataFrame:
         published_percent=pd.Series(published, dtype="float64"),
         difference_percent=pd.Series(differences, dtype="object"),
     )
+
+
+def _measured(table: pd.DataFrame) -> list[Measure]:
+    """Return the measures that a patient of a study has; the reference study's is apart."""
+    return [one for one in patient_measures() if one is not BATCH_AVERAGED and table[one.name].notna().any()]
 
 
 def _means(measured: pd.DataFrame, dice: pd.DataFrame, within: tuple[float, float]) -> pd.Series:
@@ -189,9 +194,8 @@ def _cells(axes: str, figures: pd.DataFrame, shown: Sequence[str]) -> Table:
     return Table(f"Axis {axes} ({', '.join(PLANES[int(axis)] for axis in axes)} slices)", frame, tuple(notes))
 
 
-def _measures(figures: pd.DataFrame, shown: Sequence[str]) -> Table:
+def _measures(brief: Sequence[Measure], figures: pd.DataFrame, shown: Sequence[str]) -> Table:
     frame = _condition_columns(figures, shown)
-    brief = [measure for measure in measures() if measure.brief]
     for measure in brief:
         frame[measure.heading] = [_text(one, measure.digits) for one in figures[measure.name]]
     lower = ", ".join(measure.title for measure in brief if measure.better == "lower")
