@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cspine_data import LEVEL_NAMES, level_colour
+from cspine_train.levels.picture import _apart, draw_levels, level_slices
 from cspine_train.prediction import overlays
-from cspine_train.prediction.level_picture import _apart, draw_levels, level_slices
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, LevelGallery
 from cspine_train.prediction.stored_volumes import Segmented
 

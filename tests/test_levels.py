@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from cspine_data import LEVEL_NAMES, SPINE, Geometry, InputError
 from cspine_train import RunError
-from cspine_train.prediction.instances import vertebra_instances
-from cspine_train.prediction.level_sequence import find_sequence
-from cspine_train.prediction.levels import Evidence, name_vertebrae
+from cspine_train.levels.instances import vertebra_instances
+from cspine_train.levels.naming import Evidence, name_vertebrae
+from cspine_train.levels.sequence import find_sequence
 
 LUMBAR = (20, 21, 22, 23, 24)
 

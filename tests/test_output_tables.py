@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cspine_train.prediction.levels import FoundLevel, NamedSpine
+from cspine_train.levels.naming import FoundLevel, NamedSpine
 from cspine_train.prediction.output_tables import level_rows, level_table
 
 SPINE = NamedSpine(

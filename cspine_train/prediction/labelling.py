@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from cspine_data import Geometry
 from cspine_train.errors import RunError
+from cspine_train.levels.naming import Evidence, NamedSpine, name_vertebrae
 from cspine_train.metrics.components import tidied
-from cspine_train.prediction.levels import Evidence, NamedSpine, name_vertebrae
 from cspine_train.run.label_classes import stored_values
 from cspine_train.run.record import RunRecord
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cspine_data.tools import atomic_write
-from cspine_train.prediction.levels import NamedSpine
+from cspine_train.levels.naming import NamedSpine
 
 #: Table of the vertebrae, a row for each.
 LEVELS_NAME = "levels.csv"

@@ -13,8 +13,8 @@ import numpy as np
 
 from cspine_data import Cohort, as_seen
 from cspine_data.tools import count, make_folder
+from cspine_train.levels.picture import LevelSlice, draw_levels, level_slices
 from cspine_train.metrics.overlap import Overlap
-from cspine_train.prediction.level_picture import LevelSlice, draw_levels, level_slices
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented, segment_all
 from cspine_train.reports.figures import SliceView, draw_overlays

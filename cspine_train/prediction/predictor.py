@@ -18,10 +18,10 @@ from cspine_data import PreparedVolume, Preprocessing, Volume, preprocess_volume
 from cspine_train.data.sizes import fixed_size, network_shape
 from cspine_train.data.transforms import from_network, to_network, with_context
 from cspine_train.errors import ModelError, RunError
+from cspine_train.levels.naming import NamedSpine
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.models.build import check_names, load_model, sides_of
 from cspine_train.prediction.labelling import expected_dice, label_map, of_any
-from cspine_train.prediction.levels import NamedSpine
 from cspine_train.run.cohort_range import differences, looks_of
 from cspine_train.run.folder import MODEL_FOLDER, RECORD_NAME, is_in_use
 from cspine_train.run.label_classes import network_classes

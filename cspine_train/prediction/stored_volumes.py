@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from cspine_data import Cohort
 from cspine_train.errors import RunError
+from cspine_train.levels.naming import NamedSpine
 from cspine_train.metrics.overlap import Overlap, slice_overlaps
 from cspine_train.prediction.labelling import label_map
-from cspine_train.prediction.levels import NamedSpine
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.reports.figures import window_of
 

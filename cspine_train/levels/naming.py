@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cspine_data import LEVEL_NAMES, Geometry, consecutive_levels
-from cspine_train.prediction.instances import vertebra_instances
-from cspine_train.prediction.level_sequence import LevelSequence, find_sequence, is_gap, sequence_name
+from cspine_train.levels.instances import vertebra_instances
+from cspine_train.levels.sequence import LevelSequence, find_sequence, is_gap, sequence_name
 
 #: Names of a lower probability are uncertain.
 CERTAIN = 0.9
