@@ -82,11 +82,17 @@ class Evidence:
     levels: tuple[int, ...]
     temperature: float = 1.0
 
-    def of(self, instances_xyz: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Return the share of each level in the probabilities of each instance, (n, K)."""
-        numbers = np.arange(1, instances_xyz.max() + 1)
-        sums = np.array([ndimage.sum_labels(level, instances_xyz, numbers) for level in self.probabilities]).T
-        return np.asarray(sums / np.maximum(sums.sum(1, keepdims=True), 1e-12))
+
+def evidence_of(probabilities: Sequence[NDArray[np.float32]], instances_xyz: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the share of each level in the probabilities of each instance, (n, K)."""
+    numbers = np.arange(1, instances_xyz.max() + 1)
+    sums = np.array([ndimage.sum_labels(level, instances_xyz, numbers) for level in probabilities]).T
+    return np.asarray(sums / np.maximum(sums.sum(1, keepdims=True), 1e-12))
+
+
+def distances_mm(centroids_mm: NDArray[np.float64]) -> list[float]:
+    """Return the distances of neighbours, n - 1 for n centroids (n, 3)."""
+    return [float(mm) for mm in np.linalg.norm(np.diff(centroids_mm, axis=0), axis=1)]
 
 
 def name_vertebrae(
@@ -126,13 +132,13 @@ def name_vertebrae(
     if not places:
         return instances, NamedSpine((), "no vertebra was found")
     centroids = geometry_xyz.positions_mm(np.array([place.mean(0) for place in places]))
-    distances = np.linalg.norm(np.diff(centroids, axis=0), axis=1).tolist()
+    distances = distances_mm(centroids)
     if evidence is None:
         levels = consecutive_levels(lowest, highest, len(places))
         sequence = LevelSequence(levels, (1.0,) * len(levels))
     else:
         sequence = find_sequence(
-            evidence.of(instances),
+            evidence_of(evidence.probabilities, instances),
             evidence.levels,
             distances,
             evidence.temperature,
@@ -166,13 +172,13 @@ def _height_mm(along_mm: NDArray[np.float64]) -> float:
     return float(high - low) / (_ENDS[1] - _ENDS[0]) * 100
 
 
-def _doubts(sequence: LevelSequence, distances_mm: Sequence[float]) -> list[str]:
+def _doubts(sequence: LevelSequence, distances: Sequence[float]) -> list[str]:
     doubts = []
     if sequence.rival and sequence.probability < CERTAIN:
         likely = {sequence.levels: sequence.probability, sequence.rival: sequence.rival_probability}
         both = (f"{sequence_name(levels)} {probability:.2f}" for levels, probability in likely.items())
         doubts.append(f"the levels are uncertain, by probability {' or '.join(both)}")
-    gaps = [number for number, distance in enumerate(distances_mm) if is_gap(distance, distances_mm)]
+    gaps = [number for number, distance in enumerate(distances) if is_gap(distance, distances)]
     if gaps:
         names = [f"{LEVEL_NAMES[sequence.levels[n]]} and {LEVEL_NAMES[sequence.levels[n + 1]]}" for n in gaps]
         doubts.append(f"a vertebra may be missing between {', '.join(names)}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from cspine_data import LEVEL_NAMES, SPINE
 from cspine_train.errors import RunError
@@ -80,22 +81,16 @@ def find_sequence(
     RunError
         If there is no such sequence: there are too many vertebrae.
     """
-    logs = np.full((len(evidence), len(SPINE) + 1), math.log(_UNSURE / len(SPINE)))
-    column = {level: number for number, level in enumerate((*SPINE, _SACRUM))}
-    for number, level in enumerate(known):
-        logs[:, column[level]] = np.log((1 - _UNSURE) * evidence[:, number] + _UNSURE / len(SPINE))
-    gaps = [is_gap(distance, distances_mm) for distance in distances_mm]
     found = [
-        (path, (prior + sum(logs[row, column[level]] for row, level in enumerate(path))) / temperature)
-        for path, prior in _paths(len(evidence), gaps)
+        (path, score)
+        for path, score in _scored(evidence, known, distances_mm, temperature)
         if lowest in (None, path[-1]) and highest in (None, path[0])
     ]
     if not found:
         between = [f"{word} {LEVEL_NAMES[v]}" for word, v in (("up to", highest), ("down to", lowest)) if v is not None]
         raise RunError(f"{len(evidence)} vertebrae were found, more than a spine has {' '.join(between)}".rstrip())
     found.sort(key=lambda one: -one[1])
-    weights = np.exp(np.array([score for _, score in found]) - found[0][1])
-    weights /= weights.sum()
+    weights = softmax([score for _, score in found])
     best = found[0][0]
     own = [
         float(sum(weight for (path, _), weight in zip(found, weights, strict=True) if path[row] == level))
@@ -103,6 +98,34 @@ def find_sequence(
     ]
     rival = (found[1][0], float(weights[1])) if len(found) > 1 else ((), 0.0)
     return LevelSequence(best, tuple(own), float(weights[0]), *rival)
+
+
+def sequence_probability(
+    levels: Sequence[int],
+    evidence: NDArray[np.float64],
+    known: Sequence[int],
+    distances_mm: Sequence[float],
+    temperature: float,
+) -> float:
+    """Return the probability of a sequence of levels; 0 if it is impossible. See `find_sequence`."""
+    scored = dict(_scored(evidence, known, distances_mm, temperature))
+    at = list(scored).index(tuple(levels)) if tuple(levels) in scored else None
+    return 0.0 if at is None else float(softmax(list(scored.values()))[at])
+
+
+def _scored(
+    evidence: NDArray[np.float64], known: Sequence[int], distances_mm: Sequence[float], temperature: float
+) -> list[tuple[tuple[int, ...], float]]:
+    """Return all sequences with the logarithms of their probabilities, up to a constant."""
+    logs = np.full((len(evidence), len(SPINE) + 1), math.log(_UNSURE / len(SPINE)))
+    column = {level: number for number, level in enumerate((*SPINE, _SACRUM))}
+    for number, level in enumerate(known):
+        logs[:, column[level]] = np.log((1 - _UNSURE) * evidence[:, number] + _UNSURE / len(SPINE))
+    gaps = [is_gap(distance, distances_mm) for distance in distances_mm]
+    return [
+        (path, (prior + sum(float(logs[row, column[level]]) for row, level in enumerate(path))) / temperature)
+        for path, prior in _paths(len(evidence), gaps)
+    ]
 
 
 def _paths(count: int, gaps: Sequence[bool]) -> Iterator[tuple[tuple[int, ...], float]]:

@@ -100,6 +100,10 @@ class LoadedRun:
             on_source[number] = prepared.to_source_grid(of_label)
         return on_source
 
+    def on_network_grid(self, prepared: PreparedVolume, part: slice = slice(None)) -> NDArray[np.float32]:
+        """Return the `label_probabilities` of a prepared volume, or of a range of its z, on the network's grid."""
+        return self._over_axes(prepared.levels_xyz[:, :, part], prepared.levels.decode, prepared.spacing_mm)
+
     def predict(self, volume: Volume) -> Volume:
         """Return the label map of a volume, on the volume's own grid; see `predict_volume`."""
         return predict_volume([self], volume)
