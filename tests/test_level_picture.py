@@ -168,7 +168,7 @@ def test_the_levels_of_the_best_the_median_and_the_worst_patient_are_drawn(
 ) -> None:
     titles: dict[str, str] = {}
     monkeypatch.setattr(
-        overlays, "draw_levels", lambda path, _, __, title, ___: titles.update({path.name: title.partition(":")[0]})
+        overlays, "draw_levels", lambda path, _, __, title, *___: titles.update({path.name: title.partition(":")[0]})
     )
     gallery = LevelGallery((BEST, MEDIAN, WORST), (3, 4))
     for number, of_patient in enumerate(dice):

@@ -234,9 +234,18 @@ def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
 )  # fmt: skip
 @click.option("--probability", is_flag=True, help="Also write the probability of each voxel.")
 @click.option("--pictures", is_flag=True, help="Also draw slices along each axis, and an animation through them.")
+@click.option(
+    "--levels", is_flag=True, help="Also write levels.csv, a row for each vertebra, and a picture with their names."
+)
+@click.option(
+    "--lowest",
+    metavar="LEVEL",
+    help="With --levels: the lowest vertebra in all volumes, such as L5. Runs on binary labels need it, or --highest.",
+)
+@click.option("--highest", metavar="LEVEL", help="With --levels: the highest vertebra in all volumes, such as C2.")
 def predict(
     volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path, weights: tuple[float, ...] | None, mirror: bool,
-    ending: str | None, probability: bool, pictures: bool,
+    ending: str | None, probability: bool, pictures: bool, levels: bool, lowest: str | None, highest: str | None,
 ) -> None:  # fmt: skip
     """Segment VOLUMES, each on its own grid.
 
@@ -256,7 +265,7 @@ def predict(
     from cspine_train.prediction.predictor import load_run
 
     loaded = [load_run(path) for path in runs]
-    options = Options(weights, mirror, ending, probability, pictures)
+    options = Options(weights, mirror, ending, probability, pictures, levels, lowest, highest)
     targets, problems = find_targets(volumes)
     for problem in problems:
         say(f"failed: {problem}", err=True)

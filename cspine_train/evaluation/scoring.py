@@ -151,7 +151,8 @@ def _evaluate(
     for _, case in wanted:
         check_trained_on(loaded, cohort, case)
     wanted, nothing = _labelled(loaded, cohort, wanted)
-    gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST), record.levels)
+    levels = vertebra_values(record) if record.levels else ()
+    gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST), levels)
     scores, failed = [], []
     for number, (part, case) in enumerate(wanted, start=1):
         try:

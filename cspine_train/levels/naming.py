@@ -63,6 +63,11 @@ class NamedSpine:
     levels: tuple[FoundLevel, ...]
     doubt: str = ""
 
+    @property
+    def uncertain(self) -> tuple[int, ...]:
+        """The levels whose probability is below `CERTAIN`."""
+        return tuple(found.value for found in self.levels if found.probability < CERTAIN)
+
 
 @dataclass(frozen=True)
 class Evidence:

@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.optimize import isotonic_regression
 
-from cspine_data import LEVEL_NAMES, as_seen, level_colour
+from cspine_data import LEVEL_NAMES, Orientation, Volume, as_seen, level_colour
 from cspine_data.tools import atomic_write
-from cspine_train.reports.figures import grey_levels
+from cspine_train.levels.naming import NamedSpine
+from cspine_train.reports.figures import grey_levels, window_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from PIL.ImageFont import FreeTypeFont
 
-#: Names of a lower probability have a question mark.
-CERTAIN = 0.9
 # Size of a panel: a neck of 150 mm has about 4 pixels a millimetre.
 _HEIGHT, _MOST_PIXELS_PER_MM = 640, 5.0
 # Shown around the vertebrae; there is more in front of them, for the names.
@@ -133,6 +132,16 @@ def _part(levels_xyz: Sequence[NDArray[Any]], spacing_mm: tuple[float, float, fl
         last = max((box[axis].stop for box in boxes), default=size) + round(after_mm / mm)
         parts.append(slice(max(0, first), min(size, last)))
     return parts[0], parts[1]
+
+
+def draw_spine(path: Path, volume: Volume, level_map: Volume, spine: NamedSpine) -> None:
+    """Draw the named vertebrae of a volume, see `draw_levels`; names of a low probability have a question mark."""
+    orientation = Orientation.of(volume.geometry)
+    image, levels = (orientation.to_anatomical(one.array) for one in (volume, level_map))
+    spacing_mm = orientation.geometry_xyz(volume.geometry).spacing_mm
+    levels = np.where(np.isin(levels, [found.value for found in spine.levels]), levels, 0)
+    slices = level_slices(image, [levels], spacing_mm, window_of(image[::2, ::2, ::2]))
+    draw_levels(path, slices, notes=[spine.doubt], uncertain=spine.uncertain)
 
 
 def draw_levels(

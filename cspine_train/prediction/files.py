@@ -13,6 +13,7 @@ from pathlib import Path
 from cspine_data import (
     CspineDataError,
     Volume,
+    consecutive_levels,
     digest_source,
     find_cases,
     label_name,
@@ -27,16 +28,20 @@ from cspine_data import (
 from cspine_data import find_volumes as volumes_of
 from cspine_data.tools import make_folder
 from cspine_train.errors import RunError
-from cspine_train.prediction.output_tables import OutputTable
+from cspine_train.levels.naming import NamedSpine
+from cspine_train.levels.picture import draw_spine
+from cspine_train.prediction.output_tables import OutputTable, level_rows, level_table
 from cspine_train.prediction.predictor import LoadedRun, check_runs, predict
 from cspine_train.prediction.preview import draw_overview
 from cspine_train.run.folder import MODEL_FOLDER, only_one
+from cspine_train.run.record import RunRecord
 
 #: Table of the predictions in a folder, a row for each volume.
 INDEX_NAME = "predictions.csv"
 #: Suffix of DICOM segmentations, which refer to the series that they were predicted from.
 DICOM_SUFFIX = ".dcm"
 _LOCK_NAME = ".predictions.lock"
+_LEVEL_OPTIONS = ("levels", "lowest", "highest")
 _COLUMNS = ("volume", "label", "expected_dice", "agreement", "warnings", "volume_sha256", "made_by")
 
 
@@ -55,6 +60,11 @@ class Options:
         Also write ``<volume>-probability.nrrd``.
     pictures : bool
         Also write ``<volume>-axis0.png`` and ``.gif``, and those of the other axes.
+    levels : bool
+        Also write ``levels.csv``, a row for each vertebra, and ``<volume>-levels.png``.
+    lowest, highest : str or None
+        With `levels`: level of the lowest or highest vertebra in all volumes, see `predict`. Runs that were trained on
+        binary labels need one of them.
     """
 
     weights: tuple[float, ...] | None = None
@@ -62,6 +72,9 @@ class Options:
     format: str | None = None
     probability: bool = False
     pictures: bool = False
+    levels: bool = False
+    lowest: str | None = None
+    highest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,12 +154,15 @@ def predict_files(
     Raises
     ------
     RunError
-        If the runs' labels differ, weights do not match, two volumes have the same output file, `output` is unsuitable
-        or a folder of input volumes, or another command predicts into it. Files of other runs are never overwritten:
-        the volume fails.
+        If the runs' labels differ, weights do not match, the runs cannot name levels, two volumes have the same output
+        file, `output` is unsuitable or a folder of input volumes, or another command predicts into it. Files of other
+        runs are never overwritten: the volume fails.
+    InputError
+        If `lowest` or `highest` is not a level, or both are given.
     """
     options = options or Options()
     check_runs(runs, options.weights)
+    _check_levels(runs, options)
     chosen = [one if isinstance(one, Target) else Target(one) for one in volumes]
     paths = [one.volume for one in chosen]
     to_file = _to_file(paths, output)
@@ -166,7 +182,7 @@ def predict_files(
     for folder in {home, *(target.parent for target in targets)}:
         make_folder(folder)
     with only_one(home / _LOCK_NAME, f"{home}: another command predicts into it"):
-        index = _Index(home / INDEX_NAME, made_by(runs, options))
+        index = _Index(home, made_by(runs, options), options.levels)
         for number, (volume, target) in enumerate(zip(paths, targets, strict=True), start=1):
             try:
                 yield _predicted(runs, volume, target, options, index, truths.get(volume))
@@ -179,7 +195,9 @@ def predict_files(
 
 def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
     """Return a digest of all that decides the predictions and the written files: runs and options."""
-    digest = hashlib.sha256(json.dumps(vars(options), sort_keys=True).encode())
+    # Without levels, the digest is that of predictions before there were levels.
+    asked = {name: value for name, value in vars(options).items() if options.levels or name not in _LEVEL_OPTIONS}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for run in runs:
         for path in sorted((run.path / MODEL_FOLDER).iterdir()):
             with path.open("rb") as file:
@@ -187,8 +205,29 @@ def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
         record = run.record
         parts = record.settings, record.preprocessing
         kept = (record.size_hw, record.label_values, record.threshold, record.kept_components, record.filled_holes)
-        digest.update(json.dumps([*(part.model_dump(mode="json") for part in parts), kept], sort_keys=True).encode())
+        named = [record.levels, record.level_temperature] if record.levels else []
+        decide = [*(part.model_dump(mode="json") for part in parts), kept, *named]
+        digest.update(json.dumps(decide, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _check_levels(runs: Sequence[LoadedRun], options: Options) -> None:
+    """Refuse levels that the runs cannot name."""
+    named = bool(options.lowest or options.highest)
+    if not options.levels:
+        if named:
+            raise RunError("the lowest or highest level is given, but levels are not asked for; add --levels")
+        return
+    if named:
+        consecutive_levels(options.lowest, options.highest, 1)
+    single = len(runs[0].record.label_values) < 2
+    if single and not named:
+        raise RunError(
+            f"{runs[0].path}: does not know levels, as its labels were binary; give --lowest or --highest, the level "
+            "of the lowest or highest vertebra in the volumes"
+        )
+    if not single and (not runs[0].record.levels or len({run.record.levels for run in runs}) > 1):
+        raise RunError(f"{runs[0].path}: its labels are not levels of vertebrae in all runs; leave --levels out")
 
 
 def _to_file(volumes: Sequence[Path], output: Path) -> bool:
@@ -233,21 +272,36 @@ def _predicted(
     # Before the long work: it refuses volumes that a segmentation cannot refer to.
     source = segmentation_source(path) if _is_dicom(target) else None
     volume = usable_image(read_volume(path))
-    prediction = predict(runs, volume, options.weights, options.mirror, options.probability)
+    prediction = predict(
+        runs, volume, options.weights, options.mirror, options.probability, options.lowest, options.highest
+    )
     if not held.is_still(path):
         raise RunError(f"{path}: changed while it was read; run the command again when it is complete")
-    done = Predicted(path, target, prediction.expected_dice, prediction.agreement, prediction.warnings)
-    index.add(done, digest)
+    spine = prediction.spine
+    warnings = (*prediction.warnings, *([spine.doubt] if spine and spine.doubt else ()))
+    done = Predicted(path, target, prediction.expected_dice, prediction.agreement, warnings)
+    index.add(done, digest, spine)
     if prediction.probability is not None:
         write_volume(probability_file, prediction.probability)
     if options.pictures:
         draw_overview(_beside(target), volume, prediction.label, _read_truth(truth, volume) if truth else None)
+    if options.levels and spine:
+        draw_spine(_beside(target).with_name(f"{_beside(target).name}-levels.png"), volume, prediction.label, spine)
+    meaning = _meaning(runs[0].record, spine)
     # Last, so that a label map is there only if all other files are.
     if source is not None:
-        write_segmentation(target, prediction.label, source, runs[0].record.label_meaning)
+        write_segmentation(target, prediction.label, source, meaning)
     else:
-        write_volume(target, prediction.label, runs[0].record.label_meaning)
+        write_volume(target, prediction.label, meaning)
     return done
+
+
+def _meaning(record: RunRecord, spine: NamedSpine | None) -> dict[int, str]:
+    """Return the meaning of the values of a label map: of binary runs, vertebra 1 may have become C1."""
+    if spine is None:
+        return record.label_meaning
+    others = record.label_meaning if record.levels else {0: "background"}
+    return others | {found.value: found.name for found in spine.levels}
 
 
 def _truths(targets: Sequence[Target]) -> dict[Path, Path]:
@@ -269,15 +323,16 @@ def _read_truth(path: Path, volume: Volume) -> Volume | None:
 
 
 class _Index:
-    """The table of predictions in a folder, by the label map's name; a row is written before its label map.
+    """The tables in an output folder, by the label map's name; rows are written before their label map.
 
     After a power failure, a label map without its row would count as one of other runs.
     """
 
-    def __init__(self, path: Path, made_by: str) -> None:
-        self._folder = path.parent
+    def __init__(self, folder: Path, made_by: str, with_levels: bool) -> None:
+        self._folder = folder
         self._made_by = made_by
-        self._table = OutputTable(path, _COLUMNS, "label", _is_whole)
+        self._table = OutputTable(folder / INDEX_NAME, _COLUMNS, "label", _is_whole)
+        self._levels = level_table(folder) if with_levels else None
 
     def known(self, volume: Path, target: Path, digest: str) -> Predicted | None:
         """Return the earlier prediction of a volume by these runs; None if there is none."""
@@ -295,8 +350,8 @@ class _Index:
     def _name(self, label: Path) -> str:
         return label.relative_to(self._folder).as_posix()
 
-    def add(self, done: Predicted, digest: str) -> None:
-        """Add the row of a label map that will be written."""
+    def add(self, done: Predicted, digest: str, spine: NamedSpine | None) -> None:
+        """Add the row of a label map that will be written, and those of its vertebrae."""
         assert done.label  # noqa: S101
         row = {
             "volume": done.volume.name,
@@ -308,6 +363,9 @@ class _Index:
             "made_by": self._made_by,
         }
         self._table.put(row["label"], [row])
+        if self._levels and spine:
+            case = self._name(_beside(done.label))
+            self._levels.put(case, level_rows(case, spine))
 
 
 def _is_whole(row: Mapping[str, str]) -> bool:

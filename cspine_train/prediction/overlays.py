@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 
 from cspine_data import Cohort, as_seen
 from cspine_data.tools import count, make_folder
+from cspine_train.levels.naming import NamedSpine
 from cspine_train.levels.picture import LevelSlice, draw_levels, level_slices
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.prediction.predictor import LoadedRun
@@ -60,19 +61,20 @@ WORST = Kind(
 
 
 class LevelView(NamedTuple):
-    """Predicted and true levels of a case, and their mean Dice."""
+    """Predicted and true levels of a case, their mean Dice, and the names of the predicted ones."""
 
     dice: float
     case: str
     slices: tuple[LevelSlice, ...]
+    spine: NamedSpine
 
 
 class LevelGallery:
     """Collects the levels of the patients of each kind, over any number of patients."""
 
-    def __init__(self, kinds: Sequence[Kind], levels: Sequence[int]) -> None:
+    def __init__(self, kinds: Sequence[Kind], levels: Collection[int]) -> None:
         self._kinds = kinds
-        self._levels = levels
+        self._levels = list(levels)
         self._views: list[LevelView] = []
         self._dice: list[float] = []
 
@@ -84,7 +86,7 @@ class LevelGallery:
         ]
         slices = level_slices(segmented.image_xyz, maps, segmented.spacing_mm, segmented.window)
         insort(self._dice, dice)
-        views = [*self._views, LevelView(dice, segmented.case, slices)]
+        views = [*self._views, LevelView(dice, segmented.case, slices, segmented.spine or NamedSpine(()))]
         kept = [view for kind in self._kinds for view in self._first(kind, views, _CANDIDATES)]
         self._views = list({view.case: view for view in kept}.values())
 
@@ -98,7 +100,8 @@ class LevelGallery:
                     shown.add(view.case)
                     path = folder / f"{stem}levels-{kind.name}.png"
                     title = f"{view.case}: {kind.name} mean Dice over labels of {of}, {view.dice:.3f}"
-                    draw_levels(path, view.slices, ("predicted", "true"), title, notes)
+                    below = (view.spine.doubt, *notes)
+                    draw_levels(path, view.slices, ("predicted", "true"), title, below, view.spine.uncertain)
                     yield path
 
     def _first(self, kind: Kind, views: Sequence[LevelView], count: int) -> list[LevelView]:
@@ -112,7 +115,7 @@ class Gallery:
     Slices that are empty in both masks are left out. Where label values are levels, see `LevelGallery`.
     """
 
-    def __init__(self, axes: Sequence[int], kinds: Sequence[Kind], levels: Sequence[int] = ()) -> None:
+    def __init__(self, axes: Sequence[int], kinds: Sequence[Kind], levels: Collection[int] = ()) -> None:
         self._kinds = kinds
         self._levels = LevelGallery(kinds, levels) if levels else None
         self._views: dict[int, dict[str, list[SliceView]]] = {axis: {kind.name: [] for kind in kinds} for axis in axes}
