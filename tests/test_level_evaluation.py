@@ -133,6 +133,8 @@ def test_report_card_and_terminal_show_patients_and_levels(tmp_path: Path, capsy
         assert measure.heading in texts
         assert measure.heading in printed
         assert measure.heading in card
+    confusion = texts[texts.index("Confusion of labels") :]
+    assert [confusion[confusion.index(name) - 1] for name in ("T12", "L1", "L2")] == ["none", "T12", "L1"]
     first = texts.index("L1")
     assert texts[first + 1 : first + 3] == ["6", evaluation.levels[1].text(next(iter(evaluation.levels[1].means)))]
     (line,) = (line.split() for line in printed.splitlines() if line.startswith("L1"))
@@ -159,7 +161,11 @@ def test_evaluations_without_levels_stay_readable(tmp_path: Path) -> None:
     assert means_of_levels(evaluation) == ()
 
 
-@pytest.mark.parametrize("damage", [{"labels": [{"label": 20}]}, {"labels": None}])
+#: A row of a level without its value.
+LABEL = {"case": "P0", "split": "test", "dice": 1.0, "identification_rate": 1.0}
+
+
+@pytest.mark.parametrize("damage", [{"labels": [{"label": 20}]}, {"labels": None}, {"labels": [LABEL]}])
 def test_an_evaluation_with_damaged_labels_is_left_out(tmp_path: Path, damage: dict[str, Any]) -> None:
     run = evaluated(tmp_path / "run", {"P0": 0.9})
     path = run / "evaluation" / "test.json"
