@@ -26,7 +26,7 @@ from cspine_train.prediction.stored_volumes import Segmented
 from cspine_train.reports.model_card import write_card
 from cspine_train.reports.run_report import write_report
 from cspine_train.run.evaluations import means_of_levels, recorded_evaluations
-from cspine_train.run.record import RunRecord, save_record
+from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.study.tables import rendered
 from tests.test_comparison import evaluated
 from tests.test_report import Page
@@ -126,7 +126,7 @@ def test_report_card_and_terminal_show_patients_and_levels(tmp_path: Path, capsy
     evaluation = evaluation_of(tmp_path / "run", SIX)
     _print_scores(evaluation)
     printed = capsys.readouterr().out
-    record = RunRecord.model_validate_json((tmp_path / "run" / "run.json").read_text())
+    record = load_record(tmp_path / "run")
     texts = Page(write_report(tmp_path / "run", record)).texts
     card = write_card(tmp_path / "run", record).read_text()
     for measure in LEVEL_MEASURES:
@@ -155,7 +155,7 @@ def test_evaluations_without_levels_stay_readable(tmp_path: Path) -> None:
     assert compare(runs).models[0].mean.mean == pytest.approx(0.9)
     with pytest.raises(RunError, match="a: its test scores have no identification_rate.*choose from dice"):
         compare(runs, measure="identification_rate")
-    record = RunRecord.model_validate_json((runs[0] / "run.json").read_text())
+    record = load_record(runs[0])
     assert not any("identification" in text or "level" in text for text in Page(write_report(runs[0], record)).texts)
     ((_, evaluation),) = recorded_evaluations(runs[0], record)
     assert means_of_levels(evaluation) == ()
@@ -170,9 +170,20 @@ def test_an_evaluation_with_damaged_labels_is_left_out(tmp_path: Path, damage: d
     run = evaluated(tmp_path / "run", {"P0": 0.9})
     path = run / "evaluation" / "test.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
-    record = RunRecord.model_validate_json((run / "run.json").read_text())
+    record = load_record(run)
     with pytest.warns(UserWarning, match="damaged"):
         assert not list(recorded_evaluations(run, record))
+
+
+@pytest.mark.parametrize("levels", [[20, 19], [19, 19], [19, 22], [5], [999]])
+def test_a_record_whose_levels_are_no_labels_of_vertebrae_is_refused(tmp_path: Path, levels: list[int]) -> None:
+    run = evaluated(tmp_path / "run", {"P0": 0.9})
+    record = json.loads((run / "run.json").read_text()) | {"label_values": [19, 20, 999]}
+    (run / "run.json").write_text(json.dumps(record | {"levels": [19, 20]}))
+    assert load_record(run).levels == (19, 20)
+    (run / "run.json").write_text(json.dumps(record | {"levels": levels}))
+    with pytest.raises(RunError, match="damaged.*levels"):
+        load_record(run)
 
 
 def test_a_study_shows_the_measures_of_levels_if_its_runs_have_them() -> None:
