@@ -15,6 +15,7 @@ from scipy.optimize import isotonic_regression
 from cspine_data import LEVEL_NAMES, Orientation, Volume, as_seen, level_colour
 from cspine_data.tools import atomic_write
 from cspine_train.levels.naming import NamedSpine
+from cspine_train.metrics.instances import label_centroids
 from cspine_train.reports.figures import grey_levels, window_of
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def level_slices(
     window : tuple of float
         Intensities shown as black and white.
     """
-    centres = [_centres(levels) for levels in levels_xyz]
+    centres = [label_centroids(levels, (1, 1, 1)) for levels in levels_xyz]
     rows, columns = _part(levels_xyz, spacing_mm)
     slices = []
     for levels, of_levels in zip(levels_xyz, centres, strict=True):
@@ -106,18 +107,6 @@ def _along_spine(
     # Arrays of indices first: (z, y).
     image = image_xyz[left, :, heights] * (1 - share[:, None]) + image_xyz[right, :, heights] * share[:, None]
     return image.T, levels_xyz[x.round().astype(int), :, heights].T
-
-
-def _centres(levels_xyz: NDArray[Any]) -> dict[int, tuple[float, float, float]]:
-    centres = {}
-    for value, box in enumerate(ndimage.find_objects(levels_xyz), start=1):
-        if box is not None:
-            x, y, z = (
-                float(indices.mean()) + of_axis.start
-                for indices, of_axis in zip(np.nonzero(levels_xyz[box] == value), box, strict=True)
-            )
-            centres[value] = (x, y, z)
-    return centres
 
 
 def _part(levels_xyz: Sequence[NDArray[Any]], spacing_mm: tuple[float, float, float]) -> tuple[slice, slice]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cspine_data import LEVEL_NAMES
 from cspine_data.tools import count, render_page
 from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import too_few
@@ -36,7 +37,7 @@ def write_report(run: Path, record: RunRecord) -> Path:
         "report.html.jinja",
         title=f"{settings.model}, {settings.encoder}, {planes} slices, {settings.variant}",
         caveats=record.caveats(),
-        parts=[_part(run, name, evaluation) for name, evaluation in recorded_evaluations(run, record)],
+        parts=[_part(run, record, name, evaluation) for name, evaluation in recorded_evaluations(run, record)],
         training=[
             *embedded_pictures([(run / CURVES_NAME, "loss, validation Dice and learning rate by epoch")]),
             *embedded_pictures(
@@ -54,7 +55,7 @@ def page(template: str, **known: Any) -> str:
     return render_page("cspine_train.reports", "templates", template, **known)
 
 
-def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def _part(run: Path, record: RunRecord, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     folder = run / EVALUATION_FOLDER
     known = known_measures(evaluation["patients"])
     patients = [
@@ -68,7 +69,9 @@ def _part(run: Path, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]
         "patients": patients,
         "splits": list(_splits(evaluation["patients"], known)),
         "levels": _levels(evaluation),
-        "confusion": _confusion(folder / f"{name}-confusion.csv"),
+        "confusion": _confusion(
+            folder / f"{name}-confusion.csv", {0: "none", **{level: LEVEL_NAMES[level] for level in record.levels}}
+        ),
         "pictures": embedded_pictures(
             (folder / f"{name}-{what}{kind}.png", f"{caption} {kind} Dice")
             for what, caption in (("levels-", "levels of the patient with the"), ("", "slices of"))
@@ -147,7 +150,7 @@ def _plane(axis: str) -> str:
     return PLANES[int(axis)]
 
 
-def _confusion(table: Path) -> dict[str, Any] | None:
+def _confusion(table: Path, names: Mapping[int, str]) -> dict[str, Any] | None:
     import pandas as pd
 
     rows = read_rows(table, dict.fromkeys(("true_label", "found_label", "voxels"), int))
@@ -157,10 +160,10 @@ def _confusion(table: Path) -> dict[str, Any] | None:
     # No row for unlabelled voxels: those predicted as unlabelled are not counted.
     counts = counts[counts.index != 0]
     return {
-        "found": [value or "none" for value in counts.columns],
+        "found": [names.get(value, value) for value in counts.columns],
         "rows": [
             {
-                "value": value,
+                "value": names.get(value, value),
                 "voxels": int(voxels.sum()),
                 "shares": [
                     {"text": f"{100 * share:.1f}", "own": value == other}

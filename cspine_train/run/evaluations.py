@@ -115,6 +115,7 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
             for row in (*evaluation["patients"], *evaluation.get("labels", ())):
                 "".join((row["case"], row["split"])), row["dice"] + 0.0
                 sum(row[name] for name in names if name in row)
+            sum(row["label"] for row in evaluation.get("labels", ()))
             evaluation.get("seconds", 0.0) + 0.0
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             warnings.warn(f"{path}: is damaged and left out; evaluate again", stacklevel=2)

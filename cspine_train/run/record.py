@@ -6,9 +6,9 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cspine_data import SPINE, RecordedPreprocessing, Split
 from cspine_train.errors import RunError
@@ -88,7 +88,7 @@ class RunRecord(BaseModel):
     test: tuple[str, ...]
     label_values: tuple[int, ...] = Field(default=(), max_length=_MOST_LABELS)
     label_meaning: dict[int, str] = Field(default_factory=lambda: {0: "background", 1: "vertebra"})
-    levels: tuple[int, ...] = Field(default=(), max_length=len(SPINE))
+    levels: tuple[int, ...] = ()
     level_temperature: float = Field(default=1.0, ge=1, allow_inf_nan=False)
     cohort_looks: CohortLooks | None = None
     digests: dict[str, str]
@@ -102,6 +102,12 @@ class RunRecord(BaseModel):
     threshold: float = Field(default=0.5, gt=0, lt=1)
     kept_components: int | None = Field(default=None, ge=1)
     filled_holes: bool = False
+
+    @model_validator(mode="after")
+    def _levels_are_labels(self) -> Self:
+        if list(self.levels) != [level for level in SPINE if level in self.levels and level in self.label_values]:
+            raise ValueError("levels are not label values of vertebrae from head to feet")
+        return self
 
     @property
     def split(self) -> Split:
