@@ -167,6 +167,10 @@ def test_a_cohort_of_instances_becomes_levels_and_trains_as_such(
         assert prepare(source, store, n4=False, axes="0", **options).done
         unordered = unordered_labels(record.label_centroids_mm for record in open_cohort(store).records())
         assert bool(unordered) == (name == "instances")
+        levels = {"A": "T12-L5", "B": "T12-L5"} if name == "levels" else dict.fromkeys("ABC", "")
+        assert open_cohort(store).table()["levels"].to_dict() == levels
+        info = run_data("info", store).output
+        assert ("T12-L5" in info, "instances, not levels" in info) == (name == "levels", name == "instances")
     refused = run_train("run", "--store", tmp_path / "instances.zarr", "--variant", "raw", "--labels", "stored")
     assert refused.exit_code == 1
     assert "cspine-data relabel" in refused.output
