@@ -93,7 +93,9 @@ def test_an_image_that_was_enlarged_without_interpolation_is_no_label_map(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("values", "noted"), [((85, 170, 255), True), ((20, 21, 22), False), ((41, 42, 43, 92, 95), False)]
+    ("values", "noted"),
+    # The last is TPTBox's: vertebrae, their discs and their endplates.
+    [((85, 170, 255), True), ((20, 21, 22), False), ((41, 42, 43, 92, 95), False), ((5, 6, 105, 205, 206), False)],
 )
 def test_values_with_wide_gaps_get_a_note(values: tuple[int, ...], noted: bool, tmp_path: Path) -> None:
     label = LABEL.array.astype(np.uint8)

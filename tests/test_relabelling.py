@@ -135,6 +135,24 @@ def test_schemes_are_one_to_one_and_names_have_their_values() -> None:
     assert (SCHEMES["totalspineseg"][1], SCHEMES["totalspineseg"][19], SCHEMES["totalspineseg"][24]) == (11, 32, 45)
 
 
+def test_only_the_chosen_values_are_instances(tmp_path: Path, run_data: Callable[..., Result]) -> None:
+    """SPIDER numbers vertebrae from below; 100 is the canal, and discs follow from 201."""
+    label = spine([1, 2, 3, 4, 5])
+    label[3:9, 18:20] = 100
+    label[3:9, 8:16, 11:15] = 201
+    for name in ("A", "B"):
+        write(tmp_path / "raw", name, label)
+    note = run_data("scan", tmp_path / "raw").output
+    assert "feet to head" in note
+    told = run_data("relabel", tmp_path / "raw", "-o", tmp_path / "out", "--lowest", "L5", "--label-values", "1-25")
+    assert told.exit_code == 0
+    found = read_volume(tmp_path / "out" / "A" / "A.seg.nrrd")
+    np.testing.assert_array_equal(found.array, np.where(label < 100, (25 - label) * (label > 0), 0))
+    assert "levels L1 to L5" in run_data("scan", "--pairs", tmp_path / "out" / "pairs.csv").output
+    with pytest.raises(InputError, match="label values"):
+        relabel(find_cases(tmp_path / "raw"), tmp_path / "x", lowest="L5", label_values="0")
+
+
 @pytest.fixture
 def cohort(tmp_path: Path) -> Path:
     """Two cases of six instances in different orders, and one with a gap."""
@@ -167,6 +185,10 @@ def test_a_cohort_of_instances_becomes_levels_and_trains_as_such(
         assert prepare(source, store, n4=False, axes="0", **options).done
         unordered = unordered_labels(record.label_centroids_mm for record in open_cohort(store).records())
         assert bool(unordered) == (name == "instances")
+        levels = {"A": "T12-L5", "B": "T12-L5"} if name == "levels" else dict.fromkeys("ABC", "")
+        assert open_cohort(store).table()["levels"].to_dict() == levels
+        info = run_data("info", store).output
+        assert ("T12-L5" in info, "instances, not levels" in info) == (name == "levels", name == "instances")
     refused = run_train("run", "--store", tmp_path / "instances.zarr", "--variant", "raw", "--labels", "stored")
     assert refused.exit_code == 1
     assert "cspine-data relabel" in refused.output

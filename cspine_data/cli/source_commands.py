@@ -170,7 +170,7 @@ def prepare(
         raise SystemExit(1)
 
 
-@click.command(cls=FieldCommand, fields=("selection",))
+@click.command(cls=FieldCommand, fields=("selection", "label_values"))
 @SOURCE
 @click.option("-o", "--output", type=PATH, required=True, help="New folder for the label maps and pairs.csv.")
 @click.option("--lowest", metavar="LEVEL", help="Level of the lowest labelled vertebra in all cases, such as L5.")
@@ -184,6 +184,7 @@ def relabel(
     highest: str | None,
     scheme: str | None,
     to_scheme: str,
+    label_values: str | None,
     **selection: Any,
 ) -> None:
     """Convert the label maps of SOURCE to vertebra levels, in a new folder; the volumes stay where they are."""
@@ -194,7 +195,14 @@ def relabel(
     listing = find_cases(source, **selection)
     with progress_bar("relabelling") as progress:
         found = relabel_cohort(
-            listing, output, lowest=lowest, highest=highest, scheme=scheme, to_scheme=to_scheme, progress=progress
+            listing,
+            output,
+            lowest=lowest,
+            highest=highest,
+            scheme=scheme,
+            to_scheme=to_scheme,
+            label_values=label_values,
+            progress=progress,
         )
     print_table(("case", "levels, head to feet"), [(case, " ".join(names)) for case, names in found.levels.items()])
     for problem in found.problems:

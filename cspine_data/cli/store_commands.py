@@ -29,14 +29,20 @@ def _labels(record: CaseRecord) -> str:
 def info(store: Path) -> None:
     """List the cases of a store."""
     from cspine_data.datasets.cohort import open_cohort
+    from cspine_data.datasets.tables import case_levels, labels_of
     from cspine_data.errors import count, printable
 
     cohort = open_cohort(store)
     rows: list[list[str]] = []
-    descriptions, chosen = [], []
+    levels_of: dict[str, str] = {}
+    descriptions, chosen, readings = [], [], []
     for variant in cohort.variants:
         part_of = cohort.split(variant=variant).part_of
-        for record in cohort.records(variant):
+        records = cohort.records(variant)
+        labels = labels_of(records)
+        readings += [labels.text] if labels.text else []
+        for record in records:
+            levels_of[record.case] = case_levels(record, labels.levels)
             descriptions.append((variant, record.preprocessing.description))
             chosen += [record.chosen_labels] if record.chosen_labels else []
             deviation = f"{record.log_bias_deviation:.3f}" if record.preprocessing.bias else "-"
@@ -49,10 +55,11 @@ def info(store: Path) -> None:
                 ]
             )  # fmt: skip
     names = ["case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"]
-    # Most stores have no patients with several cases, sites or sequences.
-    for name in ("patient", "site", "sequence"):
-        of_case = {case: getattr(cohort.identity(case), name) for case in cohort.cases}
-        if any(value not in (None, case) for case, value in of_case.items()):
+    # Most stores have no levels, patients with several cases, sites or sequences.
+    identities = ("patient", "site", "sequence")
+    others = {name: {case: getattr(cohort.identity(case), name) for case in cohort.cases} for name in identities}
+    for name, of_case in {"levels": levels_of, **others}.items():
+        if any(value not in (None, "", case) for case, value in of_case.items()):
             names.append(name)
             rows = [[*row, of_case[row[0]] or "-"] for row in rows]
     print_table(names, rows)
@@ -60,7 +67,7 @@ def info(store: Path) -> None:
         click.echo(f"{variant}: {number} cases prepared with {description}")
     for values, number in Counter(chosen).items():
         click.echo(printable(f"{count(number, 'case')} with --label-values {values}"))
-    for note in cohort.notes:
+    for note in (*cohort.notes, *dict.fromkeys(readings)):
         click.echo(printable(f"note: {note}"))
     print_notes(
         (f"{record.case} ({variant})", record.warnings)

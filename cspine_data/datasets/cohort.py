@@ -24,6 +24,7 @@ from cspine_data.datasets.splits import (
     reference_split,
     site_split,
 )
+from cspine_data.datasets.tables import case_table
 from cspine_data.errors import InputError, NotInStoreError
 from cspine_data.names import as_known
 from cspine_data.preprocessing.steps import PreparedVolume, normalise_volume
@@ -103,27 +104,11 @@ class Cohort:
     def table(self, variant: str | None = None) -> DataFrame:
         """Return a table of a variant, one row per case: identity, part of the split, grid, labels, bias field.
 
+        The levels of a case are in short, such as ``T11-L5``; empty unless the label values of the cohort are levels.
         It needs pandas.
         """
-        from pandas import DataFrame
-
         variant = self._variant(variant)
-        part_of = self.split(variant=variant).part_of
-        rows = [
-            {
-                "case": record.case,
-                **self._root.identity(record.case).model_dump(),
-                "split": part_of.get(record.case),
-                "size_xyz": record.size_xyz,
-                "spacing_xyz_mm": record.spacing_xyz_mm,
-                "labels": record.labels,
-                "log_bias_deviation": record.log_bias_deviation,
-                "tissue_fraction": record.tissue_fraction,
-                "warnings": record.warnings,
-            }
-            for record in records(self.path, self._root, variant)
-        ]
-        return DataFrame(rows).set_index("case")
+        return case_table(self.records(variant), self._root, self.split(variant=variant).part_of)
 
     def record(self, case: str, variant: str | None = None) -> CaseRecord:
         """Return the record of a case: geometry, parameters, statistics, labels.

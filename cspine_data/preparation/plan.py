@@ -79,8 +79,10 @@ class Job:
         """What changes the stored label map, beside its file; other options only decide whether it is refused."""
         options = self.label_options.model_dump(mode="json", include={"label_values", "ignore_label"})
         given = {name: value for name, value in options.items() if value is not None}
+        if self.case.label_names:
+            given |= {"names": self.case.label_names}
         named = self.case.label is not None and self.case.label.name.lower().endswith(SEGMENTATION_SUFFIX)
-        return given | ({"segments": SEGMENTS_REVISION} if named else {})
+        return given | ({"segments": SEGMENTS_REVISION} if named or self.case.label_names else {})
 
     @property
     def is_current(self) -> bool:

@@ -10,12 +10,14 @@ import numpy as np
 
 from cspine_data.errors import CspineDataError, InputError, Problem, describe_problem
 from cspine_data.files import make_folder
+from cspine_data.preprocessing.parameters import checked
 from cspine_data.progress import Progress
 from cspine_data.sources.cases import Case, Listing, load_case
 from cspine_data.sources.pair_lists import write_pairs
 from cspine_data.volumes.formats.nrrd_writer import SEGMENTATION_SUFFIX
 from cspine_data.volumes.instances import Instance, find_instances, order_problems
 from cspine_data.volumes.io import label_name, volume_stem, write_volume
+from cspine_data.volumes.label_options import LabelOptions
 from cspine_data.volumes.levels import LEVEL_NAMES, SCHEMES, consecutive_levels, level_value
 from cspine_data.volumes.segments import Segment, relabelled
 from cspine_data.volumes.volume import Volume
@@ -51,6 +53,7 @@ def relabel(
     highest: str | None = None,
     scheme: str | None = None,
     to_scheme: str = "verse",
+    label_values: str | Sequence[int | str] | None = None,
     progress: Progress | None = None,
 ) -> RelabelSummary:
     """Write label maps whose values are levels, as named segments; the volumes stay where they are.
@@ -70,6 +73,8 @@ def relabel(
     scheme, to_scheme : str, optional
         The scheme of the label values that are read, and of those that are written: ``verse``, ``totalspineseg`` or
         ``sct``.
+    label_values : str or sequence of int or str, optional
+        The label values or names of vertebrae, such as ``1-25`` for SPIDER; other structures become background.
     progress : callable, optional
         Called with (cases finished, cases, case id) after each case.
 
@@ -88,13 +93,14 @@ def relabel(
         consecutive_levels(lowest, highest, 1)
     if output.exists() and any(output.iterdir()):
         raise InputError(output, "is not empty", "choose a new folder")
+    options = checked(LabelOptions, "", {"label_values": label_values})
     make_folder(output)
     written: list[Case] = []
     levels: dict[str, tuple[str, ...]] = {}
     problems = list(listing.problems)
     for number, case in enumerate(listing.cases, start=1):
         try:
-            label = _label_of(case)
+            label = _label_of(case, options)
             if label is not None:
                 own = (case.lowest, case.highest) if case.lowest or case.highest else (lowest, highest)
                 # Once, as connected components take a second.
@@ -120,9 +126,9 @@ def _file_name(case: Case, scheme: str) -> str:
     return f"{volume_stem(case.volume)}{SEGMENTATION_SUFFIX}" if scheme == "verse" else label_name(case.volume)
 
 
-def _label_of(case: Case) -> Volume | None:
+def _label_of(case: Case, options: LabelOptions) -> Volume | None:
     """Return the checked label map of a case, on its volume's grid; None if there is none or it is empty."""
-    return load_case(case).label if case.label else None
+    return load_case(case, options).label if case.label else None
 
 
 def _converted(label: Volume, instances: Sequence[Instance], scheme: str) -> dict[int, int]:

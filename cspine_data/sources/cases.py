@@ -31,7 +31,7 @@ from cspine_data.volumes.label_checks import (
 )
 from cspine_data.volumes.label_maps import on_volume_grid, whole_numbers, with_structures
 from cspine_data.volumes.label_options import DEFAULT_LABELS, LabelOptions
-from cspine_data.volumes.segments import with_neutral_names
+from cspine_data.volumes.segments import Segment, with_neutral_names
 
 #: A file beside the volumes with a one-line description.
 NOTE_FILE = "COHORT.txt"
@@ -66,6 +66,8 @@ class Case:
         The MRI sequence, such as T2w, if it is known.
     lowest, highest : str or None
         The level of the lowest or the highest labelled vertebra, if a list of pairs names it; for `relabel`.
+    label_names : tuple of (int, str)
+        The names of label values, if a table beside the label map has them.
     """
 
     id: str
@@ -76,6 +78,7 @@ class Case:
     sequence: str | None = None
     lowest: str | None = None
     highest: str | None = None
+    label_names: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.patient:
@@ -159,6 +162,8 @@ def load_case(case: Case, options: LabelOptions = DEFAULT_LABELS, *, neutral: bo
     if case.label is None:
         return LoadedCase(case, image, None, notes=image.notes)
     file = read_volume(case.label)
+    if case.label_names and not file.segments:
+        file = replace(file, segments=tuple(Segment(name, value) for value, name in case.label_names))
     if neutral:
         file = replace(file, segments=with_neutral_names(file.segments, options.label_values or ()))
     whole = whole_numbers(file, stored_image)

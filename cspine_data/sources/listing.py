@@ -15,6 +15,7 @@ from cspine_data.names import normalised
 from cspine_data.sources.cases import Case, Listing, is_case_id
 from cspine_data.sources.duplicates import name_notes
 from cspine_data.sources.flat import FLAT
+from cspine_data.sources.label_tables import with_label_names
 from cspine_data.sources.layout import Found, Layout, Wanted
 from cspine_data.sources.pair_lists import read_pairs
 
@@ -84,8 +85,9 @@ def find_cases(
     if patient_pattern is not None:
         cases = [_with_patient(case, patient_pattern, home) for case in cases]
     usable = [case for case in cases if case.volume not in found.unclear]
-    notes += [*_patient_notes(usable), *name_notes({case.id: case.patient for case in usable})]
-    return _checked(source, usable, [*found.problems, *found.label_problems], notes)
+    usable, unnamed, table_notes = with_label_names(usable, home)
+    notes += [*table_notes, *_patient_notes(usable), *name_notes({case.id: case.patient for case in usable})]
+    return _checked(source, usable, [*found.problems, *found.label_problems, *unnamed], notes)
 
 
 def find_volumes(source: str | Path) -> Listing:

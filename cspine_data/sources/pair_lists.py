@@ -77,8 +77,13 @@ def write_pairs(path: Path, cases: Iterable[Case]) -> None:
         raise InputError(path, f"cannot be written ({error.strerror})", "choose another place") from None
 
 
-def table_rows(path: Path, required: Sequence[str], known: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Iterate over the lines of a CSV file with their numbers; an `InputError` names what is wrong with it."""
+def table_rows(
+    path: Path, required: Sequence[str], known: Sequence[str] | None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Iterate over the lines of a CSV file with their numbers; an `InputError` names what is wrong with it.
+
+    Columns that are not `known` are refused, unless that is None.
+    """
     content = path.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in _UTF16 else "utf-8-sig")
@@ -107,14 +112,14 @@ def table_rows(path: Path, required: Sequence[str], known: Sequence[str]) -> Ite
         raise InputError(path, f"line {rows.line_num + skipped} is not CSV ({error})", "correct the line") from None
 
 
-def _check_columns(path: Path, names: list[str], required: Sequence[str], known: Sequence[str]) -> None:
+def _check_columns(path: Path, names: list[str], required: Sequence[str], known: Sequence[str] | None) -> None:
     while names and not names[-1]:
         names.pop()
     missing = [name for name in required if name not in names]
     if missing:
         raise InputError(path, f"lacks the column {', '.join(missing)}", f"start it with {','.join(required)}")
-    unknown = [name for name in names if name not in known]
-    if unknown:
+    unknown = [] if known is None else [name for name in names if name not in known]
+    if known and unknown:
         problem = f"has the unknown column {', '.join(map(repr, unknown))}"
         raise InputError(path, problem, f"known are {', '.join(known)}")
     if len(set(names)) < len(names):

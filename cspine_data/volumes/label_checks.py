@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data.errors import InputError, count
+from cspine_data.volumes.levels import T13
 
 #: The largest published label schemes have about 120 structures.
 MOST_VALUES = 255
@@ -144,8 +145,10 @@ def value_notes(
 ) -> tuple[str, ...]:
     """Return notes on suspicious values of a label map."""
     values, _ = labelled_values(counted_values, ignore_label)
+    # TPTBox and SPIDER add 100 or 200 to the value of a vertebra for its disc and other parts.
+    of_vertebrae = bool((values % 100 <= T13).all())
     # The largest value alone may mark voxels to ignore.
-    if values.size > 2 and int(values[-2]) - int(values[0]) > _GAPPY * values.size:
+    if not of_vertebrae and values.size > 2 and int(values[-2]) - int(values[0]) > _GAPPY * values.size:
         gaps = f"holds {values.size} values up to {values[-1]}, with gaps between them"
         return (f"{gaps}; was it interpolated, or scaled to 8 bits?",)
     if labels.dtype.kind == "u" and values.size > 1 and values[-1] == np.iinfo(labels.dtype).max:

@@ -1,0 +1,117 @@
+"""Names of label values in tables beside label maps: BIDS's ``dseg.tsv``."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from cspine_data.errors import InputError, Problem, count, printable
+from cspine_data.sources.cases import LONGEST_NAME, Case
+from cspine_data.sources.file_names import name_of
+from cspine_data.sources.pair_lists import table_rows
+
+#: Label values with their names.
+Names = tuple[tuple[int, str], ...]
+_SUFFIX = "dseg"
+_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
+_DERIVATIVES = "derivatives"
+_INDEX = re.compile(r"\d{1,9}")
+# A name that only repeats the value, as in exports, is none.
+_NO_NAME = re.compile(r"|n/a|background|label[-_ ]?\d+", re.IGNORECASE)
+# About 3000 lines: the names are sent to workers with each case.
+_MOST_BYTES = 1 << 17
+_MOST_NAMED = 3
+
+
+def with_label_names(cases: Iterable[Case], home: Path) -> tuple[list[Case], list[Problem], list[str]]:
+    """Return cases with the names of their label values; a problem for each unusable table, and a note on the others.
+
+    Parameters
+    ----------
+    cases : iterable of Case
+        The cases. Only label maps with BIDS's suffix ``dseg`` have tables.
+    home : Path
+        The folder of the source. Tables above it are not read.
+    """
+    tables = _Tables(home)
+    kept: list[Case] = []
+    used: Counter[Path] = Counter()
+    refused: dict[Path, list[str]] = {}
+    for case in cases:
+        table = tables.table_of(case.label) if case.label else None
+        names = tables.read(table) if table else ()
+        if isinstance(names, InputError):
+            refused.setdefault(table or home, []).append(case.id)
+        else:
+            kept.append(replace(case, label_names=names))
+            used.update([table] if table and names else [])
+    problems = [
+        Problem(ids[0], f"{tables.read(table)} ({count(len(ids), 'case')} with this table left out)")
+        for table, ids in refused.items()
+    ]
+    named = ", ".join(map(str, list(used)[:_MOST_NAMED])) + ", ..." * (len(used) > _MOST_NAMED)
+    notes = [f"labels of {count(used.total(), 'case')} are named by {named}"] if used else []
+    return kept, problems, notes
+
+
+class _Tables:
+    """The tables of a source. Each folder is listed once, and each table read once."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._in: dict[Path, list[Path]] = {}
+        self._read: dict[Path, Names | InputError] = {}
+
+    def table_of(self, label: Path) -> Path | None:
+        """Return the table of a label map: the nearest one with no other entities than its own."""
+        *entities, suffix = name_of(label).split("_")
+        if suffix.lower() != _SUFFIX:
+            return None
+        for folder in self._folders(label):
+            if folder not in self._in:
+                self._in[folder] = sorted(folder.glob(f"*{_SUFFIX}.tsv"))
+            own = [path for path in self._in[folder] if set(path.stem.split("_")) <= {*entities, _SUFFIX}]
+            if own:
+                return max(own, key=lambda path: len(path.stem.split("_")))
+        return None
+
+    def _folders(self, label: Path) -> Iterator[Path]:
+        """Iterate over the folders with tables: from that of the label map to that of its data set."""
+        names = label.parent.parts
+        top = max((n for n, name in enumerate(names) if _SUBJECT.fullmatch(name)), default=len(names))
+        # ``derivatives/sub-01`` or ``derivatives/pipeline/sub-01``.
+        top = next((n for n in (top - 2, top - 1) if n >= 0 and names[n : n + 1] == (_DERIVATIVES,)), top)
+        for folder in label.parents:
+            yield folder
+            if folder == self._home or len(folder.parts) <= top:
+                return
+
+    def read(self, table: Path) -> Names | InputError:
+        """Return the names of a table, or why it cannot be used."""
+        if table not in self._read:
+            try:
+                self._read[table] = _names(table)
+            except InputError as error:
+                self._read[table] = error
+            except OSError as error:
+                self._read[table] = InputError(table, f"cannot be read ({error.strerror})", "fix this, or remove it")
+        return self._read[table]
+
+
+def _names(table: Path) -> Names:
+    size = table.stat().st_size
+    if size > _MOST_BYTES:
+        raise InputError(table, f"is {size} bytes long", f"give a table of at most {_MOST_BYTES >> 10} KiB")
+    found: dict[int, str] = {}
+    for number, row in table_rows(table, ("index", "name"), None):
+        if not _INDEX.fullmatch(row["index"]):
+            raise InputError(table, f"line {number} has no label value as index", "give a whole number, from 0")
+        value, name = int(row["index"]), printable(" ".join(row["name"].split()))[:LONGEST_NAME]
+        if not value or _NO_NAME.fullmatch(name):
+            continue
+        if found.setdefault(value, name) != name:
+            raise InputError(table, f"gives the label value {value} two names", "keep one of them")
+    return tuple(found.items())
