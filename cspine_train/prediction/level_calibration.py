@@ -8,7 +8,7 @@ anywhere.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ from cspine_train.levels.sequence import sequence_probability
 from cspine_train.prediction.predictor import LoadedRun
 
 _log = logging.getLogger(__name__)
-# Vertebrae in a part of a volume.
+# Vertebrae in a part of a volume. Each case has two parts, other ones than the case before: a part costs a prediction.
 _PART = 4
 # Cases that are predicted; more take longer and change little.
 _MOST_CASES = 20
@@ -46,10 +46,10 @@ def level_temperature(
     """Return the temperature at which the true sequences of the validation patients are most probable."""
     samples: list[LevelSample] = []
     cases = loaded.record.validation[:_MOST_CASES]
-    for number, case in enumerate(cases, start=1):
-        samples += level_samples(loaded, cohort, case)
+    for number, case in enumerate(cases):
+        samples += level_samples(loaded, cohort, case, (number, number + _PART // 2))
         if progress:
-            progress(number, len(cases), case)
+            progress(number + 1, len(cases), case)
     best = best_temperature(samples, loaded.record.levels)
     _log.info("levels calibrated on %s of validation volumes: temperature %.1f", count(len(samples), "part"), best)
     return best
@@ -68,11 +68,26 @@ def best_temperature(samples: Sequence[LevelSample], known: Sequence[int]) -> fl
     return max(_TEMPERATURES, key=mean_log)
 
 
-def level_samples(loaded: LoadedRun, cohort: Cohort, case: str) -> Iterator[LevelSample]:
-    """Predict a stored case, and all its parts of four vertebrae, on the network's grid.
+def level_samples(
+    loaded: LoadedRun, cohort: Cohort, case: str, offsets: Iterable[int], vertebrae: int = _PART
+) -> Iterator[LevelSample]:
+    """Predict a stored case, and parts of it, on the network's grid.
 
     A part ends halfway to the next vertebra. Parts whose vertebrae were not found one by one are left out: their levels
     are no question of calibration.
+
+    Parameters
+    ----------
+    loaded : LoadedRun
+        A run that was trained on levels.
+    cohort : Cohort
+        Its store.
+    case : str
+        The case.
+    offsets : iterable of int
+        The first vertebra of each part; after the last possible one, the first follows.
+    vertebrae : int
+        Vertebrae of a part; a case with no more of them has no parts.
     """
     variant = loaded.record.settings.variant
     prepared = cohort.prepared(case, variant)
@@ -81,8 +96,9 @@ def level_samples(loaded: LoadedRun, cohort: Cohort, case: str) -> Iterator[Leve
     centres = [float(np.nonzero((truth == level).any((0, 1)))[0].mean()) for level in levels]
     between = [truth.shape[2], *((a + b) / 2 for a, b in pairwise(centres)), 0]
     parts = [(0, truth.shape[2])]
-    if len(levels) > _PART:
-        parts += [(round(between[n + _PART]), round(between[n])) for n in range(len(levels) - _PART + 1)]
+    if len(levels) > vertebrae:
+        firsts = dict.fromkeys(offset % (len(levels) - vertebrae + 1) for offset in offsets)
+        parts += [(round(between[first + vertebrae]), round(between[first])) for first in firsts]
     for low, high in parts:
         if sample := _sample(loaded, prepared, truth, slice(low, high)):
             yield sample

@@ -26,6 +26,7 @@ from cspine_data.tools import make_folder
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models.build import build_model, sides_of
+from cspine_train.prediction.level_calibration import level_temperature
 from cspine_train.prediction.overlays import save_overlays
 from cspine_train.prediction.postprocessing import chosen_postprocessing
 from cspine_train.prediction.predictor import load_run
@@ -295,13 +296,16 @@ def _fit(
 
 
 def _postprocessing(run: Path, record: RunRecord, cohort: Cohort) -> dict[str, Any]:
-    """Return the postprocessing that validation chose; none if that fails."""
-    settings = record.settings
+    """Return what validation chose of the postprocessing; nothing of it if that fails."""
+    settings, chosen = record.settings, {}
     if settings.largest_components or settings.fill_holes:
         option = "--largest-components" if settings.largest_components else "--fill-holes"
         with never_fatal(f"{run}: {option}"), progress_bar("predicting validation volumes") as progress:
-            return chosen_postprocessing(load_run(run), cohort, progress)
-    return {}
+            chosen = chosen_postprocessing(load_run(run), cohort, progress)
+    if record.levels:
+        with never_fatal(f"{run}: calibration of levels"), progress_bar("calibrating levels") as progress:
+            chosen["level_temperature"] = level_temperature(load_run(run), cohort, progress)
+    return chosen
 
 
 def _write_reports(run: Path, record: RunRecord, cohort: Cohort) -> None:
