@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from cspine_data.volumes.cohort_labels import LabelledCase, cohort_labels
+from cspine_data.volumes.cohort_labels import CohortLabels, LabelledCase, cohort_labels
 from cspine_data.volumes.geometry import Triple
 from cspine_data.volumes.instances import Instance, order_problems
 from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, levels_text
@@ -30,8 +30,10 @@ def cohort(*columns: dict[int, Triple], names: dict[int, str] | None = None) -> 
     return [LabelledCase(f"P{number}", one, names or {}) for number, one in enumerate(columns)]
 
 
-def instances(centroids: dict[int, Triple]) -> list[Instance]:
-    return [Instance(value, mm, 10.0, 1.0) for value, mm in centroids.items()]
+def problems(found: CohortLabels, centroids: dict[int, Triple], whole: float = 1.0) -> list[str]:
+    """The problems of a case with whole vertebrae, or with fragments."""
+    instances = [Instance(value, mm, 10.0, whole) for value, mm in centroids.items()]
+    return found.problems(LabelledCase("P", centroids), instances)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +68,8 @@ def test_values_that_swap_are_instances_and_checked_as_such() -> None:
     found = cohort_labels(cohort(column([1, 2, 3]), column([3, 2, 1]), column([2, 3, 1])))
     assert (found.levels, found.unordered) == ((), (1, 2, 3))
     assert "instances" in found.text
-    assert not found.problems(instances(column([2, 3, 1, 4])))
-    (gap,) = found.problems(instances(column([2, 3, 1, 4, 5], [20, 20, 40, 20])))
+    assert not problems(found, column([2, 3, 1, 4]))
+    (gap,) = problems(found, column([2, 3, 1, 4, 5], [20, 20, 40, 20]))
     assert "label 1" in gap
     assert "label 4" in gap
 
@@ -77,21 +79,30 @@ def test_a_few_cases_with_mistakes_do_not_make_levels_instances() -> None:
     found = cohort_labels(cohort(*good, column([3, 5, 4, 6])))
     assert (found.levels, found.mistaken) == ((3, 4, 5, 6), ("P4",))
     assert "P4" in found.text
-    (problem,) = found.problems(instances(column([3, 5, 4, 6])))
+    (problem,) = problems(found, column([3, 5, 4, 6]))
     assert "C5 is above C4" in problem
-    (problem,) = found.problems(instances(column([3, 4, 5], [20, 5])))
+    (problem,) = problems(found, column([3, 4, 5], [20, 5]))
     assert "5 mm" in problem
-    (problem,) = found.problems(instances(column([6, 5, 4, 3])))
+    (problem,) = problems(found, column([6, 5, 4, 3]))
     assert "reverse" in problem
+    # A value that only this case has.
+    (problem,) = problems(found, column([3, 4, 28, 5, 6]))
+    assert "T13 is above C6" in problem
     # Three of seven are no longer a few.
     assert not cohort_labels(cohort(*good, *[column([6, 5, 4, 3])] * 3)).levels
+
+
+def test_a_single_value_is_a_vertebra_if_it_is_a_level_of_the_cohort() -> None:
+    found = cohort_labels(cohort(column([3, 4, 5]), column([2, 3, 4])))
+    assert len(problems(found, column([4]), whole=0.5)) == 1
+    assert problems(found, column([1]), whole=0.5) == []
 
 
 def test_a_whole_spine_has_no_odd_distances() -> None:
     found = cohort_labels(cohort(column(WHOLE_SPINE, STEPS_MM)))
     assert found.levels == tuple(WHOLE_SPINE)
-    assert found.problems(instances(column(WHOLE_SPINE, STEPS_MM))) == []
-    assert found.problems([]) == []
+    assert problems(found, column(WHOLE_SPINE, STEPS_MM)) == []
+    assert problems(found, {}) == []
 
 
 @pytest.mark.parametrize(
@@ -106,10 +117,10 @@ def test_a_whole_spine_has_no_odd_distances() -> None:
 )
 def test_gaps_between_levels_are_named(values: list[int], steps_mm: list[float], words: tuple[str, ...]) -> None:
     found = cohort_labels(cohort(column([20, 21, 22, 23, 24], 35.0)))
-    (problem,) = found.problems(instances(column(values, steps_mm)))
+    (problem,) = problems(found, column(values, steps_mm))
     assert all(word in problem for word in words)
     # T13 and L6 are rare: their absence is no gap.
-    assert order_problems(instances(column([19, 20, 21])), levels=True) == []
+    assert problems(found, column([19, 20, 21], 35.0)) == []
 
 
 def test_fragments_at_the_edge_of_the_volume_are_usual() -> None:
