@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from cspine_data import Volume
 from cspine_data.volumes.cohort_labels import CohortLabels, LabelledCase, cohort_labels
 from cspine_data.volumes.geometry import Triple
-from cspine_data.volumes.instances import Instance, order_problems
+from cspine_data.volumes.instances import Instance, find_instances, order_problems
 from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, levels_text
-from tests.test_relabelling import spine, write
+from tests.conftest import geometry
+from tests.test_relabelling import SIZE, spine, write
 
 # Distances of neighbours, mm, from C1 to L5: they double from the neck to L5.
 WHOLE_SPINE = [*range(1, 25)]
@@ -127,6 +129,14 @@ def test_fragments_at_the_edge_of_the_volume_are_usual() -> None:
     for at_edge in (False, True):
         cut = Instance(3, (0, 0, 0), 10.0, 0.6, at_edge)
         assert ["pieces" in problem for problem in order_problems([cut], levels=True)] == [True] * (not at_edge)
+
+
+def test_structures_larger_than_any_vertebra_are_not_checked_for_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = Volume(spine([1, 0, 1]), geometry(SIZE))
+    assert [one.whole for one in find_instances(label)] == [0.5]
+    monkeypatch.setattr("cspine_data.volumes.instances._MOST_VOXELS", 6 * 8 * 8)
+    assert [one.whole for one in find_instances(label)] == [1.0]
+    assert [one.whole for one in find_instances(Volume(spine([1]), geometry(SIZE)))] == [1.0]
 
 
 def test_levels_are_written_in_short_with_their_gaps() -> None:
