@@ -22,7 +22,7 @@ _GAP, _CLOSE = 1.5, 0.55
 _AROUND = 2
 # Share of an instance in its largest connected component, below which it is fragmented.
 _WHOLE = 0.9
-# Voxels around an instance above which it is not checked for fragments: no vertebra is as large, and it would take 250 MB.
+# Voxels around an instance above which fragments are not sought: no vertebra is as large, and it would take 250 MB.
 _MOST_VOXELS = 1 << 26
 # Difference in height above which a vertebra is clearly above another; neighbours in the neck are 15 mm apart.
 _APART_MM = 8.0
