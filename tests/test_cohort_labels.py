@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from cspine_data.volumes.cohort_labels import LabelledCase, cohort_labels
+from cspine_data import Volume
+from cspine_data.volumes.cohort_labels import CohortLabels, LabelledCase, cohort_labels
 from cspine_data.volumes.geometry import Triple
-from cspine_data.volumes.instances import Instance, order_problems
+from cspine_data.volumes.instances import Instance, find_instances, order_problems
 from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, levels_text
-from tests.test_relabelling import spine, write
+from tests.conftest import geometry
+from tests.test_relabelling import SIZE, spine, write
 
 # Distances of neighbours, mm, from C1 to L5: they double from the neck to L5.
 WHOLE_SPINE = [*range(1, 25)]
@@ -30,8 +32,10 @@ def cohort(*columns: dict[int, Triple], names: dict[int, str] | None = None) -> 
     return [LabelledCase(f"P{number}", one, names or {}) for number, one in enumerate(columns)]
 
 
-def instances(centroids: dict[int, Triple]) -> list[Instance]:
-    return [Instance(value, mm, 10.0, 1.0) for value, mm in centroids.items()]
+def problems(found: CohortLabels, centroids: dict[int, Triple], whole: float = 1.0) -> list[str]:
+    """The problems of a case with whole vertebrae, or with fragments."""
+    instances = [Instance(value, mm, 10.0, whole) for value, mm in centroids.items()]
+    return found.problems(LabelledCase("P", centroids), instances)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +70,8 @@ def test_values_that_swap_are_instances_and_checked_as_such() -> None:
     found = cohort_labels(cohort(column([1, 2, 3]), column([3, 2, 1]), column([2, 3, 1])))
     assert (found.levels, found.unordered) == ((), (1, 2, 3))
     assert "instances" in found.text
-    assert not found.problems(instances(column([2, 3, 1, 4])))
-    (gap,) = found.problems(instances(column([2, 3, 1, 4, 5], [20, 20, 40, 20])))
+    assert not problems(found, column([2, 3, 1, 4]))
+    (gap,) = problems(found, column([2, 3, 1, 4, 5], [20, 20, 40, 20]))
     assert "label 1" in gap
     assert "label 4" in gap
 
@@ -77,21 +81,30 @@ def test_a_few_cases_with_mistakes_do_not_make_levels_instances() -> None:
     found = cohort_labels(cohort(*good, column([3, 5, 4, 6])))
     assert (found.levels, found.mistaken) == ((3, 4, 5, 6), ("P4",))
     assert "P4" in found.text
-    (problem,) = found.problems(instances(column([3, 5, 4, 6])))
+    (problem,) = problems(found, column([3, 5, 4, 6]))
     assert "C5 is above C4" in problem
-    (problem,) = found.problems(instances(column([3, 4, 5], [20, 5])))
+    (problem,) = problems(found, column([3, 4, 5], [20, 5]))
     assert "5 mm" in problem
-    (problem,) = found.problems(instances(column([6, 5, 4, 3])))
+    (problem,) = problems(found, column([6, 5, 4, 3]))
     assert "reverse" in problem
+    # A value that only this case has.
+    (problem,) = problems(found, column([3, 4, 28, 5, 6]))
+    assert "T13 is above C6" in problem
     # Three of seven are no longer a few.
     assert not cohort_labels(cohort(*good, *[column([6, 5, 4, 3])] * 3)).levels
+
+
+def test_a_single_value_is_a_vertebra_if_it_is_a_level_of_the_cohort() -> None:
+    found = cohort_labels(cohort(column([3, 4, 5]), column([2, 3, 4])))
+    assert len(problems(found, column([4]), whole=0.5)) == 1
+    assert problems(found, column([1]), whole=0.5) == []
 
 
 def test_a_whole_spine_has_no_odd_distances() -> None:
     found = cohort_labels(cohort(column(WHOLE_SPINE, STEPS_MM)))
     assert found.levels == tuple(WHOLE_SPINE)
-    assert found.problems(instances(column(WHOLE_SPINE, STEPS_MM))) == []
-    assert found.problems([]) == []
+    assert problems(found, column(WHOLE_SPINE, STEPS_MM)) == []
+    assert problems(found, {}) == []
 
 
 @pytest.mark.parametrize(
@@ -106,16 +119,24 @@ def test_a_whole_spine_has_no_odd_distances() -> None:
 )
 def test_gaps_between_levels_are_named(values: list[int], steps_mm: list[float], words: tuple[str, ...]) -> None:
     found = cohort_labels(cohort(column([20, 21, 22, 23, 24], 35.0)))
-    (problem,) = found.problems(instances(column(values, steps_mm)))
+    (problem,) = problems(found, column(values, steps_mm))
     assert all(word in problem for word in words)
     # T13 and L6 are rare: their absence is no gap.
-    assert order_problems(instances(column([19, 20, 21])), levels=True) == []
+    assert problems(found, column([19, 20, 21], 35.0)) == []
 
 
 def test_fragments_at_the_edge_of_the_volume_are_usual() -> None:
     for at_edge in (False, True):
         cut = Instance(3, (0, 0, 0), 10.0, 0.6, at_edge)
         assert ["pieces" in problem for problem in order_problems([cut], levels=True)] == [True] * (not at_edge)
+
+
+def test_structures_larger_than_any_vertebra_are_not_checked_for_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = Volume(spine([1, 0, 1]), geometry(SIZE))
+    assert [one.whole for one in find_instances(label)] == [0.5]
+    monkeypatch.setattr("cspine_data.volumes.instances._MOST_VOXELS", 6 * 8 * 8)
+    assert [one.whole for one in find_instances(label)] == [1.0]
+    assert [one.whole for one in find_instances(Volume(spine([1]), geometry(SIZE)))] == [1.0]
 
 
 def test_levels_are_written_in_short_with_their_gaps() -> None:

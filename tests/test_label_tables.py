@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -123,3 +124,13 @@ def test_names_of_tables_are_short_and_printable(tmp_path: Path) -> None:
     (case,) = find_cases(raw).cases
     assert [(value, len(name)) for value, name in case.label_names] == [(1, 7), (2, 200)]
     assert "\x07" not in case.label_names[0][1]
+
+
+def test_only_files_are_tables(tmp_path: Path) -> None:
+    raw = bids(tmp_path, {})
+    (raw / DERIVED / "dseg.tsv").mkdir()
+    # Opening a pipe would wait for ever.
+    os.mkfifo(raw / DERIVED / "sub-1/anat/sub-1_dseg.tsv")
+    listing = find_cases(raw)
+    assert [case.label_names for case in listing.cases] == [()]
+    assert listing.problems == ()

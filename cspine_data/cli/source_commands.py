@@ -90,7 +90,7 @@ def scan(
     labels_of_all = cohort_labels([case.labels for case in cases])
     if labels_of_all.text:
         click.echo(f"note: {labels_of_all.text}")
-    print_notes((case.row[0], labels_of_all.problems(case.instances)) for case in cases)
+    print_notes((case.row[0], labels_of_all.problems(case.labels, case.instances)) for case in cases)
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
     if write_pairs is not None:

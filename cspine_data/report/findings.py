@@ -164,7 +164,7 @@ def _poor_fits(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
 def _odd_vertebrae(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
     labels = cohort_labels([case.labels for case in cases])
     for case in cases:
-        for problem in labels.problems(case.label.instances) if case.label else ():
+        for problem in labels.problems(case.labels, case.label.instances) if case.label else ():
             yield Finding(case.case, problem, _DOUBT)
 
 

@@ -72,7 +72,8 @@ class _Tables:
             return None
         for folder in self._folders(label):
             if folder not in self._in:
-                self._in[folder] = sorted(folder.glob(f"*{_SUFFIX}.tsv"))
+                # Reading a pipe would never end.
+                self._in[folder] = sorted(path for path in folder.glob(f"*{_SUFFIX}.tsv") if path.is_file())
             own = [path for path in self._in[folder] if set(path.stem.split("_")) <= {*entities, _SUFFIX}]
             if own:
                 return max(own, key=lambda path: len(path.stem.split("_")))

@@ -76,19 +76,21 @@ class CohortLabels:
     mistaken: tuple[str, ...] = ()
     text: str = ""
 
-    def problems(self, instances: Sequence[Instance]) -> list[str]:
+    def problems(self, case: LabelledCase, instances: Sequence[Instance]) -> list[str]:
         """Return what is odd about the vertebrae of a case: their order, gaps, distances and fragments."""
         if self.unordered:
             return order_problems(instances)
-        own = {one.value: one for one in instances if one.value in self.levels}
-        heights = {value: one.centroid_mm for value, one in own.items()}
+        # A single value that no other case has may be any structure.
+        alone = len(case.levels_mm) == 1 and not case.levels_mm.keys() <= set(self.levels)
+        heights = case.levels_mm if self.levels and not alone else {}
         wrong = out_of_order(heights)
         # Distances mean nothing in a wrong order.
         if len(wrong) > 1 and not out_of_order(heights, SPINE[::-1]):
-            return [f"{levels_text(own)} are in reverse order: is the volume upside down, or its label map?"]
+            return [f"{levels_text(heights)} are in reverse order: is the volume upside down, or its label map?"]
         if wrong:
             return [_order_problem(one, other, heights) for one, other in wrong[:_MOST_NAMED]]
-        return order_problems([own[value] for value in SPINE if value in own], levels=True)
+        of_value = {one.value: one for one in instances}
+        return order_problems([of_value[value] for value in heights], levels=True)
 
 
 def cohort_labels(cases: Sequence[LabelledCase]) -> CohortLabels:

@@ -22,6 +22,8 @@ _GAP, _CLOSE = 1.5, 0.55
 _AROUND = 2
 # Share of an instance in its largest connected component, below which it is fragmented.
 _WHOLE = 0.9
+# Voxels around an instance above which fragments are not sought: no vertebra is as large, and it would take 250 MB.
+_MOST_VOXELS = 1 << 26
 # Difference in height above which a vertebra is clearly above another; neighbours in the neck are 15 mm apart.
 _APART_MM = 8.0
 
@@ -109,9 +111,11 @@ def find_instances(label: Volume, ignore_label: int | None = None) -> tuple[Inst
     voxel_ml = math.prod(label.geometry.spacing_mm) / 1e3
     found = []
     for value, one in extents.items():
-        box = tuple(map(slice, one.first, one.end))
-        components, _ = ndimage.label(label.array[box] == value, np.ones((3, 3, 3)))
-        largest = int(np.bincount(components.ravel())[1:].max())
+        box = label.array[tuple(map(slice, one.first, one.end))]
+        largest = one.voxels
+        if box.size <= _MOST_VOXELS:
+            components, _ = ndimage.label(box == value, np.ones((3, 3, 3)))
+            largest = int(np.bincount(components.ravel())[1:].max())
         at_edge = bool((one.first == 0).any() or (one.end == label.array.shape).any())
         found.append(Instance(value, centroids[value], one.voxels * voxel_ml, largest / one.voxels, at_edge))
     return tuple(sorted(found, key=lambda one: -one.centroid_mm[2]))
