@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from PIL.ImageFont import FreeTypeFont
 
-# Size of a panel: a neck of 150 mm has about 4 pixels a millimetre.
-_HEIGHT, _MOST_PIXELS_PER_MM = 640, 5.0
+# Size of a panel: a neck of 150 mm has nearly 4 pixels a millimetre.
+_HEIGHT, _MOST_PIXELS_PER_MM = 540, 5.0
 # Shown around the vertebrae; there is more in front of them, for the names.
 _ABOVE_MM, _FRONT_MM, _BACK_MM = 15.0, 45.0, 40.0
 _FILL = 0.5
