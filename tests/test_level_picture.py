@@ -120,6 +120,24 @@ def test_names_do_not_overlap_where_vertebrae_nearly_do(tmp_path: Path, written)
     assert boxes_of_names[-1][3] <= height
 
 
+def test_names_stay_beside_their_vertebrae_in_a_whole_spine(tmp_path: Path, written) -> None:
+    """Of 24 vertebrae, from 15 mm in the neck to 34 mm; the other map has none."""
+    spine, top = np.zeros((20, 40, 400), np.uint8), 380.0
+    for value in range(1, 25):
+        pitch = max(10, 6 + 0.7 * value)
+        spine[5:15, 20:35, int(top - 0.8 * pitch) : int(top)] = value
+        top -= pitch
+    shown, other = level_slices(np.zeros(spine.shape), [spine, 0 * spine], (1.5, 1.5, 1.5), (0, 1))
+    draw_levels(tmp_path / "x.png", (shown, other), ("", ""))
+    picture = Image.open(tmp_path / "x.png")
+    # The other panel is as large.
+    height, rows = picture.height - 16, shown.grey_hw.shape[0]
+    assert height - 24 <= 1200
+    assert (picture.width - 24) / 2 == pytest.approx(height * shown.grey_hw.shape[1] / rows, rel=0.02)
+    for (row, _), (_, (_, above, _, below)) in zip(shown.centres_hw.values(), names_in(written), strict=True):
+        assert (above + below) / 2 == pytest.approx((row + 0.5) * height / rows, abs=8)
+
+
 def test_places_move_no_more_than_they_must() -> None:
     assert _apart([10, 40, 90], 20, 100) == [10, 40, 90]
     assert _apart([50, 50], 20, 100) == [40, 60]

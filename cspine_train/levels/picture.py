@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from PIL.ImageFont import FreeTypeFont
 
-# Size of a panel: a neck of 150 mm has about 4 pixels a millimetre.
-_HEIGHT, _MOST_PIXELS_PER_MM = 640, 5.0
+# Size of a panel: a neck of 150 mm has nearly 4 pixels a millimetre.
+_HEIGHT, _MOST_PIXELS_PER_MM = 540, 5.0
+# Larger, if vertebrae are nearer than names are high, as in a whole spine.
+_MOST_HEIGHT = 1200
 # Shown around the vertebrae; there is more in front of them, for the names.
 _ABOVE_MM, _FRONT_MM, _BACK_MM = 15.0, 45.0, 40.0
 _FILL = 0.5
@@ -160,7 +162,8 @@ def draw_levels(
     """
     from PIL import Image, ImageDraw
 
-    panels = [_panel(one, uncertain if number == 0 else ()) for number, one in enumerate(slices)]
+    scale = max(map(_scale, slices))
+    panels = [_panel(one, scale, uncertain if number == 0 else ()) for number, one in enumerate(slices)]
     font = _font(_FONT)
     width = sum(panel.width + _GAP for panel in panels) + _GAP
     titles = list(_wrapped(title, font, width - 2 * _GAP))
@@ -181,13 +184,22 @@ def draw_levels(
         sheet.save(temporary, format="PNG", optimize=True)
 
 
-def _panel(shown: LevelSlice, uncertain: Collection[int]) -> Picture:
+def _scale(shown: LevelSlice) -> float:
+    """Return the pixels per millimetre at which names have room beside their vertebrae."""
+    down_mm, _ = shown.spacing_mm
+    height_mm = len(shown.grey_hw) * down_mm
+    distances_mm = down_mm * np.diff(sorted(row for row, _ in shown.centres_hw.values()))
+    # Of the neck: a few nearer ones are mistakes.
+    least_mm = np.percentile(distances_mm, 20) if distances_mm.size else np.inf
+    scale = max(_HEIGHT / height_mm, min(_LINE / max(least_mm, 1e-3), _MOST_HEIGHT / height_mm))
+    # Names need their height, even of many vertebrae in a small part.
+    return max(min(scale, _MOST_PIXELS_PER_MM), _LINE * len(shown.centres_hw) / height_mm)
+
+
+def _panel(shown: LevelSlice, scale: float, uncertain: Collection[int]) -> Picture:
     from PIL import Image, ImageDraw
 
     (rows, columns), (down_mm, right_mm) = shown.grey_hw.shape, shown.spacing_mm
-    scale = min(_HEIGHT / (rows * down_mm), _MOST_PIXELS_PER_MM)
-    # Names need their height, even of many vertebrae in a small part.
-    scale = max(scale, _LINE * len(shown.centres_hw) / (rows * down_mm))
     width, height = (max(1, round(n * mm * scale)) for n, mm in ((columns, right_mm), (rows, down_mm)))
     fine = width * _FINER, height * _FINER
     grey = Image.fromarray(shown.grey_hw).resize(fine, Image.Resampling.BICUBIC)
