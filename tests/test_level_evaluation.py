@@ -150,6 +150,24 @@ def test_runs_are_compared_by_a_measure_of_levels(tmp_path: Path, run_train: Cal
     assert "localisation distance: lower is better" in done.output
 
 
+def test_runs_are_compared_by_one_level(tmp_path: Path, run_train: Callable[..., Result]) -> None:
+    """One of the patients of the second run does not have the vertebra."""
+    for name, maps in (("a", SIX), ("b", {**dict.fromkeys(SIX, (TRUE, TRUE)), "P0": (spine(19), spine(19))})):
+        evaluation_of(tmp_path / name, maps)
+    runs = tmp_path / "a", tmp_path / "b"
+    comparison = compare(runs, level="L1")
+    assert comparison.patients == ("P1", "P2", "P3", "P4", "P5")
+    assert [model.mean.mean for model in comparison.models] == [pytest.approx(4 / 5), 1]
+    done = run_train("compare", *runs, "--level", "T12", "--measure", "hausdorff95_mm")
+    assert "mean Hausdorff 95 %, mm of T12" in done.output
+    with pytest.raises(RunError, match="level 'D12': is unknown"):
+        compare(runs, level="D12")
+    with pytest.raises(RunError, match="a: has no test scores of C5"):
+        compare(runs, level="C5")
+    with pytest.raises(RunError, match="a: its test scores have no panoptic_quality"):
+        compare(runs, measure="panoptic_quality", level="L1")
+
+
 def test_evaluations_without_levels_stay_readable(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / name, dict.fromkeys(PATIENTS, 0.9)) for name in "ab"]
     assert compare(runs).models[0].mean.mean == pytest.approx(0.9)
