@@ -199,7 +199,7 @@ def compare(runs: tuple[Path, ...], split: str, measure: str, level: str | None)
     columns = [
         "model",
         "patients",
-        f"mean {of.heading}{f' of {level}' if level else ''}",
+        f"{f'{level}: ' if level else ''}mean {of.heading}",
         "difference",
         "higher",
         "lower",
