@@ -27,11 +27,14 @@ from cspine_train.reports.model_card import write_card
 from cspine_train.reports.run_report import write_report
 from cspine_train.run.evaluations import means_of_levels, recorded_evaluations
 from cspine_train.run.record import RunRecord, load_record, save_record
+from cspine_train.study.plan import Cell, Plan, save_plan
+from cspine_train.study.report import study_findings
 from cspine_train.study.tables import rendered
 from tests.test_comparison import evaluated
 from tests.test_report import Page
 from tests.test_tables import PATIENTS, found_in, row
 
+STORED = RunSettings(labels="stored")
 LEVELS = (19, 20, 21)
 DIAGONAL_MM = float(np.linalg.norm((6, 6, 30)))
 Maps = Mapping[str, tuple[NDArray[np.int16], NDArray[np.int16]]]
@@ -45,10 +48,12 @@ def spine(*values: int) -> NDArray[np.int16]:
     return labels
 
 
-def evaluation_of(run: Path, maps: Maps, values: tuple[int, ...] = LEVELS, **patients: str) -> Evaluation:
+def evaluation_of(
+    run: Path, maps: Maps, values: tuple[int, ...] = LEVELS, settings: RunSettings = STORED, **patients: str
+) -> Evaluation:
     """Evaluate predicted and true label maps, by case, as those of a run of levels."""
     record = RunRecord(
-        store="s.zarr", settings=RunSettings(labels="stored"), weights_used="none", size_hw=(32, 32),
+        store="s.zarr", settings=settings, weights_used="none", size_hw=(32, 32),
         preprocessing=Preprocessing(bias=None), train=(), validation=(), test=tuple(maps), label_values=values,
         levels=LEVELS, digests=dict.fromkeys(maps, ""), versions={}, patients=patients, finished=True,
     )  # fmt: skip
@@ -150,6 +155,24 @@ def test_runs_are_compared_by_a_measure_of_levels(tmp_path: Path, run_train: Cal
     assert "localisation distance: lower is better" in done.output
 
 
+def test_runs_are_compared_by_one_level(tmp_path: Path, run_train: Callable[..., Result]) -> None:
+    """One of the patients of the second run does not have the vertebra."""
+    for name, maps in (("a", SIX), ("b", {**dict.fromkeys(SIX, (TRUE, TRUE)), "P0": (spine(19), spine(19))})):
+        evaluation_of(tmp_path / name, maps)
+    runs = tmp_path / "a", tmp_path / "b"
+    comparison = compare(runs, level="L1")
+    assert comparison.patients == ("P1", "P2", "P3", "P4", "P5")
+    assert [model.mean.mean for model in comparison.models] == [pytest.approx(4 / 5), 1]
+    done = run_train("compare", *runs, "--level", "T12", "--measure", "hausdorff95_mm")
+    assert "T12: mean Hausdorff 95 %, mm" in done.output
+    with pytest.raises(RunError, match="level 'D12': is unknown"):
+        compare(runs, level="D12")
+    with pytest.raises(RunError, match="a: has no test scores of C5"):
+        compare(runs, level="C5")
+    with pytest.raises(RunError, match="a: its test scores have no panoptic_quality"):
+        compare(runs, measure="panoptic_quality", level="L1")
+
+
 def test_evaluations_without_levels_stay_readable(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / name, dict.fromkeys(PATIENTS, 0.9)) for name in "ab"]
     assert compare(runs).models[0].mean.mean == pytest.approx(0.9)
@@ -184,6 +207,25 @@ def test_a_record_whose_levels_are_no_labels_of_vertebrae_is_refused(tmp_path: P
     (run / "run.json").write_text(json.dumps(record | {"levels": levels}))
     with pytest.raises(RunError, match="damaged.*levels"):
         load_record(run)
+
+
+def test_a_study_shows_each_vertebra_of_each_condition(tmp_path: Path) -> None:
+    """Seeds are averaged, and T13 comes between T12 and L1."""
+    cells = []
+    for seed, lowest in ((0, 21), (1, 0)):
+        settings = RunSettings(labels="stored", seed=seed)
+        cells.append(Cell(name=f"seed{seed}", settings=settings))
+        maps = {case: (spine(19, 28, 20, lowest), spine(19, 28, 20, 21)) for case in SIX}
+        evaluation_of(tmp_path / "runs" / f"seed{seed}", maps, (19, 20, 21), settings)
+    save_plan(tmp_path, Plan(store="s.zarr", cells=tuple(cells)))
+    found, *_ = study_findings(tmp_path)
+    frame = found.vertebrae.frame
+    assert frame["level"].tolist() == ["T12", "T13", "L1", "L2"]
+    assert frame["patients"].tolist() == ["6"] * 4
+    assert frame["Dice"].tolist() == ["1.0000 [1.0000, 1.0000]"] * 3 + ["0.5000 [0.5000, 0.5000]"]
+    assert frame["localisation distance, mm"].tolist()[3].startswith(f"{DIAGONAL_MM / 2:.2f} ")
+    for form in ("markdown", "latex", "html"):
+        assert "Each vertebra" in rendered(found, form)
 
 
 def test_a_study_shows_the_measures_of_levels_if_its_runs_have_them() -> None:

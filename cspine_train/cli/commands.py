@@ -188,14 +188,23 @@ def _level_table(levels: Sequence[LevelMeans]) -> tuple[list[str], list[list[str
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", help="Split to compare.")
 @click.option("--measure", default="dice", help="Measure to compare: a column of evaluation/*.csv.")
-def compare(runs: tuple[Path, ...], split: str, measure: str) -> None:
+@click.option("--level", help="Compare one vertebra, such as C5, over the patients who have it.")
+def compare(runs: tuple[Path, ...], split: str, measure: str, level: str | None) -> None:
     """Compare evaluated RUNS with the first, per patient; runs that differ only in fold or test site are one model."""
     from cspine_train.evaluation.comparison import compare as compare_runs
     from cspine_train.metrics.statistics import too_few
 
-    comparison = compare_runs(runs, split, measure)
+    comparison = compare_runs(runs, split, measure, level)
     of = comparison.measure
-    columns = ["model", "patients", f"mean {of.heading}", "difference", "higher", "lower", "p"]
+    columns = [
+        "model",
+        "patients",
+        f"{f'{level}: ' if level else ''}mean {of.heading}",
+        "difference",
+        "higher",
+        "lower",
+        "p",
+    ]
     rows = []
     for model in comparison.models:
         row = [model.name, str(len(model.scores)), model.mean.text(of.digits)]

@@ -9,7 +9,9 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from cspine_data import level_value
 from cspine_train.errors import RunError
 from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import (
@@ -22,7 +24,7 @@ from cspine_train.metrics.statistics import (
     signed_rank_p,
     too_few,
 )
-from cspine_train.run.evaluations import known_measures, patient_measures, patient_of, recorded_evaluations
+from cspine_train.run.evaluations import known_measures, level_rows, patient_measures, patient_of, recorded_evaluations
 from cspine_train.run.record import RunRecord, load_record
 from cspine_train.run.settings import RunSettings
 
@@ -70,7 +72,9 @@ class Comparison:
     caveats: tuple[str, ...]
 
 
-def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dice") -> Comparison:
+def compare(
+    runs: Sequence[str | Path], split: str = "test", measure: str = "dice", level: str | None = None
+) -> Comparison:
     """Compare evaluated runs over the patients that all have.
 
     Runs that differ only in their fold or test site are one model, with the patients of all its folds or sites.
@@ -83,18 +87,22 @@ def compare(runs: Sequence[str | Path], split: str = "test", measure: str = "dic
         ``train``, ``validation`` or ``test``.
     measure : str
         Name of one of `patient_measures`.
+    level : str, optional
+        Compare the figures of this vertebra, such as ``C5``, over the patients who have it.
 
     Raises
     ------
     RunError
-        If a run was not evaluated on the split, a fold is given twice, there is only one model, or no patient is common
-        to all.
+        If a run was not evaluated on the split, a fold is given twice, there is only one model, no patient is common to
+        all, or measure or level are unknown.
     """
     known = {one.name: one for one in patient_measures()}
     if measure not in known:
         raise RunError(f"measure {measure!r}: is unknown; choose from {', '.join(known)}")
+    if level is not None and level_value(level) is None:
+        raise RunError(f"level {level!r}: is unknown; give the name of a vertebra, such as C5")
     records = {Path(run): load_record(Path(run)) for run in runs}
-    models = [(folders, _scores(folders, records, split, measure)) for folders in _models(records)]
+    models = [(folders, _scores(folders, records, split, measure, level)) for folders in _models(records)]
     if len(models) < 2:
         raise RunError("one model cannot be compared; name a run of another (runs of all folds are one model)")
     patients = [case for case in models[0][1] if all(case in scores for _, scores in models)]
@@ -143,18 +151,22 @@ def _parts_of_model(settings: RunSettings) -> str | None:
     return f"{settings.fold_of[1]} folds" if settings.fold_of else None
 
 
-def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: str, measure: str) -> dict[str, float]:
+def _scores(
+    folders: Sequence[Path], records: Mapping[Path, RunRecord], split: str, measure: str, level: str | None
+) -> dict[str, float]:
     # A patient may have cases at several test sites.
     of_cases: dict[str, tuple[str, float]] = {}
     for folder in folders:
         rows = [
             row
             for _, evaluation in recorded_evaluations(folder, records[folder])
-            for row in evaluation["patients"]
+            for row in (evaluation["patients"] if level is None else _of_level(evaluation, level))
             if row["split"] == split
         ]
         if not rows:
-            raise RunError(f"{folder}: has no {split} scores; run cspine-train evaluate {folder} --split {split}")
+            of_level = f" of {level}" if level else ""
+            again = f"run cspine-train evaluate {folder} --split {split}"
+            raise RunError(f"{folder}: has no {split} scores{of_level}; {again}")
         found = {
             row["case"]: (unicodedata.normalize("NFC", patient_of(row)), row[measure]) for row in rows if measure in row
         }
@@ -167,6 +179,10 @@ def _scores(folders: Sequence[Path], records: Mapping[Path, RunRecord], split: s
         of_cases |= found
     patients, figures = zip(*of_cases.values(), strict=True)
     return of_patients(figures, patients)
+
+
+def _of_level(evaluation: Mapping[str, Any], level: str) -> list[dict[str, Any]]:
+    return [row for row in level_rows(evaluation) if row["label"] == level_value(level)]
 
 
 def _beside(folders: Sequence[Path], scores: Mapping[str, float], first: Sequence[float], measure: Measure) -> Compared:

@@ -69,9 +69,7 @@ class LevelMeans:
 
 def means_of_levels(evaluation: Mapping[str, Any]) -> tuple[LevelMeans, ...]:
     """Return the means of each true level in an evaluation, from head to feet; none if its labels are not levels."""
-    patients = {row["case"]: patient_of(row) for row in evaluation["patients"]}
-    true = [row for row in evaluation.get("labels", ()) if RATE.name in row]
-    rows = [row | {"patient": patients.get(row["case"])} for row in true]
+    rows = level_rows(evaluation)
     measured = known_measures(rows)
     found = []
     for split, value in product(dict.fromkeys(row["split"] for row in rows), SPINE):
@@ -80,6 +78,13 @@ def means_of_levels(evaluation: Mapping[str, Any]) -> tuple[LevelMeans, ...]:
             means = {measure: mean_over_patients(own, measure) for measure in measured}
             found.append(LevelMeans(LEVEL_NAMES[value], split, number_of_patients(own), means))
     return tuple(found)
+
+
+def level_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of an evaluation's true vertebrae, missed or not, with the patient of each."""
+    patients = {row["case"]: patient_of(row) for row in evaluation["patients"]}
+    true = (row for row in evaluation.get("labels", ()) if RATE.name in row)
+    return [row | {"patient": patients.get(row["case"])} for row in true]
 
 
 def figures_of_patients(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:

@@ -12,7 +12,7 @@ from cspine_data.tools import count
 from cspine_train.reports.run_report import embedded_pictures, page, slice_plots
 from cspine_train.run.folder import EVALUATION_FOLDER, METRICS_NAME, REPORT_NAME, read_rows, write_text
 from cspine_train.study.plan import Plan, load_plan
-from cspine_train.study.results import condition_name, conditions, scores, study_table, write_results
+from cspine_train.study.results import condition_name, conditions, scores, study_levels, study_table, write_results
 from cspine_train.study.runner import FAILURES_NAME, RUNS_FOLDER
 from cspine_train.study.tables import MARKDOWN, Findings, Table, findings, rendered
 
@@ -26,7 +26,8 @@ def study_findings(study: str | Path) -> tuple[Findings, pd.DataFrame, Plan]:
     plan = load_plan(folder)
     table = study_table(folder, plan)
     done = set(table.cell)
-    return findings(table, [cell.name for cell in plan.cells if cell.name not in done]), table, plan
+    unfinished = [cell.name for cell in plan.cells if cell.name not in done]
+    return findings(table, unfinished, study_levels(folder, plan)), table, plan
 
 
 def write_outcome(study: str | Path) -> tuple[Findings, tuple[Path, ...]]:

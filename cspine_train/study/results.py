@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from cspine_data import LEVEL_NAMES, SPINE
 from cspine_data.tools import atomic_write
-from cspine_train.run.evaluations import patient_measures, patient_of
+from cspine_train.run.evaluations import known_measures, level_rows, patient_measures, patient_of
 from cspine_train.run.folder import METRICS_NAME, read_rows, write_text
 from cspine_train.run.record import RunRecord
 from cspine_train.study.plan import Cell, Plan, weights_name
@@ -19,6 +20,7 @@ from cspine_train.study.runner import RUNS_FOLDER, cell_result
 RESULTS_NAME, PARQUET_NAME = "results.csv", "results.parquet"
 #: Columns of a condition, which a study compares; runs of its folds and seeds belong to it.
 CONDITION = ["model", "encoder", "variant", "axes", "epochs", "batch_size"]
+_ORDER = {LEVEL_NAMES[value]: place for place, value in enumerate(SPINE)}
 _WORDS, _INTEGERS = "string", "Int64"
 _RUN_COLUMNS = {
     "model": _WORDS, "encoder": _WORDS, "weights": _WORDS, "variant": _WORDS, "axes": _WORDS, "folds": _INTEGERS,
@@ -30,9 +32,21 @@ _RUN_COLUMNS = {
 
 def study_table(study: Path, plan: Plan) -> pd.DataFrame:
     """Return the tidy table: every measure of every test patient of the finished cells, in the plan's order."""
-    found = ((cell, cell_result(study, cell)) for cell in plan.cells)
-    rows = [row for cell, known in found if known for row in _rows(study / RUNS_FOLDER / cell.name, cell, *known)]
-    return tidy(rows)
+    return tidy([run | _figures(row) for run, evaluation in _done(study, plan) for row in evaluation["patients"]])
+
+
+def study_levels(study: Path, plan: Plan) -> pd.DataFrame:
+    """Return the tidy table of vertebrae, from head to feet: a row for each true one of each test patient.
+
+    It is empty if the labels of the finished cells are not levels.
+    """
+    rows = [
+        run | _figures(row) | {"level": LEVEL_NAMES[row["label"]]}
+        for run, evaluation in _done(study, plan)
+        for row in level_rows(evaluation)
+    ]
+    rows.sort(key=lambda row: _ORDER[row["level"]])
+    return tidy(rows).assign(level=pd.Series([row["level"] for row in rows], dtype=_WORDS))
 
 
 def tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -42,10 +56,18 @@ def tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 
-def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _done(study: Path, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Iterate over the finished cells: columns of the run, and the evaluation of its test patients."""
+    for cell in plan.cells:
+        if found := cell_result(study, cell):
+            record, evaluation = found
+            yield _run_columns(study / RUNS_FOLDER / cell.name, cell, record, evaluation), evaluation
+
+
+def _run_columns(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     settings = record.settings
     fold, folds = settings.fold_of or (None, None)
-    known = {
+    return {
         "model": settings.model,
         "encoder": settings.encoder,
         "weights": weights_name(settings),
@@ -65,11 +87,12 @@ def _rows(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[str, Any
         "cell": cell.name,
         "note": "; ".join(record.caveats()),
     }
-    names = [measure.name for measure in patient_measures()]
-    for row in evaluation["patients"]:
-        # Older evaluations lack some measures.
-        figures = {name: float(row[name]) for name in names if name in row}
-        yield known | figures | {"patient": patient_of(row)}
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return patient and figures of a row; older evaluations lack some measures."""
+    figures = {measure.name: float(row[measure.name]) for measure in known_measures([row])}
+    return {**figures, "patient": patient_of(row)}
 
 
 def conditions(table: pd.DataFrame) -> pd.DataFrame:

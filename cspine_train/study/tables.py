@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from cspine_data.tools import count
-from cspine_train.metrics.overlap import Measure
+from cspine_train.metrics.overlap import MEASURES, Measure
 from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
 from cspine_train.run.evaluations import BATCH_AVERAGED, patient_measures
 from cspine_train.run.planes import PLANES
@@ -32,9 +33,7 @@ _FILE_NOTE = (
     "Encoders with weights from a file are compared with the published figure of ImageNet weights; whether the file "
     "holds these is not known."
 )
-
-
-_WITHIN = (0.0, 1.0)
+_INTERVAL_NOTE = "Means over patients of whole volumes, in brackets 95 % confidence intervals."
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +65,8 @@ class Findings:
         Conditions of each axis with the published figures.
     measures : Table
         Short measures of all conditions.
+    vertebrae : Table
+        Short measures of each vertebra and condition.
     sites : Table
         Dice of each condition on each test site, of models that were trained on the other sites.
     factors, pairs, ranking : Table
@@ -78,6 +79,7 @@ class Findings:
     conditions: pd.DataFrame
     cells: tuple[Table, ...]
     measures: Table
+    vertebrae: Table
     sites: Table
     factors: Table
     pairs: Table
@@ -87,12 +89,22 @@ class Findings:
     @property
     def tables(self) -> tuple[Table, ...]:
         """All tables with rows, in order."""
-        every = (*self.cells, self.measures, self.sites, self.factors, self.pairs, self.ranking)
+        every = (*self.cells, self.measures, self.vertebrae, self.sites, self.factors, self.pairs, self.ranking)
         return tuple(table for table in every if len(table.frame))
 
 
-def findings(table: pd.DataFrame, unfinished: Sequence[str] = ()) -> Findings:
-    """Compute statistics and tables from the tidy table of a study, and the names of cells without results."""
+def findings(table: pd.DataFrame, unfinished: Sequence[str] = (), vertebrae: pd.DataFrame | None = None) -> Findings:
+    """Compute statistics and tables from the tidy table of a study.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Result of `study_table`.
+    unfinished : sequence of str
+        Names of cells without results.
+    vertebrae : DataFrame, optional
+        Result of `study_levels`.
+    """
     dice = scores(table)
     compared = contrasts(dice)
     figures = _figures(table, dice)
@@ -104,6 +116,7 @@ def findings(table: pd.DataFrame, unfinished: Sequence[str] = ()) -> Findings:
         figures,
         tuple(_cells(axes, figures, shown) for axes in figures["axes"].unique()),
         _measures([measure for measure in _measured(table) if measure.brief], figures, shown),
+        _vertebrae(vertebrae, shown),
         _sites(table, shown),
         _levels(levels(dice)),
         _pairs(compared),
@@ -200,25 +213,39 @@ def _measures(brief: Sequence[Measure], figures: pd.DataFrame, shown: Sequence[s
         frame[measure.heading] = [_text(one, measure.digits) for one in figures[measure.name]]
     lower = ", ".join(measure.title for measure in brief if measure.better == "lower")
     notes = (
-        "Means over patients of whole volumes, in brackets 95 % confidence intervals.",
+        _INTERVAL_NOTE,
         f"Lower is better: {lower}.",
     )
     return Table("All measures", frame, notes)
 
 
 def _sites(table: pd.DataFrame, shown: Sequence[str]) -> Table:
-    known = table.drop(columns=CONDITION).join(conditions(table)).dropna(subset=["test_site", "dice"])
-    by = [*CONDITION, "test_site"]
-    patients = known.groupby([*by, "patient"], sort=False).dice.mean()
-    dice = patients.groupby(level=by, sort=False).agg(list).rename("dice").reset_index()
-    frame = _condition_columns(dice, shown).assign(
-        **{
-            "test site": dice.test_site.astype(str),
-            "patients": dice.dice.map(len).astype(str),
-            "Dice": dice.dice.map(lambda one: _text(mean_interval(one, _WITHIN))),
-        }
-    )
+    frame = _parts(table, "test_site", MEASURES[:1], shown)
     return Table("Dice per test site, of models trained on the other sites", frame, (_DICE_NOTE,))
+
+
+def _vertebrae(levels: pd.DataFrame | None, shown: Sequence[str]) -> Table:
+    if levels is None or levels.empty:
+        return Table("Each vertebra", pd.DataFrame())
+    frame = _parts(levels, "level", [measure for measure in _measured(levels) if measure.brief], shown)
+    notes = (_INTERVAL_NOTE, "Patients: those who have the vertebra. A missed one counts with a Dice of 0.")
+    return Table("Each vertebra", frame, notes)
+
+
+def _parts(table: pd.DataFrame, part: str, measured: Sequence[Measure], shown: Sequence[str]) -> pd.DataFrame:
+    """Return the means of measures over the patients of each condition and part, a column of the tidy table."""
+    known = table.drop(columns=CONDITION).join(conditions(table)).dropna(subset=[part, "dice"])
+    by, names = [*CONDITION, part], [measure.name for measure in measured]
+    patients = known.groupby([*by, "patient"], sort=False)[names].mean()
+    figures = patients.groupby(level=by, sort=False).agg(list).reset_index()
+    frame = _condition_columns(figures, shown)
+    frame[part.replace("_", " ")] = figures[part].astype(str)
+    frame["patients"] = figures.dice.map(len).astype(str)
+    for measure in measured:
+        # NaN where older evaluations lack the measure.
+        means = [None if np.isnan(of).any() else mean_interval(of, measure.within) for of in figures[measure.name]]
+        frame[measure.heading] = [_text(mean, measure.digits) for mean in means]
+    return frame
 
 
 def _levels(found: pd.DataFrame) -> Table:
