@@ -196,11 +196,20 @@ def test_validation_patients_have_a_diagram_of_their_own(tmp_path: Path) -> None
     assert ["no name was wrong" in text for text in captions] == [True, False]
 
 
+def test_an_evaluation_with_another_calibration_is_left_out(tmp_path: Path) -> None:
+    evaluation_of(tmp_path / "run", NAMED, sure=SURE)
+    record = load_record(tmp_path / "run")
+    assert len(list(recorded_evaluations(tmp_path / "run", record))) == 1
+    calibrated = record.model_copy(update={"level_temperature": 2.0})
+    assert not list(recorded_evaluations(tmp_path / "run", calibrated))
+
+
 def test_older_evaluations_have_no_probabilities(tmp_path: Path) -> None:
     run = tmp_path / "run"
     evaluation_of(run, NAMED, sure=SURE)
     path = run / "evaluation" / "test.json"
     evaluation = json.loads(path.read_text())
+    del evaluation["level_temperature"]
     for one in evaluation["labels"]:
         del one["probability"], one["true_level"]
     path.write_text(json.dumps(evaluation))

@@ -248,6 +248,7 @@ def _written(
         "kept_epoch": record.kept_epoch,
         "kept_components": record.kept_components,
         "filled_holes": record.filled_holes,
+        "level_temperature": record.level_temperature,
         "digests": {score.case: record.digests[score.case] for score in scores},
     }
     if several:

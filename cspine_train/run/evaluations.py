@@ -173,8 +173,8 @@ def patient_of(row: Mapping[str, Any]) -> str:
 def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, dict[str, Any]]]:
     """Iterate over a run's evaluations: name, and content of `<name>.json`.
 
-    Evaluations of weights or of postprocessing that the run does not use any more are left out; so are damaged ones,
-    with a warning.
+    Evaluations of weights, postprocessing or calibration that the run does not use any more are left out; so are
+    damaged ones, with a warning.
     """
     names = [measure.name for measure in patient_measures()]
     # The name of an unfinished file begins with a dot.
@@ -184,7 +184,8 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
             # Older evaluations do not record the epoch.
             same_weights = evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch
             steps = evaluation.get("kept_components"), evaluation.get("filled_holes", False)
-            current = same_weights and steps == (record.kept_components, record.filled_holes)
+            calibrated = evaluation.get("level_temperature", record.level_temperature) == record.level_temperature
+            current = same_weights and calibrated and steps == (record.kept_components, record.filled_holes)
             for row in (*evaluation["patients"], *evaluation.get("labels", ())):
                 "".join((row["case"], row["split"])), row["dice"] + 0.0
                 sum(row[name] for name in names if name in row)
