@@ -20,6 +20,7 @@ from cspine_train.metrics.instances import (
     label_centroids,
     label_overlaps,
     panoptic_quality,
+    true_levels,
 )
 
 # Computed by panoptica 2.1.7 (naive threshold matching, IoU of at least 0.5). It is no dependency, as it needs older
@@ -94,6 +95,17 @@ def test_overlaps_of_any_values(seed: int, dtype: type) -> None:
     expected = Counter(zip(truth.ravel().tolist(), found.ravel().tolist(), strict=True))
     del expected[0, 0]
     assert label_overlaps(found, truth) == dict(expected)
+
+
+def test_the_true_level_is_that_of_most_labelled_voxels() -> None:
+    overlaps = {
+        (20, 19): 30, (19, 19): 20, (0, 19): 50,  # half of its voxels are labelled
+        (21, 20): 49, (0, 20): 51,
+        (5, 21): 60, (21, 21): 40,  # most of it is in a disc
+        (22, 22): 10, (22, 5): 90,
+        (23, 0): 90,
+    }  # fmt: skip
+    assert true_levels(overlaps, range(19, 24)) == {19: 20, 22: 22}
 
 
 def test_centroids_are_in_millimetres() -> None:

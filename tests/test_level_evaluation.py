@@ -20,12 +20,13 @@ from cspine_train import Evaluation, RunError, RunSettings, compare
 from cspine_train.cli.commands import _print_scores
 from cspine_train.evaluation.patient_score import score_patient
 from cspine_train.evaluation.scoring import _written
+from cspine_train.levels.naming import FoundLevel, NamedSpine
 from cspine_train.metrics.instances import LEVEL_MEASURES
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented
 from cspine_train.reports.model_card import write_card
 from cspine_train.reports.run_report import write_report
-from cspine_train.run.evaluations import means_of_levels, recorded_evaluations
+from cspine_train.run.evaluations import means_of_levels, recorded_evaluations, reliability_of_names
 from cspine_train.run.record import RunRecord, load_record, save_record
 from cspine_train.study.plan import Cell, Plan, save_plan
 from cspine_train.study.report import study_findings
@@ -49,9 +50,10 @@ def spine(*values: int) -> NDArray[np.int16]:
 
 
 def evaluation_of(
-    run: Path, maps: Maps, values: tuple[int, ...] = LEVELS, settings: RunSettings = STORED, **patients: str
-) -> Evaluation:
-    """Evaluate predicted and true label maps, by case, as those of a run of levels."""
+    run: Path, maps: Maps, values: tuple[int, ...] = LEVELS, settings: RunSettings = STORED,
+    sure: Mapping[int, float] | None = None, **patients: str
+) -> Evaluation:  # fmt: skip
+    """Evaluate predicted and true label maps, by case, as those of a run of levels with these probabilities."""
     record = RunRecord(
         store="s.zarr", settings=settings, weights_used="none", size_hw=(32, 32),
         preprocessing=Preprocessing(bias=None), train=(), validation=(), test=tuple(maps), label_values=values,
@@ -60,8 +62,9 @@ def evaluation_of(
     (run / "evaluation").mkdir(parents=True)
     save_record(run, record)
     loaded = LoadedRun(run, record, nn.Identity())
+    named = NamedSpine(tuple(FoundLevel(v, "", p, (0, 0, 0), 1, 1) for v, p in (sure or {}).items()))
     scores = [
-        score_patient(Segmented(case, truth, (1, 1, 1), found, truth), "test", loaded)
+        score_patient(Segmented(case, truth, (1, 1, 1), found, truth, spine=named), "test", loaded)
         for case, (found, truth) in maps.items()
     ]
     return _written(loaded, "test", tuple(scores), (), 1.0)
@@ -146,6 +149,81 @@ def test_report_card_and_terminal_show_patients_and_levels(tmp_path: Path, capsy
     assert line[1:4] == ["test", "6", "0.8333"]
 
 
+SURE = {19: 0.95, 20: 0.6, 21: 0.99}
+#: The names of the second patient are one too low, and its lowest vertebra is unlabelled.
+NAMED: Maps = {"A": (TRUE, TRUE), "B": (TRUE, spine(18, 19))}
+
+
+def test_rows_of_levels_have_the_probability_and_the_true_level(tmp_path: Path) -> None:
+    evaluation_of(tmp_path / "run", NAMED, sure=SURE)
+    with (tmp_path / "run" / "evaluation" / "test-labels.csv").open(newline="") as file:
+        rows = [(line["case"], line["level"], line["probability"], line["true_level"]) for line in csv.DictReader(file)]
+    assert rows == [
+        ("A", "T12", "0.95", "T12"), ("A", "L1", "0.6", "L1"), ("A", "L2", "0.99", "L2"),
+        ("B", "T11", "", ""), ("B", "T12", "0.95", "T11"), ("B", "L1", "0.6", "T12"), ("B", "L2", "0.99", ""),
+    ]  # fmt: skip
+
+
+def test_reliability_counts_names_whose_true_level_is_known(tmp_path: Path) -> None:
+    (names,) = evaluation_of(tmp_path / "run", NAMED, sure=SURE).names
+    assert (names.split, names.patients) == ("test", 2)
+    assert (names.right, names.uncertain_right, names.wrong, names.uncertain_wrong) == (3, 1, 2, 1)
+    assert [one.number if one else 0 for one in names.bins] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 3]
+    assert names.calibration_error == pytest.approx((2 * 0.1 + 2 * 0.95 + 0.99 - 2) / 5)
+
+
+def test_report_and_terminal_show_the_reliability_of_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    _print_scores(evaluation_of(run, NAMED, sure=SURE))
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if "calibration error" in line)
+    page = Page(write_report(run, load_record(run)))
+    (caption,) = (text for text in page.texts if "calibration error" in text)
+    for text in (note, caption):
+        assert "5 names of vertebrae in 2 test patients" in text
+        assert "0.218" in text
+        assert "1 of 2 wrong" in text
+        assert "1 of 3 right" in text
+    assert [(dot["cx"], dot["cy"]) for dot in page.of("circle")] == [("180.0", "110.0"), ("252.7", "76.7")]
+    assert not any("chose the temperature" in text for text in page.texts)
+
+
+def test_validation_patients_have_a_diagram_of_their_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    evaluation_of(run, NAMED, sure=SURE)
+    path = run / "evaluation" / "test.json"
+    evaluation = json.loads(path.read_text())
+    for one in (one for rows in ("patients", "labels") for one in evaluation[rows] if one["case"] == "A"):
+        one["split"] = "validation"
+    path.write_text(json.dumps(evaluation))
+    captions = [text for text in Page(write_report(run, load_record(run))).texts if "calibration error" in text]
+    assert ["1 validation patient" in text and "chose the temperature" in text for text in captions] == [True, False]
+    assert ["no name was wrong" in text for text in captions] == [True, False]
+
+
+def test_an_evaluation_with_another_calibration_is_left_out(tmp_path: Path) -> None:
+    evaluation_of(tmp_path / "run", NAMED, sure=SURE)
+    record = load_record(tmp_path / "run")
+    assert len(list(recorded_evaluations(tmp_path / "run", record))) == 1
+    calibrated = record.model_copy(update={"level_temperature": 2.0})
+    assert not list(recorded_evaluations(tmp_path / "run", calibrated))
+
+
+def test_older_evaluations_have_no_probabilities(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    evaluation_of(run, NAMED, sure=SURE)
+    path = run / "evaluation" / "test.json"
+    evaluation = json.loads(path.read_text())
+    del evaluation["level_temperature"]
+    for one in evaluation["labels"]:
+        del one["probability"], one["true_level"]
+    path.write_text(json.dumps(evaluation))
+    record = load_record(run)
+    ((_, read),) = recorded_evaluations(run, record)
+    assert reliability_of_names(read) == ()
+    assert means_of_levels(read)
+    assert not any("reliable" in text for text in Page(write_report(run, record)).texts)
+
+
 def test_runs_are_compared_by_a_measure_of_levels(tmp_path: Path, run_train: Callable[..., Result]) -> None:
     for name, maps in (("a", SIX), ("b", dict.fromkeys(SIX, (TRUE, TRUE)))):
         evaluation_of(tmp_path / name, maps)
@@ -182,13 +260,22 @@ def test_evaluations_without_levels_stay_readable(tmp_path: Path) -> None:
     assert not any("identification" in text or "level" in text for text in Page(write_report(runs[0], record)).texts)
     ((_, evaluation),) = recorded_evaluations(runs[0], record)
     assert means_of_levels(evaluation) == ()
+    assert reliability_of_names(evaluation) == ()
 
 
 #: A row of a level without its value.
 LABEL = {"case": "P0", "split": "test", "dice": 1.0, "identification_rate": 1.0}
 
 
-@pytest.mark.parametrize("damage", [{"labels": [{"label": 20}]}, {"labels": None}, {"labels": [LABEL]}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"labels": [{"label": 20}]},
+        {"labels": None},
+        {"labels": [LABEL]},
+        *({"labels": [LABEL | {"label": 20, "probability": wrong}]} for wrong in (1.5, -1, float("nan"), "1")),
+    ],
+)
 def test_an_evaluation_with_damaged_labels_is_left_out(tmp_path: Path, damage: dict[str, Any]) -> None:
     run = evaluated(tmp_path / "run", {"P0": 0.9})
     path = run / "evaluation" / "test.json"

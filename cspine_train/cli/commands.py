@@ -159,7 +159,10 @@ def _print_scores(evaluation: Evaluation) -> None:
         click.echo()
         print_table(*_level_table(evaluation.levels))
     few = (too_few(evaluation.patients(split), split) for split in evaluation.means)
-    for note in (*evaluation.caveats, *filter(None, few)):
+    names = (
+        f"{one.size}: expected calibration error {one.calibration_error:.3f}; {one.doubts}" for one in evaluation.names
+    )
+    for note in (*evaluation.caveats, *filter(None, few), *names):
         say(f"note: {note}")
 
 

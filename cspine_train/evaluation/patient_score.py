@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cspine_data import SPINE
-from cspine_train.metrics.instances import LevelAgreement, label_overlaps, level_agreement
+from cspine_train.metrics.instances import LevelAgreement, label_overlaps, level_agreement, true_levels
 from cspine_train.metrics.overlap import (
     Agreement,
     Overlap,
@@ -18,6 +18,8 @@ from cspine_train.metrics.overlap import (
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented
 from cspine_train.run.record import RunRecord
+
+_SACRUM = 26
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class PatientScore:
         Number of voxels by (true, predicted) label value, 0 for none; empty for binary labels.
     levels : LevelAgreement or None
         Agreement of the named vertebrae; None if the run's labels are not levels.
+    probabilities : dict
+        Probability of the name of each predicted vertebra, by level.
+    true_levels : dict
+        True level of each predicted vertebra, see `true_levels`.
     """
 
     case: str
@@ -51,6 +57,8 @@ class PatientScore:
     confusion: Mapping[tuple[int, int], int] = field(default_factory=dict)
     patient: str = ""
     levels: LevelAgreement | None = None
+    probabilities: Mapping[int, float] = field(default_factory=dict)
+    true_levels: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -93,6 +101,8 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
     several = bool(record.label_values)
     overlaps = label_overlaps(found, truth) if several else {}
     labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
+    vertebrae = vertebra_values(record) if record.levels else frozenset[int]()
+    spine = segmented.spine.levels if segmented.spine else ()
     return PatientScore(
         segmented.case,
         part,
@@ -102,7 +112,10 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
         slices,
         overlaps,
         record.patient(segmented.case),
-        level_agreement(found, truth, spacing_mm, overlaps, vertebra_values(record)) if record.levels else None,
+        level_agreement(found, truth, spacing_mm, overlaps, vertebrae) if record.levels else None,
+        {vertebra.value: vertebra.probability for vertebra in spine},
+        # A spine may end with the sacrum, which is no vertebra.
+        true_levels(overlaps, {*vertebrae, _SACRUM}) if record.levels else {},
     )
 
 

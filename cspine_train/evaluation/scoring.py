@@ -21,7 +21,14 @@ from cspine_train.prediction.stored_volumes import check_trained_on, segment
 from cspine_train.reports.figures import never_fatal
 from cspine_train.reports.model_card import write_card
 from cspine_train.reports.run_report import write_report
-from cspine_train.run.evaluations import LevelMeans, known_measures, mean_over_patients, means_of_levels
+from cspine_train.run.evaluations import (
+    LevelMeans,
+    NameReliability,
+    known_measures,
+    mean_over_patients,
+    means_of_levels,
+    reliability_of_names,
+)
 from cspine_train.run.folder import CARD_NAME, EVALUATION_FOLDER, REPORT_NAME, only_writer, write_rows, write_text
 from cspine_train.run.record import load_record
 
@@ -45,6 +52,8 @@ class Evaluation:
         Patients whose volumes could not be read from the store; they are in no figure.
     levels : tuple of LevelMeans
         Means of each level; none if the run's labels are not levels.
+    names : tuple of NameReliability
+        Reliability of the names of vertebrae in each split; none if the run's labels are not levels.
     """
 
     scores: tuple[PatientScore, ...]
@@ -53,6 +62,7 @@ class Evaluation:
     means: Mapping[str, Mapping[str, MeanInterval]]
     failed: tuple[Problem, ...] = ()
     levels: tuple[LevelMeans, ...] = ()
+    names: tuple[NameReliability, ...] = ()
 
     def patients(self, split: str) -> int:
         """Return the number of scored patients of a split."""
@@ -238,6 +248,7 @@ def _written(
         "kept_epoch": record.kept_epoch,
         "kept_components": record.kept_components,
         "filled_holes": record.filled_holes,
+        "level_temperature": record.level_temperature,
         "digests": {score.case: record.digests[score.case] for score in scores},
     }
     if several:
@@ -260,7 +271,7 @@ def _written(
         names = ("dice", "iou", *(("label_dice", "label_iou") if several else ()))
         summary |= {f"mean_{name}": getattr(evaluation, f"mean_{name}") for name in names}
     write_text(files[1], json.dumps(summary, indent=1))
-    return replace(evaluation, levels=means_of_levels(summary))
+    return replace(evaluation, levels=means_of_levels(summary), names=reliability_of_names(summary))
 
 
 def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
@@ -281,6 +292,9 @@ def _label_rows(score: PatientScore, note: str, vertebrae: Container[int] | None
         figures = of_label.figures
         if score.levels and vertebrae is not None:
             known["level"] = LEVEL_NAMES[value] if value in vertebrae else ""
+            probability = score.probabilities.get(value)
+            known["probability"] = None if probability is None else round(probability, 6)
+            known["true_level"] = LEVEL_NAMES.get(score.true_levels.get(value, 0), "")
             figures = {**figures, **score.levels.figures_of(value)}
         yield known | _figures(of_label.voxels, figures) | {"note": note}
 

@@ -12,9 +12,8 @@ from scipy import ndimage
 from cspine_data import LEVEL_NAMES, Geometry, consecutive_levels
 from cspine_train.levels.instances import vertebra_instances
 from cspine_train.levels.sequence import LevelSequence, find_sequence, is_gap, sequence_name
+from cspine_train.metrics.calibration import CERTAIN
 
-#: Names of a lower probability are uncertain.
-CERTAIN = 0.9
 # The height is measured between these percentiles: single voxels do not change it.
 _ENDS = (5.0, 95.0)
 

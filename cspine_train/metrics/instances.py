@@ -164,6 +164,27 @@ def label_overlaps(found: NDArray[Any], truth: NDArray[Any]) -> dict[tuple[int, 
     return {(int(values[true]), int(values[was])): int(counts[pair]) for pair, true, was in pairs}
 
 
+def true_levels(overlaps: Mapping[tuple[int, int], int], levels: Container[int]) -> dict[int, int]:
+    """Return the true level of each predicted vertebra: the one that most of its labelled voxels have.
+
+    A vertebra of which less than half the voxels are labelled is left out: its true level is unknown.
+
+    Parameters
+    ----------
+    overlaps : dict
+        Result of `label_overlaps`.
+    levels : container of int
+        The label values that are levels; others count as unlabelled.
+    """
+    voxels = Counter[int]()
+    labelled: dict[int, Counter[int]] = {}
+    for (true, found), shared in overlaps.items():
+        voxels[found] += shared
+        if true in levels and found in levels:
+            labelled.setdefault(found, Counter())[true] += shared
+    return {found: own.most_common(1)[0][0] for found, own in labelled.items() if 2 * own.total() >= voxels[found]}
+
+
 def panoptic_quality(overlaps: Mapping[tuple[int, int], int]) -> PanopticQuality:
     """Match predicted and true instances one to one, the pair of highest intersection over union first.
 

@@ -9,14 +9,17 @@ from typing import Any
 
 from cspine_data import LEVEL_NAMES
 from cspine_data.tools import count, render_page
+from cspine_train.metrics.calibration import BINS, CERTAIN
 from cspine_train.metrics.overlap import Measure
 from cspine_train.metrics.statistics import too_few
 from cspine_train.run.evaluations import (
+    NameReliability,
     known_measures,
     mean_over_patients,
     means_of_levels,
     number_of_patients,
     recorded_evaluations,
+    reliability_of_names,
 )
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
 from cspine_train.run.planes import PLANES
@@ -37,6 +40,7 @@ def write_report(run: Path, record: RunRecord) -> Path:
         "report.html.jinja",
         title=f"{settings.model}, {settings.encoder}, {planes} slices, {settings.variant}",
         caveats=record.caveats(),
+        certain=CERTAIN,
         parts=[_part(run, record, name, evaluation) for name, evaluation in recorded_evaluations(run, record)],
         training=[
             *embedded_pictures([(run / CURVES_NAME, "loss, validation Dice and learning rate by epoch")]),
@@ -69,6 +73,7 @@ def _part(run: Path, record: RunRecord, name: str, evaluation: Mapping[str, Any]
         "patients": patients,
         "splits": list(_splits(evaluation["patients"], known)),
         "levels": _levels(evaluation),
+        "names": [_diagram(of_split) for of_split in reliability_of_names(evaluation)],
         "confusion": _confusion(
             folder / f"{name}-confusion.csv", {0: "none", **{level: LEVEL_NAMES[level] for level in record.levels}}
         ),
@@ -110,6 +115,29 @@ def _levels(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
                 "means": [level.text(measure) for measure in level.means],
             }
             for level in levels
+        ],
+    }
+
+
+def _diagram(names: NameReliability) -> dict[str, Any]:
+    """Return a reliability diagram on an area of 200 x 200 at (60, 10): a dot and a number for each bin."""
+    width = 200 / BINS
+    return {
+        "split": names.split,
+        "caption": f"{names.size}: expected calibration error {names.calibration_error:.3f}",
+        "doubts": names.doubts,
+        "numbers": [
+            {"x": f"{60 + (place + 0.5) * width:.0f}", "text": one.number if one else ""}
+            for place, one in enumerate(names.bins)
+        ],
+        "dots": [
+            {
+                "x": f"{60 + 200 * one.probability:.1f}",
+                "y": f"{210 - 200 * one.right:.1f}",
+                "caption": f"{count(one.number, 'name')}: probability {one.probability:.3f}, right {one.right:.3f}",
+            }
+            for one in names.bins
+            if one
         ],
     }
 

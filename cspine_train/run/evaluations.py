@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cspine_data import LEVEL_NAMES, SPINE
+from cspine_data.tools import count
+from cspine_train.metrics.calibration import CERTAIN, ReliabilityBin, expected_calibration_error, reliability_bins
 from cspine_train.metrics.instances import LEVEL_MEASURES, RATE
 from cspine_train.metrics.overlap import Measure, measures
 from cspine_train.metrics.statistics import MeanInterval, mean_interval, of_patients
@@ -87,6 +90,76 @@ def level_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row | {"patient": patients.get(row["case"])} for row in true]
 
 
+@dataclass(frozen=True)
+class NameReliability:
+    """Reliability of the names of the predicted vertebrae of one split whose true level is known.
+
+    Attributes
+    ----------
+    split : str
+        The split.
+    patients : int
+        Number of patients.
+    bins : tuple of ReliabilityBin or None
+        The vertebrae by the probability of their names, see `reliability_bins`.
+    right, uncertain_right : int
+        Number of right names, and of those with a probability below `CERTAIN`.
+    wrong, uncertain_wrong : int
+        Number of wrong names, and of those with a probability below `CERTAIN`.
+    """
+
+    split: str
+    patients: int
+    bins: tuple[ReliabilityBin | None, ...]
+    right: int
+    uncertain_right: int
+    wrong: int
+    uncertain_wrong: int
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error."""
+        return expected_calibration_error(self.bins)
+
+    @property
+    def size(self) -> str:
+        """Number of names and of patients, as text."""
+        names = count(self.right + self.wrong, "name")
+        return f"{names} of vertebrae in {count(self.patients, f'{self.split} patient')}"
+
+    @property
+    def doubts(self) -> str:
+        """How many wrong and right names were uncertain, as text."""
+        if not self.wrong:
+            return f"no name was wrong; {self.uncertain_right} of {self.right} right ones were uncertain"
+        wrong = f"{self.uncertain_wrong} of {self.wrong} wrong names were uncertain"
+        return f"{wrong}; {self.uncertain_right} of {self.right} right ones too"
+
+
+def reliability_of_names(evaluation: Mapping[str, Any]) -> tuple[NameReliability, ...]:
+    """Return the reliability of the names of vertebrae in each split of an evaluation; none without probabilities."""
+    patients = {row["case"]: patient_of(row) for row in evaluation["patients"]}
+    # Older evaluations have neither.
+    rows = [row for row in evaluation.get("labels", ()) if row.get("probability") is not None and row.get("true_level")]
+    found = []
+    for split in dict.fromkeys(row["split"] for row in rows):
+        own = [row for row in rows if row["split"] == split]
+        right = [LEVEL_NAMES.get(row["label"]) == row["true_level"] for row in own]
+        tally = Counter(zip(right, (row["probability"] < CERTAIN for row in own), strict=True))
+        found.append(
+            NameReliability(
+                split,
+                len({patients.get(row["case"]) for row in own}),
+                reliability_bins([row["probability"] for row in own], right),
+                right=sum(right),
+                uncertain_right=tally[True, True],
+                wrong=len(right) - sum(right),
+                uncertain_wrong=tally[False, True],
+            )
+        )
+    return tuple(found)
+
+
 def figures_of_patients(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """Return a figure of each patient in the rows of an evaluation, which are by case."""
     return list(of_patients([row[name] for row in rows], [patient_of(row) for row in rows]).values())
@@ -105,8 +178,8 @@ def patient_of(row: Mapping[str, Any]) -> str:
 def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, dict[str, Any]]]:
     """Iterate over a run's evaluations: name, and content of `<name>.json`.
 
-    Evaluations of weights or of postprocessing that the run does not use any more are left out; so are damaged ones,
-    with a warning.
+    Evaluations of weights, postprocessing or calibration that the run does not use any more are left out; so are
+    damaged ones, with a warning.
     """
     names = [measure.name for measure in patient_measures()]
     # The name of an unfinished file begins with a dot.
@@ -116,11 +189,15 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
             # Older evaluations do not record the epoch.
             same_weights = evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch
             steps = evaluation.get("kept_components"), evaluation.get("filled_holes", False)
-            current = same_weights and steps == (record.kept_components, record.filled_holes)
+            calibrated = evaluation.get("level_temperature", record.level_temperature) == record.level_temperature
+            current = same_weights and calibrated and steps == (record.kept_components, record.filled_holes)
             for row in (*evaluation["patients"], *evaluation.get("labels", ())):
                 "".join((row["case"], row["split"])), row["dice"] + 0.0
                 sum(row[name] for name in names if name in row)
-            sum(row["label"] for row in evaluation.get("labels", ()))
+            for row in evaluation.get("labels", ()):
+                row["label"] + 0
+                if not 0 <= (row.get("probability") or 0) <= 1:
+                    raise ValueError(f"probability {row['probability']}")
             evaluation.get("seconds", 0.0) + 0.0
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             warnings.warn(f"{path}: is damaged and left out; evaluate again", stacklevel=2)
