@@ -131,6 +131,13 @@ def test_fragments_at_the_edge_of_the_volume_are_usual() -> None:
         assert ["pieces" in problem for problem in order_problems([cut], levels=True)] == [True] * (not at_edge)
 
 
+def test_instances_at_the_edge_of_the_volume_are_known() -> None:
+    label = Volume(spine([1, 2, 3, 4, 5, 6, 7], start=10), geometry(SIZE))
+    assert [one.value for one in find_instances(label) if one.at_edge] == [7]
+    label = Volume(spine([1, 2, 3], start=0), geometry(SIZE))
+    assert [one.value for one in find_instances(label) if one.at_edge] == [1]
+
+
 def test_structures_larger_than_any_vertebra_are_not_checked_for_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
     label = Volume(spine([1, 0, 1]), geometry(SIZE))
     assert [one.whole for one in find_instances(label)] == [0.5]

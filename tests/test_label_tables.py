@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cspine_data import Volume, export_cohort, find_cases, open_cohort, prepare, relabel, write_volume
+from cspine_data import Volume, export_cohort, find_cases, open_cohort, prepare, read_volume, relabel, write_volume
 from cspine_data.sources.cases import load_case
+from cspine_data.volumes.segments import Segment
 from tests.conftest import geometry
 from tests.test_relabelling import SIZE, spine
 
@@ -42,7 +43,7 @@ def bids(folder: Path, tables: Mapping[str, str], subjects: int = 1, suffix: str
         ({f"{DERIVED}/dseg.tsv": TABLE}, "L5"),
         ({"dseg.tsv": TABLE}, "L5"),
         ({f"{DERIVED}/sub-1/anat/sub-1_T2w_dseg.tsv": TABLE, f"{DERIVED}/dseg.tsv": OTHER}, "L5"),
-        ({f"{DERIVED}/T2w_dseg.tsv": TABLE, f"{DERIVED}/dseg.tsv": OTHER}, "L5"),
+        ({f"{DERIVED}/sub-1_dseg.tsv": TABLE, f"{DERIVED}/dseg.tsv": OTHER}, "L5"),
         ({f"{DERIVED}/seg-other_dseg.tsv": TABLE}, None),
         ({f"{DERIVED}/sub-1/anat/dseg.json": TABLE, f"{DERIVED}/dseg.csv": TABLE}, None),
         ({"../dseg.tsv": TABLE}, None),
@@ -55,6 +56,27 @@ def test_the_nearest_table_of_a_label_map_names_its_values(
     (case,) = listing.cases
     assert dict(case.label_names).get(5) == name
     assert any("named by" in note for note in listing.notes) == (name is not None)
+
+
+def test_tables_outside_the_source_are_not_read(tmp_path: Path) -> None:
+    raw = bids(tmp_path / "derivatives" / "raw", {"../dseg.tsv": TABLE})
+    label = raw / DERIVED / "sub-1/anat/sub-1_T2w_dseg.nii.gz"
+    label.rename(raw / "sub-1/anat" / label.name)
+    (case,) = find_cases(raw).cases
+    assert (case.label, case.label_names) == (raw / "sub-1/anat" / label.name, ())
+
+
+def test_a_files_own_names_come_before_those_of_a_table(tmp_path: Path) -> None:
+    raw = bids(tmp_path, {f"{DERIVED}/dseg.tsv": TABLE})
+    plain = raw / DERIVED / "sub-1/anat/sub-1_T2w_dseg.nii.gz"
+    named = Volume(read_volume(plain).array, read_volume(plain).geometry, segments=(Segment("C3", 5),))
+    plain.unlink()
+    write_volume(plain.with_name("sub-1_T2w_dseg.seg.nrrd"), named)
+    (case,) = find_cases(raw).cases
+    assert dict(case.label_names)[5] == "L5"
+    label = load_case(case).label
+    assert label
+    assert {one.name: one.value for one in label.segments}["C3"] == 3
 
 
 def test_only_segmentations_of_bids_have_tables(tmp_path: Path) -> None:
