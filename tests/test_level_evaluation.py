@@ -125,6 +125,8 @@ def test_only_vertebrae_count_also_those_that_no_training_case_has(tmp_path: Pat
     evaluation = evaluation_of(tmp_path / "run", {"A": (spine(19, 20, 21, 0), spine(19, 20, 28, 5))}, (5, *LEVELS))
     assert [one.level for one in evaluation.levels] == ["T12", "T13", "L1"]
     assert evaluation.scores[0].figures["identification_rate"] == pytest.approx(2 / 3)
+    # The missed disc is no instance; T13 is one, under another name.
+    assert evaluation.scores[0].figures["recognition_quality"] == 1
     with (tmp_path / "run" / "evaluation" / "test-labels.csv").open(newline="") as file:
         rows = {line["label"]: (line["level"], line["identification_rate"]) for line in csv.DictReader(file)}
     assert rows == {"5": ("", ""), "19": ("T12", "1.0"), "20": ("L1", "1.0"), "21": ("L2", ""), "28": ("T13", "0.0")}
