@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from cspine_data.store.publishing import remove_cases
     from cspine_data.store.schema import CaseRecord
     from cspine_data.store.verification import Damage, verify
+    from cspine_data.volumes.cohort_labels import CohortLabels, LabelledCase, cohort_labels
     from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource, segmentation_source
     from cspine_data.volumes.geometry import Geometry, Orientation, as_seen
     from cspine_data.volumes.image_checks import usable_image
-    from cspine_data.volumes.instances import ordered_levels, unordered_labels
     from cspine_data.volumes.io import (
         content_digest,
         label_name,
@@ -91,7 +91,7 @@ _HOME = {
     "datasets.splits": ("Split",),
     "store.verification": ("Damage", "verify"),
     "volumes.formats.dicom_segmentation": ("SegmentationSource", "segmentation_source"),
-    "volumes.instances": ("ordered_levels", "unordered_labels"),
+    "volumes.cohort_labels": ("CohortLabels", "LabelledCase", "cohort_labels"),
     "volumes.io": (
         "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_segmentation",
         "write_volume",
@@ -109,6 +109,7 @@ __all__ = [
     "Case",
     "CaseRecord",
     "Cohort",
+    "CohortLabels",
     "CspineDataError",
     "Damage",
     "DamagedStoreError",
@@ -120,6 +121,7 @@ __all__ = [
     "Geometry",
     "GivenSplit",
     "InputError",
+    "LabelledCase",
     "Layout",
     "Listing",
     "NewerSchemaError",
@@ -143,6 +145,7 @@ __all__ = [
     "__version__",
     "as_seen",
     "bias_parameters",
+    "cohort_labels",
     "collect_garbage",
     "consecutive_levels",
     "content_digest",
@@ -154,7 +157,6 @@ __all__ = [
     "level_colour",
     "level_value",
     "open_cohort",
-    "ordered_levels",
     "parse_axes",
     "prepare",
     "preprocess_volume",
@@ -166,7 +168,6 @@ __all__ = [
     "report_source",
     "report_store",
     "segmentation_source",
-    "unordered_labels",
     "usable_image",
     "verify",
     "volume_stem",

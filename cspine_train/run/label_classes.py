@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import IGNORE_INDEX, LEVEL_NAMES, Cohort, Split, level_value, ordered_levels, unordered_labels
+from cspine_data import IGNORE_INDEX, Cohort, CohortLabels, LabelledCase, Split, cohort_labels
 from cspine_data.tools import count
 from cspine_train.errors import RunError
 from cspine_train.run.settings import DataSettings
@@ -87,28 +87,15 @@ def _check_overlaps(cohort: Cohort, split: Split, settings: DataSettings) -> Non
 
 def _check_order(cohort: Cohort, split: Split, settings: DataSettings) -> None:
     """Refuse values that are different vertebrae in different cases: a network cannot learn them as classes."""
-    cases = _cases(split, settings)
-    unordered = unordered_labels(cohort.record(case, settings.variant).label_centroids_mm for case in cases)
-    if unordered:
-        first, second, _ = unordered
-        raise RunError(
-            f"{cohort.path}: label {first} is above label {second} in some cases and below it in others: label values "
-            "are instances, not levels; convert them with cspine-data relabel, or train with --labels binary"
-        )
+    labels = described_labels(cohort, split, settings)
+    if labels.unordered:
+        raise RunError(f"{cohort.path}: {labels.text}; or train with --labels binary")
 
 
-def vertebra_levels(
-    cohort: Cohort, split: Split, settings: DataSettings, values: Sequence[int], names: Mapping[int, str]
-) -> tuple[int, ...]:
-    """Return those of a run's label values that are levels of vertebrae, see `ordered_levels`; none if binary.
-
-    Values whose segments have other `names`, such as those of discs, are none.
-    """
-    if not values:
-        return ()
-    cases = (cohort.record(case, settings.variant).label_centroids_mm for case in _cases(split, settings))
-    others = {value for value, name in names.items() if level_value(name) != value}
-    return tuple(value for value in ordered_levels(cases) if value in values and value not in others)
+def described_labels(cohort: Cohort, split: Split, settings: DataSettings) -> CohortLabels:
+    """Return what the label values of a run's cases are: levels, instances, or neither; see `cohort_labels`."""
+    records = {case: cohort.record(case, settings.variant) for case in _cases(split, settings)}
+    return cohort_labels([LabelledCase(case, one.label_centroids_mm, one.segments) for case, one in records.items()])
 
 
 def label_meaning(values: Sequence[int], names: Mapping[int, str]) -> dict[int, str]:
@@ -137,15 +124,6 @@ def unknown_labels_note(unknown: Mapping[str, Iterable[int]]) -> str:
     return (
         f"labels that no training case has count as missed ({'; '.join(named[:_MOST_NAMED])}"
         f"{more}); to learn them, change case weights, split or label values"
-    )
-
-
-def unnamed_levels_note(levels: Sequence[int]) -> str:
-    """Return a line about label values that are levels by their order alone."""
-    first, last = LEVEL_NAMES[levels[0]], LEVEL_NAMES[levels[-1]]
-    return (
-        f"label values {levels[0]} to {levels[-1]} are taken as levels, {first} to {last}, as no segment names them; "
-        "if they are other vertebrae, convert them with cspine-data relabel"
     )
 
 

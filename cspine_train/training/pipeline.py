@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from cspine_data import LEVEL_NAMES, Cohort, Split, open_cohort
+from cspine_data import LEVEL_NAMES, Cohort, CohortLabels, Split, open_cohort
 from cspine_data.terminal import progress_bar
 from cspine_data.tools import make_folder
 from cspine_train.data.datamodule import CohortSlices
@@ -34,15 +34,14 @@ from cspine_train.reports.figures import draw_curves, never_fatal
 from cspine_train.reports.model_card import write_card
 from cspine_train.run.folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME, only_writer
 from cspine_train.run.label_classes import (
+    described_labels,
     label_meaning,
     label_names,
     label_values,
     network_classes,
     unknown_labels,
     unknown_labels_note,
-    unnamed_levels_note,
     unnamed_note,
-    vertebra_levels,
 )
 from cspine_train.run.machines import Machines
 from cspine_train.run.patient_split import cohort_fields, split_of
@@ -231,14 +230,16 @@ def _built(
     if world > 1 and trainer.strategy.root_device.type == "cuda":
         network = synchronised(network)
     names = label_names(cohort, split, settings) if values else {}
-    levels = vertebra_levels(cohort, split, settings, values, names)
-    if levels and not names.keys() & set(levels):
-        warnings.warn(unnamed_levels_note(levels), stacklevel=3)
+    labels = described_labels(cohort, split, settings) if values else CohortLabels()
+    # A level that is another vertebra in a single case would be learned wrong.
+    levels = () if labels.mistaken else tuple(level for level in labels.levels if level in values)
+    if labels.text and trainer.is_global_zero:
+        _log.info("%s", labels.text)
     missed = [len(unknown.get(case, ())) for case in split.validation]
     numbers = sorted({cohort.patients[case] for case in split.validation})
     patients = [numbers.index(cohort.patients[case]) for case in split.validation]
-    labels = max(1, len(values))
-    module = SliceSegmenter(network, settings, split.validation, data.sizes, labels, missed, data.ignores, patients)
+    count = max(1, len(values))
+    module = SliceSegmenter(network, settings, split.validation, data.sizes, count, missed, data.ignores, patients)
     made = {
         "weights_used": weights_used,
         "size_hw": data.sizes.slice_hw,
