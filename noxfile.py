@@ -57,7 +57,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Do the main job on a synthetic cohort: make it, prepare it, train, evaluate."""
+    """Do the main job on a synthetic cohort: make it, prepare it, train on its levels, evaluate."""
     install(session, "train")
     folder = Path("demo")
     raw, store, trained = (str(folder / name) for name in ("raw", "cspine.zarr", "run"))
@@ -65,7 +65,7 @@ def demo(session: nox.Session) -> None:
     run(session, "cspine-data", "prepare", raw, "--store", store, "--n4", "--axes", "012")
     run(
         session, "cspine-train", "run", "--store", store, "-o", trained,
-        "--model", "linknet", "--encoder", "mobilenet_v2", "--weights", "none", "--axis", "0",
+        "--model", "linknet", "--encoder", "tu-resnet10t", "--weights", "none", "--labels", "stored", "--axis", "0",
         "--context", "1", "--epochs", "5", "--schedule", "onecycle", "--learning-rate", "1e-2",
     )  # fmt: skip
     run(session, "cspine-train", "evaluate", trained, "--split", "validation", "--split", "test")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 # Size of a panel: a neck of 150 mm has nearly 4 pixels a millimetre.
-_HEIGHT, _MOST_PIXELS_PER_MM = 540, 5.0
+_HEIGHT, _MOST_PIXELS_PER_MM = 520, 5.0
 # Larger, if vertebrae are nearer than names are high, as in a whole spine.
 _MOST_HEIGHT = 1200
 # Shown around the vertebrae; there is more in front of them, for the names.
