@@ -257,15 +257,8 @@ def _written(
         # Levels that only the prediction has lack some figures.
         columns = dict.fromkeys(name for row in label_rows for name in row if name != "note")
         write_rows(files[3], (*columns, "note"), label_rows)
-        write_rows(
-            files[4],
-            ("case", "split", "true_label", "found_label", "voxels"),
-            [
-                {"case": score.case, "split": score.split, "true_label": true, "found_label": found, "voxels": voxels}
-                for score in scores
-                for (true, found), voxels in score.confusion.items()
-            ],
-        )
+        confusion_rows = [row for score in scores for row in _confusion_rows(score)]
+        write_rows(files[4], ("case", "split", "true_label", "found_label", "voxels"), confusion_rows)
         summary["labels"] = label_rows
     if len(means) == 1:
         names = ("dice", "iou", *(("label_dice", "label_iou") if several else ()))
@@ -297,6 +290,12 @@ def _label_rows(score: PatientScore, note: str, vertebrae: Container[int] | None
             known["true_level"] = LEVEL_NAMES.get(score.true_levels.get(value, 0), "")
             figures = {**figures, **score.levels.figures_of(value)}
         yield known | _figures(of_label.voxels, figures) | {"note": note}
+
+
+def _confusion_rows(score: PatientScore) -> Iterator[dict[str, Any]]:
+    known = {"case": score.case, "split": score.split}
+    for (true, found), voxels in score.confusion.items():
+        yield known | {"true_label": true, "found_label": found, "voxels": voxels}
 
 
 def _slice_rows(score: PatientScore) -> Iterator[dict[str, Any]]:
