@@ -317,16 +317,18 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
     assert len(np.unique(found.array)) > 1
     with (run / "evaluation" / "test-labels.csv").open() as file:
         rows = list(csv.DictReader(file))
-    columns = ["case", "split", "label", "level", "dice", "iou"]
+    columns = ["case", "split", "dice", "iou"]
     columns += [f"{kind}_voxels" for kind in ("true_positive", "false_positive", "false_negative")]
     columns += [measure.name for measure in MEASURES[2:]]
-    assert list(rows[0]) == [*columns, "identification_rate", "localisation_distance_mm", "note"]
+    of_vertebra = ["label", "level", "probability", "true_level"]
+    of_name = ["identification_rate", "localisation_distance_mm"]
+    assert list(rows[0]) == [*columns[:2], *of_vertebra, *columns[2:], *of_name, "note"]
     assert {int(row["label"]): float(row["dice"]) for row in rows} == {
         value: pytest.approx(voxels.dice, abs=1e-6) for value, voxels in overlaps.items()
     }
     with (run / "evaluation" / "test.csv").open() as file:
         (row,) = csv.DictReader(file)
-    columns[1:4] = ["patient", "split"]
+    columns[1:2] = ["patient", "split"]
     of_levels = [measure.name for measure in LEVEL_MEASURES]
     assert list(row) == [*columns, "batch_averaged_dice", "label_dice", "label_iou", *of_levels, "note"]
     assert float(row["dice"]) == pytest.approx(overlap(found.array > 0, truth.array > 0).dice, abs=1e-6)
