@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cspine_data import LEVEL_NAMES, level_colour
+from cspine_train.levels.naming import FoundLevel, NamedSpine
 from cspine_train.levels.picture import _apart, draw_levels, level_slices
 from cspine_train.prediction import overlays
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, LevelGallery
@@ -202,3 +203,14 @@ def test_other_labels_than_levels_are_not_in_the_picture(tmp_path: Path, written
     gallery.add(Segmented("A", np.zeros(SIZE, np.float32), SPACING_MM, levels, levels), 0.5)
     assert len(list(gallery.draw(tmp_path, "", "1 patient", ()))) == 1
     assert [name for name, _ in names_in(written)] == ["C3", "C4"] * 2
+
+
+def test_uncertain_names_and_doubt_are_shown_for_the_prediction_alone(tmp_path: Path, written) -> None:
+    levels = boxes(C3_TO_C6)
+    found = [FoundLevel(value, LEVEL_NAMES[value], 0.89 if value == 4 else 0.9, (0, 0, 0), 1, 1) for value in C3_TO_C6]
+    spine = NamedSpine(tuple(found), doubt="perhaps C5")
+    gallery = LevelGallery((BEST,), C3_TO_C6)
+    gallery.add(Segmented("A", np.zeros(SIZE, np.float32), SPACING_MM, levels, levels, spine=spine), 0.5)
+    list(gallery.draw(tmp_path, "", "1 patient", ("synthetic",)))
+    assert [name for name, _ in names_in(written)] == ["C3", "C4?", "C5", "C6", "C3", "C4", "C5", "C6"]
+    assert [text for text, _ in written if text in ("perhaps C5", "synthetic")] == ["perhaps C5", "synthetic"]
