@@ -14,7 +14,7 @@ from cspine_data import LEVEL_NAMES, SPINE, Geometry, InputError
 from cspine_train import RunError
 from cspine_train.levels.instances import vertebra_instances
 from cspine_train.levels.naming import Evidence, name_vertebrae
-from cspine_train.levels.sequence import find_sequence
+from cspine_train.levels.sequence import find_sequence, gaps_of, sequence_name
 
 LUMBAR = (20, 21, 22, 23, 24)
 
@@ -66,6 +66,25 @@ def test_fragments_are_dropped_and_the_sides_of_a_vertebra_joined() -> None:
     assert lowest[29:].any()
 
 
+def test_parts_that_look_like_one_level_are_joined() -> None:
+    """As a body and its process, which hangs lower."""
+    truth = spine(4, (50, 80, 160))
+    for top in (130, 106, 82, 58):
+        truth[12:36, 50:74, top - 10 : top + 6] = truth[24, 20, top + 8]
+    parts = vertebra_instances(truth != 0, (1, 1, 1))
+    levels = [(truth == level).astype(np.float32) for level in (1, 2, 3, 4)]
+    joined = vertebra_instances(truth != 0, (1, 1, 1), levels)
+    assert parts.max() > joined.max() == 4
+    assert (joined == truth).mean() > 0.99
+
+
+def test_two_vertebrae_that_look_like_one_level_stay_apart() -> None:
+    truth = spine(4)
+    likely = np.array([0, 1, 2, 2, 4])[truth]
+    levels = [(likely == level).astype(np.float32) for level in (1, 2, 4)]
+    assert vertebra_instances(truth != 0, (1, 1, 1), levels).max() == 4
+
+
 @pytest.mark.parametrize("shape", [(4, 4, 4), (1, 1, 1)])
 def test_masks_without_or_full_of_vertebra(shape: tuple[int, int, int]) -> None:
     assert not vertebra_instances(np.zeros(shape, bool), (1, 1, 1)).any()
@@ -105,6 +124,13 @@ def test_a_level_is_left_out_only_where_there_is_a_gap() -> None:
     assert find_sequence(rows, LUMBAR, [35, 36, 35]).levels in {(20, 21, 22, 23), (21, 22, 23, 24)}
 
 
+def test_distances_grow_from_neck_to_loin_without_gaps() -> None:
+    distances = np.linspace(15, 37, 23).tolist()
+    assert not any(gaps_of(distances))
+    distances[11] *= 2
+    assert np.flatnonzero(gaps_of(distances)).tolist() == [11]
+
+
 def test_equal_evidence_for_two_sequences_is_a_doubt() -> None:
     rows = evidence_of([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]])
     sequence = find_sequence(rows, LUMBAR, [35] * 3)
@@ -112,6 +138,14 @@ def test_equal_evidence_for_two_sequences_is_a_doubt() -> None:
     assert sequence.probability == pytest.approx(sequence.rival_probability)
     assert find_sequence(rows, LUMBAR, [35] * 3, lowest=24).levels == LUMBAR[1:]
     assert find_sequence(rows, LUMBAR, [35] * 3, highest=20).levels == LUMBAR[:4]
+
+
+def test_names_of_sequences_show_variants() -> None:
+    assert sequence_name((18, 19, 20)) == "T11-L1"
+    assert sequence_name((5,)) == "C5"
+    assert sequence_name((19, 28, 20)) == "T12-L1 with T13"
+    assert sequence_name((18, 20, 21)) == "T11-L2 without T12"
+    assert sequence_name((24, 25)) == "L5-L6"
 
 
 def test_temperature_makes_names_less_certain() -> None:

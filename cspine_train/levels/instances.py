@@ -6,7 +6,8 @@ narrower than the vertebrae on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +25,15 @@ _NECK = 0.7
 _CORE = 0.5
 # Instances below this share of the median volume are fragments.
 _SMALL = 0.15
-# Instances nearer than this share of the median distance are parts of one vertebra, as the two sides of C1.
-_CLOSE = 0.55
+# Instances nearer than this share of the usual distance are parts of one vertebra, as the two sides of C1; and nearer
+# than the second share, if they look like one level, as a body and its process. The usual distance is the median of
+# those up to two places away: lumbar vertebrae are twice as far apart as those of the neck.
+_CLOSE, _CLOSE_ALIKE, _AROUND = 0.55, 0.8, 2
 
 
-def vertebra_instances(mask_xyz: NDArray[np.bool_], spacing_mm: tuple[float, float, float]) -> NDArray[np.uint8]:
+def vertebra_instances(
+    mask_xyz: NDArray[np.bool_], spacing_mm: tuple[float, float, float], levels: Sequence[NDArray[np.float32]] = ()
+) -> NDArray[np.uint8]:
     """Split a mask into vertebrae.
 
     Parameters
@@ -37,6 +42,8 @@ def vertebra_instances(mask_xyz: NDArray[np.bool_], spacing_mm: tuple[float, flo
         bool (x, y, z), z from feet to head.
     spacing_mm : tuple of float
         Voxel spacing along x, y and z.
+    levels : sequence of ndarray
+        Probabilities of levels, (x, y, z), if known.
 
     Returns
     -------
@@ -51,7 +58,7 @@ def vertebra_instances(mask_xyz: NDArray[np.bool_], spacing_mm: tuple[float, flo
     # Beyond the volume is outside the mask.
     depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
     numbers = _grown(_cores(depth), mask)
-    whole[box] = _in_order(numbers, spacing_mm[2])
+    whole[box] = _in_order(numbers, spacing_mm[2], [level[box] for level in levels])
     return whole
 
 
@@ -116,21 +123,33 @@ def _grown(cores: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int3
     return numbers[1:-1, 1:-1, 1:-1]
 
 
-def _in_order(numbers: NDArray[np.int32], mm: float) -> NDArray[np.uint8]:
-    """Renumber instances from head to feet, without fragments; join those at one height."""
+def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np.float32]]) -> NDArray[np.uint8]:
+    """Renumber instances from head to feet, without fragments; join the parts of a vertebra."""
     found = np.arange(1, numbers.max() + 1)
     voxels = np.bincount(numbers.ravel(), minlength=len(found) + 1)[1:].astype(float)
     heights = mm * np.array([place[2] for place in ndimage.center_of_mass(numbers > 0, numbers, found)])
+    evidence = np.array([ndimage.sum_labels(level, numbers, found) for level in levels])
     kept = [index for index in np.argsort(-heights, kind="stable") if voxels[index] >= _SMALL * np.median(voxels)]
     groups = [[index] for index in kept]
     while len(groups) > 2:
         centres = np.array([np.average(heights[group], weights=voxels[group]) for group in groups])
-        distances = -np.diff(centres)
+        likely = [evidence[:, group].sum(1).argmax() for group in groups] if levels else range(len(groups))
+        limits = [_CLOSE_ALIKE if one == other else _CLOSE for one, other in pairwise(likely)]
+        distances = -np.diff(centres) / _usual_distances(centres, np.array(likely)) / limits
         nearest = int(distances.argmin())
-        if distances[nearest] >= _CLOSE * np.median(distances):
+        if distances[nearest] >= 1:
             break
         groups[nearest] += groups.pop(nearest + 1)
     table = np.zeros(len(found) + 1, np.uint8)
     for number, group in enumerate(groups, start=1):
         table[1 + np.array(group)] = number
     return table[numbers]
+
+
+def _usual_distances(centres: NDArray[np.float64], likely: NDArray[np.int_]) -> NDArray[np.float64]:
+    """Return the usual distance of vertebrae around each pair of neighbours: those of one level are one vertebra."""
+    runs = np.cumsum([False, *(likely[1:] != likely[:-1])])
+    if runs[-1] == 0:
+        runs = np.arange(len(centres))
+    steps = -np.diff(np.bincount(runs, centres) / np.bincount(runs))
+    return np.array([np.median(steps[max(0, run - _AROUND) : run + _AROUND + 1]) for run in runs[:-1]])

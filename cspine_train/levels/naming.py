@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from cspine_data import LEVEL_NAMES, Geometry, consecutive_levels
 from cspine_train.levels.instances import vertebra_instances
-from cspine_train.levels.sequence import LevelSequence, find_sequence, is_gap, sequence_name
+from cspine_train.levels.sequence import LevelSequence, find_sequence, gaps_of, sequence_name
 from cspine_train.metrics.calibration import CERTAIN
 
 # The height is measured between these percentiles: single voxels do not change it.
@@ -131,7 +131,7 @@ def name_vertebrae(
     InputError
         If a name is not that of a level, or the spine has too few vertebrae beyond it.
     """
-    instances = vertebra_instances(mask_xyz, geometry_xyz.spacing_mm)
+    instances = vertebra_instances(mask_xyz, geometry_xyz.spacing_mm, evidence.probabilities if evidence else ())
     places = [np.argwhere(instances == number) for number in range(1, instances.max() + 1)]
     if not places:
         return instances, NamedSpine((), "no vertebra was found")
@@ -182,8 +182,8 @@ def _doubts(sequence: LevelSequence, distances: Sequence[float]) -> list[str]:
         likely = {sequence.levels: sequence.probability, sequence.rival: sequence.rival_probability}
         both = (f"{sequence_name(levels)} {probability:.2f}" for levels, probability in likely.items())
         doubts.append(f"the levels are uncertain, by probability {' or '.join(both)}")
-    gaps = [number for number, distance in enumerate(distances) if is_gap(distance, distances)]
-    if gaps:
+    gaps = np.flatnonzero(gaps_of(distances))
+    if gaps.size:
         names = [f"{LEVEL_NAMES[sequence.levels[n]]} and {LEVEL_NAMES[sequence.levels[n + 1]]}" for n in gaps]
         doubts.append(f"a vertebra may be missing between {', '.join(names)}")
     return doubts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,9 @@ _T11, _T12, _L1, _L5 = 18, 19, 20, 24
 _VARIANTS = {(_T12, _T13): 0.02, (_T13, _L1): 1.0, (_T11, _L1): 0.02, (_L5, _L6): 0.05, (_L6, _SACRUM): 1.0}
 # Share of the evidence that is spread over all levels: the network may be wrong, and it does not know all levels.
 _UNSURE = 0.02
-# A vertebra may have been missed where the distance of two is more than this share of the median; 132 real distances
-# are 0.82 to 1.12 times their patient's median.
-_GAP = 1.5
+# A vertebra may have been missed where the distance of two is more than this share of the median of those up to two
+# places away; 132 real distances are 0.82 to 1.12 times their patient's median.
+_GAP, _AROUND = 1.5, 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def find_sequence(
     distances_mm : sequence of float
         The n - 1 distances of neighbours. A level may be left out where one is a gap.
     temperature : float
-        Divides the log-probabilities: neighbours are wrong together, so that their evidence is not independent.
+        Divides the logarithms of the evidence: neighbours are wrong together, their evidence is not independent.
     lowest, highest : int, optional
         The level of the last or the first vertebra, if known.
 
@@ -121,9 +122,9 @@ def _scored(
     column = {level: number for number, level in enumerate((*SPINE, _SACRUM))}
     for number, level in enumerate(known):
         logs[:, column[level]] = np.log((1 - _UNSURE) * evidence[:, number] + _UNSURE / len(SPINE))
-    gaps = [is_gap(distance, distances_mm) for distance in distances_mm]
+    gaps = gaps_of(distances_mm)
     return [
-        (path, (prior + sum(float(logs[row, column[level]]) for row, level in enumerate(path))) / temperature)
+        (path, prior + sum(float(logs[row, column[level]]) for row, level in enumerate(path)) / temperature)
         for path, prior in _paths(len(evidence), gaps)
     ]
 
@@ -150,11 +151,20 @@ def _next(level: int, gap: bool) -> Iterator[tuple[int, float]]:
         yield below + 1, 0.0
 
 
-def is_gap(distance_mm: float, all_mm: Sequence[float]) -> bool:
-    """Return whether a vertebra may be missing between two that are that far apart, given all distances."""
-    return len(all_mm) > 1 and distance_mm > _GAP * float(np.median(all_mm))
+def gaps_of(distances_mm: Sequence[float]) -> list[bool]:
+    """Return which distances of neighbours are so long that a vertebra may be missing between them.
+
+    A distance is compared with those around it: in a whole spine, lumbar vertebrae are twice as far apart as those of
+    the neck.
+    """
+    around = (distances_mm[max(0, n - _AROUND) : n + _AROUND + 1] for n in range(len(distances_mm)))
+    return [mm > _GAP * float(np.median(others)) for mm, others in zip(distances_mm, around, strict=True)]
 
 
 def sequence_name(levels: Sequence[int]) -> str:
-    """Return a sequence as text, such as ``T11-L5``."""
-    return LEVEL_NAMES[levels[0]] if len(levels) == 1 else f"{LEVEL_NAMES[levels[0]]}-{LEVEL_NAMES[levels[-1]]}"
+    """Return a sequence as text, such as ``T11-L5``, or ``T11-L5 with T13``."""
+    text = LEVEL_NAMES[levels[0]] if len(levels) == 1 else f"{LEVEL_NAMES[levels[0]]}-{LEVEL_NAMES[levels[-1]]}"
+    inside = [level for level in levels[1:-1] if level in (_T13, _L6)]
+    if (_T11, _L1) in pairwise(levels):
+        return f"{text} without T12"
+    return f"{text} with {LEVEL_NAMES[inside[0]]}" if inside else text

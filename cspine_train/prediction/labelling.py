@@ -61,7 +61,7 @@ def label_map(
     """
     record, ends = records[0], (lowest, highest)
     if len(total) == 1:
-        mask = total[0] > sum(weight * one.threshold for one, weight in zip(records, weights, strict=True))
+        mask = total[0] > _threshold(records, weights)
         ways = {(one.kept_components, one.filled_holes) for one in records}
         # None if the runs have different postprocessing.
         mask = tidied(mask, *(ways.pop() if len(ways) == 1 else (None, False)))
@@ -77,7 +77,8 @@ def label_map(
     array, highest_other = _most_probable(background, total, others, record.label_values)
     if not levels:
         return Labelled(array)
-    vertebra = total[own].sum(0) > highest_other
+    vertebra = total[own].sum(0)
+    vertebra = (vertebra > _threshold(records, weights)) & ((vertebra > highest_other) | (not others))
     evidence = Evidence([total[number] for number in own], levels, max(one.level_temperature for one in records))
     try:
         level_map, spine = name_vertebrae(vertebra, geometry_xyz, evidence, *ends)
@@ -89,6 +90,11 @@ def label_map(
     array = array.astype(np.result_type(array, level_map))
     array[vertebra] = level_map[vertebra]
     return Labelled(array, spine)
+
+
+def _threshold(records: Sequence[RunRecord], weights: Sequence[float]) -> float:
+    """Return the threshold of a weighted sum of probabilities: the weighted sum of the runs' thresholds."""
+    return sum(weight * one.threshold for one, weight in zip(records, weights, strict=True))
 
 
 def _most_probable(

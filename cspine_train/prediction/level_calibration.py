@@ -1,4 +1,4 @@
-"""Calibration of the probabilities of levels on the validation patients.
+"""Calibration of a run that was trained on levels: the threshold of vertebra, and the temperature of its levels.
 
 A network is surer of its levels than it should be: neighbouring vertebrae are wrong together. Whole volumes of a small
 cohort show the same part of the spine, so that parts of them are predicted, too: a volume of another patient may end
@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +23,17 @@ from cspine_data.tools import count
 from cspine_train.levels.instances import vertebra_instances
 from cspine_train.levels.naming import distances_mm, evidence_of
 from cspine_train.levels.sequence import sequence_probability
+from cspine_train.metrics.overlap import overlap
+from cspine_train.metrics.statistics import of_patients
 from cspine_train.prediction.predictor import LoadedRun
 
 _log = logging.getLogger(__name__)
-# Vertebrae in a part of a volume. Each case has two parts, other ones than the case before: a part costs a prediction.
+# Vertebrae in a part. Each case has two parts, other ones than the case before: a part costs a prediction.
 _PART = 4
 # Cases that are predicted; more take longer and change little.
 _MOST_CASES = 20
 _TEMPERATURES = tuple(2 ** (step / 2) for step in range(15))
+_THRESHOLDS = tuple(step / 20 for step in range(6, 15))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,19 +45,33 @@ class LevelSample:
     levels: tuple[int, ...]
 
 
-def level_temperature(
+def calibrated_levels(
     loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
-) -> float:
-    """Return the temperature at which the true sequences of the validation patients are most probable."""
-    samples: list[LevelSample] = []
-    cases = loaded.record.validation[:_MOST_CASES]
+) -> dict[str, float]:
+    """Return the record's `threshold` and `level_temperature` of a run of levels, from its validation patients.
+
+    The threshold has the highest mean Dice of vertebra. At the temperature, the true sequences are most probable.
+    `progress` is called with (patients done, patients, case id).
+    """
+    record = loaded.record
+    cases = record.validation[:_MOST_CASES]
+    dice, samples = [], list[LevelSample]()
     for number, case in enumerate(cases):
-        samples += level_samples(loaded, cohort, case, (number, number + _PART // 2))
+        volume = ValidationVolume(loaded, cohort, case)
+        dice.append([overlap(volume.vertebra > threshold, volume.truth != 0).dice for threshold in _THRESHOLDS])
+        samples += volume.samples((number, number + _PART // 2))
         if progress:
             progress(number + 1, len(cases), case)
-    best = best_temperature(samples, loaded.record.levels)
-    _log.info("levels calibrated on %s of validation volumes: temperature %.1f", count(len(samples), "part"), best)
-    return best
+    patients = [record.patient(case) for case in cases]
+    means = [float(np.mean(list(of_patients(own, patients).values()))) for own in np.transpose(dice).tolist()]
+    # Of equal ones, that in the middle.
+    best = max(range(len(means)), key=lambda one: (round(means[one], 4), -abs(_THRESHOLDS[one] - 0.5)))
+    chosen = {"threshold": _THRESHOLDS[best], "level_temperature": best_temperature(samples, record.levels)}
+    _log.info(
+        "levels calibrated on %s and parts of them: threshold %.2f, temperature %.1f",
+        count(len(cases), "validation volume"), *chosen.values(),
+    )  # fmt: skip
+    return chosen
 
 
 def best_temperature(samples: Sequence[LevelSample], known: Sequence[int]) -> float:
@@ -68,56 +87,65 @@ def best_temperature(samples: Sequence[LevelSample], known: Sequence[int]) -> fl
     return max(_TEMPERATURES, key=mean_log)
 
 
-def level_samples(
-    loaded: LoadedRun, cohort: Cohort, case: str, offsets: Iterable[int], vertebrae: int = _PART
-) -> Iterator[LevelSample]:
-    """Predict a stored case, and parts of it, on the network's grid.
+class ValidationVolume:
+    """A stored case on the network's grid, with the predictions of a run of levels.
 
-    A part ends halfway to the next vertebra. Parts whose vertebrae were not found one by one are left out: their levels
-    are no question of calibration.
-
-    Parameters
+    Attributes
     ----------
-    loaded : LoadedRun
-        A run that was trained on levels.
-    cohort : Cohort
-        Its store.
-    case : str
-        The case.
-    offsets : iterable of int
-        The first vertebra of each part; after the last possible one, the first follows.
-    vertebrae : int
-        Vertebrae of a part; a case with no more of them has no parts.
+    truth : ndarray
+        The true levels, (x, y, z); 0 for other labels.
     """
-    variant = loaded.record.settings.variant
-    prepared = cohort.prepared(case, variant)
-    truth = prepared.label_on_network_grid(cohort.label_xyz(case, variant))
-    levels = [level for level in loaded.record.levels if (truth == level).any()]
-    centres = [float(np.nonzero((truth == level).any((0, 1)))[0].mean()) for level in levels]
-    between = [truth.shape[2], *((a + b) / 2 for a, b in pairwise(centres)), 0]
-    parts = [(0, truth.shape[2])]
-    if len(levels) > vertebrae:
-        firsts = dict.fromkeys(offset % (len(levels) - vertebrae + 1) for offset in offsets)
-        parts += [(round(between[first + vertebrae]), round(between[first])) for first in firsts]
-    for low, high in parts:
-        if sample := _sample(loaded, prepared, truth, slice(low, high)):
-            yield sample
 
+    def __init__(self, loaded: LoadedRun, cohort: Cohort, case: str) -> None:
+        self._loaded, self._levels = loaded, loaded.record.levels
+        variant = loaded.record.settings.variant
+        self._prepared: PreparedVolume = cohort.prepared(case, variant)
+        truth = self._prepared.label_on_network_grid(cohort.label_xyz(case, variant))
+        self.truth: NDArray[Any] = np.where(np.isin(truth, self._levels), truth, 0)
 
-def _sample(loaded: LoadedRun, prepared: PreparedVolume, truth: NDArray[np.int_], part: slice) -> LevelSample | None:
-    record = loaded.record
-    total = loaded.on_network_grid(prepared, part)
-    own = [total[record.label_values.index(level)] for level in record.levels]
-    vertebra = np.sum(own, 0)
-    instances = vertebra_instances(vertebra > 0.5, prepared.spacing_mm)
-    true = tuple(_most_frequent(truth[:, :, part][instances == number]) for number in range(1, instances.max() + 1))
-    if not true or 0 in true or len(set(true)) < len(true):
-        return None
-    places = ndimage.center_of_mass(instances > 0, instances, range(1, len(true) + 1))
-    distances = distances_mm(np.array(places) * prepared.spacing_mm)
-    return LevelSample(evidence_of(own, instances), tuple(distances), true)
+    @cached_property
+    def _whole(self) -> list[NDArray[np.float32]]:
+        return self._predicted(slice(None))
 
+    @property
+    def vertebra(self) -> NDArray[np.float32]:
+        """The probability of any level, (x, y, z)."""
+        return np.asarray(np.sum(self._whole, 0))
 
-def _most_frequent(values: NDArray[np.int_]) -> int:
-    found, counts = np.unique(values, return_counts=True)
-    return int(found[counts.argmax()])
+    def samples(self, offsets: Iterable[int], vertebrae: int = _PART) -> Iterator[LevelSample]:
+        """Iterate over samples of the whole volume and of parts of it.
+
+        A part ends halfway to the next vertebra. Parts whose vertebrae were not found one by one are left out: their
+        levels are no question of calibration.
+
+        Parameters
+        ----------
+        offsets : iterable of int
+            The first vertebra of each part; after the last possible one, the first follows.
+        vertebrae : int
+            Vertebrae of a part; a volume with no more of them has no parts.
+        """
+        levels = [level for level in self._levels if (self.truth == level).any()]
+        centres = [float(np.nonzero((self.truth == level).any((0, 1)))[0].mean()) for level in levels]
+        between = [self.truth.shape[2], *((a + b) / 2 for a, b in pairwise(centres)), 0]
+        last = len(levels) - vertebrae
+        firsts = dict.fromkeys(offset % (last + 1) for offset in offsets) if last > 0 else ()
+        parts = [slice(round(between[first + vertebrae]), round(between[first])) for first in firsts]
+        for part, own in [(slice(None), self._whole), *((part, None) for part in parts)]:
+            if sample := self._sample(self._predicted(part) if own is None else own, self.truth[:, :, part]):
+                yield sample
+
+    def _predicted(self, part: slice) -> list[NDArray[np.float32]]:
+        """Return the probability of each level in a range of z."""
+        total, values = self._loaded.on_network_grid(self._prepared, part), self._loaded.record.label_values
+        return [total[values.index(level)] for level in self._levels]
+
+    def _sample(self, predicted: list[NDArray[np.float32]], truth: NDArray[Any]) -> LevelSample | None:
+        spacing_mm = self._prepared.spacing_mm
+        instances = vertebra_instances(np.sum(predicted, 0) > 0.5, spacing_mm, predicted)
+        numbers = range(1, instances.max() + 1)
+        true = tuple(int(np.bincount(truth[instances == number]).argmax()) for number in numbers)
+        if not true or 0 in true or len(set(true)) < len(true):
+            return None
+        places = ndimage.center_of_mass(instances > 0, instances, numbers)
+        return LevelSample(evidence_of(predicted, instances), tuple(distances_mm(np.array(places) * spacing_mm)), true)

@@ -26,7 +26,7 @@ from cspine_data.tools import make_folder
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models.build import build_model, sides_of
-from cspine_train.prediction.level_calibration import level_temperature
+from cspine_train.prediction.level_calibration import calibrated_levels
 from cspine_train.prediction.overlays import save_overlays
 from cspine_train.prediction.postprocessing import chosen_postprocessing
 from cspine_train.prediction.predictor import load_run
@@ -305,7 +305,7 @@ def _postprocessing(run: Path, record: RunRecord, cohort: Cohort) -> dict[str, A
             chosen = chosen_postprocessing(load_run(run), cohort, progress)
     if record.levels:
         with never_fatal(f"{run}: calibration of levels"), progress_bar("calibrating levels") as progress:
-            chosen["level_temperature"] = level_temperature(load_run(run), cohort, progress)
+            chosen |= calibrated_levels(load_run(run), cohort, progress)
     return chosen
 
 
