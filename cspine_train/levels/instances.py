@@ -7,7 +7,6 @@ narrower than the vertebrae on both sides.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +24,10 @@ _NECK = 0.7
 _CORE = 0.5
 # Instances below this share of the median volume are fragments.
 _SMALL = 0.15
-# Instances nearer than this share of the usual distance are parts of one vertebra, as the two sides of C1; and nearer
-# than the second share, if they look like one level, as a body and its process. The usual distance is the median of
-# those up to two places away: lumbar vertebrae are twice as far apart as those of the neck.
-_CLOSE, _CLOSE_ALIKE, _AROUND = 0.55, 0.8, 2
+# Instances nearer than this share of the usual distance are parts of one vertebra, as the sides of C1, or a body and
+# its process; the second share is for those that look like two levels. The usual distance is the median of those up to
+# two places away: lumbar vertebrae are twice as far apart as those of the neck.
+_CLOSE, _CLOSE_UNLIKE, _AROUND = 0.6, 0.3, 2
 
 
 def vertebra_instances(
@@ -133,9 +132,8 @@ def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np
     groups = [[index] for index in kept]
     while len(groups) > 2:
         centres = np.array([np.average(heights[group], weights=voxels[group]) for group in groups])
-        likely = [evidence[:, group].sum(1).argmax() for group in groups] if levels else range(len(groups))
-        limits = [_CLOSE_ALIKE if one == other else _CLOSE for one, other in pairwise(likely)]
-        distances = -np.diff(centres) / _usual_distances(centres, np.array(likely)) / limits
+        likely = np.array([evidence[:, group].sum(1).argmax() if levels else 0 for group in groups])
+        distances = -np.diff(centres) / _joining_distances(centres, likely)
         nearest = int(distances.argmin())
         if distances[nearest] >= 1:
             break
@@ -146,10 +144,11 @@ def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np
     return table[numbers]
 
 
-def _usual_distances(centres: NDArray[np.float64], likely: NDArray[np.int_]) -> NDArray[np.float64]:
-    """Return the usual distance of vertebrae around each pair of neighbours: those of one level are one vertebra."""
-    runs = np.cumsum([False, *(likely[1:] != likely[:-1])])
-    if runs[-1] == 0:
-        runs = np.arange(len(centres))
+def _joining_distances(centres: NDArray[np.float64], likely: NDArray[np.int_]) -> NDArray[np.float64]:
+    """Return the distance, for each pair of neighbours, below which they are parts of one vertebra."""
+    unlike = likely[1:] != likely[:-1]
+    # Neighbours that look like one level count once, at their middle; unless all do.
+    runs = np.cumsum([False, *(unlike if unlike.any() else ~unlike)])
     steps = -np.diff(np.bincount(runs, centres) / np.bincount(runs))
-    return np.array([np.median(steps[max(0, run - _AROUND) : run + _AROUND + 1]) for run in runs[:-1]])
+    usual = [np.median(steps[max(0, run - _AROUND) : run + _AROUND + 1]) for run in runs[:-1]]
+    return np.where(unlike, _CLOSE_UNLIKE, _CLOSE) * usual
