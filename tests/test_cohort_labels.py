@@ -79,7 +79,7 @@ def test_values_that_swap_are_instances_and_checked_as_such() -> None:
 def test_a_few_cases_with_mistakes_do_not_make_levels_instances() -> None:
     good = [column([3, 4, 5, 6])] * 4
     found = cohort_labels(cohort(*good, column([3, 5, 4, 6])))
-    assert (found.levels, found.mistaken) == ((3, 4, 5, 6), ("P4",))
+    assert (found.levels, found.contradicting) == ((3, 4, 5, 6), ("P4",))
     assert "P4" in found.text
     (problem,) = problems(found, column([3, 5, 4, 6]))
     assert "C5 is above C4" in problem

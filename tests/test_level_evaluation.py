@@ -169,7 +169,7 @@ def test_rows_of_levels_have_the_probability_and_the_true_level(tmp_path: Path) 
 def test_reliability_counts_names_whose_true_level_is_known(tmp_path: Path) -> None:
     (names,) = evaluation_of(tmp_path / "run", NAMED, sure=SURE).names
     assert (names.split, names.patients) == ("test", 2)
-    assert (names.right, names.uncertain_right, names.wrong, names.uncertain_wrong) == (3, 1, 2, 1)
+    assert (names.correct, names.uncertain_correct, names.wrong, names.uncertain_wrong) == (3, 1, 2, 1)
     assert [one.number if one else 0 for one in names.bins] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 3]
     assert names.calibration_error == pytest.approx((2 * 0.1 + 2 * 0.95 + 0.99 - 2) / 5)
 
@@ -184,7 +184,7 @@ def test_report_and_terminal_show_the_reliability_of_names(tmp_path: Path, capsy
         assert "5 names of vertebrae in 2 test patients" in text
         assert "0.218" in text
         assert "1 of 2 wrong" in text
-        assert "1 of 3 right" in text
+        assert "1 of 3 correct" in text
     assert [(dot["cx"], dot["cy"]) for dot in page.of("circle")] == [("180.0", "110.0"), ("252.7", "76.7")]
     assert not any("chose the temperature" in text for text in page.texts)
 
@@ -223,7 +223,7 @@ def test_older_evaluations_have_no_probabilities(tmp_path: Path) -> None:
     ((_, read),) = recorded_evaluations(run, record)
     assert reliability_of_names(read) == ()
     assert means_of_levels(read)
-    assert not any("reliable" in text for text in Page(write_report(run, record)).texts)
+    assert not any("eliability of" in text for text in Page(write_report(run, record)).texts)
 
 
 def test_runs_are_compared_by_a_measure_of_levels(tmp_path: Path, run_train: Callable[..., Result]) -> None:

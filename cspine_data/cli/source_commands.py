@@ -87,10 +87,10 @@ def scan(
     print_notes((case.row[0], case.notes) for case in cases)
     for note in look_alike_notes(case.fingerprint for case in cases if case.fingerprint):
         click.echo(f"note: {note}")
-    labels_of_all = cohort_labels([case.labels for case in cases])
-    if labels_of_all.text:
-        click.echo(f"note: {labels_of_all.text}")
-    print_notes((case.row[0], labels_of_all.problems(case.labels, case.instances)) for case in cases)
+    meaning = cohort_labels([case.labels for case in cases])
+    if meaning.text:
+        click.echo(f"note: {meaning.text}")
+    print_notes((case.row[0], meaning.problems(case.labels, case.instances)) for case in cases)
     for problem in problems:
         click.echo(f"problem: {problem.message}", err=True)
     if write_pairs is not None:

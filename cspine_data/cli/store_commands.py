@@ -35,12 +35,12 @@ def info(store: Path) -> None:
     cohort = open_cohort(store)
     rows: list[list[str]] = []
     levels_of: dict[str, str] = {}
-    descriptions, chosen, readings = [], [], []
+    descriptions, chosen, meanings = [], [], []
     for variant in cohort.variants:
         part_of = cohort.split(variant=variant).part_of
         records = cohort.records(variant)
         labels = labels_of(records)
-        readings += [labels.text] if labels.text else []
+        meanings += [labels.text] if labels.text else []
         for record in records:
             levels_of[record.case] = case_levels(record, labels.levels)
             descriptions.append((variant, record.preprocessing.description))
@@ -55,7 +55,7 @@ def info(store: Path) -> None:
                 ]
             )  # fmt: skip
     names = ["case", "variant", "size xyz", "spacing mm", "axes", "labels", "split", "log bias sd"]
-    # Most stores have no levels, patients with several cases, sites or sequences.
+    # Columns that say nothing are left out: most stores have no levels, and one case per patient.
     identities = ("patient", "site", "sequence")
     others = {name: {case: getattr(cohort.identity(case), name) for case in cohort.cases} for name in identities}
     for name, of_case in {"levels": levels_of, **others}.items():
@@ -67,7 +67,7 @@ def info(store: Path) -> None:
         click.echo(f"{variant}: {number} cases prepared with {description}")
     for values, number in Counter(chosen).items():
         click.echo(printable(f"{count(number, 'case')} with --label-values {values}"))
-    for note in (*cohort.notes, *dict.fromkeys(readings)):
+    for note in (*cohort.notes, *dict.fromkeys(meanings)):
         click.echo(printable(f"note: {note}"))
     print_notes(
         (f"{record.case} ({variant})", record.warnings)

@@ -104,8 +104,8 @@ class Cohort:
     def table(self, variant: str | None = None) -> DataFrame:
         """Return a table of a variant, one row per case: identity, part of the split, grid, labels, bias field.
 
-        The levels of a case are in short, such as ``T11-L5``; empty unless the label values of the cohort are levels.
-        It needs pandas.
+        The levels of a case are abbreviated, such as ``T11-L5``. They are empty if the label values of the cohort are
+        not levels. This needs pandas.
         """
         variant = self._variant(variant)
         return case_table(self.records(variant), self._root, self.split(variant=variant).part_of)

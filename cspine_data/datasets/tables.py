@@ -1,4 +1,4 @@
-"""Tables of the cases of a store, and what their label values are."""
+"""The table of the cases of a store, with their levels."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def labels_of(records: Iterable[CaseRecord]) -> CohortLabels:
-    """Return what the label values of stored cases are."""
+    """Return what the label values of stored cases mean."""
     return cohort_labels([LabelledCase(one.case, one.label_centroids_mm, one.segments) for one in records])
 
 
 def case_levels(record: CaseRecord, levels: Collection[int]) -> str:
-    """Return the levels of a case in short, such as ``T11-L5``; `levels` are those of the cohort."""
+    """Return the levels of a case, abbreviated such as ``T11-L5``; `levels` are those of the cohort."""
     return levels_text(set(record.labels) & set(levels))
 
 
 def case_table(records: Collection[CaseRecord], root: RootRecord, part_of: Mapping[str, str]) -> DataFrame:
-    """Return a table with a row per case; `part_of` has their parts of the split."""
+    """Return a table with one row per case; `part_of` gives the part of the split of each."""
     from pandas import DataFrame
 
     levels = labels_of(records).levels

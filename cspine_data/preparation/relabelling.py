@@ -74,7 +74,7 @@ def relabel(
         The scheme of the label values that are read, and of those that are written: ``verse``, ``totalspineseg`` or
         ``sct``.
     label_values : str or sequence of int or str, optional
-        The label values or names of vertebrae, such as ``1-25`` for SPIDER; other structures become background.
+        Label values or names of the vertebrae, such as ``1-25`` for SPIDER; other structures become background.
     progress : callable, optional
         Called with (cases finished, cases, case id) after each case.
 

@@ -54,7 +54,7 @@ class LabelSummary:
     instances: tuple[Instance, ...]
     """Its label values, from head to feet."""
     names: Mapping[int, str]
-    """The names of label values, where the file has them."""
+    """Names of label values, if the file has them."""
     fit: LabelFit
     surroundings: NDArray[np.float32]
     """The image around the labelled voxels."""
@@ -69,7 +69,7 @@ class LabelSummary:
         instances: tuple[Instance, ...],
         names: Mapping[int, str],
     ) -> LabelSummary | None:
-        """Return the summary of a label map with its instances; None if there is none, or nothing labelled."""
+        """Return the summary of a label map; None if there is none, or it is empty."""
         if label_xyz is None or not instances:
             return None
         labelled = label_xyz != 0

@@ -116,12 +116,12 @@ def _of_label(value: Callable[[LabelSummary], float]) -> Callable[[CaseSummary],
 def find_outliers(cases: Sequence[CaseSummary]) -> tuple[Finding, ...]:
     """Return the findings in a cohort, the strongest first.
 
-    Each label map is compared with its image, and its vertebrae with the order along a spine. Each case is compared
-    with the others of its sequence, if they are eight or more.
+    Each label map is compared with its image. The order and the distances of its vertebrae are checked. Each case is
+    compared with the others of its sequence, if there are eight or more.
     """
     found = [
-        *_two_of_one_patient(cases), *_poor_fits(cases), *_odd_vertebrae(cases), *_doubts(cases), *_outlying(cases),
-        *_flipped(cases),
+        *_two_of_one_patient(cases), *_poor_fits(cases), *_suspicious_vertebrae(cases), *_doubts(cases),
+        *_outlying(cases), *_flipped(cases),
     ]  # fmt: skip
     return tuple(sorted(found, key=lambda finding: (-finding.strength, finding.case)))
 
@@ -161,7 +161,7 @@ def _poor_fits(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
             yield Finding(case.case, _fit_problem(fit), strength)
 
 
-def _odd_vertebrae(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
+def _suspicious_vertebrae(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
     labels = cohort_labels([case.labels for case in cases])
     for case in cases:
         for problem in labels.problems(case.labels, case.label.instances) if case.label else ():

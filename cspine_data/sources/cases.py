@@ -67,7 +67,7 @@ class Case:
     lowest, highest : str or None
         The level of the lowest or the highest labelled vertebra, if a list of pairs names it; for `relabel`.
     label_names : tuple of (int, str)
-        The names of label values, if a table beside the label map has them.
+        Names of label values, from a table beside the label map.
     """
 
     id: str
@@ -238,7 +238,7 @@ class ScannedCase:
     fingerprint: Fingerprint | None = None
     instances: tuple[Instance, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
-    """See `Fingerprint` and `find_instances`, and names of label values; none if its voxels were not read."""
+    """Names of label values. They, the fingerprint and the instances are empty if the voxels were not read."""
 
     @property
     def labels(self) -> LabelledCase:

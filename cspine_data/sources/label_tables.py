@@ -1,4 +1,4 @@
-"""Names of label values in tables beside label maps: BIDS's ``dseg.tsv``."""
+"""Names of label values, from BIDS tables (``dseg.tsv``) beside the label maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SUFFIX = "dseg"
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 _DERIVATIVES = "derivatives"
 _INDEX = re.compile(r"\d{1,9}")
-# A name that only repeats the value, as in exports, is none.
+# Exports write the value as the name; this counts as no name.
 _NO_NAME = re.compile(r"|n/a|background|label[-_ ]?\d+", re.IGNORECASE)
 # About 3000 lines: the names are sent to workers with each case.
 _MOST_BYTES = 1 << 17
@@ -27,12 +27,12 @@ _MOST_NAMED = 3
 
 
 def with_label_names(cases: Iterable[Case], home: Path) -> tuple[list[Case], list[Problem], list[str]]:
-    """Return cases with the names of their label values; a problem for each unusable table, and a note on the others.
+    """Return the cases with the names of their label values, a problem for each unusable table, and notes.
 
     Parameters
     ----------
     cases : iterable of Case
-        The cases. Only label maps with BIDS's suffix ``dseg`` have tables.
+        The cases. Only label maps with the BIDS suffix ``dseg`` have tables.
     home : Path
         The folder of the source. Tables above it are not read.
     """
@@ -49,16 +49,16 @@ def with_label_names(cases: Iterable[Case], home: Path) -> tuple[list[Case], lis
             kept.append(replace(case, label_names=names))
             used.update([table] if table and names else [])
     problems = [
-        Problem(ids[0], f"{tables.read(table)} ({count(len(ids), 'case')} with this table left out)")
+        Problem(ids[0], f"{tables.read(table)} ({count(len(ids), 'case')} left out because of it)")
         for table, ids in refused.items()
     ]
     named = ", ".join(map(str, list(used)[:_MOST_NAMED])) + ", ..." * (len(used) > _MOST_NAMED)
-    notes = [f"labels of {count(used.total(), 'case')} are named by {named}"] if used else []
+    notes = [f"the labels of {count(used.total(), 'case')} are named by {named}"] if used else []
     return kept, problems, notes
 
 
 class _Tables:
-    """The tables of a source. Each folder is listed once, and each table read once."""
+    """The tables of a source. Each folder is listed only once, and each table is read only once."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
@@ -66,7 +66,7 @@ class _Tables:
         self._read: dict[Path, Names | InputError] = {}
 
     def table_of(self, label: Path) -> Path | None:
-        """Return the table of a label map: the nearest one with no other entities than its own."""
+        """Return the table of a label map: the nearest one whose entities the label map has, too."""
         *entities, suffix = name_of(label).split("_")
         if suffix.lower() != _SUFFIX:
             return None
@@ -80,7 +80,7 @@ class _Tables:
         return None
 
     def _folders(self, label: Path) -> Iterator[Path]:
-        """Iterate over the folders with tables: from that of the label map to that of its data set."""
+        """Iterate over the folders that may hold tables: from the label map's up to the data set's."""
         names = label.parent.parts
         top = max((n for n, name in enumerate(names) if _SUBJECT.fullmatch(name)), default=len(names))
         # ``derivatives/sub-01`` or ``derivatives/pipeline/sub-01``.
@@ -105,11 +105,13 @@ class _Tables:
 def _names(table: Path) -> Names:
     size = table.stat().st_size
     if size > _MOST_BYTES:
-        raise InputError(table, f"is {size} bytes long", f"give a table of at most {_MOST_BYTES >> 10} KiB")
+        raise InputError(table, f"is too large ({size} bytes)", f"shorten it to at most {_MOST_BYTES >> 10} KiB")
     found: dict[int, str] = {}
     for number, row in table_rows(table, ("index", "name"), None):
         if not _INDEX.fullmatch(row["index"]):
-            raise InputError(table, f"line {number} has no label value as index", "give a whole number, from 0")
+            raise InputError(
+                table, f"has an index in line {number} that is not a label value", "give a whole number, 0 or more"
+            )
         value, name = int(row["index"]), printable(" ".join(row["name"].split()))[:LONGEST_NAME]
         if not value or _NO_NAME.fullmatch(name):
             continue

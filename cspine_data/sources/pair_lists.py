@@ -82,7 +82,7 @@ def table_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Iterate over the lines of a CSV file with their numbers; an `InputError` names what is wrong with it.
 
-    Columns that are not `known` are refused, unless that is None.
+    Columns that are not `known` are refused. None allows all columns.
     """
     content = path.read_bytes()
     try:

@@ -15,16 +15,16 @@ from cspine_data.volumes.geometry import Geometry, Triple
 from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, levels_between
 from cspine_data.volumes.volume import Volume
 
-# Distance of neighbours, relative to the median around them, above which one may be missing, or below which two labels
-# may be one vertebra. Along a spine, distances double from the neck to L5; 132 real ones are 0.82 to 1.12.
+# Distances of neighbours, relative to the median around them. Above the first, a vertebra may be missing; below the
+# second, two labels may be one vertebra. Distances double from C1 to L5. In 132 real ones, the ratio is 0.82 to 1.12.
 _GAP, _CLOSE = 1.5, 0.55
-# The median is of the distances to as many vertebrae on each side.
+# The median is over up to this number of distances on each side.
 _AROUND = 2
 # Share of an instance in its largest connected component, below which it is fragmented.
 _WHOLE = 0.9
-# Voxels around an instance above which fragments are not sought: no vertebra is as large, and it would take 250 MB.
+# Voxels of a bounding box above which fragments are not counted: no vertebra is as large, and it would take 250 MB.
 _MOST_VOXELS = 1 << 26
-# Difference in height above which a vertebra is clearly above another; neighbours in the neck are 15 mm apart.
+# Difference in height above which a vertebra is clearly above another; cervical neighbours are 15 mm apart.
 _APART_MM = 8.0
 
 
@@ -43,7 +43,7 @@ class Instance:
     whole : float
         Share of its voxels in its largest connected component.
     at_edge : bool
-        Whether it touches the edge of the volume, so that the rest of it may be outside.
+        Whether it touches the edge of the volume, so that part of it may be outside.
     """
 
     value: int
@@ -55,7 +55,17 @@ class Instance:
 
 @dataclass
 class _Extent:
-    """The number of voxels of a label value, the sums of their indices, the first ones, and those after the last."""
+    """Voxels of a label value.
+
+    Attributes
+    ----------
+    voxels : int
+        Their number.
+    sums : ndarray
+        Sum of their indices along each axis.
+    first, end : ndarray
+        Their bounding box: the lowest index along each axis, and the highest plus one.
+    """
 
     voxels: int
     sums: NDArray[np.float64]
@@ -64,7 +74,7 @@ class _Extent:
 
 
 def _extents(array: NDArray[Any]) -> dict[int, _Extent]:
-    """Return the extent of each label value, in ascending order; plane by plane, which takes little memory."""
+    """Return the extent of each label value, in ascending order. It works plane by plane, to save memory."""
     found: dict[int, _Extent] = {}
     for index, plane in enumerate(array):
         at = np.nonzero(plane)
@@ -129,13 +139,13 @@ def order_problems(instances: Sequence[Instance], *, levels: bool = False) -> li
     instances : sequence of Instance
         The instances from head to feet.
     levels : bool
-        Their values are levels, so that missing ones are known.
+        Whether their values are levels, which show what is missing.
     """
     texts = [LEVEL_NAMES[one.value] if levels else f"label {one.value}" for one in instances]
     problems = [
-        f"{text} is in several pieces, the largest has {one.whole:.0%} of it"
+        f"{text} is in several pieces; the largest has {one.whole:.0%} of its voxels"
         for one, text in zip(instances, texts, strict=True)
-        # A vertebra at the edge of the volume is often cut: its body and its processes are apart.
+        # The edge of the volume may separate a body from its processes.
         if one.whole < _WHOLE and not one.at_edge
     ]
     if len(instances) < 2:
@@ -143,7 +153,7 @@ def order_problems(instances: Sequence[Instance], *, levels: bool = False) -> li
     centres = np.array([one.centroid_mm for one in instances])
     distances = np.linalg.norm(np.diff(centres, axis=0), axis=1)
     missing = [levels_between(one.value, other.value) if levels else () for one, other in pairwise(instances)]
-    # Per vertebra, so that missing ones do not make the others look close.
+    # Per level, so that a missing vertebra does not raise the median.
     steps = distances / [len(between) + 1 for between in missing]
     for n, ((one, other), between) in enumerate(zip(pairwise(texts), missing, strict=True)):
         ratio = steps[n] / np.median(steps[max(0, n - _AROUND) : n + _AROUND + 1])
@@ -158,12 +168,12 @@ def order_problems(instances: Sequence[Instance], *, levels: bool = False) -> li
 
 
 def _neighbour_problem(distance: float, ratio: float, missing: Sequence[int], *, certain: bool) -> str:
-    """Return what is odd about two neighbours in the order, from their distance and its ratio to the usual one."""
+    """Return the problem of two neighbours, or nothing; `ratio` is their distance, relative to the usual one."""
     if missing:
         names = ", ".join(LEVEL_NAMES[value] for value in missing)
         if certain and ratio < _CLOSE:
-            return f"are {distance:.0f} mm apart, as neighbours are, though {names} would be between them"
-        return f"are labelled, and {names} between them is not"
+            return f"are {distance:.0f} mm apart, as close as neighbours, although {names} belongs between them"
+        return f"are labelled, but {names} between them is not"
     if certain and ratio > _GAP:
         return f"are {distance:.0f} mm apart: is a vertebra between them missing?"
     if certain and ratio < _CLOSE:
@@ -195,15 +205,15 @@ def unordered_labels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, ...]:
 
 
 def ordered_levels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, ...]:
-    """Return the label values that are levels of vertebrae, from head to feet; none if their positions contradict it.
+    """Return the label values that are levels of vertebrae, from head to feet; none if their positions contradict this.
 
-    Values of levels are those of VerSe's scheme. Each must be clearly above the next in every case that has both, and
-    there must be three or more of them: values 1 to 3 may as well be tissues.
+    Only VerSe's values can be levels. Each must be clearly above the next in every case that has both. There must be
+    three or more: fewer values may as well be tissues.
 
     Parameters
     ----------
     cases : iterable of dict
-        For each case, the centroids of its label values.
+        Centroids of the label values of each case.
     """
     present: set[int] = set()
     for centroids in cases:
@@ -215,7 +225,7 @@ def ordered_levels(cases: Iterable[Mapping[int, Triple]]) -> tuple[int, ...]:
 
 
 def out_of_order(centroids: Mapping[int, Triple], order: Sequence[int] = SPINE) -> list[tuple[int, int]]:
-    """Return neighbours in an order from head to feet of which the first is not clearly above the second."""
+    """Return the pairs of neighbours whose upper one is not clearly above the lower; `order` is from head to feet."""
     own = [value for value in order if value in centroids]
     return [(one, other) for one, other in pairwise(own) if centroids[one][2] < centroids[other][2] + _APART_MM]
 

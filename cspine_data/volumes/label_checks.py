@@ -145,7 +145,7 @@ def value_notes(
 ) -> tuple[str, ...]:
     """Return notes on suspicious values of a label map."""
     values, _ = labelled_values(counted_values, ignore_label)
-    # TPTBox and SPIDER add 100 or 200 to the value of a vertebra for its disc and other parts.
+    # TPTBox and SPIDER add 100 or 200 to a vertebra's value, for its disc and other parts.
     of_vertebrae = bool((values % 100 <= T13).all())
     # The largest value alone may mark voxels to ignore.
     if not of_vertebrae and values.size > 2 and int(values[-2]) - int(values[0]) > _GAPPY * values.size:

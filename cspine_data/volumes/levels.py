@@ -24,14 +24,14 @@ LEVEL_NAMES = {
 USUAL = tuple(range(1, 25))
 #: All vertebrae from head to feet, with the rare T13 and L6.
 SPINE = (*range(1, 20), T13, *range(20, SACRUM))
-# By the first letter of names: values and hues (degrees) of each region, from its first to its last level.
+# For each region, by the first letter of its names: its levels, and the hues (degrees) of the first and the last.
 _REGIONS: dict[str, tuple[Sequence[int], tuple[int, int]]] = {
     "C": (range(1, 8), (195, 265)),
     "T": ((*range(8, 20), T13), (60, 170)),
     "L": (range(20, SACRUM), (0, 45)),
     "s": ((SACRUM,), (310, 310)),
 }
-# Of neighbours, one is dark and the other light: the colour-blind can distinguish them, too.
+# Neighbours alternate between dark and light, to be distinct with colour vision deficiency, too.
 _LIGHTNESS, _SATURATION = (0.36, 0.72), 0.8
 _VALUES = {name.lower(): value for value, name in LEVEL_NAMES.items()}
 _LEVEL = re.compile(
@@ -77,12 +77,12 @@ def level_colour(value: int) -> tuple[int, int, int]:
 
 
 def levels_between(upper: int, lower: int) -> tuple[int, ...]:
-    """Return the usual levels between two levels; most spines have neither T13 nor L6."""
+    """Return the levels between two levels, without T13 and L6, which most spines lack."""
     return tuple(value for value in SPINE[SPINE.index(upper) + 1 : SPINE.index(lower)] if value in USUAL)
 
 
 def levels_text(levels: Collection[int]) -> str:
-    """Return levels from head to feet in short: ``T11-L3 L5`` if L4 is missing."""
+    """Return levels as abbreviated text, from head to feet: ``T11-L3 L5`` if L4 is missing."""
     runs: list[list[int]] = []
     for value in (value for value in SPINE if value in levels):
         if runs and not levels_between(runs[-1][-1], value):

@@ -145,7 +145,7 @@ def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
 
 
 def _print_scores(evaluation: Evaluation) -> None:
-    """Print the scores of patients, those of their vertebrae, and the means of levels, each as a table."""
+    """Print three tables: scores of patients, scores of their vertebrae, and means of levels."""
     from cspine_train.metrics.instances import LEVEL_MEASURES
     from cspine_train.metrics.statistics import too_few
     from cspine_train.run.evaluations import known_measures
@@ -160,7 +160,8 @@ def _print_scores(evaluation: Evaluation) -> None:
         print_table(*_level_table(evaluation.levels))
     few = (too_few(evaluation.patients(split), split) for split in evaluation.means)
     names = (
-        f"{one.size}: expected calibration error {one.calibration_error:.3f}; {one.doubts}" for one in evaluation.names
+        f"{one.size}: expected calibration error {one.calibration_error:.3f}; {one.uncertainty}"
+        for one in evaluation.names
     )
     for note in (*evaluation.caveats, *filter(None, few), *names):
         say(f"note: {note}")
@@ -191,7 +192,7 @@ def _level_table(levels: Sequence[LevelMeans]) -> tuple[list[str], list[list[str
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", help="Split to compare.")
 @click.option("--measure", default="dice", help="Measure to compare: a column of evaluation/*.csv.")
-@click.option("--level", help="Compare one vertebra, such as C5, over the patients who have it.")
+@click.option("--level", help="Compare the scores of one vertebra, such as C5, over the patients who have it.")
 def compare(runs: tuple[Path, ...], split: str, measure: str, level: str | None) -> None:
     """Compare evaluated RUNS with the first, per patient; runs that differ only in fold or test site are one model."""
     from cspine_train.evaluation.comparison import compare as compare_runs
@@ -247,14 +248,14 @@ def compare(runs: tuple[Path, ...], split: str, measure: str, level: str | None)
 @click.option("--probability", is_flag=True, help="Also write the probability of each voxel.")
 @click.option("--pictures", is_flag=True, help="Also draw slices along each axis, and an animation through them.")
 @click.option(
-    "--levels", is_flag=True, help="Also write levels.csv, a row for each vertebra, and a picture with their names."
+    "--levels", is_flag=True, help="Also write levels.csv, one row per vertebra, and a picture of the named vertebrae."
 )
 @click.option(
     "--lowest",
     metavar="LEVEL",
-    help="With --levels: the lowest vertebra in all volumes, such as L5. Runs on binary labels need it, or --highest.",
+    help="With --levels: lowest vertebra in all volumes, such as L5. Runs with binary labels need it or --highest.",
 )
-@click.option("--highest", metavar="LEVEL", help="With --levels: the highest vertebra in all volumes, such as C2.")
+@click.option("--highest", metavar="LEVEL", help="With --levels: highest vertebra in all volumes, such as C2.")
 def predict(
     volumes: tuple[Path, ...], runs: tuple[Path, ...], output: Path, weights: tuple[float, ...] | None, mirror: bool,
     ending: str | None, probability: bool, pictures: bool, levels: bool, lowest: str | None, highest: str | None,

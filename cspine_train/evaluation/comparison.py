@@ -88,13 +88,13 @@ def compare(
     measure : str
         Name of one of `patient_measures`.
     level : str, optional
-        Compare the figures of this vertebra, such as ``C5``, over the patients who have it.
+        Compare the scores of this vertebra, such as ``C5``, over the patients who have it.
 
     Raises
     ------
     RunError
         If a run was not evaluated on the split, a fold is given twice, there is only one model, no patient is common to
-        all, or measure or level are unknown.
+        all, or the measure or the level is unknown.
     """
     known = {one.name: one for one in patient_measures()}
     if measure not in known:

@@ -1,4 +1,4 @@
-"""Scores of one patient's prediction."""
+"""The scores of one patient's prediction."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PatientScore:
     levels : LevelAgreement or None
         Agreement of the named vertebrae; None if the run's labels are not levels.
     probabilities : dict
-        Probability of the name of each predicted vertebra, by level.
+        Probability of each predicted vertebra's name, by level.
     true_levels : dict
         True level of each predicted vertebra, see `true_levels`.
     """
@@ -62,7 +62,7 @@ class PatientScore:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Values of those of `patient_measures` that the patient has, by name."""
+        """Values of the `patient_measures` that the patient has, by name."""
         own = {"batch_averaged_dice": self.batch_averaged_dice}
         if self.label_dice is not None and self.label_iou is not None:
             own |= {"label_dice": self.label_dice, "label_iou": self.label_iou}
@@ -120,6 +120,6 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
 
 
 def vertebra_values(record: RunRecord) -> frozenset[int]:
-    """Return the label values that are vertebrae in label maps, also those that no training case has."""
+    """Return the label values that are vertebrae in label maps, including levels that no training case has."""
     others = set(record.label_values) - set(record.levels)
     return frozenset(SPINE).difference(others)

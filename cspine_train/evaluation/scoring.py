@@ -51,9 +51,9 @@ class Evaluation:
     failed : tuple of Problem
         Patients whose volumes could not be read from the store; they are in no figure.
     levels : tuple of LevelMeans
-        Means of each level; none if the run's labels are not levels.
+        Means of each level; empty if the run's labels are not levels.
     names : tuple of NameReliability
-        Reliability of the names of vertebrae in each split; none if the run's labels are not levels.
+        Reliability of the names of vertebrae in each split; empty if the run's labels are not levels.
     """
 
     scores: tuple[PatientScore, ...]
@@ -254,7 +254,7 @@ def _written(
     if several:
         vertebrae = vertebra_values(record) if record.levels else None
         label_rows = [row for score in scores for row in _label_rows(score, note, vertebrae)]
-        # Levels that only the prediction has lack some figures.
+        # A level that only the prediction has lacks some figures.
         columns = dict.fromkeys(name for row in label_rows for name in row if name != "note")
         write_rows(files[3], (*columns, "note"), label_rows)
         confusion_rows = [row for score in scores for row in _confusion_rows(score)]

@@ -31,7 +31,7 @@ class PanopticQuality:
     recognition : float
         TP / (TP + FP / 2 + FN / 2), where TP are matched pairs, and FP and FN the other predicted and true instances.
     segmentation : float
-        Mean intersection over union of matched pairs; 0 if there is none.
+        Mean intersection over union of the matched pairs; 0 without any.
     """
 
     recognition: float
@@ -54,7 +54,7 @@ class Identification:
     identified : frozenset of int
         The identified true vertebrae, see `identification`.
     extra_mm : float
-        The localisation distance without true vertebrae: 0 if none was predicted.
+        Localisation distance if there is no true vertebra: 0 if none was predicted, else the volume's diagonal.
     """
 
     distances_mm: Mapping[int, float]
@@ -63,7 +63,7 @@ class Identification:
 
     @property
     def rate(self) -> float:
-        """Share of true vertebrae that are identified; without any, 1 if none was predicted, else 0."""
+        """Share of true vertebrae that are identified. Without true ones, it is 1 if none was predicted, else 0."""
         return len(self.identified) / len(self.distances_mm) if self.distances_mm else float(not self.extra_mm)
 
     @property
@@ -85,7 +85,7 @@ class LevelAgreement:
         return {measure.name: measure.compute(self) for measure in LEVEL_MEASURES}
 
     def figures_of(self, level: int) -> dict[str, float]:
-        """Return the values of the measures that a single true vertebra has; none for other levels."""
+        """Return the measures of a single true vertebra by name; empty if the level is not in the true label map."""
         named = self.identification
         if level not in named.distances_mm:
             return {}
@@ -165,9 +165,9 @@ def label_overlaps(found: NDArray[Any], truth: NDArray[Any]) -> dict[tuple[int, 
 
 
 def true_levels(overlaps: Mapping[tuple[int, int], int], levels: Container[int]) -> dict[int, int]:
-    """Return the true level of each predicted vertebra: the one that most of its labelled voxels have.
+    """Return the true level of each predicted vertebra: the most frequent one among its labelled voxels.
 
-    A vertebra of which less than half the voxels are labelled is left out: its true level is unknown.
+    A vertebra with less than half of its voxels labelled is left out: its true level is unknown.
 
     Parameters
     ----------
@@ -186,9 +186,9 @@ def true_levels(overlaps: Mapping[tuple[int, int], int], levels: Container[int])
 
 
 def panoptic_quality(overlaps: Mapping[tuple[int, int], int]) -> PanopticQuality:
-    """Match predicted and true instances one to one, the pair of highest intersection over union first.
+    """Match predicted and true instances one to one, pairs with the highest intersection over union first.
 
-    All measures are 1 if there is neither a predicted nor a true instance.
+    All qualities are 1 if there is neither a predicted nor a true instance.
 
     Parameters
     ----------
@@ -236,7 +236,7 @@ def identification(found: Mapping[int, _Point], truth: Mapping[int, _Point], far
     found, truth : dict
         Centroids by level, in millimetres; see `label_centroids`.
     farthest_mm : float
-        Distance of a missed vertebra. VerSe defines none.
+        Distance assigned to missed vertebrae, for which VerSe defines none.
     """
     distances, identified = {}, set[int]()
     for level, position in truth.items():

@@ -122,8 +122,7 @@ class Measure:
     better : str
         Which values are better: ``higher``, ``lower``, or those near ``zero``.
     brief : bool
-        Whether short tables show it: those of `evaluate`, of studies and of the model card. Files and reports show all
-        measures.
+        Whether the short tables of `evaluate`, studies and model cards show it. Files and reports show all measures.
     """
 
     name: str

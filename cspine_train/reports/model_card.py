@@ -84,7 +84,7 @@ def _fields(run: Path, record: RunRecord) -> dict[str, Any]:
 
 
 def _measures(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
-    """Return a table of the means of short measures: its head, then a row for each split. Dice has its own tables."""
+    """Return the means of brief measures, header first, then a row for each split. Dice has its own tables."""
     known = known_measures([row for rows in scores.values() for row in rows])
     shown = [measure for measure in known if measure.brief and measure.name not in ("dice", "label_dice")]
     rows = [["part", *(measure.heading for measure in shown)]]

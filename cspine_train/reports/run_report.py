@@ -120,12 +120,12 @@ def _levels(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _diagram(names: NameReliability) -> dict[str, Any]:
-    """Return a reliability diagram on an area of 200 x 200 at (60, 10): a dot and a number for each bin."""
+    """Return a reliability diagram, 200 x 200 from (60, 10): a dot and a number of names for each bin."""
     width = 200 / BINS
     return {
         "split": names.split,
         "caption": f"{names.size}: expected calibration error {names.calibration_error:.3f}",
-        "doubts": names.doubts,
+        "uncertainty": names.uncertainty,
         "numbers": [
             {"x": f"{60 + (place + 0.5) * width:.0f}", "text": one.number if one else ""}
             for place, one in enumerate(names.bins)
@@ -133,8 +133,8 @@ def _diagram(names: NameReliability) -> dict[str, Any]:
         "dots": [
             {
                 "x": f"{60 + 200 * one.probability:.1f}",
-                "y": f"{210 - 200 * one.right:.1f}",
-                "caption": f"{count(one.number, 'name')}: probability {one.probability:.3f}, right {one.right:.3f}",
+                "y": f"{210 - 200 * one.accuracy:.1f}",
+                "caption": f"{count(one.number, 'name')}: probability {one.probability:.3f}, correct {one.accuracy:.3f}",
             }
             for one in names.bins
             if one

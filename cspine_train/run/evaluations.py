@@ -32,7 +32,7 @@ def patient_measures() -> tuple[Measure, ...]:
 
 
 def known_measures(rows: Sequence[Mapping[str, Any]]) -> list[Measure]:
-    """Return those of `patient_measures` that a row of an evaluation has."""
+    """Return the `patient_measures` that at least one row of an evaluation has."""
     return [measure for measure in patient_measures() if any(measure.name in row for row in rows)]
 
 
@@ -45,7 +45,7 @@ def mean_over_patients(rows: Sequence[Mapping[str, Any]], measure: Measure) -> M
 
 @dataclass(frozen=True)
 class LevelMeans:
-    """Means over the patients of one split who have a vertebra, missed or not.
+    """Means of one vertebra over the patients of one split who have it, missed or not.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class LevelMeans:
     patients : int
         Number of patients who have it.
     means : dict
-        Means by measure; None where an evaluation lacks the measure.
+        Mean of each measure; None if the evaluation lacks the measure.
     """
 
     level: str
@@ -102,8 +102,8 @@ class NameReliability:
         Number of patients.
     bins : tuple of ReliabilityBin or None
         The vertebrae by the probability of their names, see `reliability_bins`.
-    right, uncertain_right : int
-        Number of right names, and of those with a probability below `CERTAIN`.
+    correct, uncertain_correct : int
+        Number of correct names, and of those with a probability below `CERTAIN`.
     wrong, uncertain_wrong : int
         Number of wrong names, and of those with a probability below `CERTAIN`.
     """
@@ -111,8 +111,8 @@ class NameReliability:
     split: str
     patients: int
     bins: tuple[ReliabilityBin | None, ...]
-    right: int
-    uncertain_right: int
+    correct: int
+    uncertain_correct: int
     wrong: int
     uncertain_wrong: int
 
@@ -124,16 +124,16 @@ class NameReliability:
     @property
     def size(self) -> str:
         """Number of names and of patients, as text."""
-        names = count(self.right + self.wrong, "name")
+        names = count(self.correct + self.wrong, "name")
         return f"{names} of vertebrae in {count(self.patients, f'{self.split} patient')}"
 
     @property
-    def doubts(self) -> str:
-        """How many wrong and right names were uncertain, as text."""
+    def uncertainty(self) -> str:
+        """How many wrong and correct names were uncertain, as text."""
         if not self.wrong:
-            return f"no name was wrong; {self.uncertain_right} of {self.right} right ones were uncertain"
-        wrong = f"{self.uncertain_wrong} of {self.wrong} wrong names were uncertain"
-        return f"{wrong}; {self.uncertain_right} of {self.right} right ones too"
+            return f"no name was wrong; {self.uncertain_correct} of {self.correct} correct names were uncertain"
+        wrong = f"{self.uncertain_wrong} of {self.wrong} wrong names"
+        return f"{wrong} and {self.uncertain_correct} of {self.correct} correct names were uncertain"
 
 
 def reliability_of_names(evaluation: Mapping[str, Any]) -> tuple[NameReliability, ...]:
@@ -144,16 +144,16 @@ def reliability_of_names(evaluation: Mapping[str, Any]) -> tuple[NameReliability
     found = []
     for split in dict.fromkeys(row["split"] for row in rows):
         own = [row for row in rows if row["split"] == split]
-        right = [LEVEL_NAMES.get(row["label"]) == row["true_level"] for row in own]
-        tally = Counter(zip(right, (row["probability"] < CERTAIN for row in own), strict=True))
+        correct = [LEVEL_NAMES.get(row["label"]) == row["true_level"] for row in own]
+        tally = Counter(zip(correct, (row["probability"] < CERTAIN for row in own), strict=True))
         found.append(
             NameReliability(
                 split,
                 len({patients.get(row["case"]) for row in own}),
-                reliability_bins([row["probability"] for row in own], right),
-                right=sum(right),
-                uncertain_right=tally[True, True],
-                wrong=len(right) - sum(right),
+                reliability_bins([row["probability"] for row in own], correct),
+                correct=sum(correct),
+                uncertain_correct=tally[True, True],
+                wrong=len(correct) - sum(correct),
                 uncertain_wrong=tally[False, True],
             )
         )
@@ -178,8 +178,8 @@ def patient_of(row: Mapping[str, Any]) -> str:
 def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, dict[str, Any]]]:
     """Iterate over a run's evaluations: name, and content of `<name>.json`.
 
-    Evaluations of weights, postprocessing or calibration that the run does not use any more are left out; so are
-    damaged ones, with a warning.
+    Evaluations with weights, postprocessing or calibration that the run no longer uses are left out. So are damaged
+    ones, with a warning.
     """
     names = [measure.name for measure in patient_measures()]
     # The name of an unfinished file begins with a dot.

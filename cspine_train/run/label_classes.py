@@ -87,13 +87,13 @@ def _check_overlaps(cohort: Cohort, split: Split, settings: DataSettings) -> Non
 
 def _check_order(cohort: Cohort, split: Split, settings: DataSettings) -> None:
     """Refuse values that are different vertebrae in different cases: a network cannot learn them as classes."""
-    labels = described_labels(cohort, split, settings)
+    labels = labels_of_run(cohort, split, settings)
     if labels.unordered:
         raise RunError(f"{cohort.path}: {labels.text}; or train with --labels binary")
 
 
-def described_labels(cohort: Cohort, split: Split, settings: DataSettings) -> CohortLabels:
-    """Return what the label values of a run's cases are: levels, instances, or neither; see `cohort_labels`."""
+def labels_of_run(cohort: Cohort, split: Split, settings: DataSettings) -> CohortLabels:
+    """Return what the label values mean in a run's cases: levels, instances or neither; see `cohort_labels`."""
     records = {case: cohort.record(case, settings.variant) for case in _cases(split, settings)}
     return cohort_labels([LabelledCase(case, one.label_centroids_mm, one.segments) for case, one in records.items()])
 

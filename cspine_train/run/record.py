@@ -48,9 +48,9 @@ class RunRecord(BaseModel):
     label_meaning : dict
         Meaning of the values of predicted label maps.
     levels : tuple of int
-        Those of `label_values` that are levels of vertebrae, from head to feet; none if the labels mean something else.
+        The `label_values` that are levels of vertebrae, from head to feet; empty if the labels mean something else.
     level_temperature : float
-        Calibration of the probabilities of levels, from the validation patients; see `find_sequence`.
+        Temperature of the probabilities of levels, chosen on the validation patients; see `find_sequence`.
     cohort_looks : CohortLooks or None
         Ranges of properties of the training volumes; None in old records.
     digests : dict
@@ -106,7 +106,7 @@ class RunRecord(BaseModel):
     @model_validator(mode="after")
     def _levels_are_labels(self) -> Self:
         if list(self.levels) != [level for level in SPINE if level in self.levels and level in self.label_values]:
-            raise ValueError("levels are not label values of vertebrae from head to feet")
+            raise ValueError("levels must be label values of vertebrae, from head to feet")
         return self
 
     @property

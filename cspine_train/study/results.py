@@ -36,7 +36,7 @@ def study_table(study: Path, plan: Plan) -> pd.DataFrame:
 
 
 def study_levels(study: Path, plan: Plan) -> pd.DataFrame:
-    """Return the tidy table of vertebrae, from head to feet: a row for each true one of each test patient.
+    """Return the tidy table of levels, from head to feet: a row for each true vertebra of each test patient.
 
     It is empty if the labels of the finished cells are not levels.
     """
@@ -57,7 +57,7 @@ def tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _done(study: Path, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Iterate over the finished cells: columns of the run, and the evaluation of its test patients."""
+    """Iterate over the finished cells: the columns of the run, and the evaluation of its test patients."""
     for cell in plan.cells:
         if found := cell_result(study, cell):
             record, evaluation = found
@@ -90,7 +90,7 @@ def _run_columns(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[s
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return patient and figures of a row; older evaluations lack some measures."""
+    """Return the patient and the figures of a row; older evaluations lack some measures."""
     figures = {measure.name: float(row[measure.name]) for measure in known_measures([row])}
     return {**figures, "patient": patient_of(row)}
 

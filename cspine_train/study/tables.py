@@ -33,7 +33,7 @@ _FILE_NOTE = (
     "Encoders with weights from a file are compared with the published figure of ImageNet weights; whether the file "
     "holds these is not known."
 )
-_INTERVAL_NOTE = "Means over patients of whole volumes, in brackets 95 % confidence intervals."
+_INTERVAL_NOTE = "Means over patients, on whole volumes, with 95 % confidence intervals in brackets."
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +59,14 @@ class Findings:
     answer : str
         Whether N4 helps, in a sentence.
     conditions : DataFrame
-        A row for each condition, in the order of the plan: `MeanInterval` of each measure that its patients have and
-        of ``batch_averaged_percent``, ``published_percent`` (NaN if not published) and ``difference_percent``.
+        A row for each condition, in the order of the plan: the `MeanInterval` of each measure that its patients have,
+        and of ``batch_averaged_percent``; ``published_percent`` (NaN if not published) and ``difference_percent``.
     cells : tuple of Table
         Conditions of each axis with the published figures.
     measures : Table
-        Short measures of all conditions.
+        The brief measures of all conditions.
     vertebrae : Table
-        Short measures of each vertebra and condition.
+        The brief measures of each vertebra and condition.
     sites : Table
         Dice of each condition on each test site, of models that were trained on the other sites.
     factors, pairs, ranking : Table
@@ -165,7 +165,7 @@ def _figures(table: pd.DataFrame, dice: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measured(table: pd.DataFrame) -> list[Measure]:
-    """Return the measures that a patient of a study has; the reference study's is apart."""
+    """Return the measures that a patient of the study has, except the reference study's, which has its own columns."""
     return [one for one in patient_measures() if one is not BATCH_AVERAGED and table[one.name].notna().any()]
 
 
@@ -228,12 +228,12 @@ def _vertebrae(levels: pd.DataFrame | None, shown: Sequence[str]) -> Table:
     if levels is None or levels.empty:
         return Table("Each vertebra", pd.DataFrame())
     frame = _parts(levels, "level", [measure for measure in _measured(levels) if measure.brief], shown)
-    notes = (_INTERVAL_NOTE, "Patients: those who have the vertebra. A missed one counts with a Dice of 0.")
+    notes = (_INTERVAL_NOTE, "Patients: those who have the vertebra. A missed vertebra has a Dice of 0.")
     return Table("Each vertebra", frame, notes)
 
 
 def _parts(table: pd.DataFrame, part: str, measured: Sequence[Measure], shown: Sequence[str]) -> pd.DataFrame:
-    """Return the means of measures over the patients of each condition and part, a column of the tidy table."""
+    """Return the means of measures over the patients of each condition and part; `part` is a column of the table."""
     known = table.drop(columns=CONDITION).join(conditions(table)).dropna(subset=[part, "dice"])
     by, names = [*CONDITION, part], [measure.name for measure in measured]
     patients = known.groupby([*by, "patient"], sort=False)[names].mean()
@@ -242,7 +242,7 @@ def _parts(table: pd.DataFrame, part: str, measured: Sequence[Measure], shown: S
     frame[part.replace("_", " ")] = figures[part].astype(str)
     frame["patients"] = figures.dice.map(len).astype(str)
     for measure in measured:
-        # NaN where older evaluations lack the measure.
+        # Older evaluations lack the measure: NaN.
         means = [None if np.isnan(of).any() else mean_interval(of, measure.within) for of in figures[measure.name]]
         frame[measure.heading] = [_text(mean, measure.digits) for mean in means]
     return frame

@@ -34,10 +34,10 @@ from cspine_train.reports.figures import draw_curves, never_fatal
 from cspine_train.reports.model_card import write_card
 from cspine_train.run.folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME, only_writer
 from cspine_train.run.label_classes import (
-    described_labels,
     label_meaning,
     label_names,
     label_values,
+    labels_of_run,
     network_classes,
     unknown_labels,
     unknown_labels_note,
@@ -172,7 +172,7 @@ def _train(
     _fit(trainer, run, module, data, checkpoint)
     record = record.model_copy(update={"finished": True, **keeper.kept})
     if first:
-        record = record.model_copy(update=_postprocessing(run, record, cohort))
+        record = record.model_copy(update=_chosen_on_validation(run, record, cohort))
         # The record comes last, so that a finished run is complete.
         _write_reports(run, record, cohort)
         save_record(run, record)
@@ -230,9 +230,9 @@ def _built(
     if world > 1 and trainer.strategy.root_device.type == "cuda":
         network = synchronised(network)
     names = label_names(cohort, split, settings) if values else {}
-    labels = described_labels(cohort, split, settings) if values else CohortLabels()
-    # A level that is another vertebra in a single case would be learned wrong.
-    levels = () if labels.mistaken else tuple(level for level in labels.levels if level in values)
+    labels = labels_of_run(cohort, split, settings) if values else CohortLabels()
+    # A single case with other vertebrae under these values would teach wrong names.
+    levels = () if labels.contradicting else tuple(level for level in labels.levels if level in values)
     if labels.text and trainer.is_global_zero:
         _log.info("%s", labels.text)
     missed = [len(unknown.get(case, ())) for case in split.validation]
@@ -296,8 +296,8 @@ def _fit(
         raise RunError(f"{run}: interrupted; run the same command again to go on") from None
 
 
-def _postprocessing(run: Path, record: RunRecord, cohort: Cohort) -> dict[str, Any]:
-    """Return what validation chose of the postprocessing; nothing of it if that fails."""
+def _chosen_on_validation(run: Path, record: RunRecord, cohort: Cohort) -> dict[str, Any]:
+    """Return the postprocessing and the calibration of levels that validation chose, without a step that fails."""
     settings, chosen = record.settings, {}
     if settings.largest_components or settings.fill_holes:
         option = "--largest-components" if settings.largest_components else "--fill-holes"

@@ -17,7 +17,7 @@ from cspine_data.volumes.volume import Volume
 
 #: 3D Slicer's segmentations.
 SEGMENTATION_SUFFIX = ".seg.nrrd"
-# Of structures other than levels: Okabe and Ito (2008), for colour vision deficiency.
+# Colours of structures other than levels: Okabe and Ito (2008), for colour vision deficiency.
 _COLOURS = (
     "0.902 0.624 0", "0.337 0.706 0.914", "0 0.620 0.451", "0.941 0.894 0.259", "0 0.447 0.698", "0.835 0.369 0",
     "0.800 0.475 0.655",
@@ -81,7 +81,7 @@ def _segment_fields(path: Path, array: NDArray[Any], segments: Mapping[int, str]
 
 
 def _colour(number: int, value: int, name: str) -> str:
-    """Return the colour of a segment: of a level, everywhere the same one."""
+    """Return the colour of a segment; a level has the same one in all files."""
     if level_value(name) != value:
         return _COLOURS[number % len(_COLOURS)]
     return " ".join(f"{part / 255:.3f}" for part in level_colour(value))
