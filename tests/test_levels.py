@@ -101,7 +101,7 @@ def test_the_sequence_is_decided_by_all_vertebrae_at_once() -> None:
     sequence = find_sequence(evidence_of(rows), LUMBAR, [35] * 4)
     assert sequence.levels == LUMBAR
     assert min(sequence.probabilities) > 0.99
-    assert sequence.rival != sequence.levels
+    assert sequence.second != sequence.levels
 
 
 def test_a_vertebra_that_the_network_never_saw_is_named_by_its_place() -> None:
@@ -134,8 +134,8 @@ def test_distances_grow_from_neck_to_loin_without_gaps() -> None:
 def test_equal_evidence_for_two_sequences_is_a_doubt() -> None:
     rows = evidence_of([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]])
     sequence = find_sequence(rows, LUMBAR, [35] * 3)
-    assert {sequence.levels, sequence.rival} == {LUMBAR[:4], LUMBAR[1:]}
-    assert sequence.probability == pytest.approx(sequence.rival_probability)
+    assert {sequence.levels, sequence.second} == {LUMBAR[:4], LUMBAR[1:]}
+    assert sequence.probability == pytest.approx(sequence.second_probability)
     assert find_sequence(rows, LUMBAR, [35] * 3, lowest=24).levels == LUMBAR[1:]
     assert find_sequence(rows, LUMBAR, [35] * 3, highest=20).levels == LUMBAR[:4]
 
@@ -152,7 +152,7 @@ def test_temperature_makes_names_less_certain() -> None:
     rows = evidence_of([[4, 1, 0, 0, 0], [0, 4, 1, 0, 0]])
     sharp, soft = (find_sequence(rows, LUMBAR, [35], temperature) for temperature in (1.0, 5.0))
     assert sharp.levels == soft.levels == (20, 21)
-    assert sharp.probability > soft.probability > soft.rival_probability
+    assert sharp.probability > soft.probability > soft.second_probability
 
 
 def test_more_vertebrae_than_a_spine_has() -> None:
@@ -171,7 +171,7 @@ def test_any_evidence_gives_consecutive_levels(count: int, seed: int) -> None:
     variants = {(19, 28), (28, 20), (18, 20), (24, 25), (25, 26), (24, 26)}
     assert all(after == before + 1 or (before, after) in variants for before, after in pairwise(sequence.levels))
     assert all(sequence.probability <= one + 1e-9 and one < 1 + 1e-9 for one in sequence.probabilities)
-    assert sequence.rival_probability <= sequence.probability
+    assert sequence.second_probability <= sequence.probability
 
 
 def test_named_vertebrae_are_measured_in_mm() -> None:

@@ -1,7 +1,7 @@
 """Vertebrae of a mask as instances, from head to feet.
 
-Neighbouring vertebrae touch in a predicted mask. Their cores do not: a mask is cut at its necks, where it is much
-narrower than the vertebrae on both sides.
+Neighbouring vertebrae touch in a predicted mask. The mask is cut at its bridges, where it is much narrower than the
+vertebrae on both sides. What remains of each vertebra is a seed, from which the vertebra is grown again.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from scipy import ndimage
 
 from cspine_train.metrics.components import Box, common_box
 
-# All ratios are of depths, distances to the border of the mask, or of volumes; they were chosen on the validation
-# patients of one fold, see docs/levels.md.
-#: Thresholds of depth at which the mask is searched for necks.
+# Depth is the distance to the border of the mask. The ratios were chosen on the validation patients of one fold, see
+# docs/levels.md.
+# Step between the depths at which the mask is searched for bridges.
 _STEP_MM = 0.5
-# A neck is no deeper than this share of the vertebrae on both sides.
-_NECK = 0.7
-# Depth of a vertebra, relative to the deepest: processes and fragments have less.
-_CORE = 0.5
+# A bridge has at most this share of the depth of the vertebrae on both sides.
+_BRIDGE = 0.7
+# Least depth of a vertebra, relative to the deepest one: processes and fragments have less.
+_SEED = 0.5
 # Instances below this share of the median volume are fragments.
 _SMALL = 0.15
-# Instances nearer than this share of the usual distance are parts of one vertebra, as the sides of C1, or a body and
-# its process; the second share is for those that look like two levels. The usual distance is the median of those up to
-# two places away: lumbar vertebrae are twice as far apart as those of the neck.
+# Instances nearer than this share of the usual distance are parts of one vertebra, such as the lateral masses of C1,
+# or a body and its process. The second share holds for parts that look like two levels. The usual distance is the
+# median of those up to two places away: lumbar vertebrae are twice as far apart as cervical ones.
 _CLOSE, _CLOSE_UNLIKE, _AROUND = 0.6, 0.3, 2
 
 
@@ -38,54 +38,54 @@ def vertebra_instances(
     Parameters
     ----------
     mask_xyz : ndarray
-        bool (x, y, z), z from feet to head.
+        bool, (x, y, z), z from feet to head.
     spacing_mm : tuple of float
         Voxel spacing along x, y and z.
     levels : sequence of ndarray
-        Probabilities of levels, (x, y, z), if known.
+        Probability of each level, (x, y, z), if known.
 
     Returns
     -------
     ndarray
-        uint8, the mask's shape: 1 for the highest vertebra, 2 for the next; 0 outside and in fragments.
+        uint8, the mask's shape: 1 for the highest vertebra, 2 for the next, and so on; 0 for background and fragments.
     """
     whole = np.zeros(mask_xyz.shape, np.uint8)
     box = common_box(mask_xyz)
     if box is None:
         return whole
     mask = mask_xyz[box]
-    # Beyond the volume is outside the mask.
+    # Voxels beyond the volume count as background.
     depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
-    numbers = _grown(_cores(depth), mask)
+    numbers = _grown(_seeds(depth), mask)
     whole[box] = _in_order(numbers, spacing_mm[2], [level[box] for level in levels])
     return whole
 
 
-def _cores(depth: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Return the cores of vertebrae, numbered from 1: the mask is cut at ever deeper necks, as long as it has any."""
-    cores = np.zeros(depth.shape, np.int32)
+def _seeds(depth: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Return the seeds of vertebrae, numbered from 1: the mask is cut until no part has a bridge."""
+    seeds = np.zeros(depth.shape, np.int32)
     deepest, found = depth.max(), 0
     parts = list(_components(depth > 0, (slice(None),) * 3))
     while parts:
         box, part = parts.pop()
         inside = np.where(part, depth[box], 0)
-        if inside.max() < _CORE * deepest:
+        if inside.max() < _SEED * deepest:
             continue
-        if pieces := _cut(inside, box, _CORE * deepest):
+        if pieces := _cut(inside, box, _SEED * deepest):
             parts += pieces
         else:
             found += 1
-            cores[box][inside > inside.max() / 2] = found
-    return cores
+            seeds[box][inside > inside.max() / 2] = found
+    return seeds
 
 
 def _cut(inside: NDArray[np.float64], box: Box, least: float) -> list[tuple[Box, NDArray[np.bool_]]]:
-    """Cut a part of the mask at its narrowest necks; return its pieces with their boxes, or nothing if it has none."""
-    for threshold in np.arange(_STEP_MM, _NECK * inside.max(), _STEP_MM):
+    """Cut a part of the mask at its narrowest bridge; return the pieces with their boxes, or nothing without one."""
+    for threshold in np.arange(_STEP_MM, _BRIDGE * inside.max(), _STEP_MM):
         pieces = [
             (outer, piece)
             for outer, piece in _components(inside > threshold, box)
-            if (peak := inside[_within(outer, box)][piece].max()) >= least and threshold <= _NECK * peak
+            if (peak := inside[_within(outer, box)][piece].max()) >= least and threshold <= _BRIDGE * peak
         ]
         if len(pieces) > 1:
             return pieces
@@ -93,7 +93,7 @@ def _cut(inside: NDArray[np.float64], box: Box, least: float) -> list[tuple[Box,
 
 
 def _components(mask: NDArray[np.bool_], box: Box) -> Iterator[tuple[Box, NDArray[np.bool_]]]:
-    """Iterate over the connected components of a mask that is a `box` of a volume, with their boxes in the volume."""
+    """Iterate over the connected components of a mask in a `box` of a volume, with their boxes in the volume."""
     numbers, _ = ndimage.label(mask)
     for number, own in enumerate(ndimage.find_objects(numbers), start=1):
         outer = tuple(slice((b.start or 0) + s.start, (b.start or 0) + s.stop) for b, s in zip(box, own, strict=True))
@@ -104,9 +104,9 @@ def _within(outer: Box, box: Box) -> Box:
     return tuple(slice(o.start - (b.start or 0), o.stop - (b.start or 0)) for o, b in zip(outer, box, strict=True))
 
 
-def _grown(cores: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Grow cores voxel by voxel until they meet or fill the mask: a process belongs to the body that it grows from."""
-    numbers, free = np.pad(cores, 1), np.pad(mask & (cores == 0), 1)
+def _grown(seeds: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Grow seeds voxel by voxel until they meet or fill the mask: a process goes to the body that reaches it first."""
+    numbers, free = np.pad(seeds, 1), np.pad(mask & (seeds == 0), 1)
     flat, unreached = numbers.reshape(-1), free.reshape(-1)
     steps = [sign * stride // numbers.itemsize for stride in numbers.strides for sign in (1, -1)]
     front = np.flatnonzero(flat)
@@ -123,7 +123,7 @@ def _grown(cores: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int3
 
 
 def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np.float32]]) -> NDArray[np.uint8]:
-    """Renumber instances from head to feet, without fragments; join the parts of a vertebra."""
+    """Renumber instances from head to feet, drop fragments, and join the parts of a vertebra."""
     found = np.arange(1, numbers.max() + 1)
     voxels = np.bincount(numbers.ravel(), minlength=len(found) + 1)[1:].astype(float)
     heights = mm * np.array([place[2] for place in ndimage.center_of_mass(numbers > 0, numbers, found)])
@@ -145,9 +145,9 @@ def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np
 
 
 def _joining_distances(centres: NDArray[np.float64], likely: NDArray[np.int_]) -> NDArray[np.float64]:
-    """Return the distance, for each pair of neighbours, below which they are parts of one vertebra."""
+    """Return, for each pair of neighbours, the distance below which they are parts of one vertebra."""
     unlike = likely[1:] != likely[:-1]
-    # Neighbours that look like one level count once, at their middle; unless all do.
+    # Neighbours that look like the same level count as one vertebra, unless all look the same.
     runs = np.cumsum([False, *(unlike if unlike.any() else ~unlike)])
     steps = -np.diff(np.bincount(runs, centres) / np.bincount(runs))
     usual = [np.median(steps[max(0, run - _AROUND) : run + _AROUND + 1]) for run in runs[:-1]]

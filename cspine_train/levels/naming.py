@@ -1,4 +1,4 @@
-"""Named vertebrae: from a mask, and the probabilities of its levels, to a level map."""
+"""From a mask and the probabilities of levels to a level map with named vertebrae."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cspine_train.levels.instances import vertebra_instances
 from cspine_train.levels.sequence import LevelSequence, find_sequence, gaps_of, sequence_name
 from cspine_train.metrics.calibration import CERTAIN
 
-# The height is measured between these percentiles: single voxels do not change it.
+# Percentiles between which the height is measured, so that single voxels do not change it.
 _ENDS = (5.0, 95.0)
 
 
@@ -35,8 +35,8 @@ class FoundLevel:
     volume_ml : float
         Its volume.
     height_mm : float
-        Its extent along the spine: the distance of the 5th from the 95th percentile of its voxels, divided by 0.9,
-        which is the height of a cylinder.
+        Its extent along the spine: the distance between the 5th and 95th percentiles of its voxels, divided by 0.9.
+        For a cylinder, this is the height.
     """
 
     value: int
@@ -56,7 +56,7 @@ class NamedSpine:
     levels : tuple of FoundLevel
         The vertebrae, from head to feet; each level at most once.
     doubt : str
-        Why the names may be wrong, one line; empty if they are certain enough.
+        Why the names may be wrong, in one line; empty if they are certain enough.
     """
 
     levels: tuple[FoundLevel, ...]
@@ -70,12 +70,12 @@ class NamedSpine:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the networks say about the levels of a volume.
+    """The networks' probabilities of the levels in a volume.
 
     Attributes
     ----------
     probabilities : sequence of ndarray
-        For each level, the probability of its voxels, (x, y, z), or a multiple of it.
+        For each level, its probability in each voxel, (x, y, z), or a multiple of that.
     levels : tuple of int
         The levels.
     temperature : float
@@ -88,7 +88,7 @@ class Evidence:
 
 
 def evidence_of(probabilities: Sequence[NDArray[np.float32]], instances_xyz: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return the share of each level in the probabilities of each instance, (n, K)."""
+    """Return, for each instance, the share of each level in the sum of its probabilities, (n, K)."""
     numbers = np.arange(1, instances_xyz.max() + 1)
     sums = np.array([ndimage.sum_labels(level, instances_xyz, numbers) for level in probabilities]).T
     return np.asarray(sums / np.maximum(sums.sum(1, keepdims=True), 1e-12))
@@ -111,13 +111,13 @@ def name_vertebrae(
     Parameters
     ----------
     mask_xyz : ndarray
-        bool (x, y, z): vertebra or not.
+        bool, (x, y, z): vertebra or not.
     geometry_xyz : Geometry
         The grid of the mask.
     evidence : Evidence, optional
-        Probabilities of levels. Without it, `lowest` or `highest` must be given.
+        The probabilities of levels. Without them, give `lowest` or `highest`.
     lowest, highest : str, optional
-        Name of the lowest or highest vertebra of the mask.
+        Name of the lowest or highest vertebra in the mask.
 
     Returns
     -------
@@ -129,7 +129,7 @@ def name_vertebrae(
     Raises
     ------
     InputError
-        If a name is not that of a level, or the spine has too few vertebrae beyond it.
+        If a name is not a level, or a spine has too few vertebrae above or below it.
     """
     instances = vertebra_instances(mask_xyz, geometry_xyz.spacing_mm, evidence.probabilities if evidence else ())
     places = [np.argwhere(instances == number) for number in range(1, instances.max() + 1)]
@@ -164,7 +164,7 @@ def name_vertebrae(
 
 
 def _directions(centroids_mm: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the direction of the spine at each vertebra: from one neighbour to the other; upwards for a single one."""
+    """Return the direction of the spine at each vertebra, from neighbour to neighbour; vertical for a single one."""
     if len(centroids_mm) < 2:
         return np.array([[0.0, 0.0, 1.0]])
     along = np.gradient(centroids_mm, axis=0)
@@ -178,10 +178,10 @@ def _height_mm(along_mm: NDArray[np.float64]) -> float:
 
 def _doubts(sequence: LevelSequence, distances: Sequence[float]) -> list[str]:
     doubts = []
-    if sequence.rival and sequence.probability < CERTAIN:
-        likely = {sequence.levels: sequence.probability, sequence.rival: sequence.rival_probability}
-        both = (f"{sequence_name(levels)} {probability:.2f}" for levels, probability in likely.items())
-        doubts.append(f"the levels are uncertain, by probability {' or '.join(both)}")
+    if sequence.second and sequence.probability < CERTAIN:
+        likely = {sequence.levels: sequence.probability, sequence.second: sequence.second_probability}
+        both = (f"{sequence_name(levels)} (probability {probability:.2f})" for levels, probability in likely.items())
+        doubts.append(f"the levels are uncertain: {' or '.join(both)}")
     gaps = np.flatnonzero(gaps_of(distances))
     if gaps.size:
         names = [f"{LEVEL_NAMES[sequence.levels[n]]} and {LEVEL_NAMES[sequence.levels[n + 1]]}" for n in gaps]

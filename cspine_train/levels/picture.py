@@ -1,4 +1,4 @@
-"""Picture of the named vertebrae of a volume."""
+"""The picture of the named vertebrae of a volume."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from PIL.ImageFont import FreeTypeFont
 
-# Size of a panel: a neck of 150 mm has nearly 4 pixels a millimetre.
+# Height of a panel: a cervical spine of 150 mm has nearly 4 pixels per millimetre.
 _HEIGHT, _MOST_PIXELS_PER_MM = 520, 5.0
-# Larger, if vertebrae are nearer than names are high, as in a whole spine.
+# Panels are higher if the names would not fit beside the vertebrae, as in a whole spine.
 _MOST_HEIGHT = 1200
-# Shown around the vertebrae; there is more in front of them, for the names.
+# Margins around the vertebrae; the front one has room for the names.
 _ABOVE_MM, _FRONT_MM, _BACK_MM = 15.0, 45.0, 40.0
-_FILL = 0.5
+_OPACITY = 0.5
 _FONT, _NAME_FONT, _LINE = 16, 20, 24
-# Share of a vertebra's depth that is its body, if it has processes.
+# Share of a vertebra's extent, from the front, that belongs to its body and not to its processes.
 _FRONT_SHARE = 0.3
-# Drawn larger and reduced, which makes smooth outlines.
-_FINER = 2
+# Outlines are drawn at this multiple of the size, then reduced, against aliasing.
+_SUPERSAMPLING = 2
 _GAP = 8
-_GROUND, _TEXT = (16, 16, 16), (240, 240, 240)
+_BACKGROUND, _TEXT = (16, 16, 16), (240, 240, 240)
 
 
 @dataclass(frozen=True, eq=False)
 class LevelSlice:
-    """A sagittal slice that follows the spine from side to side, with its vertebrae.
+    """A curved sagittal slice along the spine (curved planar reformation), with its vertebrae.
 
     Attributes
     ----------
@@ -49,9 +49,9 @@ class LevelSlice:
     label_hw : ndarray
         Levels.
     centres_hw : dict
-        By level, row and column of the centroid of the whole vertebra.
+        Row and column of the centroid of each whole vertebra, by level.
     spacing_mm : tuple of float
-        Spacing of rows and of columns.
+        Spacing of the rows and of the columns.
     """
 
     grey_hw: NDArray[np.uint8]
@@ -66,20 +66,20 @@ def level_slices(
     spacing_mm: tuple[float, float, float],
     window: tuple[float, float],
 ) -> tuple[LevelSlice, ...]:
-    """Return a slice for each level map of a volume, all cut to the same part of it.
+    """Return a curved slice for each level map of a volume, all cropped to the same part of it.
 
-    Each slice runs through the centroids of its vertebrae, so that it shows all of them even if the spine is scoliotic.
+    Each slice runs through the centroids of its vertebrae, so that it shows all of them in scoliosis, too.
 
     Parameters
     ----------
     image_xyz : ndarray
         Intensities (x, y, z).
     levels_xyz : sequence of ndarray
-        Level maps of that shape, for example predicted and true.
+        Level maps of the same shape, such as predicted and true.
     spacing_mm : tuple of float
         Voxel spacing along x, y and z.
     window : tuple of float
-        Intensities shown as black and white.
+        The intensities that are black and white.
     """
     centres = [label_centroids(levels, (1, 1, 1)) for levels in levels_xyz]
     rows, columns = _part(levels_xyz, spacing_mm)
@@ -97,10 +97,10 @@ def level_slices(
 def _along_spine(
     image_xyz: NDArray[Any], levels_xyz: NDArray[Any], centres: Sequence[tuple[float, float, float]]
 ) -> tuple[NDArray[np.float32], NDArray[Any]]:
-    """Return image and levels, (y, z), at the x of the spine at each z."""
+    """Return image and levels, (y, z), of the curved slice: at each z, those at the x of the spine."""
     across, _, height = image_xyz.shape
     heights = np.arange(height)
-    # In the middle without vertebrae; straight on above the first and below the last.
+    # Constant above the first and below the last vertebra; the middle of the volume if there is none.
     at = sorted((z, x) for x, _, z in centres) or [(0.0, (across - 1) / 2)]
     x = np.interp(heights, *np.array(at).T)
     left = np.minimum(x.astype(int), max(0, across - 2))
@@ -112,7 +112,7 @@ def _along_spine(
 
 
 def _part(levels_xyz: Sequence[NDArray[Any]], spacing_mm: tuple[float, float, float]) -> tuple[slice, slice]:
-    """Return the shown part of z and of y: the vertebrae of all maps and a margin; all of it if there are none."""
+    """Return the shown ranges of z and y: the vertebrae of all maps with margins, or everything if there are none."""
     boxes = [
         box for levels in levels_xyz for box in ndimage.find_objects((levels != 0).astype(np.uint8)) if box is not None
     ]
@@ -126,7 +126,7 @@ def _part(levels_xyz: Sequence[NDArray[Any]], spacing_mm: tuple[float, float, fl
 
 
 def draw_spine(path: Path, volume: Volume, level_map: Volume, spine: NamedSpine) -> None:
-    """Draw the named vertebrae of a volume, see `draw_levels`; names of a low probability have a question mark."""
+    """Draw the named vertebrae of a volume, see `draw_levels`; uncertain names have a question mark."""
     orientation = Orientation.of(volume.geometry)
     image, levels = (orientation.to_anatomical(one.array) for one in (volume, level_map))
     spacing_mm = orientation.geometry_xyz(volume.geometry).spacing_mm
@@ -152,11 +152,11 @@ def draw_levels(
     slices : sequence of LevelSlice
         From `level_slices`.
     headings : sequence of str
-        Above each slice.
+        Text above each slice.
     title : str
-        Above all slices.
+        Text above all slices.
     notes : sequence of str
-        Lines below.
+        Lines below the slices.
     uncertain : collection of int
         Levels of the first slice whose names have a question mark.
     """
@@ -170,7 +170,7 @@ def draw_levels(
     lines = [line for note in notes for line in _wrapped(note, font, width - 2 * _GAP)]
     top = _GAP + _LINE * (len(titles) + any(headings))
     bottom = top + panels[0].height + _GAP
-    sheet = Image.new("RGB", (width, bottom + _LINE * len(lines) + (_GAP if lines else 0)), _GROUND)
+    sheet = Image.new("RGB", (width, bottom + _LINE * len(lines) + (_GAP if lines else 0)), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for start, block in ((_GAP, titles), (bottom, lines)):
         for number, line in enumerate(block):
@@ -189,10 +189,10 @@ def _scale(shown: LevelSlice) -> float:
     down_mm, _ = shown.spacing_mm
     height_mm = len(shown.grey_hw) * down_mm
     distances_mm = down_mm * np.diff(sorted(row for row, _ in shown.centres_hw.values()))
-    # Of the neck: a few nearer ones are mistakes.
+    # Typical of the cervical spine; a few smaller distances are errors of the prediction.
     least_mm = np.percentile(distances_mm, 20) if distances_mm.size else np.inf
     scale = max(_HEIGHT / height_mm, min(_LINE / max(least_mm, 1e-3), _MOST_HEIGHT / height_mm))
-    # Names need their height, even of many vertebrae in a small part.
+    # All names must fit below each other.
     return max(min(scale, _MOST_PIXELS_PER_MM), _LINE * len(shown.centres_hw) / height_mm)
 
 
@@ -201,15 +201,17 @@ def _panel(shown: LevelSlice, scale: float, uncertain: Collection[int]) -> Pictu
 
     (rows, columns), (down_mm, right_mm) = shown.grey_hw.shape, shown.spacing_mm
     width, height = (max(1, round(n * mm * scale)) for n, mm in ((columns, right_mm), (rows, down_mm)))
-    fine = width * _FINER, height * _FINER
+    fine = width * _SUPERSAMPLING, height * _SUPERSAMPLING
     grey = Image.fromarray(shown.grey_hw).resize(fine, Image.Resampling.BICUBIC)
     pixels = np.repeat(np.asarray(grey)[..., None], 3, axis=2)
     masks = {value: _resized(shown.label_hw == value, fine) for value in shown.centres_hw}
     for value, mask in masks.items():
         colour = np.array(level_colour(value))
-        pixels[mask] = ((1 - _FILL) * pixels[mask] + _FILL * colour).astype(np.uint8)
-        pixels[mask & ~ndimage.binary_erosion(mask, iterations=_FINER + 1, border_value=1)] = (2 * colour + 255) // 3
-    picture = Image.fromarray(pixels).reduce(_FINER)
+        pixels[mask] = ((1 - _OPACITY) * pixels[mask] + _OPACITY * colour).astype(np.uint8)
+        pixels[mask & ~ndimage.binary_erosion(mask, iterations=_SUPERSAMPLING + 1, border_value=1)] = (
+            2 * colour + 255
+        ) // 3
+    picture = Image.fromarray(pixels).reduce(_SUPERSAMPLING)
     draw = ImageDraw.Draw(picture)
     for name, place in _names(shown, masks, (width, height), uncertain):
         draw.text(place, name, _TEXT, _font(_NAME_FONT), "rm", stroke_width=2, stroke_fill=(0, 0, 0))
@@ -219,7 +221,7 @@ def _panel(shown: LevelSlice, scale: float, uncertain: Collection[int]) -> Pictu
 def _names(
     shown: LevelSlice, masks: Mapping[int, NDArray[np.bool_]], size: tuple[int, int], uncertain: Collection[int]
 ) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Iterate over the text and the place of its right end, of each vertebra; texts do not overlap."""
+    """Iterate over the name of each vertebra and the place of its right end; names do not overlap."""
     width, height = size
     rows, columns = shown.grey_hw.shape
     places = {}
@@ -228,24 +230,24 @@ def _names(
     order = sorted(places, key=lambda value: places[value])
     for value, down in zip(order, _apart([places[value][0] for value in order], _LINE, height), strict=True):
         text = LEVEL_NAMES.get(value, str(value)) + ("?" if value in uncertain else "")
-        # In front of all that is drawn at the height of the text.
-        band = slice(max(0, round(down - _LINE / 2) * _FINER), round(down + _LINE / 2) * _FINER)
+        # In front of all vertebrae at the height of the text.
+        band = slice(max(0, round(down - _LINE / 2) * _SUPERSAMPLING), round(down + _LINE / 2) * _SUPERSAMPLING)
         front = np.flatnonzero(np.any([mask[band].any(axis=0) for mask in masks.values()], axis=0))
-        right = front[0] / _FINER if front.size else places[value][1]
+        right = front[0] / _SUPERSAMPLING if front.size else places[value][1]
         yield text, (max(right - 6, _font(_NAME_FONT).getlength(text) + 4), down)
 
 
 def _body(mask: NDArray[np.bool_]) -> tuple[float, float] | None:
-    """Return row and column, in the picture, of the front of a vertebra: its processes may lie lower."""
+    """Return row and column, in the picture, of the front of the vertebral body; processes may lie lower."""
     rows, columns = np.nonzero(mask)
     if not columns.size:
         return None
     front = columns <= columns.min() + _FRONT_SHARE * np.ptp(columns)
-    return float(rows[front].mean()) / _FINER, float(columns.min()) / _FINER
+    return float(rows[front].mean()) / _SUPERSAMPLING, float(columns.min()) / _SUPERSAMPLING
 
 
 def _apart(places: Sequence[float], gap: float, size: float) -> list[float]:
-    """Return ascending places moved as little as possible so that they are a gap apart, and inside the size."""
+    """Return ascending places, moved as little as possible to be a gap apart and within the size."""
     if not places:
         return []
     steps = gap * np.arange(len(places))

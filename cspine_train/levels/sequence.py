@@ -1,7 +1,7 @@
 """The most probable sequence of levels for the vertebrae of a volume: each level once, in order.
 
-A network may name half a vertebra L3 and the other L4, or two vertebrae L3. Vertebrae are consecutive: the whole
-sequence is decided at once, by the evidence of all.
+A network may label half of a vertebra L3 and the other half L4, or two vertebrae L3. But vertebrae are consecutive, so
+the evidence of all of them decides the whole sequence.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from cspine_train.errors import RunError
 
 _SACRUM, _T13, _L6 = 26, 28, 25
 _T11, _T12, _L1, _L5 = 18, 19, 20, 24
-# Frequency of the variants in people, about: thirteen or eleven thoracic vertebrae, six lumbar ones (Tins 2016).
+# Approximate frequency of anatomical variants: thirteen or eleven thoracic, or six lumbar vertebrae (Tins 2016).
 _VARIANTS = {(_T12, _T13): 0.02, (_T13, _L1): 1.0, (_T11, _L1): 0.02, (_L5, _L6): 0.05, (_L6, _SACRUM): 1.0}
-# Share of the evidence that is spread over all levels: the network may be wrong, and it does not know all levels.
-_UNSURE = 0.02
-# A vertebra may have been missed where the distance of two is more than this share of the median of those up to two
-# places away; 132 real distances are 0.82 to 1.12 times their patient's median.
+# Share of the evidence that is spread over all levels: the network may be wrong, and it may not know all levels.
+_SPREAD = 0.02
+# A vertebra may be missing between two that are farther apart than this multiple of the median of the distances up to
+# two places away. 132 real distances are 0.82 to 1.12 times their patient's median.
 _GAP, _AROUND = 1.5, 2
 
 
 @dataclass(frozen=True)
 class LevelSequence:
-    """The most probable sequence of levels, from head to feet, and its rival.
+    """The most probable sequence of levels, from head to feet, and the second most probable one.
 
     Attributes
     ----------
     levels : tuple of int
         Level of each vertebra.
     probabilities : tuple of float
-        Probability of each vertebra's level, over all sequences.
+        Probability of each vertebra's level, summed over all sequences that have it.
     probability : float
         Probability of the sequence.
-    rival : tuple of int
+    second : tuple of int
         The second most probable sequence; empty if there is only one.
-    rival_probability : float
+    second_probability : float
         Its probability.
     """
 
     levels: tuple[int, ...]
     probabilities: tuple[float, ...]
     probability: float = 1.0
-    rival: tuple[int, ...] = ()
-    rival_probability: float = 0.0
+    second: tuple[int, ...] = ()
+    second_probability: float = 0.0
 
 
 def find_sequence(
@@ -71,16 +71,16 @@ def find_sequence(
     known : sequence of int
         The K levels.
     distances_mm : sequence of float
-        The n - 1 distances of neighbours. A level may be left out where one is a gap.
+        The n - 1 distances of neighbours. The sequence may skip a level only at a gap, see `gaps_of`.
     temperature : float
-        Divides the logarithms of the evidence: neighbours are wrong together, their evidence is not independent.
+        Divides the logarithms of the evidence, as the errors of neighbouring vertebrae are not independent.
     lowest, highest : int, optional
-        The level of the last or the first vertebra, if known.
+        Level of the last or the first vertebra, if known.
 
     Raises
     ------
     RunError
-        If there is no such sequence: there are too many vertebrae.
+        If no sequence is possible, as there are too many vertebrae.
     """
     found = [
         (path, score)
@@ -97,8 +97,8 @@ def find_sequence(
         float(sum(weight for (path, _), weight in zip(found, weights, strict=True) if path[row] == level))
         for row, level in enumerate(best)
     ]
-    rival = (found[1][0], float(weights[1])) if len(found) > 1 else ((), 0.0)
-    return LevelSequence(best, tuple(own), float(weights[0]), *rival)
+    second = (found[1][0], float(weights[1])) if len(found) > 1 else ((), 0.0)
+    return LevelSequence(best, tuple(own), float(weights[0]), *second)
 
 
 def sequence_probability(
@@ -117,11 +117,11 @@ def sequence_probability(
 def _scored(
     evidence: NDArray[np.float64], known: Sequence[int], distances_mm: Sequence[float], temperature: float
 ) -> list[tuple[tuple[int, ...], float]]:
-    """Return all sequences with the logarithms of their probabilities, up to a constant."""
-    logs = np.full((len(evidence), len(SPINE) + 1), math.log(_UNSURE / len(SPINE)))
+    """Return all sequences with the logarithms of their probabilities, up to a constant offset."""
+    logs = np.full((len(evidence), len(SPINE) + 1), math.log(_SPREAD / len(SPINE)))
     column = {level: number for number, level in enumerate((*SPINE, _SACRUM))}
     for number, level in enumerate(known):
-        logs[:, column[level]] = np.log((1 - _UNSURE) * evidence[:, number] + _UNSURE / len(SPINE))
+        logs[:, column[level]] = np.log((1 - _SPREAD) * evidence[:, number] + _SPREAD / len(SPINE))
     gaps = gaps_of(distances_mm)
     return [
         (path, prior + sum(float(logs[row, column[level]]) for row, level in enumerate(path)) / temperature)
@@ -152,17 +152,16 @@ def _next(level: int, gap: bool) -> Iterator[tuple[int, float]]:
 
 
 def gaps_of(distances_mm: Sequence[float]) -> list[bool]:
-    """Return which distances of neighbours are so long that a vertebra may be missing between them.
+    """Return whether each distance of neighbours is so long that a vertebra may be missing between them.
 
-    A distance is compared with those around it: in a whole spine, lumbar vertebrae are twice as far apart as those of
-    the neck.
+    A distance is compared with those around it: lumbar vertebrae are twice as far apart as cervical ones.
     """
     around = (distances_mm[max(0, n - _AROUND) : n + _AROUND + 1] for n in range(len(distances_mm)))
     return [mm > _GAP * float(np.median(others)) for mm, others in zip(distances_mm, around, strict=True)]
 
 
 def sequence_name(levels: Sequence[int]) -> str:
-    """Return a sequence as text, such as ``T11-L5``, or ``T11-L5 with T13``."""
+    """Return a sequence as text, such as ``T11-L5`` or ``T11-L5 with T13``."""
     text = LEVEL_NAMES[levels[0]] if len(levels) == 1 else f"{LEVEL_NAMES[levels[0]]}-{LEVEL_NAMES[levels[-1]]}"
     inside = [level for level in levels[1:-1] if level in (_T13, _L6)]
     if (_T11, _L1) in pairwise(levels):

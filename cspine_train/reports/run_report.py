@@ -134,7 +134,7 @@ def _diagram(names: NameReliability) -> dict[str, Any]:
             {
                 "x": f"{60 + 200 * one.probability:.1f}",
                 "y": f"{210 - 200 * one.accuracy:.1f}",
-                "caption": f"{count(one.number, 'name')}: probability {one.probability:.3f}, correct {one.accuracy:.3f}",
+                "caption": f"{count(one.number, 'name')}: mean {one.probability:.3f}, accuracy {one.accuracy:.3f}",
             }
             for one in names.bins
             if one
