@@ -1,8 +1,8 @@
-"""How often vertebrae are named right if a volume shows only four of them, and how often wrong names are uncertain.
+"""How often vertebrae are named correctly in volumes that show only four, and how often wrong names are uncertain.
 
-Run as ``python benchmarks/cropped_views.py STORE RUN [RUN ...]`` with runs that were trained on levels, for example those
-of all folds. Each test volume is cut to four consecutive vertebrae, at every offset, halfway to the next vertebra. It
-is cut after preprocessing.
+Run as ``python benchmarks/cropped_views.py STORE RUN [RUN ...]``, with runs that were trained on levels, such as those
+of all folds. Each test volume is cropped to four consecutive vertebrae, at every offset. A crop ends halfway to the
+next vertebra. Preprocessing uses the whole volume.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def main() -> None:
                 tally[found.levels == sample.levels, found.probability < CERTAIN] += 1
                 names = sequence_name(sample.levels), sequence_name(found.levels)
                 print(f"| {case} | {' | '.join(names)} | {found.probability:.2f} |", flush=True)
-    right, wrong = (tally[one, True] + tally[one, False] for one in (True, False))
+    correct, wrong = (tally[one, True] + tally[one, False] for one in (True, False))
     print(
-        f"{right} of {right + wrong} parts are named right; {tally[False, True]} of {wrong} wrong ones are uncertain, "
-        f"and {tally[True, True]} of {right} right ones"
+        f"{correct} of {correct + wrong} crops are named correctly; {tally[False, True]} of {wrong} wrong ones and "
+        f"{tally[True, True]} of {correct} correct ones are uncertain"
     )
 
 

@@ -151,9 +151,9 @@ def _named(label: Volume, instances: Sequence[Instance]) -> dict[int, int]:
 
 def _ordered(label: Volume, instances: Sequence[Instance], lowest: str | None, highest: str | None) -> dict[int, int]:
     """Return the level of each instance, from head to feet."""
-    odd = order_problems(instances)
-    if odd:
-        raise InputError(label.name, f"is ambiguous: {'; '.join(odd)}", "correct it, or leave it out")
+    doubts = order_problems(instances)
+    if doubts:
+        raise InputError(label.name, f"is ambiguous: {'; '.join(doubts)}", "correct it, or leave it out")
     if not (lowest or highest):
         remedy = "give --lowest or --highest, or the column lowest or highest in --pairs"
         raise InputError(label.name, "has instances, and none has a known level", remedy)

@@ -16,7 +16,7 @@ from cspine_data import LEVEL_NAMES, Orientation, Volume, as_seen, level_colour
 from cspine_data.tools import atomic_write
 from cspine_train.levels.naming import NamedSpine
 from cspine_train.metrics.instances import label_centroids
-from cspine_train.reports.figures import grey_levels, window_of
+from cspine_train.reports.figures import grey_values, window_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -90,7 +90,7 @@ def level_slices(
         )
         top = rows.stop - 1
         places = {value: (top - z, y - columns.start) for value, (_, y, z) in of_levels.items()}
-        slices.append(LevelSlice(grey_levels(image, window), label, places, (spacing_mm[2], spacing_mm[1])))
+        slices.append(LevelSlice(grey_values(image, window), label, places, (spacing_mm[2], spacing_mm[1])))
     return tuple(slices)
 
 

@@ -61,10 +61,10 @@ class Options:
     pictures : bool
         Also write ``<volume>-axis0.png`` and ``.gif``, and those of the other axes.
     levels : bool
-        Also write ``levels.csv``, a row for each vertebra, and ``<volume>-levels.png``.
+        Also write ``levels.csv``, one row per vertebra, and ``<volume>-levels.png``.
     lowest, highest : str or None
-        With `levels`: level of the lowest or highest vertebra in all volumes, see `predict`. Runs that were trained on
-        binary labels need one of them.
+        With `levels`: level of the lowest or highest vertebra in all volumes, see `predict`. Runs with binary labels
+        need one of them.
     """
 
     weights: tuple[float, ...] | None = None
@@ -158,7 +158,7 @@ def predict_files(
         file, `output` is unsuitable or a folder of input volumes, or another command predicts into it. Files of other
         runs are never overwritten: the volume fails.
     InputError
-        If `lowest` or `highest` is not a level, or both are given.
+        If `lowest` or `highest` is not a level, or if both are given.
     """
     options = options or Options()
     check_runs(runs, options.weights)
@@ -195,7 +195,7 @@ def predict_files(
 
 def made_by(runs: Sequence[LoadedRun], options: Options) -> str:
     """Return a digest of all that decides the predictions and the written files: runs and options."""
-    # Without levels, the digest is that of predictions before there were levels.
+    # Without levels, the digest is the same as before the options for levels existed.
     asked = {name: value for name, value in vars(options).items() if options.levels or name not in _LEVEL_OPTIONS}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for run in runs:
@@ -216,18 +216,20 @@ def _check_levels(runs: Sequence[LoadedRun], options: Options) -> None:
     named = bool(options.lowest or options.highest)
     if not options.levels:
         if named:
-            raise RunError("the lowest or highest level is given, but levels are not asked for; add --levels")
+            raise RunError("--lowest and --highest have no effect without --levels; add it")
         return
     if named:
         consecutive_levels(options.lowest, options.highest, 1)
     single = len(runs[0].record.label_values) < 2
     if single and not named:
         raise RunError(
-            f"{runs[0].path}: does not know levels, as its labels were binary; give --lowest or --highest, the level "
-            "of the lowest or highest vertebra in the volumes"
+            f"{runs[0].path}: was trained on binary labels, so it knows no levels; give --lowest or --highest, "
+            "the level of the lowest or highest vertebra in all volumes"
         )
     if not single and (not runs[0].record.levels or len({run.record.levels for run in runs}) > 1):
-        raise RunError(f"{runs[0].path}: its labels are not levels of vertebrae in all runs; leave --levels out")
+        raise RunError(
+            f"{runs[0].path}: the labels of the runs are not levels, or not the same levels; leave out --levels"
+        )
 
 
 def _to_file(volumes: Sequence[Path], output: Path) -> bool:
@@ -297,7 +299,7 @@ def _predicted(
 
 
 def _meaning(record: RunRecord, spine: NamedSpine | None) -> dict[int, str]:
-    """Return the meaning of the values of a label map: of binary runs, vertebra 1 may have become C1."""
+    """Return the meaning of the values of a label map; for a binary run, 1 may now mean C1 instead of vertebra."""
     if spine is None:
         return record.label_meaning
     others = record.label_meaning if record.levels else {0: "background"}
@@ -323,9 +325,10 @@ def _read_truth(path: Path, volume: Volume) -> Volume | None:
 
 
 class _Index:
-    """The tables in an output folder, by the label map's name; rows are written before their label map.
+    """The tables in an output folder, by the name of the label map.
 
-    After a power failure, a label map without its row would count as one of other runs.
+    Rows are written before their label map: after a power failure, a label map without a row would count as one of
+    other runs.
     """
 
     def __init__(self, folder: Path, made_by: str, with_levels: bool) -> None:

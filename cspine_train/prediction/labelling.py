@@ -1,4 +1,4 @@
-"""From the probabilities of one run or several to a label map."""
+"""From the probabilities of one or several runs to a label map."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cspine_train.run.record import RunRecord
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
-    """A label map, (x, y, z), and the vertebrae in it; None if its labels are not levels."""
+class LabelMap:
+    """A label map, (x, y, z), with its named vertebrae; None if its labels are not levels."""
 
     array_xyz: NDArray[Any]
     spine: NamedSpine | None = None
@@ -32,32 +32,32 @@ def label_map(
     geometry_xyz: Geometry,
     lowest: str | None = None,
     highest: str | None = None,
-) -> Labelled:
+) -> LabelMap:
     """Return the label map of the weighted sum of the runs' probabilities.
 
-    With a single label, the threshold is the average of the runs' thresholds, and the runs' postprocessing is applied
-    if it is the same for all. With several labels, the most probable one is taken. Labels that are levels of vertebrae
-    are one label there, which `name_vertebrae` then splits and names: each level once, in order.
+    A single label is thresholded at the average of the runs' thresholds. Postprocessing is applied if it is the same
+    for all runs. Of several labels, the most probable one is taken. Levels of vertebrae count as one label for this;
+    `name_vertebrae` then splits it into vertebrae and names them, each level once, in order.
 
     Parameters
     ----------
     records : sequence of RunRecord
         The records of the runs, with the same labels.
     total : ndarray
-        float32 (K, x, y, z): the sum, for each label.
+        float32, (K, x, y, z): the sum for each label.
     weights : sequence of float
         Weight of each run.
     geometry_xyz : Geometry
         The grid of the volume in anatomical order.
     lowest, highest : str, optional
-        See `name_vertebrae`. A single label is then split into vertebrae, too.
+        See `name_vertebrae`. With one of them, a single label is split into vertebrae, too.
 
     Raises
     ------
     RunError
         If the vertebrae cannot be named from `lowest` or `highest`.
     InputError
-        If these are not levels.
+        If `lowest` or `highest` is not a level.
     """
     record, ends = records[0], (lowest, highest)
     if len(total) == 1:
@@ -66,17 +66,17 @@ def label_map(
         # None if the runs have different postprocessing.
         mask = tidied(mask, *(ways.pop() if len(ways) == 1 else (None, False)))
         if any(ends):
-            return Labelled(*name_vertebrae(mask, geometry_xyz, None, *ends))
-        return Labelled(stored_values(mask.astype(np.uint8), record.label_values))
+            return LabelMap(*name_vertebrae(mask, geometry_xyz, None, *ends))
+        return LabelMap(stored_values(mask.astype(np.uint8), record.label_values))
     background = np.float32(sum(weights)) - total.sum(0)
     levels = record.levels if all(one.levels == record.levels for one in records) else ()
     if any(ends) and not levels:
-        raise RunError("the labels of these runs are not levels of vertebrae; leave --lowest and --highest out")
+        raise RunError("the labels of these runs are not levels of vertebrae; leave out --lowest and --highest")
     own = [record.label_values.index(level) for level in levels]
     others = [number for number in range(len(total)) if number not in own]
     array, highest_other = _most_probable(background, total, others, record.label_values)
     if not levels:
-        return Labelled(array)
+        return LabelMap(array)
     vertebra = total[own].sum(0)
     vertebra = (vertebra > _threshold(records, weights)) & ((vertebra > highest_other) | (not others))
     evidence = Evidence([total[number] for number in own], levels, max(one.level_temperature for one in records))
@@ -86,21 +86,21 @@ def label_map(
         if any(ends):
             raise
         plain, _ = _most_probable(background, total, range(len(total)), record.label_values)
-        return Labelled(plain, NamedSpine((), f"{error}; they were not named"))
+        return LabelMap(plain, NamedSpine((), f"{error}; none was named"))
     array = array.astype(np.result_type(array, level_map))
     array[vertebra] = level_map[vertebra]
-    return Labelled(array, spine)
+    return LabelMap(array, spine)
 
 
 def _threshold(records: Sequence[RunRecord], weights: Sequence[float]) -> float:
-    """Return the threshold of a weighted sum of probabilities: the weighted sum of the runs' thresholds."""
+    """Return the weighted sum of the runs' thresholds, which is the threshold of their summed probabilities."""
     return sum(weight * one.threshold for one, weight in zip(records, weights, strict=True))
 
 
 def _most_probable(
     background: NDArray[np.float32], total: NDArray[np.float32], among: Sequence[int], values: Sequence[int]
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Return the most probable of some labels and the background, as label values, and its probability."""
+    """Return the label value of the most probable of some labels and the background, and its probability."""
     numbers, highest = np.zeros(background.shape, np.uint8), background.copy()
     for number in among:
         numbers[total[number] > highest] = number + 1
@@ -108,8 +108,8 @@ def _most_probable(
     return stored_values(numbers, values), highest
 
 
-def of_any(found: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the probability of any label, (x, y, z), from that of each; a view if there is only one label."""
+def probability_of_any(found: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the probability of any label, (x, y, z), from those of all labels; a view if there is only one."""
     return found[0] if len(found) == 1 else np.asarray(found.sum(0))
 
 

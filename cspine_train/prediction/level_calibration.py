@@ -1,8 +1,8 @@
-"""Calibration of a run that was trained on levels: the threshold of vertebra, and the temperature of its levels.
+"""Calibration of a run that was trained on levels: the threshold of vertebra, and the temperature of the levels.
 
-A network is surer of its levels than it should be: neighbouring vertebrae are wrong together. Whole volumes of a small
-cohort show the same part of the spine, so that parts of them are predicted, too: a volume of another patient may end
-anywhere.
+A network is overconfident about levels, as the errors of neighbouring vertebrae are not independent. In a small cohort,
+all volumes may show the same part of the spine, but the volumes of other patients may end anywhere. Parts of volumes
+are therefore predicted, too.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from cspine_train.metrics.statistics import of_patients
 from cspine_train.prediction.predictor import LoadedRun
 
 _log = logging.getLogger(__name__)
-# Vertebrae in a part. Each case has two parts, other ones than the case before: a part costs a prediction.
+# Vertebrae in a part. Each part takes a prediction, so a case has only two, at other offsets than the case before.
 _PART = 4
-# Cases that are predicted; more take longer and change little.
+# Most cases that are predicted: more take longer and change little.
 _MOST_CASES = 20
 _TEMPERATURES = tuple(2 ** (step / 2) for step in range(15))
 _THRESHOLDS = tuple(step / 20 for step in range(6, 15))
@@ -38,7 +38,7 @@ _THRESHOLDS = tuple(step / 20 for step in range(6, 15))
 
 @dataclass(frozen=True, eq=False)
 class LevelSample:
-    """The evidence for the levels of a volume or a part of it, and the true levels, from head to feet."""
+    """Evidence and true levels of the vertebrae in a volume, or in a part of it, from head to feet."""
 
     evidence: NDArray[np.float64]
     distances_mm: tuple[float, ...]
@@ -48,9 +48,10 @@ class LevelSample:
 def calibrated_levels(
     loaded: LoadedRun, cohort: Cohort, progress: Callable[[int, int, str], None] | None = None
 ) -> dict[str, float]:
-    """Return the record's `threshold` and `level_temperature` of a run of levels, from its validation patients.
+    """Return `threshold` and `level_temperature` for the record of a run that was trained on levels.
 
-    The threshold has the highest mean Dice of vertebra. At the temperature, the true sequences are most probable.
+    On the validation patients, the threshold maximises the mean Dice of vertebra, and the temperature the mean
+    log-probability of the true sequences.
     `progress` is called with (patients done, patients, case id).
     """
     record = loaded.record
@@ -64,7 +65,7 @@ def calibrated_levels(
             progress(number + 1, len(cases), case)
     patients = [record.patient(case) for case in cases]
     means = [float(np.mean(list(of_patients(own, patients).values()))) for own in np.transpose(dice).tolist()]
-    # Of equal ones, that in the middle.
+    # Of equally good thresholds, the nearest to 0.5.
     best = max(range(len(means)), key=lambda one: (round(means[one], 4), -abs(_THRESHOLDS[one] - 0.5)))
     chosen = {"threshold": _THRESHOLDS[best], "level_temperature": best_temperature(samples, record.levels)}
     _log.info(
@@ -88,7 +89,7 @@ def best_temperature(samples: Sequence[LevelSample], known: Sequence[int]) -> fl
 
 
 class ValidationVolume:
-    """A stored case on the network's grid, with the predictions of a run of levels.
+    """A stored case on the network's grid, and the predictions of a run that was trained on levels.
 
     Attributes
     ----------
@@ -115,15 +116,15 @@ class ValidationVolume:
     def samples(self, offsets: Iterable[int], vertebrae: int = _PART) -> Iterator[LevelSample]:
         """Iterate over samples of the whole volume and of parts of it.
 
-        A part ends halfway to the next vertebra. Parts whose vertebrae were not found one by one are left out: their
-        levels are no question of calibration.
+        A part ends halfway to the next vertebra. Parts whose instances do not correspond one to one to true vertebrae
+        are left out: calibration is about names, not about instances.
 
         Parameters
         ----------
         offsets : iterable of int
-            The first vertebra of each part; after the last possible one, the first follows.
+            Index of the first vertebra of each part; too large ones start again from the first.
         vertebrae : int
-            Vertebrae of a part; a volume with no more of them has no parts.
+            Number of vertebrae in a part. A volume with no more than that has no parts.
         """
         levels = [level for level in self._levels if (self.truth == level).any()]
         centres = [float(np.nonzero((self.truth == level).any((0, 1)))[0].mean()) for level in levels]

@@ -1,4 +1,4 @@
-"""Tables in an output folder of predictions: rows are added volume by volume, by one command after the other."""
+"""Tables in an output folder of predictions, to which commands add rows volume by volume."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 from cspine_data.tools import atomic_write
 from cspine_train.levels.naming import NamedSpine
 
-#: Table of the vertebrae, a row for each.
+#: Table of the named vertebrae, one row per vertebra.
 LEVELS_NAME = "levels.csv"
 _LEVEL_COLUMNS = (
     "case", "level", "probability", "centroid_x_mm", "centroid_y_mm", "centroid_z_mm", "volume_ml", "height_mm",
     "doubt",
 )  # fmt: skip
-# Of unsafe names, the bytes that are not UTF-8 are kept.
+# Bytes in file names that are not UTF-8 are kept.
 _TEXT: Mapping[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 
 class OutputTable:
-    """A CSV table, in which each volume has one row or several.
+    """A CSV table in which each volume has one or more rows.
 
     Parameters
     ----------
     path : Path
-        The table; it is read if it exists.
+        The CSV file; it is read if it exists.
     columns : sequence of str
         Its columns.
     key : str
-        The column that says which volume a row is of.
+        The column that identifies the volume of a row.
     is_whole : callable
-        Whether a row can be used; rows that were cut off, or changed by a spreadsheet, are dropped.
+        Whether a row is usable. Rows that were cut off, or changed by a spreadsheet, are dropped.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class OutputTable:
                         self._rows.setdefault(row[key], []).append(row)
 
     def rows(self, key: str) -> Sequence[Mapping[str, Any]]:
-        """Return the rows of a volume; none if it is unknown."""
+        """Return the rows of a volume; empty if it has none."""
         return self._rows.get(key, [])
 
     def put(self, key: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the rows of a volume, and write the whole table, durably: ten thousand rows take 50 ms."""
+        """Replace the rows of a volume, and write the whole table durably; ten thousand rows take 50 ms."""
         self._rows[key] = list(rows)
         with atomic_write(self._path) as temporary, temporary.open("w", **_TEXT) as file:
             writer = csv.DictWriter(file, self._columns, extrasaction="ignore")

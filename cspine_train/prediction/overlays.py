@@ -1,4 +1,4 @@
-"""Pictures of the slices, and of the levels of the patients, with the best, the median and the worst Dice."""
+"""Pictures of the slices with the best, median and worst Dice, and of the levels of such patients."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from cspine_train.run.folder import OVERLAYS_FOLDER
 #: Largest number of validation patients that are predicted for pictures.
 MOST_PATIENTS = 8
 _SHOWN = 4
-# Candidates for the patients that are shown, as the median changes with each patient: enough for some thousand in a
-# random order. Each takes about 0.1 MB.
+# Patients of each kind that are kept until the end, as the median changes with each patient. This is enough for some
+# thousand patients in random order. Each takes about 0.1 MB.
 _CANDIDATES = 64
 # Neighbouring slices are similar.
 _APART_MM = 5.0
 
 
 class Kind(NamedTuple):
-    """A kind of slices or patients.
+    """A kind of slices and patients that are shown.
 
     Attributes
     ----------
     name : str
         Its name.
     order : callable
-        Sort key of a slice's overlap and the median Dice of all slices.
+        Sort key of a slice, from its overlap and the median Dice of all slices.
     order_of_patients : callable
-        Sort key of a patient's Dice and the median Dice of all patients.
+        Sort key of a patient, from its Dice and the median Dice of all patients.
     """
 
     name: str
@@ -61,7 +61,7 @@ WORST = Kind(
 
 
 class LevelView(NamedTuple):
-    """Predicted and true levels of a case, their mean Dice, and the names of the predicted ones."""
+    """Mean Dice over labels of a case, its slices with predicted and true levels, and the predicted vertebrae."""
 
     dice: float
     case: str
@@ -70,7 +70,7 @@ class LevelView(NamedTuple):
 
 
 class LevelGallery:
-    """Collects the levels of the patients of each kind, over any number of patients."""
+    """Collects the pictures of levels for each kind of patients, over any number of patients."""
 
     def __init__(self, kinds: Sequence[Kind], levels: Collection[int]) -> None:
         self._kinds = kinds
@@ -79,7 +79,7 @@ class LevelGallery:
         self._dice: list[float] = []
 
     def add(self, segmented: Segmented, dice: float) -> None:
-        """Add a patient, with the mean Dice over labels, and keep the patients that may be shown."""
+        """Add a patient with its mean Dice over labels, and keep the patients that may be shown."""
         maps = [
             np.where(np.isin(one, self._levels), one, 0)
             for one in (segmented.scored(segmented.found_xyz), segmented.truth_xyz)
@@ -93,7 +93,7 @@ class LevelGallery:
     def draw(self, folder: Path, stem: str, of: str, notes: Sequence[str]) -> Iterator[Path]:
         """Write a picture of the first patient of each kind, ``<stem>levels-<kind>.png``."""
         shown: set[str] = set()
-        # With one patient or two, the median is also the best or the worst.
+        # With one or two patients, the median is also the best or the worst.
         for kind in sorted(self._kinds, key=lambda kind: kind == MEDIAN):
             for view in self._first(kind, self._views, 1):
                 if view.case not in shown:
@@ -112,7 +112,7 @@ class LevelGallery:
 class Gallery:
     """Collects the slices of each kind, along some axes, over any number of patients.
 
-    Slices that are empty in both masks are left out. Where label values are levels, see `LevelGallery`.
+    Slices that are empty in both masks are left out. Patients with levels are also added to a `LevelGallery`.
     """
 
     def __init__(self, axes: Sequence[int], kinds: Sequence[Kind], levels: Collection[int] = ()) -> None:
@@ -123,7 +123,7 @@ class Gallery:
         self._middle = dict.fromkeys(axes, 0.0)
 
     def add(self, segmented: Segmented, label_dice: float | None = None) -> None:
-        """Add a patient, with the mean Dice over labels, and keep the slices that may be shown."""
+        """Add a patient with its mean Dice over labels, and keep the slices that may be shown."""
         if self._levels and label_dice is not None:
             self._levels.add(segmented, label_dice)
         for axis, views in self._views.items():

@@ -21,7 +21,7 @@ from cspine_train.errors import ModelError, RunError
 from cspine_train.levels.naming import NamedSpine
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.models.build import check_names, load_model, sides_of
-from cspine_train.prediction.labelling import expected_dice, label_map, of_any
+from cspine_train.prediction.labelling import expected_dice, label_map, probability_of_any
 from cspine_train.run.cohort_range import differences, looks_of
 from cspine_train.run.folder import MODEL_FOLDER, RECORD_NAME, is_in_use
 from cspine_train.run.label_classes import network_classes
@@ -67,7 +67,7 @@ class LoadedRun:
         ndarray
             float32, the image's shape, from 0 to 1.
         """
-        return of_any(self.label_probabilities(image_xyz, spacing_mm))
+        return probability_of_any(self.label_probabilities(image_xyz, spacing_mm))
 
     def label_probabilities(
         self, image_xyz: NDArray[np.float32], spacing_mm: tuple[float, float, float]
@@ -101,7 +101,7 @@ class LoadedRun:
         return on_source
 
     def on_network_grid(self, prepared: PreparedVolume, part: slice = slice(None)) -> NDArray[np.float32]:
-        """Return the `label_probabilities` of a prepared volume, or of a range of its z, on the network's grid."""
+        """Return the `label_probabilities` of a prepared volume on the network's grid; `part` is a range of z."""
         return self._over_axes(prepared.levels_xyz[:, :, part], prepared.levels.decode, prepared.spacing_mm)
 
     def predict(self, volume: Volume) -> Volume:
@@ -232,7 +232,7 @@ def predict(
 ) -> Prediction:
     """Predict a volume: preprocess it as in training, and average the probabilities of the runs.
 
-    See `label_map` for how probabilities become labels.
+    `label_map` turns the averages into labels.
 
     Parameters
     ----------
@@ -247,8 +247,8 @@ def predict(
     with_probability : bool
         Return the probabilities, too.
     lowest, highest : str, optional
-        Level of the lowest or highest vertebra in the volume, see `name_vertebrae`. It names the vertebrae of binary
-        runs, and decides for runs that were trained on levels.
+        Level of the lowest or highest vertebra in the volume, see `name_vertebrae`. Runs with binary labels need one of
+        them to name vertebrae. For runs that were trained on levels, it overrides their probabilities.
 
     Raises
     ------
@@ -284,7 +284,7 @@ def predict(
         expected_dice(fused.total, sum(each), labelled.array_xyz != 0),
         fused.agreement(),
         tuple(dict.fromkeys([*_file_warnings(volume, prepared), *unlike])),
-        back(of_any(fused.total) / np.float32(sum(each))) if with_probability else None,
+        back(probability_of_any(fused.total) / np.float32(sum(each))) if with_probability else None,
         labelled.spine,
     )
 
@@ -311,7 +311,7 @@ class _Fused:
     def add(self, run: LoadedRun, found: NDArray[np.float32], weight: float) -> None:
         if self._several:
             # One bit per voxel.
-            mask = np.packbits(of_any(found) > run.record.threshold)
+            mask = np.packbits(probability_of_any(found) > run.record.threshold)
             count = int(np.unpackbits(mask).sum())
             for other, others in self._masks:
                 both = int(np.unpackbits(mask & other).sum())

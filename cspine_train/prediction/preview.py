@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from cspine_data import Orientation, Volume, as_seen
 from cspine_data.tools import atomic_write
-from cspine_train.reports.figures import BORDERS, grey_levels, window_of
+from cspine_train.reports.figures import BORDERS, grey_values, window_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -91,7 +91,7 @@ class _Shown:
         """Return a picture of a slice, with the aspect ratio of the patient."""
         from PIL import Image, ImageDraw
 
-        grey = grey_levels(as_seen(np.take(self.image, index, axis), axis), self.window)
+        grey = grey_values(as_seen(np.take(self.image, index, axis), axis), self.window)
         colours = np.repeat(grey[..., None], 3, axis=2)
         found = as_seen(np.take(self.found, index, axis), axis)
         colours[found] = ((1 - _FILL) * colours[found] + _FILL * np.array(_FOUND)).astype(np.uint8)

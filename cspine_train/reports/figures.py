@@ -68,8 +68,8 @@ def window_of(image: NDArray[Any]) -> tuple[float, float]:
     return float(low), float(high) if high > low else float(low) + 1
 
 
-def grey_levels(image: NDArray[Any], window: tuple[float, float]) -> NDArray[np.uint8]:
-    """Return intensities as grey levels from 0 to 255, given those shown as black and white."""
+def grey_values(image: NDArray[Any], window: tuple[float, float]) -> NDArray[np.uint8]:
+    """Return intensities as grey values from 0 to 255; the window is the intensities of black and white."""
     low, high = window
     return (np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
