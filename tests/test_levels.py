@@ -66,6 +66,19 @@ def test_fragments_are_dropped_and_the_sides_of_a_vertebra_joined() -> None:
     assert lowest[29:].any()
 
 
+def test_small_cervical_and_large_lumbar_bodies_are_found_in_one_volume() -> None:
+    truth = np.zeros((60, 60, 640), np.uint8)
+    top, sizes = 635, np.linspace(5, 15, 24)
+    for number, half in enumerate(sizes, start=1):
+        x, y = (slice(round(30 - 1.6 * half), round(30 + 1.6 * half)) for _ in range(2))
+        truth[x, y, round(top - 2 * half) : int(top)] = number
+        top -= 2 * half + 3
+        truth[28:32, 28:32, round(top) : round(top) + 3] = number
+    found = vertebra_instances(truth != 0, (1, 1, 1))
+    assert found.max() == 24
+    assert ((found == truth) | (truth == 0)).mean() > 0.999
+
+
 def test_parts_that_look_like_one_level_are_joined() -> None:
     """As a body and its process, which hangs lower."""
     truth = spine(4, (50, 80, 160))

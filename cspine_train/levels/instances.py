@@ -14,15 +14,16 @@ from scipy import ndimage
 
 from cspine_train.metrics.components import Box, common_box
 
-# Depth is the distance to the border of the mask. The ratios were chosen on the validation patients of one fold, see
-# docs/levels.md.
+# Depth is the distance to the border of the mask, relative to the deepest voxel near that height: lumbar bodies are
+# twice as large as cervical ones. The ratios were chosen on the validation patients of one fold, see docs/levels.md.
+_NEAR_MM = 80.0
 # Step between the depths at which the mask is searched for bridges.
-_STEP_MM = 0.5
+_STEP = 0.05
 # A bridge has at most this share of the depth of the vertebrae on both sides.
 _BRIDGE = 0.7
-# Least depth of a vertebra, relative to the deepest one: processes and fragments have less.
+# Least depth of a vertebra: processes and fragments have less.
 _SEED = 0.5
-# Instances below this share of the median volume are fragments.
+# Instances below this share of the median volume of those up to two places away are fragments.
 _SMALL = 0.15
 # Instances nearer than this share of the usual distance are parts of one vertebra, such as the lateral masses of C1,
 # or a body and its process. The second share holds for parts that look like two levels. The usual distance is the
@@ -56,6 +57,7 @@ def vertebra_instances(
     mask = mask_xyz[box]
     # Voxels beyond the volume count as background.
     depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
+    depth /= ndimage.maximum_filter1d(depth.max((0, 1)), 2 * round(_NEAR_MM / spacing_mm[2]) + 1).clip(min=1e-9)
     numbers = _grown(_seeds(depth), mask)
     whole[box] = _in_order(numbers, spacing_mm[2], [level[box] for level in levels])
     return whole
@@ -64,14 +66,14 @@ def vertebra_instances(
 def _seeds(depth: NDArray[np.float64]) -> NDArray[np.int32]:
     """Return the seeds of vertebrae, numbered from 1: the mask is cut until no part has a bridge."""
     seeds = np.zeros(depth.shape, np.int32)
-    deepest, found = depth.max(), 0
+    found = 0
     parts = list(_components(depth > 0, (slice(None),) * 3))
     while parts:
         box, part = parts.pop()
         inside = np.where(part, depth[box], 0)
-        if inside.max() < _SEED * deepest:
+        if inside.max() < _SEED:
             continue
-        if pieces := _cut(inside, box, _SEED * deepest):
+        if pieces := _cut(inside, box):
             parts += pieces
         else:
             found += 1
@@ -79,13 +81,13 @@ def _seeds(depth: NDArray[np.float64]) -> NDArray[np.int32]:
     return seeds
 
 
-def _cut(inside: NDArray[np.float64], box: Box, least: float) -> list[tuple[Box, NDArray[np.bool_]]]:
+def _cut(inside: NDArray[np.float64], box: Box) -> list[tuple[Box, NDArray[np.bool_]]]:
     """Cut a part of the mask at its narrowest bridge; return the pieces with their boxes, or nothing without one."""
-    for threshold in np.arange(_STEP_MM, _BRIDGE * inside.max(), _STEP_MM):
+    for threshold in np.arange(_STEP, _BRIDGE * inside.max(), _STEP):
         pieces = [
             (outer, piece)
             for outer, piece in _components(inside > threshold, box)
-            if (peak := inside[_within(outer, box)][piece].max()) >= least and threshold <= _BRIDGE * peak
+            if (peak := inside[_within(outer, box)][piece].max()) >= _SEED and threshold <= _BRIDGE * peak
         ]
         if len(pieces) > 1:
             return pieces
@@ -128,8 +130,9 @@ def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np
     voxels = np.bincount(numbers.ravel(), minlength=len(found) + 1)[1:].astype(float)
     heights = mm * np.array([place[2] for place in ndimage.center_of_mass(numbers > 0, numbers, found)])
     evidence = np.array([ndimage.sum_labels(level, numbers, found) for level in levels])
-    kept = [index for index in np.argsort(-heights, kind="stable") if voxels[index] >= _SMALL * np.median(voxels)]
-    groups = [[index] for index in kept]
+    order = np.argsort(-heights, kind="stable")
+    around = (voxels[order[max(0, place - _AROUND) : place + _AROUND + 1]] for place in range(len(order)))
+    groups = [[index] for index, near in zip(order, around, strict=True) if voxels[index] >= _SMALL * np.median(near)]
     while len(groups) > 2:
         centres = np.array([np.average(heights[group], weights=voxels[group]) for group in groups])
         likely = np.array([evidence[:, group].sum(1).argmax() if levels else 0 for group in groups])
