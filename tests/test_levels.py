@@ -139,12 +139,12 @@ def test_a_level_is_left_out_only_where_there_is_a_gap() -> None:
     assert find_sequence(rows, LUMBAR, [35, 36, 35]).levels in {(20, 21, 22, 23), (21, 22, 23, 24)}
 
 
-def test_the_rival_of_a_sequence_that_leaves_out_t12_is_another_one() -> None:
+def test_the_second_sequence_of_one_that_leaves_out_t12_is_another_one() -> None:
     """Whether T12 was missed or does not exist, the levels are the same."""
     rows = evidence_of([[9, 1, 0, 0], [0, 9, 1, 0], [0, 0, 9, 1], [0, 0, 1, 9]])
     sequence = find_sequence(rows, (17, 18, 20, 21), [35, 70, 35])
     assert sequence.levels == (17, 18, 20, 21)
-    assert sequence.rival != sequence.levels
+    assert sequence.second != sequence.levels
 
 
 def test_distances_grow_from_neck_to_loin_without_gaps() -> None:
