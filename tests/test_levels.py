@@ -104,6 +104,21 @@ def test_masks_without_or_full_of_vertebra(shape: tuple[int, int, int]) -> None:
     assert (vertebra_instances(np.ones(shape, bool), (1, 1, 1)) == 1).all()
 
 
+def test_noise_is_no_spine() -> None:
+    """In seconds: each of its thousands of parts was cut, and joined with the others."""
+    noise = np.random.default_rng(0).random((100, 100, 100))
+    assert vertebra_instances(noise < 0.1, (1, 1, 1)).max() > 25
+    with pytest.raises(RunError, match="25 vertebrae"):
+        vertebra_instances(noise < 0.6, (1, 1, 1))
+
+
+def test_instances_at_one_height_are_numbered() -> None:
+    mask = np.zeros((40, 10, 10), bool)
+    for x in (2, 12, 22, 32):
+        mask[x : x + 6, 2:8, 2:8] = True
+    assert vertebra_instances(mask, (1, 1, 1)).max() == 2
+
+
 def evidence_of(rows: list[list[float]]) -> NDArray[np.float64]:
     return np.array(rows) / np.sum(rows, axis=1, keepdims=True)
 
@@ -135,6 +150,14 @@ def test_a_level_is_left_out_only_where_there_is_a_gap() -> None:
     rows = np.eye(5)[[0, 1, 3, 4]]
     assert find_sequence(rows, LUMBAR, [35, 70, 35]).levels == (20, 21, 23, 24)
     assert find_sequence(rows, LUMBAR, [35, 36, 35]).levels in {(20, 21, 22, 23), (21, 22, 23, 24)}
+
+
+def test_the_second_sequence_of_one_that_leaves_out_t12_is_another_one() -> None:
+    """Whether T12 was missed or does not exist, the levels are the same."""
+    rows = evidence_of([[9, 1, 0, 0], [0, 9, 1, 0], [0, 0, 9, 1], [0, 0, 1, 9]])
+    sequence = find_sequence(rows, (17, 18, 20, 21), [35, 70, 35])
+    assert sequence.levels == (17, 18, 20, 21)
+    assert sequence.second != sequence.levels
 
 
 def test_distances_grow_from_neck_to_loin_without_gaps() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from cspine_train.metrics.components import Box, common_box
+from cspine_train.errors import RunError
+from cspine_train.metrics.components import Box, common_box, largest_components
 
 # Depth is the distance to the border of the mask, relative to the deepest voxel near that height: lumbar bodies are
 # twice as large as cervical ones. The ratios were chosen on the validation patients of one fold, see docs/levels.md.
@@ -21,6 +22,9 @@ _NEAR_MM = 80.0
 _STEP = 0.05
 # A bridge has at most this share of the depth of the vertebrae on both sides.
 _BRIDGE = 0.7
+# A spine has 25 vertebrae. A mask with more parts is noise, as of a network that learned nothing; to cut and join
+# thousands of them would take hours.
+_MOST_PARTS = 100
 # Least depth of a vertebra: processes and fragments have less.
 _SEED = 0.5
 # Instances below this share of the median volume of those up to two places away are fragments.
@@ -49,6 +53,11 @@ def vertebra_instances(
     -------
     ndarray
         uint8, the mask's shape: 1 for the highest vertebra, 2 for the next, and so on; 0 for background and fragments.
+
+    Raises
+    ------
+    RunError
+        If the mask has far more parts than a spine has vertebrae.
     """
     whole = np.zeros(mask_xyz.shape, np.uint8)
     box = common_box(mask_xyz)
@@ -77,6 +86,8 @@ def _seeds(depth: NDArray[np.float64]) -> NDArray[np.int32]:
             parts += pieces
         else:
             found += 1
+            if found > _MOST_PARTS:
+                raise RunError(f"more than {_MOST_PARTS} parts were found, a spine has 25 vertebrae")
             seeds[box][inside > inside.max() / 2] = found
     return seeds
 
@@ -95,8 +106,10 @@ def _cut(inside: NDArray[np.float64], box: Box) -> list[tuple[Box, NDArray[np.bo
 
 
 def _components(mask: NDArray[np.bool_], box: Box) -> Iterator[tuple[Box, NDArray[np.bool_]]]:
-    """Iterate over the connected components of a mask in a `box` of a volume, with their boxes in the volume."""
-    numbers, _ = ndimage.label(mask)
+    """Iterate over the largest connected components of a mask in a `box` of a volume."""
+    numbers, found = ndimage.label(mask)
+    if found > _MOST_PARTS:
+        numbers, _ = ndimage.label(largest_components(mask, _MOST_PARTS))
     for number, own in enumerate(ndimage.find_objects(numbers), start=1):
         outer = tuple(slice((b.start or 0) + s.start, (b.start or 0) + s.stop) for b, s in zip(box, own, strict=True))
         yield outer, numbers[own] == number
@@ -154,4 +167,5 @@ def _joining_distances(centres: NDArray[np.float64], likely: NDArray[np.int_]) -
     runs = np.cumsum([False, *(unlike if unlike.any() else ~unlike)])
     steps = -np.diff(np.bincount(runs, centres) / np.bincount(runs))
     usual = [np.median(steps[max(0, run - _AROUND) : run + _AROUND + 1]) for run in runs[:-1]]
-    return np.where(unlike, _CLOSE_UNLIKE, _CLOSE) * usual
+    # Two may be at one height.
+    return np.maximum(np.where(unlike, _CLOSE_UNLIKE, _CLOSE) * usual, 1e-9)

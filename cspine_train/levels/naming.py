@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from cspine_data import LEVEL_NAMES, Geometry, consecutive_levels
 from cspine_train.levels.instances import vertebra_instances
@@ -89,8 +88,9 @@ class Evidence:
 
 def evidence_of(probabilities: Sequence[NDArray[np.float32]], instances_xyz: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return, for each instance, the share of each level in the sum of its probabilities, (n, K)."""
-    numbers = np.arange(1, instances_xyz.max() + 1)
-    sums = np.array([ndimage.sum_labels(level, instances_xyz, numbers) for level in probabilities]).T
+    # Vertebrae are a small part of the volume: it is searched for them once, not for each level.
+    at = np.nonzero(instances_xyz)
+    sums = np.array([np.bincount(instances_xyz[at], level[at])[1:] for level in probabilities]).T
     return np.asarray(sums / np.maximum(sums.sum(1, keepdims=True), 1e-12))
 
 
@@ -130,9 +130,13 @@ def name_vertebrae(
     ------
     InputError
         If a name is not a level, or a spine has too few vertebrae above or below it.
+    RunError
+        If there are more vertebrae than a spine has.
     """
     instances = vertebra_instances(mask_xyz, geometry_xyz.spacing_mm, evidence.probabilities if evidence else ())
-    places = [np.argwhere(instances == number) for number in range(1, instances.max() + 1)]
+    at = np.argwhere(instances)
+    numbers = instances[tuple(at.T)]
+    places = [at[numbers == number] for number in range(1, instances.max() + 1)]
     if not places:
         return instances, NamedSpine((), "no vertebra was found")
     centroids = geometry_xyz.positions_mm(np.array([place.mean(0) for place in places]))

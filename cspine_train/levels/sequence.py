@@ -134,21 +134,21 @@ def _paths(count: int, gaps: Sequence[bool]) -> Iterator[tuple[tuple[int, ...], 
     rare = {after: math.log(frequency) for (_, after), frequency in _VARIANTS.items() if after in (_T13, _L6)}
     ends: list[tuple[tuple[int, ...], float]] = [((level,), rare.get(level, 0.0)) for level in (*SPINE, _SACRUM)]
     for gap in gaps[: count - 1]:
-        ends = [((*path, level), prior + more) for path, prior in ends for level, more in _next(path[-1], gap)]
+        ends = [((*path, level), prior + more) for path, prior in ends for level, more in _next(path[-1], gap).items()]
     yield from ends
 
 
-def _next(level: int, gap: bool) -> Iterator[tuple[int, float]]:
-    """Iterate over the levels that may follow, with the logarithms of their probabilities."""
-    for (before, after), frequency in _VARIANTS.items():
-        if before == level:
-            yield after, math.log(frequency)
-    below = level + 1 if level < _L5 else _SACRUM
+def _next(level: int, gap: bool) -> dict[int, float]:
+    """Return the levels that may follow, with the logarithms of their probabilities."""
+    following = {after: math.log(frequency) for (before, after), frequency in _VARIANTS.items() if before == level}
     if level in (_T13, _L6, _SACRUM):
-        return
-    yield below, 0.0
+        return following
+    below = level + 1 if level < _L5 else _SACRUM
+    following[below] = 0.0
+    # T12 may be missed below T11, or not exist.
     if gap and below < _L5:
-        yield below + 1, 0.0
+        following[below + 1] = 0.0
+    return following
 
 
 def gaps_of(distances_mm: Sequence[float]) -> list[bool]:

@@ -20,11 +20,13 @@ from scipy import ndimage
 
 from cspine_data import Cohort, PreparedVolume
 from cspine_data.tools import count
+from cspine_train.errors import RunError
 from cspine_train.levels.instances import vertebra_instances
 from cspine_train.levels.naming import distances_mm, evidence_of
 from cspine_train.levels.sequence import sequence_probability
 from cspine_train.metrics.overlap import overlap
 from cspine_train.metrics.statistics import of_patients
+from cspine_train.prediction.labelling import vertebra_probability
 from cspine_train.prediction.predictor import LoadedRun
 
 _log = logging.getLogger(__name__)
@@ -99,19 +101,20 @@ class ValidationVolume:
 
     def __init__(self, loaded: LoadedRun, cohort: Cohort, case: str) -> None:
         self._loaded, self._levels = loaded, loaded.record.levels
+        self._own = [loaded.record.label_values.index(level) for level in self._levels]
         variant = loaded.record.settings.variant
         self._prepared: PreparedVolume = cohort.prepared(case, variant)
         truth = self._prepared.label_on_network_grid(cohort.label_xyz(case, variant))
         self.truth: NDArray[Any] = np.where(np.isin(truth, self._levels), truth, 0)
 
     @cached_property
-    def _whole(self) -> list[NDArray[np.float32]]:
+    def _whole(self) -> NDArray[np.float32]:
         return self._predicted(slice(None))
 
-    @property
+    @cached_property
     def vertebra(self) -> NDArray[np.float32]:
-        """The probability of any level, (x, y, z)."""
-        return np.asarray(np.sum(self._whole, 0))
+        """The `vertebra_probability`, (x, y, z)."""
+        return vertebra_probability(self._whole, self._own)
 
     def samples(self, offsets: Iterable[int], vertebrae: int = _PART) -> Iterator[LevelSample]:
         """Iterate over samples of the whole volume and of parts of it.
@@ -136,14 +139,16 @@ class ValidationVolume:
             if sample := self._sample(self._predicted(part) if own is None else own, self.truth[:, :, part]):
                 yield sample
 
-    def _predicted(self, part: slice) -> list[NDArray[np.float32]]:
-        """Return the probability of each level in a range of z."""
-        total, values = self._loaded.on_network_grid(self._prepared, part), self._loaded.record.label_values
-        return [total[values.index(level)] for level in self._levels]
+    def _predicted(self, part: slice) -> NDArray[np.float32]:
+        """Return the probability of each label in a range of z."""
+        return self._loaded.on_network_grid(self._prepared, part)
 
-    def _sample(self, predicted: list[NDArray[np.float32]], truth: NDArray[Any]) -> LevelSample | None:
-        spacing_mm = self._prepared.spacing_mm
-        instances = vertebra_instances(np.sum(predicted, 0) > 0.5, spacing_mm, predicted)
+    def _sample(self, total: NDArray[np.float32], truth: NDArray[Any]) -> LevelSample | None:
+        spacing_mm, predicted = self._prepared.spacing_mm, [total[number] for number in self._own]
+        try:
+            instances = vertebra_instances(vertebra_probability(total, self._own) > 0.5, spacing_mm, predicted)
+        except RunError:
+            return None
         numbers = range(1, instances.max() + 1)
         true = tuple(int(np.bincount(truth[instances == number]).argmax()) for number in numbers)
         if not true or 0 in true or len(set(true)) < len(true):
