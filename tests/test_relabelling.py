@@ -206,6 +206,19 @@ def test_a_list_names_the_end_of_each_case_and_an_output_folder_is_new(cohort: P
         relabel(listing, tmp_path / "out")
 
 
+def test_a_level_that_does_not_fit_is_reported_with_the_file_and_leaves_the_folder_empty(
+    cohort: Path, tmp_path: Path
+) -> None:
+    listing = find_cases(cohort)
+    found = relabel(listing, tmp_path / "out", highest="L3")
+    assert not found.levels
+    message = {problem.case: problem.message for problem in found.problems}["A"]
+    assert message.startswith(str(cohort / "A-label.nrrd"))
+    assert "6 vertebrae" in message
+    assert not any((tmp_path / "out").iterdir())
+    assert list(relabel(listing, tmp_path / "out", lowest="L3").levels) == ["A", "B"]
+
+
 def test_values_of_other_tools_are_converted_there_and_back(tmp_path: Path) -> None:
     write(tmp_path / "raw", "A", np.where(spine([45, 44, 43, 42, 41, 99]) == 99, 91, spine([45, 44, 43, 42, 41, 99])))
     found = relabel(find_cases(tmp_path / "raw"), tmp_path / "verse", scheme="totalspineseg")

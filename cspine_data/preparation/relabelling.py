@@ -33,7 +33,7 @@ class RelabelSummary:
     Attributes
     ----------
     pairs : Path
-        The list of the volumes and new label maps, for ``--pairs``.
+        The list of the volumes and new label maps, for ``--pairs``; not written if there are none.
     levels : dict of str to tuple of str
         The levels of each case, from head to feet.
     problems : tuple of Problem
@@ -117,7 +117,9 @@ def relabel(
             problems.append(describe_problem(case.id, error))
         if progress:
             progress(number, len(listing.cases), case.id)
-    write_pairs(output / PAIRS_NAME, written)
+    # A folder without label maps stays empty, so that the same command with a better option can use it.
+    if written:
+        write_pairs(output / PAIRS_NAME, written)
     return RelabelSummary(output / PAIRS_NAME, levels, tuple(problems))
 
 
@@ -157,7 +159,10 @@ def _ordered(label: Volume, instances: Sequence[Instance], lowest: str | None, h
     if not (lowest or highest):
         remedy = "give --lowest or --highest, or the column lowest or highest in --pairs"
         raise InputError(label.name, "has instances, and none has a known level", remedy)
-    levels = consecutive_levels(lowest, highest, len(instances))
+    try:
+        levels = consecutive_levels(lowest, highest, len(instances))
+    except InputError as error:
+        raise InputError(label.name, f"{error.subject} {error.problem}", error.remedy) from None
     return {one.value: level for one, level in zip(instances, levels, strict=True)}
 
 

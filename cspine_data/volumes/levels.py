@@ -116,5 +116,7 @@ def consecutive_levels(lowest: str | None, highest: str | None, count: int) -> t
     at = sequence.index(value)
     first = at - count + 1 if lowest else at
     if first < 0 or first + count > len(sequence):
-        raise InputError(f"{count} vertebrae", f"do not fit with {LEVEL_NAMES[value]} at the end", "give another level")
+        end = "lowest" if lowest else "highest"
+        problem = f"do not fit, as the {end} would be {LEVEL_NAMES[value]}"
+        raise InputError(f"{count} vertebrae", problem, f"give another {end} level")
     return tuple(sequence[first : first + count])
