@@ -16,7 +16,8 @@ from cspine_train.errors import RunError
 from cspine_train.metrics.components import Box, common_box, largest_components
 
 # Depth is the distance to the border of the mask, relative to the deepest voxel near that height: lumbar bodies are
-# twice as large as cervical ones. The ratios were chosen on the validation patients of one fold, see docs/levels.md.
+# twice as large as cervical ones. The ratios were chosen on the validation patients of one fold, see
+# docs/decisions/0059-names-of-predicted-vertebrae.md.
 _NEAR_MM = 80.0
 # Step between the depths at which the mask is searched for bridges.
 _STEP = 0.05
