@@ -117,7 +117,7 @@ def relabel(
             problems.append(describe_problem(case.id, error))
         if progress:
             progress(number, len(listing.cases), case.id)
-    # A folder without label maps stays empty, so that the same command with a better option can use it.
+    # Without label maps, the folder stays empty, so that the command can be repeated with other options.
     if written:
         write_pairs(output / PAIRS_NAME, written)
     return RelabelSummary(output / PAIRS_NAME, levels, tuple(problems))

@@ -19,7 +19,7 @@ _SUFFIX = "dseg"
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 _DERIVATIVES = "derivatives"
 _INDEX = re.compile(r"\d{1,9}")
-# Exports write the value as the name; this counts as no name.
+# Some exports write the value as the name, which counts as no name.
 _NO_NAME = re.compile(r"|n/a|background|label[-_ ]?\d+", re.IGNORECASE)
 # About 3000 lines: the names are sent to workers with each case.
 _MOST_BYTES = 1 << 17

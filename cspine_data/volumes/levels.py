@@ -117,6 +117,6 @@ def consecutive_levels(lowest: str | None, highest: str | None, count: int) -> t
     first = at - count + 1 if lowest else at
     if first < 0 or first + count > len(sequence):
         end = "lowest" if lowest else "highest"
-        problem = f"do not fit, as the {end} would be {LEVEL_NAMES[value]}"
+        problem = f"do not fit if the {end} is {LEVEL_NAMES[value]}"
         raise InputError(f"{count} vertebrae", problem, f"give another {end} level")
     return tuple(sequence[first : first + count])

@@ -15,7 +15,7 @@ from scipy import ndimage
 from cspine_train.errors import RunError
 from cspine_train.metrics.components import Box, common_box, largest_components
 
-# Depth is the distance to the border of the mask, relative to the deepest voxel near that height: lumbar bodies are
+# Depth is the distance to the border of the mask, relative to the deepest voxel at similar height: lumbar bodies are
 # twice as large as cervical ones. The ratios were chosen on the validation patients of one fold, see
 # docs/decisions/0059-names-of-predicted-vertebrae.md.
 _NEAR_MM = 80.0
@@ -23,8 +23,8 @@ _NEAR_MM = 80.0
 _STEP = 0.05
 # A bridge has at most this share of the depth of the vertebrae on both sides.
 _BRIDGE = 0.7
-# A spine has 25 vertebrae. A mask with more parts is noise, as of a network that learned nothing; to cut and join
-# thousands of them would take hours.
+# A mask with more parts is noise, such as that of an untrained network; to cut and join thousands of parts would take
+# hours.
 _MOST_PARTS = 100
 # Least depth of a vertebra: processes and fragments have less.
 _SEED = 0.5
@@ -88,7 +88,7 @@ def _seeds(depth: NDArray[np.float64]) -> NDArray[np.int32]:
         else:
             found += 1
             if found > _MOST_PARTS:
-                raise RunError(f"more than {_MOST_PARTS} parts were found, a spine has 25 vertebrae")
+                raise RunError(f"the mask has more than {_MOST_PARTS} parts, but a spine has 25 vertebrae")
             seeds[box][inside > inside.max() / 2] = found
     return seeds
 
@@ -168,5 +168,5 @@ def _joining_distances(centres: NDArray[np.float64], likely: NDArray[np.int_]) -
     runs = np.cumsum([False, *(unlike if unlike.any() else ~unlike)])
     steps = -np.diff(np.bincount(runs, centres) / np.bincount(runs))
     usual = [np.median(steps[max(0, run - _AROUND) : run + _AROUND + 1]) for run in runs[:-1]]
-    # Two may be at one height.
+    # Parts at the same height would give 0 / 0.
     return np.maximum(np.where(unlike, _CLOSE_UNLIKE, _CLOSE) * usual, 1e-9)

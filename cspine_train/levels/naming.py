@@ -88,7 +88,7 @@ class Evidence:
 
 def evidence_of(probabilities: Sequence[NDArray[np.float32]], instances_xyz: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return, for each instance, the share of each level in the sum of its probabilities, (n, K)."""
-    # Vertebrae are a small part of the volume: it is searched for them once, not for each level.
+    # Their voxels are found once, not for each level: vertebrae are a small part of the volume.
     at = np.nonzero(instances_xyz)
     sums = np.array([np.bincount(instances_xyz[at], level[at])[1:] for level in probabilities]).T
     return np.asarray(sums / np.maximum(sums.sum(1, keepdims=True), 1e-12))

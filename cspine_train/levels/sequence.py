@@ -145,7 +145,7 @@ def _next(level: int, gap: bool) -> dict[int, float]:
         return following
     below = level + 1 if level < _L5 else _SACRUM
     following[below] = 0.0
-    # T12 may be missed below T11, or not exist.
+    # At a gap below T11, a missed T12 is more likely than a spine without T12.
     if gap and below < _L5:
         following[below + 1] = 0.0
     return following

@@ -97,12 +97,12 @@ def vertebra_probability(total: NDArray[np.float32], levels: Container[int]) -> 
     Parameters
     ----------
     total : ndarray
-        float32 (K, x, y, z): the probability of each label, or a multiple of it.
+        float32, (K, x, y, z): the probability of each label, or a multiple of it.
     levels : container of int
-        The numbers of the labels that are levels, from 0.
+        Indices of the labels that are levels.
     """
     vertebra, highest_other = (np.zeros(total.shape[1:], np.float32) for _ in range(2))
-    # Label by label: a copy of some labels takes ten times as long.
+    # Label by label: copying the levels takes ten times as long.
     for number, of_label in enumerate(total):
         if number in levels:
             vertebra += of_label
