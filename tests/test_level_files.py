@@ -95,6 +95,11 @@ def test_binary_runs_name_vertebrae_from_one_end(volume: Path, tmp_path: Path) -
     assert (out.parent / "A-levels.png").exists()
 
 
+def test_a_level_that_does_not_fit_is_reported_with_the_volume(volume: Path, tmp_path: Path) -> None:
+    (done,) = predict_files(runs_of(tmp_path, ()), [volume], tmp_path / "out", Options(levels=True, lowest="C2"))
+    assert str(done.error).startswith(f"{volume}: 4 vertebrae")
+
+
 def test_levels_c1_to_c4_are_not_called_vertebra(volume: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "A.seg.nrrd"
     out.parent.mkdir()

@@ -164,9 +164,11 @@ def _scores(
             if row["split"] == split
         ]
         if not rows:
-            of_level = f" of {level}" if level else ""
             again = f"run cspine-train evaluate {folder} --split {split}"
-            raise RunError(f"{folder}: has no {split} scores{of_level}; {again}")
+            if level:
+                # Evaluating again does not help a run that does not know the level.
+                again = f"choose a level that the run was trained on; if it is one, {again}"
+            raise RunError(f"{folder}: has no {split} scores{f' of {level}' if level else ''}; {again}")
         found = {
             row["case"]: (unicodedata.normalize("NFC", patient_of(row)), row[measure]) for row in rows if measure in row
         }

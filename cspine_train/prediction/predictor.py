@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cspine_data import PreparedVolume, Preprocessing, Volume, preprocess_volume, usable_image
+from cspine_data import InputError, PreparedVolume, Preprocessing, Volume, preprocess_volume, usable_image
 from cspine_train.data.sizes import fixed_size, network_shape
 from cspine_train.data.transforms import from_network, to_network, with_context
 from cspine_train.errors import ModelError, RunError
@@ -256,7 +256,7 @@ def predict(
         If there is no run, their labels differ, the weights do not match them, or the vertebrae cannot be named from
         `lowest` or `highest`.
     InputError
-        If `lowest` or `highest` is not a level.
+        If `lowest` or `highest` is not a level, or the spine has too few vertebrae beyond it.
     """
     check_runs(runs, weights)
     volume = usable_image(volume)
@@ -278,7 +278,13 @@ def predict(
     unlike = [line for run in runs for line in differences(run.record.cohort_looks, looks[run.record.preprocessing])]
     first = next(iter(prepared.values()))
     back, records = first.to_file_grid, [run.record for run in runs]
-    labelled = label_map(records, fused.total, each, first.corrected.geometry_xyz, lowest, highest)
+    try:
+        labelled = label_map(records, fused.total, each, first.corrected.geometry_xyz, lowest, highest)
+    # These are about what was found in the volume, and do not name it.
+    except InputError as error:
+        raise InputError(volume.name, f"{error.subject} {error.problem}", error.remedy) from None
+    except RunError as error:
+        raise RunError(f"{volume.name}: {error}") from None
     return Prediction(
         back(labelled.array_xyz),
         expected_dice(fused.total, sum(each), labelled.array_xyz != 0),
