@@ -245,6 +245,16 @@ def test_names_from_the_probabilities_of_levels() -> None:
     assert fused == named
 
 
+def test_a_given_level_that_the_image_contradicts_is_a_doubt() -> None:
+    truth = spine(4)
+    evidence = Evidence([(truth == n).astype(np.float32) for n in (1, 2, 3, 4, 5)], LUMBAR)
+    level_map, named = name_vertebrae(truth != 0, grid(truth.shape), evidence, lowest="L5")
+    assert level_map.max() == 24
+    assert "L1-L4" in named.doubt
+    _, named = name_vertebrae(truth != 0, grid(truth.shape), evidence, lowest="L4")
+    assert named.doubt == ""
+
+
 def test_doubts_name_both_sequences_and_gaps() -> None:
     truth = spine(4)
     flat = Evidence([np.full(truth.shape, 0.2, np.float32)] * 5, LUMBAR)

@@ -186,6 +186,11 @@ def _doubts(sequence: LevelSequence, distances: Sequence[float]) -> list[str]:
         likely = {sequence.levels: sequence.probability, sequence.second: sequence.second_probability}
         both = (f"{sequence_name(levels)} (probability {probability:.2f})" for levels, probability in likely.items())
         doubts.append(f"the levels are uncertain: {' or '.join(both)}")
+    if sequence.allowed < 1 - CERTAIN:
+        doubts.append(
+            f"the image looks like {sequence_name(sequence.unrestricted)}, and the given lowest or highest level has a "
+            f"probability of {sequence.allowed:.2f}"
+        )
     gaps = np.flatnonzero(gaps_of(distances))
     if gaps.size:
         names = [f"{LEVEL_NAMES[sequence.levels[n]]} and {LEVEL_NAMES[sequence.levels[n + 1]]}" for n in gaps]

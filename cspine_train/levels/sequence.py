@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,9 @@ class LevelSequence:
         The second most probable sequence; empty if there is only one.
     second_probability : float
         Its probability.
+    allowed : float
+        Probability of all sequences with the given lowest or highest level, and `unrestricted` the most probable
+        sequence without them.
     """
 
     levels: tuple[int, ...]
@@ -52,6 +55,8 @@ class LevelSequence:
     probability: float = 1.0
     second: tuple[int, ...] = ()
     second_probability: float = 0.0
+    allowed: float = 1.0
+    unrestricted: tuple[int, ...] = ()
 
 
 def find_sequence(
@@ -82,15 +87,12 @@ def find_sequence(
     RunError
         If no sequence is possible, as there are too many vertebrae.
     """
-    found = [
-        (path, score)
-        for path, score in _scored(evidence, known, distances_mm, temperature)
-        if lowest in (None, path[-1]) and highest in (None, path[0])
-    ]
+    scored = sorted(_scored(evidence, known, distances_mm, temperature), key=lambda one: -one[1])
+    allowed = [lowest in (None, path[-1]) and highest in (None, path[0]) for path, _ in scored]
+    found = list(compress(scored, allowed))
     if not found:
         between = [f"{word} {LEVEL_NAMES[v]}" for word, v in (("up to", highest), ("down to", lowest)) if v is not None]
         raise RunError(f"{len(evidence)} vertebrae were found, more than a spine has {' '.join(between)}".rstrip())
-    found.sort(key=lambda one: -one[1])
     weights = softmax([score for _, score in found])
     best = found[0][0]
     own = [
@@ -98,7 +100,8 @@ def find_sequence(
         for row, level in enumerate(best)
     ]
     second = (found[1][0], float(weights[1])) if len(found) > 1 else ((), 0.0)
-    return LevelSequence(best, tuple(own), float(weights[0]), *second)
+    share = float(softmax([score for _, score in scored])[allowed].sum())
+    return LevelSequence(best, tuple(own), float(weights[0]), *second, allowed=share, unrestricted=scored[0][0])
 
 
 def sequence_probability(

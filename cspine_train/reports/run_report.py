@@ -74,9 +74,7 @@ def _part(run: Path, record: RunRecord, name: str, evaluation: Mapping[str, Any]
         "splits": list(_splits(evaluation["patients"], known)),
         "levels": _levels(evaluation),
         "names": [_diagram(of_split) for of_split in reliability_of_names(evaluation)],
-        "confusion": _confusion(
-            folder / f"{name}-confusion.csv", {0: "none", **{level: LEVEL_NAMES[level] for level in record.levels}}
-        ),
+        "confusion": _confusion(folder / f"{name}-confusion.csv", _label_names(record)),
         "pictures": embedded_pictures(
             (folder / f"{name}-{what}{kind}.png", f"{caption} {kind} Dice")
             for what, caption in (("levels-", "levels of the patient with the"), ("", "slices of"))
@@ -176,6 +174,13 @@ def slice_plots(table: Path) -> Iterator[dict[str, Any]]:
 
 def _plane(axis: str) -> str:
     return PLANES[int(axis)]
+
+
+def _label_names(record: RunRecord) -> dict[int, str]:
+    """Return the names of label values in tables; runs of levels may predict levels that no training case has."""
+    others = set(record.label_values) - set(record.levels)
+    levels = {value: name for value, name in LEVEL_NAMES.items() if record.levels and value not in others}
+    return {0: "none", **levels}
 
 
 def _confusion(table: Path, names: Mapping[int, str]) -> dict[str, Any] | None:
