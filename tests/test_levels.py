@@ -112,6 +112,19 @@ def test_noise_is_no_spine() -> None:
         vertebra_instances(noise < 0.6, (1, 1, 1))
 
 
+def test_speckles_far_from_the_spine_are_dropped() -> None:
+    """They are many enough to be compared with each other, or to be taken for noise."""
+    truth = spine(4, (50, 40, 400))
+    cubes, points = (truth != 0).copy(), (truth != 0).copy()
+    for z in (20, 40, 60, 80, 100):
+        cubes[20:25, 20:25, z : z + 5] = True
+    points[2:48:4, 2:38:4, 10:110:8] = True
+    for mask in (cubes, points):
+        found = vertebra_instances(mask, (1, 1, 1))
+        assert found.max() == 4
+        assert not found[:, :, :200].any()
+
+
 def test_instances_at_one_height_are_numbered() -> None:
     mask = np.zeros((40, 10, 10), bool)
     for x in (2, 12, 22, 32):

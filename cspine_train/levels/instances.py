@@ -67,7 +67,10 @@ def vertebra_instances(
     mask = mask_xyz[box]
     # Voxels beyond the volume count as background.
     depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
-    depth /= ndimage.maximum_filter1d(depth.max((0, 1)), 2 * round(_NEAR_MM / spacing_mm[2]) + 1).clip(min=1e-9)
+    # Far from all vertebrae, speckles would be compared with each other.
+    depth /= ndimage.maximum_filter1d(depth.max((0, 1)), 2 * round(_NEAR_MM / spacing_mm[2]) + 1).clip(
+        min=depth.max() / 2
+    )
     numbers = _grown(_seeds(depth), mask)
     whole[box] = _in_order(numbers, spacing_mm[2], [level[box] for level in levels])
     return whole
@@ -146,7 +149,8 @@ def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np
     evidence = np.array([ndimage.sum_labels(level, numbers, found) for level in levels])
     order = np.argsort(-heights, kind="stable")
     around = (voxels[order[max(0, place - _AROUND) : place + _AROUND + 1]] for place in range(len(order)))
-    groups = [[index] for index, near in zip(order, around, strict=True) if voxels[index] >= _SMALL * np.median(near)]
+    least = [_SMALL * max(float(np.median(near)), _SMALL * voxels.max()) for near in around]
+    groups = [[index] for index, fewest in zip(order, least, strict=True) if voxels[index] >= fewest]
     while len(groups) > 2:
         centres = np.array([np.average(heights[group], weights=voxels[group]) for group in groups])
         likely = np.array([evidence[:, group].sum(1).argmax() if levels else 0 for group in groups])
