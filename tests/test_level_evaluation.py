@@ -206,8 +206,9 @@ def test_an_evaluation_with_another_calibration_is_left_out(tmp_path: Path) -> N
     evaluation_of(tmp_path / "run", NAMED, sure=SURE)
     record = load_record(tmp_path / "run")
     assert len(list(recorded_evaluations(tmp_path / "run", record))) == 1
-    calibrated = record.model_copy(update={"level_temperature": 2.0})
-    assert not list(recorded_evaluations(tmp_path / "run", calibrated))
+    for changed in ({"level_temperature": 2.0}, {"threshold": 0.4}):
+        calibrated = record.model_copy(update=changed)
+        assert not list(recorded_evaluations(tmp_path / "run", calibrated))
 
 
 def test_older_evaluations_have_no_probabilities(tmp_path: Path) -> None:

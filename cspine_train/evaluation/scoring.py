@@ -249,6 +249,7 @@ def _written(
         "kept_components": record.kept_components,
         "filled_holes": record.filled_holes,
         "level_temperature": record.level_temperature,
+        "threshold": record.threshold,
         "digests": {score.case: record.digests[score.case] for score in scores},
     }
     if several:

@@ -106,6 +106,7 @@ class ValidationVolume:
         self._prepared: PreparedVolume = cohort.prepared(case, variant)
         truth = self._prepared.label_on_network_grid(cohort.label_xyz(case, variant))
         self.truth: NDArray[Any] = np.where(np.isin(truth, self._levels), truth, 0)
+        self._ignored = np.isin(truth, cohort.record(case, variant).ignored_values)
 
     @cached_property
     def _whole(self) -> NDArray[np.float32]:
@@ -113,8 +114,8 @@ class ValidationVolume:
 
     @cached_property
     def vertebra(self) -> NDArray[np.float32]:
-        """The `vertebra_probability`, (x, y, z)."""
-        return vertebra_probability(self._whole, self._own)
+        """The `vertebra_probability`, (x, y, z); 0 for ignored voxels, which no evaluation counts."""
+        return np.where(self._ignored, np.float32(0), vertebra_probability(self._whole, self._own))
 
     def samples(self, offsets: Iterable[int], vertebrae: int = _PART) -> Iterator[LevelSample]:
         """Iterate over samples of the whole volume and of parts of it.

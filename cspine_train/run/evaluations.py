@@ -189,7 +189,8 @@ def recorded_evaluations(run: Path, record: RunRecord) -> Iterator[tuple[str, di
             # Older evaluations do not record the epoch.
             same_weights = evaluation.get("kept_epoch", record.kept_epoch) == record.kept_epoch
             steps = evaluation.get("kept_components"), evaluation.get("filled_holes", False)
-            calibrated = evaluation.get("level_temperature", record.level_temperature) == record.level_temperature
+            calibration = {name: getattr(record, name) for name in ("level_temperature", "threshold")}
+            calibrated = all(evaluation.get(name, value) == value for name, value in calibration.items())
             current = same_weights and calibrated and steps == (record.kept_components, record.filled_holes)
             for row in (*evaluation["patients"], *evaluation.get("labels", ())):
                 "".join((row["case"], row["split"])), row["dice"] + 0.0
