@@ -7,6 +7,7 @@ vertebrae on both sides. What remains of each vertebra is a seed, from which the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,10 +144,10 @@ def _grown(seeds: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int3
 
 def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np.float32]]) -> NDArray[np.uint8]:
     """Renumber instances from head to feet, drop fragments, and join the parts of a vertebra."""
-    found = np.arange(1, numbers.max() + 1)
-    voxels = np.bincount(numbers.ravel(), minlength=len(found) + 1)[1:].astype(float)
-    heights = mm * np.array([place[2] for place in ndimage.center_of_mass(numbers > 0, numbers, found)])
-    evidence = np.array([ndimage.sum_labels(level, numbers, found) for level in levels])
+    at = np.nonzero(numbers)
+    voxels = np.bincount(numbers[at])[1:].astype(float)
+    heights = mm * np.bincount(numbers[at], at[2])[1:] / voxels
+    evidence = sums_of_levels(levels, numbers)
     order = np.argsort(-heights, kind="stable")
     around = (voxels[order[max(0, place - _AROUND) : place + _AROUND + 1]] for place in range(len(order)))
     least = [_SMALL * max(float(np.median(near)), _SMALL * voxels.max()) for near in around]
@@ -159,10 +160,18 @@ def _in_order(numbers: NDArray[np.int32], mm: float, levels: Sequence[NDArray[np
         if distances[nearest] >= 1:
             break
         groups[nearest] += groups.pop(nearest + 1)
-    table = np.zeros(len(found) + 1, np.uint8)
+    table = np.zeros(len(voxels) + 1, np.uint8)
     for number, group in enumerate(groups, start=1):
         table[1 + np.array(group)] = number
     return table[numbers]
+
+
+def sums_of_levels(levels: Sequence[NDArray[np.float32]], numbers: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the sum of each level's probabilities over each instance, (K, n), for instances numbered from 1."""
+    # Their voxels are found once, not for each level: vertebrae are a small part of the volume.
+    at = np.nonzero(numbers)
+    own = numbers[at]
+    return np.array([np.bincount(own, level[at])[1:] for level in levels])
 
 
 def _joining_distances(centres: NDArray[np.float64], likely: NDArray[np.int_]) -> NDArray[np.float64]:

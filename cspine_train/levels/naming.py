@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cspine_data import LEVEL_NAMES, Geometry, consecutive_levels
-from cspine_train.levels.instances import vertebra_instances
+from cspine_train.levels.instances import sums_of_levels, vertebra_instances
 from cspine_train.levels.sequence import LevelSequence, find_sequence, gaps_of, sequence_name
 from cspine_train.metrics.calibration import CERTAIN
 
@@ -88,9 +88,7 @@ class Evidence:
 
 def evidence_of(probabilities: Sequence[NDArray[np.float32]], instances_xyz: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return, for each instance, the share of each level in the sum of its probabilities, (n, K)."""
-    # Their voxels are found once, not for each level: vertebrae are a small part of the volume.
-    at = np.nonzero(instances_xyz)
-    sums = np.array([np.bincount(instances_xyz[at], level[at])[1:] for level in probabilities]).T
+    sums = sums_of_levels(probabilities, instances_xyz).T
     return np.asarray(sums / np.maximum(sums.sum(1, keepdims=True), 1e-12))
 
 
