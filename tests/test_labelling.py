@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from torch import nn
 
 from cspine_train import RunError
 from cspine_train.prediction.labelling import label_map, vertebra_probability
+from cspine_train.prediction.predictor import LoadedRun, check_runs
 from cspine_train.run.record import RunRecord
 from tests.test_labels import a_run
 from tests.test_levels import grid, spine
@@ -51,6 +54,16 @@ def test_runs_are_fused_at_the_mean_of_their_thresholds() -> None:
         records = [record(LUMBAR, 0.4), record(LUMBAR, 0.7)]
         # (0.4 + 3 * 0.7) / 4 is 0.625.
         assert label_map(records, total, [1.0, 3.0], grid(truth.shape)).array_xyz.any() == marked
+
+
+def test_a_run_of_levels_is_not_fused_with_one_that_knows_none() -> None:
+    named, older = (
+        LoadedRun(Path(name), record(LUMBAR, levels=levels), nn.Identity())
+        for name, levels in (("named", LUMBAR), ("older", ()))
+    )
+    check_runs([named, named])
+    with pytest.raises(RunError, match=r"older.*levels.*named"):
+        check_runs([named, older])
 
 
 def test_a_prediction_that_is_no_spine_is_labelled_voxel_by_voxel() -> None:

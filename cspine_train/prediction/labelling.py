@@ -42,7 +42,7 @@ def label_map(
     Parameters
     ----------
     records : sequence of RunRecord
-        The records of the runs, with the same labels.
+        The records of the runs, with the same labels, see `check_runs`.
     total : ndarray
         float32, (K, x, y, z): the sum for each label.
     weights : sequence of float
@@ -69,7 +69,7 @@ def label_map(
             return LabelMap(*name_vertebrae(mask, geometry_xyz, None, *ends))
         return LabelMap(stored_values(mask.astype(np.uint8), record.label_values))
     background = np.float32(sum(weights)) - total.sum(0)
-    levels = record.levels if all(one.levels == record.levels for one in records) else ()
+    levels = record.levels
     if any(ends) and not levels:
         raise RunError("the labels of these runs are not levels of vertebrae; leave out --lowest and --highest")
     own = [record.label_values.index(level) for level in levels]

@@ -353,3 +353,8 @@ def check_runs(runs: Sequence[LoadedRun], weights: Sequence[float] | None = None
                 f"{run.path}: has other labels ({other}) than {runs[0].path} ({first}); fuse runs of the same --labels "
                 "and label values"
             )
+        if run.record.levels != runs[0].record.levels:
+            raise RunError(
+                f"{run.path}: its labels are not the same levels as those of {runs[0].path} (runs of earlier versions "
+                "have none); fuse runs that name the same levels"
+            )
