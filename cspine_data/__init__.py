@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cspine_data.datasets.given_splits import GivenSplit, read_splits
     from cspine_data.datasets.slices import IGNORE_INDEX, SliceDataset, SlicePlace, VolumeDataset
     from cspine_data.datasets.splits import Split
+    from cspine_data.datasets.tables import labels_of_records
     from cspine_data.errors import (
         CspineDataError,
         DamagedStoreError,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from cspine_data.store.publishing import remove_cases
     from cspine_data.store.schema import CaseRecord
     from cspine_data.store.verification import Damage, verify
-    from cspine_data.volumes.cohort_labels import CohortLabels, LabelledCase, cohort_labels
+    from cspine_data.volumes.cohort_labels import CohortLabels
     from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource, segmentation_source
     from cspine_data.volumes.geometry import Geometry, Orientation, as_seen
     from cspine_data.volumes.image_checks import usable_image
@@ -89,9 +90,10 @@ _HOME = {
     "store.schema": ("CaseRecord",),
     "datasets.given_splits": ("GivenSplit", "read_splits"),
     "datasets.splits": ("Split",),
+    "datasets.tables": ("labels_of_records",),
     "store.verification": ("Damage", "verify"),
     "volumes.formats.dicom_segmentation": ("SegmentationSource", "segmentation_source"),
-    "volumes.cohort_labels": ("CohortLabels", "LabelledCase", "cohort_labels"),
+    "volumes.cohort_labels": ("CohortLabels",),
     "volumes.io": (
         "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_segmentation",
         "write_volume",
@@ -121,7 +123,6 @@ __all__ = [
     "Geometry",
     "GivenSplit",
     "InputError",
-    "LabelledCase",
     "Layout",
     "Listing",
     "NewerSchemaError",
@@ -145,7 +146,6 @@ __all__ = [
     "__version__",
     "as_seen",
     "bias_parameters",
-    "cohort_labels",
     "collect_garbage",
     "consecutive_levels",
     "content_digest",
@@ -154,6 +154,7 @@ __all__ = [
     "find_cases",
     "find_volumes",
     "label_name",
+    "labels_of_records",
     "level_colour",
     "level_value",
     "open_cohort",

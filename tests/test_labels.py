@@ -72,7 +72,7 @@ many_values = st.sets(st.integers(-(2**31), 2**31 - 1).filter(bool), min_size=1,
 def stand_in(**values: tuple[int, ...]) -> Any:
     """What is asked of a cohort: which label values its cases have."""
     records = {
-        case: SimpleNamespace(labels=of_case, segments={}, overlaps=(), label_centroids_mm={})
+        case: SimpleNamespace(case=case, labels=of_case, segments={}, overlaps=(), label_centroids_mm={})
         for case, of_case in values.items()
     }
     return SimpleNamespace(path="s.zarr", record=lambda case, _: records[case])

@@ -252,7 +252,7 @@ def test_a_label_map_without_segments_keeps_its_record(store: Path) -> None:
 
 def cohort_of(**records: dict[str, Any]) -> Any:
     blank = {"labels": (), "segments": {}, "overlaps": (), "label_centroids_mm": {}}
-    made = {case: SimpleNamespace(**{**blank, "labels": tuple(one.get("segments", {})), **one})
+    made = {case: SimpleNamespace(case=case, **{**blank, "labels": tuple(one.get("segments", {})), **one})
             for case, one in records.items()}  # fmt: skip
     return SimpleNamespace(path="s.zarr", record=lambda case, _: made[case])
 

@@ -29,7 +29,7 @@ def _labels(record: CaseRecord) -> str:
 def info(store: Path) -> None:
     """List the cases of a store."""
     from cspine_data.datasets.cohort import open_cohort
-    from cspine_data.datasets.tables import case_levels, labels_of
+    from cspine_data.datasets.tables import case_levels, labels_of_records
     from cspine_data.errors import count, printable
 
     cohort = open_cohort(store)
@@ -39,7 +39,7 @@ def info(store: Path) -> None:
     for variant in cohort.variants:
         part_of = cohort.split(variant=variant).part_of
         records = cohort.records(variant)
-        labels = labels_of(records)
+        labels = labels_of_records(records)
         meanings += [labels.text] if labels.text else []
         for record in records:
             levels_of[record.case] = case_levels(record, labels.levels)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def labels_of(records: Iterable[CaseRecord]) -> CohortLabels:
-    """Return what the label values of stored cases mean."""
+def labels_of_records(records: Iterable[CaseRecord]) -> CohortLabels:
+    """Return what the label values of stored cases mean, see `cohort_labels`."""
     return cohort_labels([LabelledCase(one.case, one.label_centroids_mm, one.segments) for one in records])
 
 
@@ -27,7 +27,7 @@ def case_table(records: Collection[CaseRecord], root: RootRecord, part_of: Mappi
     """Return a table with one row per case; `part_of` gives the part of the split of each."""
     from pandas import DataFrame
 
-    levels = labels_of(records).levels
+    levels = labels_of_records(records).levels
     rows = [
         {
             "case": record.case,

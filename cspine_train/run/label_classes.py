@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import IGNORE_INDEX, Cohort, CohortLabels, LabelledCase, Split, cohort_labels
+from cspine_data import IGNORE_INDEX, Cohort, CohortLabels, Split, labels_of_records
 from cspine_data.tools import count
 from cspine_train.errors import RunError
 from cspine_train.run.settings import DataSettings
@@ -93,9 +93,8 @@ def _check_order(cohort: Cohort, split: Split, settings: DataSettings) -> None:
 
 
 def labels_of_run(cohort: Cohort, split: Split, settings: DataSettings) -> CohortLabels:
-    """Return what the label values mean in a run's cases: levels, instances or neither; see `cohort_labels`."""
-    records = {case: cohort.record(case, settings.variant) for case in _cases(split, settings)}
-    return cohort_labels([LabelledCase(case, one.label_centroids_mm, one.segments) for case, one in records.items()])
+    """Return what the label values mean in a run's cases: levels, instances or neither; see `labels_of_records`."""
+    return labels_of_records(cohort.record(case, settings.variant) for case in _cases(split, settings))
 
 
 def label_meaning(values: Sequence[int], names: Mapping[int, str]) -> dict[int, str]:
