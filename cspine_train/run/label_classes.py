@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cspine_data import IGNORE_INDEX, Cohort, CohortLabels, Split, labels_of_records
+from cspine_data import IGNORE_INDEX, Cohort, Split, labels_of_records
 from cspine_data.tools import count
 from cspine_train.errors import RunError
 from cspine_train.run.settings import DataSettings
@@ -19,17 +20,54 @@ _DTYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
 _MOST_NAMED = 3
 
 
-def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[int, ...]:
-    """Return the label values of a run's classes: the sorted values of its training cases; empty for binary labels.
+@dataclass(frozen=True)
+class RunLabels:
+    """The labels of a run; empty for binary labels.
 
-    Raises `RunError` if there are more than 254, one exceeds 32 bits, segments overlap, values are unordered instances,
-    or a segment's name has different values.
+    Attributes
+    ----------
+    values : tuple of int
+        Label values of the run's classes: the sorted values of its training cases.
+    names : dict
+        Names of label values, see `label_names`.
+    levels : tuple of int
+        The `values` that are levels of vertebrae, from head to feet.
+    text : str
+        What the label values mean, for the user, see `CohortLabels`.
+    """
+
+    values: tuple[int, ...] = ()
+    names: dict[int, str] = field(default_factory=dict)
+    levels: tuple[int, ...] = ()
+    text: str = ""
+
+
+def label_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[int, ...]:
+    """Return the label values of a run's classes, see `labels_of_run`."""
+    return labels_of_run(cohort, split, settings).values
+
+
+def labels_of_run(cohort: Cohort, split: Split, settings: DataSettings) -> RunLabels:
+    """Return the labels of a run.
+
+    Raises `RunError` if there are more than 254 values, one exceeds 32 bits, segments overlap, values are unordered
+    instances, or a segment's name has different values.
     """
     if settings.labels == "binary":
-        return ()
+        return RunLabels()
     _check_overlaps(cohort, split, settings)
-    _check_order(cohort, split, settings)
-    label_names(cohort, split, settings)
+    meaning = labels_of_records(cohort.record(case, settings.variant) for case in _cases(split, settings))
+    if meaning.unordered:
+        # Different vertebrae in different cases: a network cannot learn them as classes.
+        raise RunError(f"{cohort.path}: {meaning.text}; or train with --labels binary")
+    names = label_names(cohort, split, settings)
+    values = _trained_values(cohort, split, settings)
+    # A single case with other vertebrae under these values would teach wrong names.
+    levels = () if meaning.contradicting else tuple(level for level in meaning.levels if level in values)
+    return RunLabels(values, names, levels, meaning.text)
+
+
+def _trained_values(cohort: Cohort, split: Split, settings: DataSettings) -> tuple[int, ...]:
     trained = [case for case in split.train if settings.weight_of(case) > 0]
     values = {value for case in trained for value in cohort.record(case, settings.variant).labels}
     limits = np.iinfo(np.int32)
@@ -83,18 +121,6 @@ def _check_overlaps(cohort: Cohort, split: Split, settings: DataSettings) -> Non
                 f"{cohort.path}: segments {first} and {second} of {case} overlap, but a voxel has one label; separate "
                 "them in 3D Slicer, prepare with --label-values and the names to segment, or train with --labels binary"
             )
-
-
-def _check_order(cohort: Cohort, split: Split, settings: DataSettings) -> None:
-    """Refuse values that are different vertebrae in different cases: a network cannot learn them as classes."""
-    labels = labels_of_run(cohort, split, settings)
-    if labels.unordered:
-        raise RunError(f"{cohort.path}: {labels.text}; or train with --labels binary")
-
-
-def labels_of_run(cohort: Cohort, split: Split, settings: DataSettings) -> CohortLabels:
-    """Return what the label values mean in a run's cases: levels, instances or neither; see `labels_of_records`."""
-    return labels_of_records(cohort.record(case, settings.variant) for case in _cases(split, settings))
 
 
 def label_meaning(values: Sequence[int], names: Mapping[int, str]) -> dict[int, str]:

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from cspine_data import LEVEL_NAMES, Cohort, CohortLabels, Split, open_cohort
+from cspine_data import LEVEL_NAMES, Cohort, Split, open_cohort
 from cspine_data.terminal import progress_bar
 from cspine_data.tools import make_folder
 from cspine_train.data.datamodule import CohortSlices
@@ -35,8 +35,6 @@ from cspine_train.reports.model_card import write_card
 from cspine_train.run.folder import CARD_NAME, CHECKPOINT_FOLDER, CURVES_NAME, OVERLAYS_FOLDER, RECORD_NAME, only_writer
 from cspine_train.run.label_classes import (
     label_meaning,
-    label_names,
-    label_values,
     labels_of_run,
     network_classes,
     unknown_labels,
@@ -212,7 +210,8 @@ def _built(
     trainer: lightning.Trainer, cohort: Cohort, split: Split, settings: RunSettings, weights: str, workers: int
 ) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
     """Return the module, its data, and their fields of the record; refuse what cannot be trained."""
-    values = label_values(cohort, split, settings)
+    labels = labels_of_run(cohort, split, settings)
+    values = labels.values
     unknown = unknown_labels(cohort, split, settings, values)
     for note in (unknown_labels_note(unknown) if unknown else "", unnamed_note(cohort, split, settings)):
         if note:
@@ -229,23 +228,19 @@ def _built(
         check_steps(network, part, data.sizes, data.smallest_batch, "bf16" in trainer.precision)
     if world > 1 and trainer.strategy.root_device.type == "cuda":
         network = synchronised(network)
-    names = label_names(cohort, split, settings) if values else {}
-    labels = labels_of_run(cohort, split, settings) if values else CohortLabels()
-    # A single case with other vertebrae under these values would teach wrong names.
-    levels = () if labels.contradicting else tuple(level for level in labels.levels if level in values)
     if labels.text and trainer.is_global_zero:
         _log.info("%s", labels.text)
     missed = [len(unknown.get(case, ())) for case in split.validation]
-    numbers = sorted({cohort.patients[case] for case in split.validation})
-    patients = [numbers.index(cohort.patients[case]) for case in split.validation]
+    names = sorted({cohort.patients[case] for case in split.validation})
+    patients = [names.index(cohort.patients[case]) for case in split.validation]
     count = max(1, len(values))
     module = SliceSegmenter(network, settings, split.validation, data.sizes, count, missed, data.ignores, patients)
     made = {
         "weights_used": weights_used,
         "size_hw": data.sizes.slice_hw,
         "label_values": values,
-        "label_meaning": label_meaning(values, names | {level: LEVEL_NAMES[level] for level in levels}),
-        "levels": levels,
+        "label_meaning": label_meaning(values, labels.names | {level: LEVEL_NAMES[level] for level in labels.levels}),
+        "levels": labels.levels,
         "versions": _versions(),
         "processes": world,
     }
