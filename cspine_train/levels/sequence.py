@@ -13,7 +13,7 @@ from itertools import compress, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
 
 from cspine_data import LEVEL_NAMES, SPINE
 from cspine_train.errors import RunError
@@ -113,8 +113,8 @@ def sequence_probability(
 ) -> float:
     """Return the probability of a sequence of levels; 0 if it is impossible. See `find_sequence`."""
     scored = dict(_scored(evidence, known, distances_mm, temperature))
-    at = list(scored).index(tuple(levels)) if tuple(levels) in scored else None
-    return 0.0 if at is None else float(softmax(list(scored.values()))[at])
+    own = scored.get(tuple(levels))
+    return 0.0 if own is None else math.exp(own - float(logsumexp(list(scored.values()))))
 
 
 def _scored(

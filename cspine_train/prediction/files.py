@@ -226,10 +226,8 @@ def _check_levels(runs: Sequence[LoadedRun], options: Options) -> None:
             f"{runs[0].path}: was trained on binary labels, so it knows no levels; give --lowest or --highest, "
             "the level of the lowest or highest vertebra in all volumes"
         )
-    if not single and (not runs[0].record.levels or len({run.record.levels for run in runs}) > 1):
-        raise RunError(
-            f"{runs[0].path}: the labels of the runs are not levels, or not the same levels; leave out --levels"
-        )
+    if not single and not runs[0].record.levels:
+        raise RunError(f"{runs[0].path}: the labels of the runs are not levels; leave out --levels")
 
 
 def _to_file(volumes: Sequence[Path], output: Path) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from cspine_data import Cohort, PreparedVolume
 from cspine_data.tools import count
@@ -24,6 +23,7 @@ from cspine_train.errors import RunError
 from cspine_train.levels.instances import vertebra_instances
 from cspine_train.levels.naming import distances_mm, evidence_of
 from cspine_train.levels.sequence import sequence_probability
+from cspine_train.metrics.instances import label_centroids
 from cspine_train.metrics.overlap import overlap
 from cspine_train.metrics.statistics import of_patients
 from cspine_train.prediction.labelling import vertebra_probability
@@ -154,5 +154,5 @@ class ValidationVolume:
         true = tuple(int(np.bincount(truth[instances == number]).argmax()) for number in numbers)
         if not true or 0 in true or len(set(true)) < len(true):
             return None
-        places = ndimage.center_of_mass(instances > 0, instances, numbers)
-        return LevelSample(evidence_of(predicted, instances), tuple(distances_mm(np.array(places) * spacing_mm)), true)
+        centroids = np.array(list(label_centroids(instances, spacing_mm).values()))
+        return LevelSample(evidence_of(predicted, instances), tuple(distances_mm(centroids)), true)
