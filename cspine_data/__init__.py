@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from cspine_data.volumes.formats.dicom_segmentation import SegmentationSource, segmentation_source
     from cspine_data.volumes.geometry import Geometry, Orientation, as_seen
     from cspine_data.volumes.image_checks import usable_image
+    from cspine_data.volumes.instances import GAP_RATIO, usual_distances
     from cspine_data.volumes.io import (
         content_digest,
         label_name,
@@ -60,7 +61,15 @@ if TYPE_CHECKING:
         write_segmentation,
         write_volume,
     )
-    from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, consecutive_levels, level_colour, level_value
+    from cspine_data.volumes.levels import (
+        LEVEL_NAMES,
+        SACRUM,
+        SPINE,
+        T13,
+        consecutive_levels,
+        level_colour,
+        level_value,
+    )
     from cspine_data.volumes.volume import Volume
 
 _HOME = {
@@ -94,19 +103,23 @@ _HOME = {
     "store.verification": ("Damage", "verify"),
     "volumes.formats.dicom_segmentation": ("SegmentationSource", "segmentation_source"),
     "volumes.cohort_labels": ("CohortLabels",),
+    "volumes.instances": ("GAP_RATIO", "usual_distances"),
     "volumes.io": (
         "content_digest", "label_name", "read_volume", "volume_stem", "volume_suffix", "write_segmentation",
         "write_volume",
     ),
-    "volumes.levels": ("LEVEL_NAMES", "SPINE", "consecutive_levels", "level_colour", "level_value"),
+    "volumes.levels": ("LEVEL_NAMES", "SACRUM", "SPINE", "T13", "consecutive_levels", "level_colour", "level_value"),
     "volumes.volume": ("Volume",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "GAP_RATIO",
     "IGNORE_INDEX",
     "LEVEL_NAMES",
+    "SACRUM",
     "SPINE",
+    "T13",
     "BiasParameters",
     "Case",
     "CaseRecord",
@@ -170,6 +183,7 @@ __all__ = [
     "report_store",
     "segmentation_source",
     "usable_image",
+    "usual_distances",
     "verify",
     "volume_stem",
     "volume_suffix",

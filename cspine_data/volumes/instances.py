@@ -15,10 +15,11 @@ from cspine_data.volumes.geometry import Geometry, Triple
 from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, levels_between
 from cspine_data.volumes.volume import Volume
 
-# Distances of neighbours, relative to the median around them. Above the first, a vertebra may be missing; below the
-# second, two labels may be one vertebra. Distances double from C1 to L5. In 132 real ones, the ratio is 0.82 to 1.12.
-_GAP, _CLOSE = 1.5, 0.55
-# The median is over up to this number of distances on each side.
+#: Distance of neighbours, relative to `usual_distances`, above which a vertebra may be missing between them. In 132 real
+#: ones, the ratio is 0.82 to 1.12.
+GAP_RATIO = 1.5
+# Below this ratio, two labels may be one vertebra.
+_CLOSE = 0.55
 _AROUND = 2
 # Share of an instance in its largest connected component, below which it is fragmented.
 _WHOLE = 0.9
@@ -155,9 +156,10 @@ def order_problems(instances: Sequence[Instance], *, levels: bool = False) -> li
     missing = [levels_between(one.value, other.value) if levels else () for one, other in pairwise(instances)]
     # Per level, so that a missing vertebra does not raise the median.
     steps = distances / [len(between) + 1 for between in missing]
-    for n, ((one, other), between) in enumerate(zip(pairwise(texts), missing, strict=True)):
-        ratio = steps[n] / np.median(steps[max(0, n - _AROUND) : n + _AROUND + 1])
-        problem = _neighbour_problem(float(distances[n]), float(ratio), between, certain=len(instances) > 2)
+    ratios = (steps / usual_distances(steps)).tolist()
+    neighbours = zip(pairwise(texts), distances.tolist(), ratios, missing, strict=True)
+    for (one, other), distance, ratio, between in neighbours:
+        problem = _neighbour_problem(distance, ratio, between, certain=len(instances) > 2)
         if problem:
             problems.append(f"{one} and {other} {problem}")
     if len(instances) > 2 and not _is_path(centres):
@@ -167,6 +169,14 @@ def order_problems(instances: Sequence[Instance], *, levels: bool = False) -> li
     return problems
 
 
+def usual_distances(distances_mm: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the usual distance of neighbours at each distance: the median of those up to two places away.
+
+    Distances double from C1 to L5, so that the median of a whole spine says little.
+    """
+    return np.array([np.median(distances_mm[max(0, n - _AROUND) : n + _AROUND + 1]) for n in range(len(distances_mm))])
+
+
 def _neighbour_problem(distance: float, ratio: float, missing: Sequence[int], *, certain: bool) -> str:
     """Return the problem of two neighbours, or nothing; `ratio` is their distance, relative to the usual one."""
     if missing:
@@ -174,7 +184,7 @@ def _neighbour_problem(distance: float, ratio: float, missing: Sequence[int], *,
         if certain and ratio < _CLOSE:
             return f"are {distance:.0f} mm apart, as close as neighbours, although {names} belongs between them"
         return f"are labelled, but {names} between them is not"
-    if certain and ratio > _GAP:
+    if certain and ratio > GAP_RATIO:
         return f"are {distance:.0f} mm apart: is a vertebra between them missing?"
     if certain and ratio < _CLOSE:
         return f"are only {distance:.0f} mm apart: are they one vertebra?"

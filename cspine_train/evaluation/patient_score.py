@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cspine_data import SPINE
+from cspine_data import SACRUM
 from cspine_train.metrics.instances import LevelAgreement, label_overlaps, level_agreement, true_levels
 from cspine_train.metrics.overlap import (
     Agreement,
@@ -17,9 +17,6 @@ from cspine_train.metrics.overlap import (
 )
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented
-from cspine_train.run.record import RunRecord
-
-_SACRUM = 26
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,6 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
     several = bool(record.label_values)
     overlaps = label_overlaps(found, truth) if several else {}
     labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
-    vertebrae = vertebra_values(record) if record.levels else frozenset[int]()
     spine = segmented.spine.levels if segmented.spine else ()
     return PatientScore(
         segmented.case,
@@ -112,14 +108,8 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
         slices,
         overlaps,
         record.patient(segmented.case),
-        level_agreement(found, truth, spacing_mm, overlaps, vertebrae) if record.levels else None,
+        level_agreement(found, truth, spacing_mm, overlaps, record.vertebrae) if record.levels else None,
         {vertebra.value: vertebra.probability for vertebra in spine},
         # A spine may end with the sacrum, which is no vertebra.
-        true_levels(overlaps, {*vertebrae, _SACRUM}) if record.levels else {},
+        true_levels(overlaps, {*record.vertebrae, SACRUM}) if record.levels else {},
     )
-
-
-def vertebra_values(record: RunRecord) -> frozenset[int]:
-    """Return the label values that are vertebrae in label maps, including levels that no training case has."""
-    others = set(record.label_values) - set(record.levels)
-    return frozenset(SPINE).difference(others)

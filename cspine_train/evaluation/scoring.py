@@ -12,7 +12,7 @@ from typing import Any
 from cspine_data import LEVEL_NAMES, Cohort, CspineDataError, Problem, open_cohort
 from cspine_data.tools import count, make_folder
 from cspine_train.errors import RunError
-from cspine_train.evaluation.patient_score import PatientScore, score_patient, vertebra_values
+from cspine_train.evaluation.patient_score import PatientScore, score_patient
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.metrics.statistics import MeanInterval
 from cspine_train.prediction.overlays import BEST, MEDIAN, WORST, Gallery
@@ -161,8 +161,7 @@ def _evaluate(
     for _, case in wanted:
         check_trained_on(loaded, cohort, case)
     wanted, nothing = _labelled(loaded, cohort, wanted)
-    levels = vertebra_values(record) if record.levels else ()
-    gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST), levels)
+    gallery = Gallery(record.settings.axes, (BEST, MEDIAN, WORST), record.vertebrae)
     scores, failed = [], []
     for number, (part, case) in enumerate(wanted, start=1):
         try:
@@ -253,8 +252,7 @@ def _written(
         "digests": {score.case: record.digests[score.case] for score in scores},
     }
     if several:
-        vertebrae = vertebra_values(record) if record.levels else None
-        label_rows = [row for score in scores for row in _label_rows(score, note, vertebrae)]
+        label_rows = [row for score in scores for row in _label_rows(score, note, record.vertebrae)]
         # A level that only the prediction has lacks some figures.
         columns = dict.fromkeys(name for row in label_rows for name in row if name != "note")
         write_rows(files[3], (*columns, "note"), label_rows)
@@ -280,11 +278,11 @@ def _row(score: PatientScore, note: str) -> dict[str, Any]:
     return known | _figures(score.voxels, score.figures) | {"note": note}
 
 
-def _label_rows(score: PatientScore, note: str, vertebrae: Container[int] | None) -> Iterator[dict[str, Any]]:
+def _label_rows(score: PatientScore, note: str, vertebrae: Container[int]) -> Iterator[dict[str, Any]]:
     for value, of_label in (score.labels or {}).items():
         known: dict[str, Any] = {"case": score.case, "split": score.split, "label": value}
         figures = of_label.figures
-        if score.levels and vertebrae is not None:
+        if score.levels:
             known["level"] = LEVEL_NAMES[value] if value in vertebrae else ""
             probability = score.probabilities.get(value)
             known["probability"] = None if probability is None else round(probability, 6)

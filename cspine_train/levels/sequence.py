@@ -15,18 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
 
-from cspine_data import LEVEL_NAMES, SPINE
+from cspine_data import GAP_RATIO, LEVEL_NAMES, SACRUM, SPINE, T13, usual_distances
 from cspine_train.errors import RunError
 
-_SACRUM, _T13, _L6 = 26, 28, 25
-_T11, _T12, _L1, _L5 = 18, 19, 20, 24
+_T11, _T12, _L1, _L5, _L6 = 18, 19, 20, 24, 25
 # Approximate frequency of anatomical variants: thirteen or eleven thoracic, or six lumbar vertebrae (Tins 2016).
-_VARIANTS = {(_T12, _T13): 0.02, (_T13, _L1): 1.0, (_T11, _L1): 0.02, (_L5, _L6): 0.05, (_L6, _SACRUM): 1.0}
+_VARIANTS = {(_T12, T13): 0.02, (T13, _L1): 1.0, (_T11, _L1): 0.02, (_L5, _L6): 0.05, (_L6, SACRUM): 1.0}
 # Share of the evidence that is spread over all levels: the network may be wrong, and it may not know all levels.
 _SPREAD = 0.02
-# A vertebra may be missing between two that are farther apart than this multiple of the median of the distances up to
-# two places away. 132 real distances are 0.82 to 1.12 times their patient's median.
-_GAP, _AROUND = 1.5, 2
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def _scored(
 ) -> list[tuple[tuple[int, ...], float]]:
     """Return all sequences with the logarithms of their probabilities, up to a constant offset."""
     logs = np.full((len(evidence), len(SPINE) + 1), math.log(_SPREAD / len(SPINE)))
-    column = {level: number for number, level in enumerate((*SPINE, _SACRUM))}
+    column = {level: number for number, level in enumerate((*SPINE, SACRUM))}
     for number, level in enumerate(known):
         logs[:, column[level]] = np.log((1 - _SPREAD) * evidence[:, number] + _SPREAD / len(SPINE))
     gaps = gaps_of(distances_mm)
@@ -134,8 +130,8 @@ def _scored(
 
 def _paths(count: int, gaps: Sequence[bool]) -> Iterator[tuple[tuple[int, ...], float]]:
     """Iterate over all sequences of `count` levels, with the logarithms of their prior probabilities."""
-    rare = {after: math.log(frequency) for (_, after), frequency in _VARIANTS.items() if after in (_T13, _L6)}
-    ends: list[tuple[tuple[int, ...], float]] = [((level,), rare.get(level, 0.0)) for level in (*SPINE, _SACRUM)]
+    rare = {after: math.log(frequency) for (_, after), frequency in _VARIANTS.items() if after in (T13, _L6)}
+    ends: list[tuple[tuple[int, ...], float]] = [((level,), rare.get(level, 0.0)) for level in (*SPINE, SACRUM)]
     for gap in gaps[: count - 1]:
         ends = [((*path, level), prior + more) for path, prior in ends for level, more in _next(path[-1], gap).items()]
     yield from ends
@@ -144,9 +140,9 @@ def _paths(count: int, gaps: Sequence[bool]) -> Iterator[tuple[tuple[int, ...], 
 def _next(level: int, gap: bool) -> dict[int, float]:
     """Return the levels that may follow, with the logarithms of their probabilities."""
     following = {after: math.log(frequency) for (before, after), frequency in _VARIANTS.items() if before == level}
-    if level in (_T13, _L6, _SACRUM):
+    if level in (T13, _L6, SACRUM):
         return following
-    below = level + 1 if level < _L5 else _SACRUM
+    below = level + 1 if level < _L5 else SACRUM
     following[below] = 0.0
     # At a gap below T11, a missed T12 is more likely than a spine without T12.
     if gap and below < _L5:
@@ -155,18 +151,16 @@ def _next(level: int, gap: bool) -> dict[int, float]:
 
 
 def gaps_of(distances_mm: Sequence[float]) -> list[bool]:
-    """Return whether each distance of neighbours is so long that a vertebra may be missing between them.
-
-    A distance is compared with those around it: lumbar vertebrae are twice as far apart as cervical ones.
-    """
-    around = (distances_mm[max(0, n - _AROUND) : n + _AROUND + 1] for n in range(len(distances_mm)))
-    return [mm > _GAP * float(np.median(others)) for mm, others in zip(distances_mm, around, strict=True)]
+    """Return whether each distance of neighbours is so long that a vertebra may be missing between them."""
+    return [
+        mm > GAP_RATIO * usual for mm, usual in zip(distances_mm, usual_distances(distances_mm).tolist(), strict=True)
+    ]
 
 
 def sequence_name(levels: Sequence[int]) -> str:
     """Return a sequence as text, such as ``T11-L5`` or ``T11-L5 with T13``."""
     text = LEVEL_NAMES[levels[0]] if len(levels) == 1 else f"{LEVEL_NAMES[levels[0]]}-{LEVEL_NAMES[levels[-1]]}"
-    inside = [level for level in levels[1:-1] if level in (_T13, _L6)]
+    inside = [level for level in levels[1:-1] if level in (T13, _L6)]
     if (_T11, _L1) in pairwise(levels):
         return f"{text} without T12"
     return f"{text} with {LEVEL_NAMES[inside[0]]}" if inside else text

@@ -110,6 +110,12 @@ class RunRecord(BaseModel):
         return self
 
     @property
+    def vertebrae(self) -> frozenset[int]:
+        """The vertebrae in its label maps, with levels that no training case has; none if the labels are not levels."""
+        others = set(self.label_values) - set(self.levels)
+        return frozenset(SPINE).difference(others) if self.levels else frozenset()
+
+    @property
     def split(self) -> Split:
         """The cases of each part."""
         return Split(self.train, self.validation, self.test)
