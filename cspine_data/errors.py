@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +104,11 @@ class Problem:
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def some_of(things: Sequence[object], most: int = 3) -> str:
+    """Return the first of some things as text, with dots if there are more."""
+    return ", ".join(map(str, things[:most])) + ", ..." * (len(things) > most)
 
 
 def meant(name: str, known: Iterable[str]) -> str:

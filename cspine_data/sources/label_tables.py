@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cspine_data.errors import InputError, Problem, count, printable
+from cspine_data.errors import InputError, Problem, count, printable, some_of
 from cspine_data.sources.cases import LONGEST_NAME, Case
 from cspine_data.sources.file_names import name_of
 from cspine_data.sources.pair_lists import table_rows
@@ -23,7 +23,6 @@ _INDEX = re.compile(r"\d{1,9}")
 _NO_NAME = re.compile(r"|n/a|background|label[-_ ]?\d+", re.IGNORECASE)
 # About 3000 lines: the names are sent to workers with each case.
 _MOST_BYTES = 1 << 17
-_MOST_NAMED = 3
 
 
 def with_label_names(cases: Iterable[Case], home: Path) -> tuple[list[Case], list[Problem], list[str]]:
@@ -52,8 +51,7 @@ def with_label_names(cases: Iterable[Case], home: Path) -> tuple[list[Case], lis
         Problem(ids[0], f"{tables.read(table)} ({count(len(ids), 'case')} left out because of it)")
         for table, ids in refused.items()
     ]
-    named = ", ".join(map(str, list(used)[:_MOST_NAMED])) + ", ..." * (len(used) > _MOST_NAMED)
-    notes = [f"the labels of {count(used.total(), 'case')} are named by {named}"] if used else []
+    notes = [f"the labels of {count(used.total(), 'case')} are named by {some_of(list(used))}"] if used else []
     return kept, problems, notes
 
 

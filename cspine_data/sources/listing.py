@@ -9,7 +9,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cspine_data.errors import InputError, Problem, count
+from cspine_data.errors import InputError, Problem, count, some_of
 from cspine_data.extensions import LAYOUTS
 from cspine_data.names import normalised
 from cspine_data.sources.cases import Case, Listing, is_case_id
@@ -156,8 +156,7 @@ def _of_sequence(source: Path, cases: list[Case], sequence: str) -> list[Case]:
 def _without_sequence(cases: Iterable[Case]) -> list[str]:
     """Return a note on the volumes that `_of_sequence` leaves out because their sequence is not known."""
     names = [str(case.volume) for case in cases if case.sequence is None]
-    named = ", ".join(names[:_MOST_NAMED]) + ", ..." * (len(names) > _MOST_NAMED)
-    return [f"{count(len(names), 'volume')} of unknown sequence left out: {named}"] if names else []
+    return [f"{count(len(names), 'volume')} of unknown sequence left out: {some_of(names)}"] if names else []
 
 
 def _checked(source: Path, cases: Iterable[Case], found: Iterable[Problem], notes: Iterable[str]) -> Listing:

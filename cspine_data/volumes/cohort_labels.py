@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from cspine_data.errors import some_of
 from cspine_data.volumes.geometry import Triple
 from cspine_data.volumes.instances import (
     Instance,
@@ -139,7 +140,7 @@ def _levels_text(levels: Sequence[int], cases: Sequence[LabelledCase], contradic
         if far or all(values == tuple(range(1, len(values) + 1)) for values in own):
             text += f"{far}; if they are other vertebrae, name them with cspine-data relabel"
     if contradicting:
-        text += f"; {_named(contradicting)} contradict this order: correct them, or training will use no levels"
+        text += f"; {some_of(contradicting)} contradict this order: correct them, or training will use no levels"
     return text
 
 
@@ -158,8 +159,4 @@ def _other_text(cases: Sequence[LabelledCase]) -> str:
     several = [case.levels_mm for case in cases if len(case.levels_mm) > 1]
     if several and not any(out_of_order(one, sorted(one, reverse=True)) for one in several):
         return "label values are numbered from feet to head, so they are not levels; name them with cspine-data relabel"
-    return f"by their positions, label values {_named(values)} are neither levels nor instances of vertebrae"
-
-
-def _named(things: Sequence[object]) -> str:
-    return ", ".join(map(str, things[:_MOST_NAMED])) + ", ..." * (len(things) > _MOST_NAMED)
+    return f"by their positions, label values {some_of(values)} are neither levels nor instances of vertebrae"
