@@ -15,8 +15,8 @@ from cspine_data.volumes.geometry import Geometry, Triple
 from cspine_data.volumes.levels import LEVEL_NAMES, SPINE, levels_between
 from cspine_data.volumes.volume import Volume
 
-#: Distance of neighbours, relative to `usual_distances`, above which a vertebra may be missing between them. Of 132 real
-#: distances, the ratio is 0.82 to 1.12.
+#: Ratio of a distance of neighbours to the usual one, see `usual_distances`, above which a vertebra may be missing
+#: between them. Of 132 real distances, it is 0.82 to 1.12.
 GAP_RATIO = 1.5
 # Below this ratio, two labels may be one vertebra.
 _CLOSE = 0.55

@@ -68,13 +68,12 @@ def label_map(
         if any(ends):
             return LabelMap(*name_vertebrae(mask, geometry_xyz, None, *ends))
         return LabelMap(stored_values(mask.astype(np.uint8), record.label_values))
-    background = np.float32(sum(weights)) - total.sum(0)
     levels = record.levels
     if any(ends) and not levels:
         raise RunError("the labels of these runs are not levels of vertebrae; leave out --lowest and --highest")
     own = [record.label_values.index(level) for level in levels]
     others = [number for number in range(len(total)) if number not in own]
-    array = _most_probable(background, total, others, record.label_values)
+    array = _most_probable(total, sum(weights), others, record.label_values)
     if not levels:
         return LabelMap(array)
     vertebra = vertebra_probability(total, own) > _threshold(records, weights)
@@ -84,7 +83,7 @@ def label_map(
     except RunError as error:
         if any(ends):
             raise
-        plain = _most_probable(background, total, range(len(total)), record.label_values)
+        plain = _most_probable(total, sum(weights), range(len(total)), record.label_values)
         return LabelMap(plain, NamedSpine((), f"{error}; none was named"))
     array = array.astype(np.result_type(array, level_map))
     array[vertebra] = level_map[vertebra]
@@ -118,10 +117,14 @@ def _threshold(records: Sequence[RunRecord], weights: Sequence[float]) -> float:
 
 
 def _most_probable(
-    background: NDArray[np.float32], total: NDArray[np.float32], among: Sequence[int], values: Sequence[int]
+    total: NDArray[np.float32], weight: float, among: Sequence[int], values: Sequence[int]
 ) -> NDArray[Any]:
     """Return the label value of the most probable of some labels and the background."""
-    numbers, highest = np.zeros(background.shape, np.uint8), background.copy()
+    numbers = np.zeros(total.shape[1:], np.uint8)
+    if not among:
+        # Without the sum over the labels, which takes longer than all else here.
+        return stored_values(numbers, values)
+    highest = np.float32(weight) - total.sum(0)
     for number in among:
         numbers[total[number] > highest] = number + 1
         np.maximum(highest, total[number], out=highest)
