@@ -137,7 +137,7 @@ class RunRecord(BaseModel):
             caveats = (*caveats, f"tested on site {self.settings.test_site}, trained on the others")
         if self.finished or self.kept_epoch is None:
             return caveats
-        unfinished = f"training is not finished: weights of epoch {self.kept_epoch + 1} of {self.settings.epochs}"
+        unfinished = f"training is not finished: weights of epoch {self.kept_epoch + 1}, of {self.settings.length}"
         return (*caveats, f"{unfinished}; the same cspine-train run command resumes it")
 
 
