@@ -14,18 +14,10 @@ from cspine_data import GivenSplit
 from cspine_data.typed_options import field_option
 from cspine_train.run.folder import RECORD_NAME
 from cspine_train.run.recipes import read_recipe, with_changes
-from cspine_train.run.settings import (
-    DataSettings,
-    ModelSettings,
-    OptimisationSettings,
-    PostprocessingSettings,
-    RunSettings,
-    problem_of,
-)
+from cspine_train.run.settings import PARTS, RunSettings, problem_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Model = TypeVar("Model", bound=BaseModel)
-_PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, OptimisationSettings, PostprocessingSettings)
 
 
 def setting_options(recipe: str = "default", omit: Collection[str] = ()) -> Callable[[Command], Command]:
@@ -36,7 +28,7 @@ def setting_options(recipe: str = "default", omit: Collection[str] = ()) -> Call
     defaults = {} if recipe == "default" else read_recipe(recipe).settings
 
     def decorate(command: Command) -> Command:
-        for part in reversed(_PARTS):
+        for part in reversed(PARTS):
             options = [
                 field_option(part, name, **({"default": defaults[name]} if name in defaults else {}))
                 for name in part.model_fields
