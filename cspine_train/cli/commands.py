@@ -15,7 +15,13 @@ import cloup
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
 from cspine_data.typed_options import field_option
 from cspine_train.cli.option_values import weights_of
-from cspine_train.cli.setting_options import record_of, setting_options, settings_of, with_recorded_split
+from cspine_train.cli.setting_options import (
+    record_of,
+    setting_options,
+    settings_of,
+    with_recorded_split,
+    with_settings_of_origin,
+)
 from cspine_train.cli.study_commands import cell, study, table
 from cspine_train.cli.waiting import stay_awake
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_message
@@ -88,7 +94,7 @@ def run(
     devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again resumes a run that was stopped."""
-    settings = settings_of(**with_recorded_split(options, output))
+    settings = settings_of(**with_recorded_split(with_settings_of_origin(options, output), output))
     machines = record_of(Machines, devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.training.pipeline import train

@@ -68,6 +68,24 @@ def with_recorded_split(options: dict[str, Any], run: Path | None) -> dict[str, 
     return options | {"split": recorded, "fold": 0} if recorded and recorded.fold == options["fold"] else options
 
 
+def with_settings_of_origin(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
+    """Return options with the settings of the run of ``--from`` for those that are not on the command line.
+
+    If that run is gone, they are those of the run to resume.
+    """
+    if options["from_run"] is None:
+        return options
+    from cspine_train.run.record import load_record
+
+    origin = Path(options["from_run"])
+    if run is not None and not (origin / RECORD_NAME).exists() and (run / RECORD_NAME).exists():
+        origin = run
+    source = click.get_current_context().get_parameter_source
+    given = {name for name in options if source(name) is click.core.ParameterSource.COMMANDLINE}
+    inherited = load_record(origin).inherited_settings
+    return options | {name: value for name, value in inherited.items() if name not in given}
+
+
 def _fold_of_file(path: str, fold: int) -> GivenSplit:
     from cspine_data import read_splits
 

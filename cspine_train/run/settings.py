@@ -75,6 +75,9 @@ class ModelSettings(BaseModel):
     weights: str = "auto"
     """Initial weights of the encoder: auto, imagenet, none (random) or a file. auto takes ImageNet's where they are
     available and reports what it took."""
+    from_run: Annotated[str | None, Spelling("--from", metavar="RUN")] = None
+    """Fine-tune: start from all weights of this run, with a new head if the labels differ. Options not given are those
+    of RUN, except split, case weights and seed."""
     context: int = Field(default=0, ge=0, le=_MOST_CONTEXT)
     """Neighbouring slices on each side as further input channels (2.5-D)."""
 
@@ -186,6 +189,8 @@ class OptimisationSettings(BaseModel):
     """EMA decay of the weights, for example 0.99; 0 disables it."""
     coarse_share: float = Field(default=0, ge=0, le=1)
     """Share of the steps, the first ones, with pixels larger by half (progressive resolution)."""
+    frozen_share: float = Field(default=0, ge=0, lt=1)
+    """Share of the steps, the first ones, that train decoder and head only (frozen encoder)."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Numeric precision; auto: bf16 where the processor has it, else 32."""
     compile: Annotated[bool, Spelling("--compile/--no-compile")] = False
@@ -219,6 +224,12 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
         given = [option for option, value in ways.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_in_one_way(self) -> Self:
+        if self.from_run is not None and self.weights != "auto":
+            raise ValueError("--weights and --from exclude each other; give one of them")
         return self
 
     @model_validator(mode="after")
