@@ -2,7 +2,8 @@
 
 Run as ``python benchmarks/fine_tuning.py SOURCE_STORE STORE -o FOLDER``. A network is trained on SOURCE_STORE. Then
 1, 2, 4 and 8 patients of STORE train it from each start, for the same number of steps, and three others test it. The
-learning rate of each start is the one with the highest validation Dice for 2 patients. The same command again resumes.
+learning rate of each start is the one with the highest validation Dice for 2 patients. The last start is the source
+again, with a frozen encoder in a fifth of the steps. The same command again resumes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from cspine_data import Cohort, GivenSplit, open_cohort
 from cspine_train import Evaluation, RunRecord, RunSettings, evaluate, load_run, train
@@ -21,12 +23,14 @@ RECIPE = {"crop_margin_mm": 40, "batch_size": 8, "schedule": "onecycle"}
 SOURCE = {"weights": "imagenet", "augment": "strong", "epochs": 6, "learning_rate": 1e-2}
 PATIENTS = (1, 2, 4, 8)
 # Of 8 patients.
-EPOCHS = 3
+EPOCHS = 6
 RATES = (1e-3, 1e-2)
 RATES_CHOSEN_WITH = 2
 
 
-def train_one(store: Path, folder: Path, cases: tuple[str, ...], start: dict[str, str], patients: int, rate: float):
+def train_one(
+    store: Path, folder: Path, cases: tuple[str, ...], start: dict[str, Any], patients: int, rate: float
+) -> tuple[Path, RunRecord]:
     """Train on the first patients; the last three of all test, and the one before them validates."""
     split = GivenSplit(train=cases[:patients], validation=cases[-4:-3], test=cases[-3:])
     epochs = EPOCHS * PATIENTS[-1] // patients
@@ -66,15 +70,20 @@ def main() -> None:
     cohort = open_cohort(arguments.store)
     cases = cohort.cases
     starts = {"random": {"weights": "none"}, "imagenet": {"weights": "imagenet"}, "source": {"from_run": str(source)}}
-    rows = []
+    rates, rows = {}, []
     for name, start in starts.items():
-        folder = arguments.output / name
-        tried: dict[float, RunRecord] = {
-            rate: train_one(arguments.store, folder, cases, start, RATES_CHOSEN_WITH, rate)[1] for rate in RATES
+        tried = {
+            rate: train_one(arguments.store, arguments.output / name, cases, start, RATES_CHOSEN_WITH, rate)[1]
+            for rate in RATES
         }
-        rate = max(tried, key=lambda one: tried[one].kept_dice or 0)
-        runs = {number: train_one(arguments.store, folder, cases, start, number, rate)[0] for number in PATIENTS}
-        rows.append([name, f"{rate:g}", *(f"{dice_of(run).mean_dice:.3f}" for run in runs.values())])
+        rates[name] = max(tried, key=lambda one: tried[one].kept_dice or 0)
+    starts["frozen"], rates["frozen"] = starts["source"] | {"frozen_share": 0.2}, rates["source"]
+    for name, start in starts.items():
+        runs = [
+            train_one(arguments.store, arguments.output / name, cases, start, number, rates[name])[0]
+            for number in PATIENTS
+        ]
+        rows.append([name, f"{rates[name]:g}", *(f"{dice_of(run).mean_dice:.3f}" for run in runs)])
     print(f"source, not trained on {arguments.store}: {untrained_dice(source, cohort, cases[-3:]):.3f}")
     print(f"| start | learning rate | {' | '.join(map(str, PATIENTS))} |\n|{'---|' * (2 + len(PATIENTS))}")
     for row in rows:
