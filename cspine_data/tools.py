@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from cspine_data.errors import count, describe_problem, meant
+from cspine_data.errors import count, describe_problem, meant, some_of
 from cspine_data.extensions import ExtensionPoint
 from cspine_data.extras import install_hint
 from cspine_data.files import atomic_write, exclusive_lock, make_folder, remove_unfinished
@@ -25,5 +25,6 @@ __all__ = [
     "remove_unfinished",
     "render_page",
     "side_by_side",
+    "some_of",
     "usable_cores",
 ]

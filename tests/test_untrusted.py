@@ -15,6 +15,7 @@ from click.testing import Result
 from cspine_data import Preprocessing
 from cspine_train import CspineTrainError, ModelError, RunError, RunSettings, evaluate, load_run
 from cspine_train.models.build import build_model, save_model
+from cspine_train.models.trained import read_trained
 from cspine_train.run.record import RunRecord, save_record
 
 #: Where Python and its packages are read from.
@@ -130,6 +131,19 @@ def test_a_weights_file_of_a_record_is_not_read(run: Path, watch: Watch) -> None
     change(run, "weights", "/etc/passwd")
     change(run, "weights_used", "https://127.0.0.1:9/x")
     load_run(run)
+    assert watch.outside(run) == []
+    assert watch.called == []
+
+
+def test_a_run_to_start_from_reads_nothing_but_itself(run: Path, watch: Watch) -> None:
+    """What that run started from is history, too."""
+    change(run, "from_run", "/etc")
+    change(run, "voxels_sha256", dict.fromkeys("ABC", "0"))
+    change(run, "weights", "auto")
+    watch.opened.clear()
+    trained = read_trained(run)
+    assert trained.record.settings.from_run == "/etc"
+    assert str(run / "model" / "model.safetensors") in watch.opened
     assert watch.outside(run) == []
     assert watch.called == []
 

@@ -83,6 +83,18 @@ def with_recorded_split(options: dict[str, Any], run: Path | None) -> dict[str, 
     return options | {"split": recorded, "fold": 0} if recorded and recorded.fold == options["fold"] else options
 
 
+def settings_of_origin(from_run: str | None, run: Path | None) -> dict[str, Any]:
+    """Return the settings that a run takes over from that of ``--from``; from the run to resume, if that is gone."""
+    if from_run is None:
+        return {}
+    from cspine_train.run.record import load_record
+
+    origin = Path(from_run)
+    if run is not None and not (origin / RECORD_NAME).exists() and (run / RECORD_NAME).exists():
+        origin = run
+    return load_record(origin).inherited_settings
+
+
 def _fold_of_file(path: str, fold: int) -> GivenSplit:
     from cspine_data import read_splits
 

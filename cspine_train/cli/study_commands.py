@@ -80,7 +80,7 @@ _MACHINE = cloup.option_group(
 @_GRID
 @_FILES
 @_MACHINE
-@setting_options("reference", omit=_GRID_FIELDS)
+@setting_options("reference", omit=(*_GRID_FIELDS, "from_run"))
 def study(
     store: str, models: Sequence[str], encoders: Sequence[str], weights: dict[str, str], variants: Sequence[str],
     axes: Sequence[str], folds: int | None, split: Path | None, leave_site_out: bool, seeds: int, queue: Path | None,

@@ -41,10 +41,10 @@ def cohort_fields(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     first = cohort.record(cases[0], variant)
     ignored: set[int] = set()
     chosen: dict[str, None] = {}
-    digests, looks = {}, CohortLooks.of(cohort.record(case, variant) for case in split.train)
+    digests, voxels, looks = {}, {}, CohortLooks.of(cohort.record(case, variant) for case in split.train)
     for case in cases:
         record = cohort.record(case, variant)
-        digests[case] = record.digest
+        digests[case], voxels[case] = record.digest, record.voxels_sha256
         ignored.update(record.ignored_values)
         chosen |= {record.chosen_labels: None} if record.chosen_labels else {}
         if record.preprocessing != first.preprocessing:
@@ -59,5 +59,5 @@ def cohort_fields(cohort: Cohort, split: Split, variant: str) -> dict[str, Any]:
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
     patients = {case: patient for case, patient in cohort.patients.items() if case in digests and patient != case}
     what = {"preprocessing": first.preprocessing, "notes": notes, "digests": digests, "cohort_looks": looks}
-    what["patients"] = patients
+    what |= {"patients": patients, "voxels_sha256": voxels}
     return {"store": cohort.location, **what, **parts}

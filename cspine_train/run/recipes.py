@@ -15,12 +15,10 @@ from pydantic import ValidationError
 from cspine_data.tools import meant
 from cspine_data.typed_options import spelling_of
 from cspine_train.errors import RunError
-from cspine_train.run.settings import PARTS, RunSettings, problem_of
+from cspine_train.run.settings import OF_ONE_RUN, PARTS, RunSettings, problem_of
 
 _ENDING = ".toml"
 _DESCRIPTION = "description"
-#: Settings that belong to a cohort or to one run, and not to a recipe.
-OF_ONE_RUN = frozenset({"folds", "fold", "split", "test_site", "case_weights", "seed"})
 
 
 @dataclass(frozen=True)

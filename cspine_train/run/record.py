@@ -14,10 +14,13 @@ from cspine_data import SPINE, RecordedPreprocessing, Split
 from cspine_train.errors import RunError
 from cspine_train.run.cohort_range import CohortLooks
 from cspine_train.run.folder import RECORD_NAME, is_in_use, write_text
-from cspine_train.run.settings import RunSettings
+from cspine_train.run.origin import Origin
+from cspine_train.run.settings import OF_ONE_RUN, RunSettings
 
 RECORD_VERSION = 1
 _MOST_LABELS = 255
+# Settings of the start, which a fine-tuned run does not take over.
+_OF_THE_START = {"weights", "frozen_share"}
 # Characters of a setting that a message shows; a split lists all cases.
 _SHOWN = 60
 _Side = Annotated[int, Field(gt=0, le=1 << 14)]
@@ -33,7 +36,10 @@ class RunRecord(BaseModel):
     settings : RunSettings
         The settings.
     weights_used : str
-        Initial weights of the encoder: ``imagenet``, ``none``, or the SHA-256 of a file.
+        Initial weights of the encoder: ``imagenet``, ``none``, or the SHA-256 of a file; of all weights, if there is an
+        `origin`.
+    origin : Origin or None
+        The run that a fine-tuned run starts from.
     size_hw : tuple of int
         Size of a training slice, after resampling, padding and cropping.
     preprocessing : Preprocessing
@@ -55,6 +61,8 @@ class RunRecord(BaseModel):
         Ranges of properties of the training volumes; None in old records.
     digests : dict
         The store's digest of each case.
+    voxels_sha256 : dict
+        Digest of the voxels of each case, which does not depend on how they were prepared.
     patients : dict
         The patient of each case that is not its patient's only one.
     versions : dict
@@ -80,6 +88,7 @@ class RunRecord(BaseModel):
     store: str
     settings: RunSettings
     weights_used: str
+    origin: Origin | None = None
     size_hw: tuple[_Side, _Side]
     preprocessing: RecordedPreprocessing
     notes: tuple[str, ...] = ()
@@ -92,6 +101,7 @@ class RunRecord(BaseModel):
     level_temperature: float = Field(default=1.0, ge=1, allow_inf_nan=False)
     cohort_looks: CohortLooks | None = None
     digests: dict[str, str]
+    voxels_sha256: dict[str, str] = Field(default_factory=dict)
     patients: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
     processes: int = 1
@@ -120,19 +130,33 @@ class RunRecord(BaseModel):
         """The cases of each part."""
         return Split(self.train, self.validation, self.test)
 
+    @property
+    def inherited_settings(self) -> dict[str, Any]:
+        """The settings that a run that is fine-tuned from this one takes over."""
+        return self.settings.model_dump(exclude={*OF_ONE_RUN, *_OF_THE_START})
+
     def patient(self, case: str) -> str:
         """Return the patient of a case."""
         return self.patients.get(case, case)
 
-    def caveats(self) -> tuple[str, ...]:
-        """Return notes that belong beside every figure of this run."""
+    @property
+    def start(self) -> str:
+        """What the weights started from."""
         used = self.weights_used
+        if self.origin:
+            return self.origin.text(used)
         start = {"none": "random weights", "imagenet": "ImageNet weights"}.get(
             used, f"weights from a file ({used[:12]})"
         )
         if self.settings.weights == "auto" and used == "none":
             start += " (ImageNet weights were unavailable)"
-        caveats = (f"encoder {self.settings.encoder} started from {start}", *(f"data: {note}" for note in self.notes))
+        return f"encoder {self.settings.encoder} started from {start}"
+
+    def caveats(self) -> tuple[str, ...]:
+        """Return notes that belong beside every figure of this run."""
+        caveats = (self.start, *(f"data: {note}" for note in self.notes))
+        if self.origin and (same := self.origin.same_names(self.split, self.patients)):
+            caveats = (*caveats, same)
         if self.settings.test_site is not None:
             caveats = (*caveats, f"tested on site {self.settings.test_site}, trained on the others")
         if self.finished or self.kept_epoch is None:

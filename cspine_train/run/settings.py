@@ -81,6 +81,9 @@ class ModelSettings(BaseModel):
     weights: str = "auto"
     """Initial weights of the encoder: auto, imagenet, none (random) or a file. auto takes ImageNet's where they are
     available and reports what it took."""
+    from_run: Annotated[str | None, Spelling("--from", metavar="RUN")] = None
+    """Fine-tune: start from all weights of this run, with a new head if the labels differ. Options not given are those
+    of RUN, except split, case weights and seed."""
     context: int = Field(default=1, ge=0, le=_MOST_CONTEXT)
     """Neighbouring slices on each side as further input channels (2.5-D)."""
 
@@ -199,6 +202,8 @@ class OptimisationSettings(BaseModel):
     """EMA decay of the weights, for example 0.99; 0 disables it."""
     coarse_share: float = Field(default=0, ge=0, le=1)
     """Share of the steps, the first ones, with pixels larger by half (progressive resolution)."""
+    frozen_share: float = Field(default=0, ge=0, lt=1)
+    """Share of the steps, the first ones, that train decoder and head only (frozen encoder)."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Numeric precision; auto: bf16 where the processor has it, else 32."""
     compile: Annotated[bool, Spelling("--compile/--no-compile")] = False
@@ -253,6 +258,12 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
         return self
 
     @model_validator(mode="after")
+    def _starts_in_one_way(self) -> Self:
+        if self.from_run is not None and self.weights != "auto":
+            raise ValueError("--weights and --from exclude each other; give one of them")
+        return self
+
+    @model_validator(mode="after")
     def _fold_is_one_of_folds(self) -> Self:
         if self.fold and not self.folds:
             raise ValueError("a fold needs --folds, the number of folds, or --split")
@@ -276,6 +287,8 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
         return f"{self.model}-{encoder}-axis{self.axes_name}-{self.variant}{split}-seed{self.seed}"
 
 
+#: Settings that belong to a cohort or to one run, and not to a recipe.
+OF_ONE_RUN = frozenset({"folds", "fold", "split", "test_site", "case_weights", "seed", "from_run"})
 #: The parts of `RunSettings`, in the order in which people read them.
 PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, OptimisationSettings, PostprocessingSettings)
 

@@ -26,6 +26,7 @@ from cspine_data.tools import make_folder
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models.build import build_model, sides_of
+from cspine_train.models.trained import TrainedWeights, preprocessing_note, read_trained
 from cspine_train.prediction.level_calibration import calibrated_levels
 from cspine_train.prediction.overlays import save_overlays
 from cspine_train.prediction.postprocessing import chosen_postprocessing
@@ -156,12 +157,13 @@ def _train(
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     place, checkpoint = (newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None) or (Place(), None)
     # A checkpoint holds the weights already.
-    initial_weights = "none" if checkpoint else settings.weights
-    module, data, made = _built(trainer, cohort, split, settings, initial_weights, workers)
+    trained = None if checkpoint else _trained(settings, split, fields)
+    initial_weights = "none" if checkpoint or trained else settings.weights
+    module, data, made = _built(trainer, cohort, split, settings, initial_weights, workers, trained)
     record = RunRecord(settings=settings, **fields, **made, deterministic=bool(devices["deterministic"]))
     if earlier and checkpoint:
-        kept = earlier.model_dump(include={"weights_used", "kept_epoch", "kept_dice", "threshold"})
-        record = record.model_copy(update=kept)
+        kept = ("weights_used", "origin", "kept_epoch", "kept_dice", "threshold")
+        record = record.model_copy(update={name: getattr(earlier, name) for name in kept})
         _log.info("going on after %s, of %s", place, settings.length)
     if first:
         _begin(run, record, earlier, lock)
@@ -206,8 +208,25 @@ def _trainer(
     return trainer
 
 
+def _trained(settings: RunSettings, split: Split, fields: dict[str, Any]) -> TrainedWeights | None:
+    """Return the weights that a fine-tuned run starts from; refuse those that do not suit it."""
+    if settings.from_run is None:
+        return None
+    trained = read_trained(Path(settings.from_run))
+    trained.check(settings, split, fields["voxels_sha256"])
+    if note := preprocessing_note(trained, fields["preprocessing"]):
+        warnings.warn(note, stacklevel=4)
+    return trained
+
+
 def _built(
-    trainer: lightning.Trainer, cohort: Cohort, split: Split, settings: RunSettings, weights: str, workers: int
+    trainer: lightning.Trainer,
+    cohort: Cohort,
+    split: Split,
+    settings: RunSettings,
+    weights: str,
+    workers: int,
+    trained: TrainedWeights | None,
 ) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
     """Return the module, its data, and their fields of the record; refuse what cannot be trained."""
     labels = labels_of_run(cohort, split, settings)
@@ -219,6 +238,11 @@ def _built(
     network, weights_used = build_model(
         settings.model, settings.encoder, weights, settings.channels, network_classes(values)
     )
+    origin = None
+    if trained:
+        origin, weights_used = trained.give(network, values), trained.sha256
+        if origin.new_head:
+            _log.info("new head: %s has other labels than this run", trained.run)
     rank, world = trainer.global_rank, trainer.world_size
     data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, rank, world)
     if trainer.is_global_zero:
@@ -240,6 +264,7 @@ def _built(
     )
     made = {
         "weights_used": weights_used,
+        "origin": origin,
         "size_hw": data.sizes.slice_hw,
         "label_values": values,
         "label_meaning": label_meaning(values, labels.names | {level: LEVEL_NAMES[level] for level in labels.levels}),

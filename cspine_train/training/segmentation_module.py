@@ -131,6 +131,9 @@ class SliceSegmenter(lightning.LightningModule):
         self.budget = budget
         self._unknown = tuple(unknown or [0] * len(self._cases))
         self._counts = self._no_counts()
+        # Some encoders have parameters that are never trained.
+        encoder = cast("Any", network).encoder if settings.frozen_share else nn.Identity()
+        self._encoder_parameters = [one for one in encoder.parameters() if one.requires_grad]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Seen:
         """Augment a training batch on its device, at random by seed and step only."""
@@ -141,7 +144,7 @@ class SliceSegmenter(lightning.LightningModule):
             world = self.trainer.world_size
             seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * world)
             images, masks = self._augment(images, masks, batch.axes, seeds[self.global_rank :: world])
-            if self._coarse_hw and self._share_done() < self._settings.coarse_share:
+            if self._coarse_hw and self._is_within(self._settings.coarse_share):
                 images, masks = coarser(images, masks, self._coarse_hw)
         images = images.contiguous(memory_format=torch.channels_last)
         return Seen(images, masks, batch.numbers, batch.shapes_hw)
@@ -151,6 +154,25 @@ class SliceSegmenter(lightning.LightningModule):
         if self.budget:
             return self.budget.share
         return self.global_step / int(self.trainer.estimated_stepping_batches)
+
+    def _is_within(self, share: float) -> bool:
+        """Return whether the step belongs to this first share of training."""
+        return share > 0 and self._share_done() < share
+
+    def on_train_batch_start(self, batch: Seen, batch_idx: int) -> None:
+        """Freeze the encoder in the first steps, and its batch statistics and dropout too; then train it."""
+        if self._settings.frozen_share:
+            frozen = self._is_within(self._settings.frozen_share)
+            cast("Any", self.network).encoder.train(not frozen)
+            # DDP's static graph needs the same gradients in every step.
+            for parameter in self._encoder_parameters if self.trainer.world_size == 1 else ():
+                parameter.requires_grad_(not frozen)
+
+    def on_after_backward(self) -> None:
+        """Drop the gradients of a frozen encoder: the optimiser then leaves its weights alone, without weight decay."""
+        if self._is_within(self._settings.frozen_share):
+            for parameter in self._encoder_parameters:
+                parameter.grad = None
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of the whole batch, over all processes."""
