@@ -25,8 +25,11 @@ from pydantic import (
 from cspine_data import GivenSplit
 from cspine_data.typed_options import Spelling, spelling_of
 from cspine_train.extensions import AUGMENTATIONS, LOSSES
-from cspine_train.run.planes import AXES
 
+#: Planes of the slices along axes 0, 1 and 2.
+PLANES = ("sagittal", "coronal", "axial")
+#: Axes of a model, by their name in options.
+AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 # A record may come from anybody: beyond these bounds, a run needs more memory than any machine has.
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
