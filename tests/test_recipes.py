@@ -49,11 +49,13 @@ def test_the_shipped_recipes_are_valid_and_described() -> None:
 
 def test_options_replace_a_recipe_which_replaces_defaults(tmp_path: Path) -> None:
     mine = written(
-        tmp_path, 'description = "mine"\nencoder = "resnet34"\nbatch-size = 4\npixel-mm = "own"\naxis = "2"\n'
+        tmp_path, 'description = "mine"\nencoder = "resnet34"\nbatch-size = 4\npixel-mm = "own"\naxis = 2\nsize = 64\n'
     )
-    assert settings("--recipe", mine) == RunSettings(encoder="resnet34", batch_size=4, pixel_mm=None, axes=(2,))
+    assert settings("--recipe", mine) == RunSettings(
+        encoder="resnet34", batch_size=4, pixel_mm=None, axes=(2,), size_hw=(64, 64)
+    )
     found = settings("--recipe", mine, "--batch-size", 8, "--pixel-mm", 2, "--seed", 3)
-    assert found == RunSettings(encoder="resnet34", batch_size=8, axes=(2,), seed=3)
+    assert found == RunSettings(encoder="resnet34", batch_size=8, axes=(2,), size_hw=(64, 64), seed=3)
     assert settings() == RunSettings()
 
 

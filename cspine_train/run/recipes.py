@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,6 @@ def shipped_recipes() -> tuple[Recipe, ...]:
     return tuple(map(read_recipe, names))
 
 
-@cache
 def read_recipe(name: str) -> Recipe:
     """Read a recipe.
 

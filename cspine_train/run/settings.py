@@ -43,7 +43,7 @@ def _check_augmentations(names: str) -> str:
 
 
 def _axes(given: object) -> object:
-    return AXES.get(given, given) if isinstance(given, str) else given
+    return AXES.get(str(given), given) if isinstance(given, str | int) else given
 
 
 def _none_for(word: str) -> Callable[[object], object]:
@@ -52,9 +52,9 @@ def _none_for(word: str) -> Callable[[object], object]:
 
 
 def _size(given: object) -> object:
-    if not isinstance(given, str):
+    if not isinstance(given, str | int):
         return given
-    sides = given.split(",")
+    sides = str(given).split(",")
     if len(sides) > 2 or not all(side.isdecimal() and len(side) < 7 for side in sides):
         raise ValueError(f"{given!r} is not H,W, such as 256,192, or one number for both")
     return int(sides[0]), int(sides[-1])
