@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
     from cspine_train.training.pipeline import train
+    from cspine_train.training.run_plan import RunPlan, plan_run
 
 _HOME = {
     "evaluation.comparison": ("Comparison", "compare"),
@@ -35,6 +36,7 @@ _HOME = {
     "run.record": ("RunRecord",),
     "run.settings": ("RunSettings",),
     "training.pipeline": ("train",),
+    "training.run_plan": ("RunPlan", "plan_run"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -52,6 +54,7 @@ __all__ = [
     "Predicted",
     "Prediction",
     "RunError",
+    "RunPlan",
     "RunRecord",
     "RunSettings",
     "Target",
@@ -60,6 +63,7 @@ __all__ = [
     "find_targets",
     "find_volumes",
     "load_run",
+    "plan_run",
     "predict",
     "predict_files",
     "predict_volume",

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -24,6 +25,7 @@ from cspine_train.data.sizes import ImageSizes
 from cspine_train.errors import RunError, reason_of
 from cspine_train.models.build import sides_of
 from cspine_train.run.settings import RunSettings
+from cspine_train.training.allocator import release_free_blocks
 from cspine_train.training.optimisers import precision_of
 from cspine_train.training.step_memory import training_bytes, validation_bytes
 
@@ -93,7 +95,7 @@ class StepCheck:
         """Return the free memory of the GPU, or of this machine, with what the run's processes take already."""
         if torch.cuda.is_available():
             return float(torch.cuda.mem_get_info()[0])
-        return float(min(psutil.virtual_memory().available + self._taken_bytes(), MEMORY_LIMIT))
+        return float(min(psutil.virtual_memory().available + self._taken_bytes, MEMORY_LIMIT))
 
     def needed_bytes(self, settings: RunSettings, data: CohortSlices) -> float:
         """Return the peak memory of a run on a GPU, or on a machine without GPUs: training and validation.
@@ -169,14 +171,15 @@ class StepCheck:
         half = "bf16" in precision_of(settings.precision)
         weights = sum(parameter.nbytes for parameter in meta.parameters())
         copies = _ADAM_STATES + bool(settings.average) + torch.cuda.is_available()
-        return (
-            self._taken_bytes() + self._sharing * copies * weights + (_HALF if half else 1.0) * share * steps + batches
-        )
+        return self._taken_bytes + self._sharing * copies * weights + (_HALF if half else 1.0) * share * steps + batches
 
+    @cached_property
     def _taken_bytes(self) -> float:
-        """Return what the processes take already, or will take for PyTorch itself."""
+        """What the processes take already, or will take for PyTorch itself."""
         if torch.cuda.is_available():
             return 0
+        # Steps before, as in a notebook or another plan, left memory that the next can use.
+        release_free_blocks()
         return self._sharing * (float(psutil.Process().memory_info().rss) + _KERNELS)
 
 
