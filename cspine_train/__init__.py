@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from cspine_train.evaluation.patient_score import PatientScore
     from cspine_train.evaluation.scoring import Evaluation, evaluate
     from cspine_train.metrics.overlap import MaskMeasure, MaskPair
+    from cspine_train.planning.run_plan import RunPlan, plan_run
     from cspine_train.prediction.files import Options, Predicted, Target, find_targets, find_volumes, predict_files
     from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
     from cspine_train.run.machines import Machines
     from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
     from cspine_train.training.pipeline import train
-    from cspine_train.training.run_plan import RunPlan, plan_run
 
 _HOME = {
     "evaluation.comparison": ("Comparison", "compare"),
@@ -36,7 +36,7 @@ _HOME = {
     "run.record": ("RunRecord",),
     "run.settings": ("RunSettings",),
     "training.pipeline": ("train",),
-    "training.run_plan": ("RunPlan", "plan_run"),
+    "planning.run_plan": ("RunPlan", "plan_run"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -22,10 +22,9 @@ from cspine_train.data.sizes import ImageSizes
 from cspine_train.data.transforms import coarser
 from cspine_train.errors import ModelError
 from cspine_train.models.build import architectures, build_model, encoders, sides_of
+from cspine_train.planning.run_plan import plan_run
 from cspine_train.training.losses import SegmentationLoss
-from cspine_train.training.run_plan import plan_run
-from cspine_train.training.step_check import StepCheck
-from cspine_train.training.step_memory import LiveBytes, training_bytes, validation_bytes
+from cspine_train.training.step_check import LiveBytes, StepCheck, training_bytes, validation_bytes
 
 ONE_VALUE = "Expected more than 1 value per channel"
 SETTINGS = RunSettings(model="pspnet", encoder="resnet18", batch_size=4)
@@ -199,7 +198,7 @@ def test_a_loss_that_needs_numbers_does_not_stop_the_estimate(monkeypatch: pytes
 
     network, _ = build_model("unet", "tu-test_resnet")
     usual = needed(network, SETTINGS, SIZES, 2)
-    monkeypatch.setattr("cspine_train.training.step_memory.LOSSES", SimpleNamespace(load=lambda _: asks))
+    monkeypatch.setattr("cspine_train.training.step_check.LOSSES", SimpleNamespace(load=lambda _: asks))
     assert needed(network, SETTINGS, SIZES, 2) == pytest.approx(usual, rel=0.1)
 
 
@@ -215,7 +214,7 @@ def limit_between(store: Path, settings: RunSettings, share: float) -> int:
 def test_a_run_beyond_the_limit_gets_settings_that_fit_and_work(
     run_train: Callable[..., Result], phantom_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cspine_train.training.run_plan._timed", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr("cspine_train.planning.run_plan._timed", lambda *_: (1.0, 1.0))
     run = tmp_path / "run"
     large = ("--pixel-mm", "1", "--batch-size", "64", "--epochs", "1")
     settings = RunSettings(

@@ -124,7 +124,7 @@ def run(
 
 def _print_run_plan(store: str, settings: RunSettings, machines: Machines) -> None:
     """Print what a run takes; fail if it would be refused."""
-    from cspine_train.training.run_plan import duration, plan_run
+    from cspine_train.planning.run_plan import duration, plan_run
 
     plan = plan_run(store, settings, machines)
     (height, width), (whole_height, whole_width) = plan.size_hw, plan.validation_hw

@@ -274,10 +274,10 @@ def _check_weights(to_do: Sequence[Cell]) -> None:
 
 def _print_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> None:
     from cspine_data.tools import count
+    from cspine_train.planning.run_plan import duration
     from cspine_train.study.cost import costs
     from cspine_train.study.runner import processes_here
     from cspine_train.training.allocator import keep_large_blocks, release_free_blocks
-    from cspine_train.training.run_plan import duration
 
     side_by_side, threads, gpus = processes_here(workers, len(to_do))
     # Cells that share a GPU take turns.

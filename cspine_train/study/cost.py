@@ -12,12 +12,12 @@ from torch import nn
 from cspine_data import Cohort
 from cspine_train.errors import CspineTrainError, ModelError
 from cspine_train.models.build import build_model
+from cspine_train.planning.run_plan import epoch_time
 from cspine_train.run.label_classes import label_values, network_classes
 from cspine_train.run.patient_split import split_of
 from cspine_train.run.process_state import restored_process_state
 from cspine_train.run.settings import RunSettings
 from cspine_train.study.plan import Cell
-from cspine_train.training.run_plan import epoch_time
 from cspine_train.training.step_check import StepCheck
 
 
