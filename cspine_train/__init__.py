@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cspine_train.evaluation.patient_score import PatientScore
     from cspine_train.evaluation.scoring import Evaluation, evaluate
     from cspine_train.metrics.overlap import MaskMeasure, MaskPair
+    from cspine_train.planning.run_plan import RunPlan, plan_run
     from cspine_train.prediction.files import Options, Predicted, Target, find_targets, find_volumes, predict_files
     from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
     from cspine_train.run.machines import Machines
@@ -37,6 +38,7 @@ _HOME = {
     "run.record": ("RunRecord",),
     "run.settings": ("RunSettings",),
     "training.pipeline": ("train",),
+    "planning.run_plan": ("RunPlan", "plan_run"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -54,6 +56,7 @@ __all__ = [
     "Predicted",
     "Prediction",
     "RunError",
+    "RunPlan",
     "RunRecord",
     "RunSettings",
     "Target",
@@ -62,6 +65,7 @@ __all__ = [
     "find_targets",
     "find_volumes",
     "load_run",
+    "plan_run",
     "predict",
     "predict_files",
     "predict_volume",

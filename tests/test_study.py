@@ -262,8 +262,10 @@ def test_costs_are_the_time_of_a_step_times_steps_and_epochs(cohort: Cohort, mon
         *plan_study(cohort, grid.settings(RECIPE.model_copy(update={"epochs": 9}))).cells,
         *plan_study(cohort, Grid(("nosuch",), encoders, axes=((2,),)).settings(RECIPE)).cells,
     ]
-    timed: list[tuple[int, ...]] = []
-    monkeypatch.setattr("cspine_train.study.cost._step_seconds", lambda _, shape, *more: timed.append(shape) or 10.0)
+    timed: list[RunSettings] = []
+    monkeypatch.setattr(
+        "cspine_train.planning.run_plan._timed", lambda _, settings, __: timed.append(settings) or (10.0, 0.0)
+    )
     once, _, nine, _, none, _ = costs(cohort, cells, threads=1).values()
     # The same network on images of one size.
     assert len(timed) == 1
@@ -285,10 +287,10 @@ def test_costs_of_steps_that_fail_or_do_not_fit_into_memory(cohort: Cohort, monk
     (too_large,) = costs(cohort, plan_study(cohort, grid.settings(huge)).cells, threads=1).values()
     assert "GiB" in str(too_large.failure)
 
-    def fail(*_: object) -> float:
+    def fail(*_: object) -> tuple[float, float]:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("cspine_train.study.cost._step_seconds", fail)
+    monkeypatch.setattr("cspine_train.planning.run_plan._timed", fail)
     (failed,) = costs(cohort, plan_study(cohort, grid.settings(RECIPE)).cells, threads=1).values()
     assert "out of memory" in str(failed.failure)
 
@@ -579,7 +581,7 @@ def with_threads_allowed(number: int) -> int:
 def test_an_interrupted_study_says_that_it_can_go_on(
     phantom_store: Path, tmp_path: Path, run_train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cspine_train.study.cost._step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("cspine_train.planning.run_plan._timed", lambda *_: (1.0, 1.0))
     monkeypatch.setattr("cspine_train.study.runner.run_study", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     study = tmp_path / "study"
     told = run_train("study", "--store", phantom_store, "-o", study, *ASKED)

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from cspine_train.run.settings import RunSettings
 
 
+_GIB = 1024**3
+
+
 class _Echo(logging.Handler):
     """Prints the package's log, a line for each message."""
 
@@ -76,6 +79,9 @@ _RUN_FILES = cloup.option_group(
         "--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=15.0,
         help="Time between checkpoints within an epoch; a killed run resumes from the last one.",
     ),
+    cloup.option(
+        "--plan", "only_plan", is_flag=True, help="Show steps, image size, memory and the expected time, and end."
+    ),
 )  # fmt: skip
 _RUN_MACHINE = cloup.option_group(
     "Machine",
@@ -92,18 +98,23 @@ _RUN_MACHINE = cloup.option_group(
 @_RUN_MACHINE
 def run(
     store: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
-    devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, recipe: str,
-    **options: Any,
+    only_plan: bool, devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool,
+    memory: str | None, recipe: str, **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again resumes a run that was stopped."""
     base = with_changes(settings_of_origin(options["from_run"], output), read_recipe(recipe).settings)
     settings = settings_of(base, **with_recorded_split(options, output))
-    machines = record_of(Machines, devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
+    machines = record_of(
+        Machines, devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic, memory=memory
+    )
     # Imported here, as PyTorch takes seconds.
     from cspine_train.training.pipeline import train
     from cspine_train.training.processes import is_first
 
     keep_large_blocks()
+    if only_plan:
+        _print_run_plan(store, settings, machines)
+        return
     folder = output or Path("runs") / default_run_name(settings)
     try:
         with can_go_on(folder):
@@ -116,6 +127,32 @@ def run(
     if is_first():
         _print_outcome(record)
         click.echo(f"run: {folder}")
+
+
+def _print_run_plan(store: str, settings: RunSettings, machines: Machines) -> None:
+    """Print what a run takes; fail if it would be refused."""
+    from cspine_train.planning.run_plan import duration, plan_run
+
+    plan = plan_run(store, settings, machines)
+    (height, width), (whole_height, whole_width) = plan.size_hw, plan.validation_hw
+    whose = "free" if machines.memory is None else "allowed"
+    click.echo(f"training: {plan.steps} steps per epoch, each on {plan.batch} slices of {height} x {width} pixels")
+    click.echo(f"validation: {plan.validation_slices} slices of {whole_height} x {whole_width} pixels")
+    click.echo(f"memory: about {plan.needed_bytes / _GIB:.1f} GiB; {plan.allowed_bytes / _GIB:.1f} GiB are {whose}")
+    if plan.refusal:
+        raise RunError(plan.refusal)
+    if plan.time is None:
+        click.echo("time: not measured, as the run takes more memory than is free on this machine")
+        return
+    early = ", or less with early stopping" if settings.schedule == "plateau" else ""
+    if settings.minutes:
+        total = f"{settings.length}: about {60 * settings.minutes / plan.time.epoch_s:.1f} epochs"
+    else:
+        total = f"{settings.length}: about {duration(plan.time.seconds(settings))}{early}"
+    click.echo(
+        f"time on this machine: {plan.time.step_s:.2g} s per step, {plan.time.validation_s:.2g} s per validation; "
+        f"{total}"
+    )
 
 
 def _print_outcome(record: RunRecord) -> None:

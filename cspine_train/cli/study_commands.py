@@ -280,7 +280,8 @@ def _check_weights(to_do: Sequence[Cell]) -> None:
 
 def _print_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> None:
     from cspine_data.tools import count
-    from cspine_train.study.cost import costs, duration
+    from cspine_train.planning.run_plan import duration
+    from cspine_train.study.cost import costs
     from cspine_train.study.runner import processes_here
     from cspine_train.training.allocator import keep_large_blocks, release_free_blocks
 
@@ -308,8 +309,8 @@ def _print_cost(cohort: Cohort, to_do: Sequence[Cell], workers: int | None) -> N
     total = duration(sum(cost.seconds for cost in found.values()) / at_once)
     how = f", {side_by_side} at a time" if side_by_side > 1 else ""
     click.echo(
-        f"to do: {count(len(to_do), 'cell')}, about {total} of training steps on this machine{how}, plus validation "
-        "and tests, less with early stopping"
+        f"to do: {count(len(to_do), 'cell')}, about {total} of training on this machine{how}, plus tests, less with "
+        "early stopping"
     )
 
 

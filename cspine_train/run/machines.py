@@ -1,11 +1,23 @@
-"""Devices that a run trains on; each field defines an option, as in `RunSettings`."""
+"""Devices and memory of a run; each field defines an option, as in `RunSettings`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    WrapValidator,
+)
+
+from cspine_data.typed_options import Spelling
 
 
 def _devices(given: object) -> object:
@@ -16,8 +28,15 @@ def _devices(given: object) -> object:
     return int(given)
 
 
+def _memory(given: object, parse: Callable[[object], ByteSize | None]) -> ByteSize | None:
+    try:
+        return parse(given)
+    except ValidationError:
+        raise ValueError(f"{given!r} is not a size such as 8GB or 500MiB") from None
+
+
 class Machines(BaseModel):
-    """Devices that a run trains on; `cspine-train run --help` lists the fields."""
+    """Devices and memory of a run; `cspine-train run --help` lists the fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,3 +48,6 @@ class Machines(BaseModel):
     """Lightning's strategy. ddp: a copy of the network on each device; auto: ddp for several devices."""
     deterministic: bool = False
     """Use only deterministic algorithms, so that a run on a GPU is reproducible bit for bit."""
+    memory: Annotated[ByteSize | None, WrapValidator(_memory), Spelling(metavar="SIZE")] = None
+    """Memory that the run may take, of the GPU if there is one, such as 8GB; a run that needs more is refused, with
+    a batch size and a pixel size that fit. Default: what is free."""

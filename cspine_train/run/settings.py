@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from cspine_data import GivenSplit
+from cspine_data.tools import count
 from cspine_data.typed_options import Spelling, spelling_of
 from cspine_train.extensions import AUGMENTATIONS, LOSSES
 
@@ -230,7 +231,9 @@ class OptimisationSettings(BaseModel):
     @property
     def length(self) -> str:
         """How long training takes at most, such as ``8 epochs`` or ``10 minutes``."""
-        return f"{self.epochs} epochs" if self.minutes is None else f"{self.minutes:g} minutes"
+        if self.minutes is not None:
+            return "1 minute" if self.minutes == 1 else f"{self.minutes:g} minutes"
+        return count(self.epochs or 0, "epoch")
 
 
 class PostprocessingSettings(BaseModel):

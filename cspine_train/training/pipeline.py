@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -54,7 +53,7 @@ from cspine_train.training.optimisers import precision_of
 from cspine_train.training.processes import ProcessCheck, synchronised, trainer_devices, training_errors
 from cspine_train.training.progress import TrainingProgress
 from cspine_train.training.segmentation_module import SliceSegmenter
-from cspine_train.training.step_check import check_steps
+from cspine_train.training.step_check import StepCheck
 
 _log = logging.getLogger("cspine_train")
 # Messages that ask for nothing that a user can do: advice on workers; resuming within an epoch, which the data module
@@ -124,10 +123,11 @@ def train(
         At Ctrl-C; the same call resumes the run.
     """
     check_loggers(loggers)
-    _quieten()
-    devices = trainer_devices(machines or Machines(), from_command)
+    quieten_lightning()
+    machines = machines or Machines()
+    devices = trainer_devices(machines, from_command)
     with ExitStack() as lock:
-        return _train(store, Path(run), settings, workers, checkpoint_minutes, devices, loggers, lock)
+        return _train(store, Path(run), settings, workers, checkpoint_minutes, devices, machines.memory, loggers, lock)
 
 
 def _train(
@@ -137,6 +137,7 @@ def _train(
     workers: int,
     checkpoint_minutes: float,
     devices: dict[str, Any],
+    memory: int | None,
     loggers: Sequence[str],
     lock: ExitStack,
 ) -> RunRecord:
@@ -159,7 +160,7 @@ def _train(
     # A checkpoint holds the weights already.
     trained = None if checkpoint else _trained(settings, split, fields)
     initial_weights = "none" if checkpoint or trained else settings.weights
-    module, data, made = _built(trainer, cohort, split, settings, initial_weights, workers, trained)
+    module, data, made = _built(trainer, cohort, split, settings, initial_weights, workers, memory, trained)
     record = RunRecord(settings=settings, **fields, **made, deterministic=bool(devices["deterministic"]))
     if earlier and checkpoint:
         kept = ("weights_used", "origin", "kept_epoch", "kept_dice", "threshold")
@@ -226,6 +227,7 @@ def _built(
     settings: RunSettings,
     weights: str,
     workers: int,
+    memory: int | None,
     trained: TrainedWeights | None,
 ) -> tuple[SliceSegmenter, CohortSlices, dict[str, Any]]:
     """Return the module, its data, and their fields of the record; refuse what cannot be trained."""
@@ -246,10 +248,7 @@ def _built(
     rank, world = trainer.global_rank, trainer.world_size
     data = CohortSlices(cohort, split, settings, workers, sides_of(network), values, rank, world)
     if trainer.is_global_zero:
-        # The part of a batch that one memory holds: a GPU's, or that of all processes of a node.
-        sharing = 1 if torch.cuda.is_available() else trainer.num_devices
-        part = settings.model_copy(update={"batch_size": settings.batch_size * sharing // world})
-        check_steps(network, part, data.sizes, data.smallest_batch, "bf16" in trainer.precision)
+        StepCheck(network, cohort, split, values, trainer.num_devices, world, memory).check(settings, data)
     if world > 1 and trainer.strategy.root_device.type == "cuda":
         network = synchronised(network)
     if labels.text and trainer.is_global_zero:
@@ -351,7 +350,8 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
-def _quieten() -> None:
+def quieten_lightning() -> None:
+    """Silence messages of Lightning that ask for nothing, until `restored_process_state` ends."""
     quieten("lightning.pytorch", "lightning.fabric")
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
