@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from cspine_train.evaluation.scoring import Evaluation
     from cspine_train.metrics.overlap import Measure
     from cspine_train.prediction.files import Predicted
+    from cspine_train.run.calibration import Calibration
     from cspine_train.run.evaluations import LevelMeans
     from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
@@ -163,7 +165,13 @@ def _print_scores(evaluation: Evaluation) -> None:
         f"{one.size}: expected calibration error {one.calibration_error:.3f}; {one.uncertainty}"
         for one in evaluation.names
     )
-    for note in (*evaluation.caveats, *filter(None, few), *names):
+    errors = {split: evaluation.expected_dice_errors(split) for split in evaluation.means}
+    expected = (
+        f"expected minus true Dice of {split} patients: mean {mean(own):+.3f}, largest {max(own, key=abs):+.3f}"
+        for split, own in errors.items()
+        if own
+    )
+    for note in (*evaluation.caveats, *filter(None, few), *names, *expected):
         say(f"note: {note}")
 
 
@@ -175,9 +183,9 @@ def _score_table(evaluation: Evaluation, measures: Sequence[Measure]) -> tuple[l
     ]
     for split, of_split in evaluation.means.items():
         means = [(one, of_split[one.name]) for one in measures]
-        rows.append([f"mean of {evaluation.patients(split)}", split, *(one.figure(mean.mean) for one, mean in means)])
-        if any(mean.low is not None for _, mean in means):
-            rows.append(["95 % interval of the mean", split, *(mean.between(one.digits) for one, mean in means)])
+        rows.append([f"mean of {evaluation.patients(split)}", split, *(one.figure(own.mean) for one, own in means)])
+        if any(own.low is not None for _, own in means):
+            rows.append(["95 % interval of the mean", split, *(own.between(one.digits) for one, own in means)])
     return ["case", "split", *(one.heading for one in measures)], rows
 
 
@@ -275,9 +283,14 @@ def predict(
         say(f"note: trained: {caveat}", err=True)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.prediction.files import Options, find_targets, predict_files
-    from cspine_train.prediction.predictor import load_run
+    from cspine_train.prediction.predictor import fused_calibration, load_run
 
     loaded = [load_run(path) for path in runs]
+    records = [run.record for run in loaded]
+    for path, record in zip(runs, records, strict=True):
+        if reason := record.why_no_expected_dice():
+            say(f"note: no expected Dice: {path}: {reason}", err=True)
+    calibration = fused_calibration(records, weights)
     options = Options(weights, mirror, ending, probability, pictures, levels, lowest, highest)
     targets, problems = find_targets(volumes)
     for problem in problems:
@@ -286,18 +299,21 @@ def predict(
     with progress_bar("predicting") as progress:
         for done in predict_files(loaded, targets, output, options, progress):
             failed += done.error is not None
-            _print_prediction(done)
+            _print_prediction(done, calibration)
     if failed:
         raise SystemExit(1)
 
 
-def _print_prediction(done: Predicted) -> None:
+def _print_prediction(done: Predicted, calibration: Calibration | None) -> None:
     if done.error is not None:
         say(f"failed: {error_message(done.volume.name, done.error)}", err=True)
         return
-    agreement = "" if done.agreement is None else f", agreement {done.agreement:.3f}"
+    figures = [] if done.agreement is None else [f"agreement {done.agreement:.3f}"]
+    if calibration and done.expected_dice is not None:
+        on_validation = f"expected {calibration.expected_dice:.3f}, true {calibration.true_dice:.3f}"
+        figures.insert(0, f"expected Dice {done.expected_dice:.3f}; validation patients: {on_validation}")
     verb = "there already:" if done.already else "wrote"
-    say(f"{verb} {done.label} (expected Dice {done.expected_dice:.3f}{agreement})")
+    say(f"{verb} {done.label}" + (f" ({'; '.join(figures)})" if figures else ""))
     for warning in done.warnings:
         say(f"warning: {done.volume}: {warning}; check the label map", err=True)
 

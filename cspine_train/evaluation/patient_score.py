@@ -15,7 +15,7 @@ from cspine_train.metrics.overlap import (
     label_agreements,
     mean_over_labels,
 )
-from cspine_train.prediction.predictor import LoadedRun
+from cspine_train.prediction.predictor import LoadedRun, fused_calibration
 from cspine_train.prediction.stored_volumes import Segmented
 
 
@@ -43,6 +43,8 @@ class PatientScore:
         Probability of each predicted vertebra's name, by level.
     true_levels : dict
         True level of each predicted vertebra, see `true_levels`.
+    expected_dice : float or None
+        See `Prediction`; None if the run has none.
     """
 
     case: str
@@ -56,6 +58,7 @@ class PatientScore:
     levels: LevelAgreement | None = None
     probabilities: Mapping[int, float] = field(default_factory=dict)
     true_levels: Mapping[int, int] = field(default_factory=dict)
+    expected_dice: float | None = None
 
     @property
     def figures(self) -> dict[str, float]:
@@ -97,6 +100,7 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
     record, slices = loaded.record, segmented.slices
     several = bool(record.label_values)
     overlaps = label_overlaps(found, truth) if several else {}
+    calibration, counts = fused_calibration([record]), segmented.logit_counts
     labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
     spine = segmented.spine.levels if segmented.spine else ()
     return PatientScore(
@@ -112,4 +116,5 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
         {vertebra.value: vertebra.probability for vertebra in spine},
         # A spine may end with the sacrum, which is no vertebra.
         true_levels(overlaps, {*record.vertebrae, SACRUM}) if record.levels else {},
+        None if calibration is None or counts is None else calibration.expected(counts),
     )

@@ -19,9 +19,11 @@ from cspine_train.data.sizes import fixed_size, network_shape
 from cspine_train.data.transforms import from_network, to_network, with_context
 from cspine_train.errors import ModelError, RunError
 from cspine_train.levels.naming import NamedSpine
+from cspine_train.metrics.expected_dice import count_logits
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.models.build import check_names, load_model, sides_of
-from cspine_train.prediction.labelling import expected_dice, label_map, probability_of_any
+from cspine_train.prediction.labelling import label_map, probability_of_any
+from cspine_train.run.calibration import Calibration
 from cspine_train.run.cohort_range import differences, looks_of
 from cspine_train.run.folder import MODEL_FOLDER, RECORD_NAME, is_in_use
 from cspine_train.run.label_classes import network_classes
@@ -163,10 +165,9 @@ class Prediction:
     ----------
     label : Volume
         The label map on the volume's own grid: uint8, 1 for vertebra; or the runs' label values, in the smallest dtype.
-    expected_dice : float
-        The Dice of the label map if all probabilities are right: 2 sum(p m) / (sum(p) + sum(m)) with probabilities p
-        and mask m (Borges 2024, "Soft Dice Confidence"), from 0 to 1. docs/prediction.md compares it with the true
-        Dice.
+    expected_dice : float or None
+        The Dice of the label map if all calibrated probabilities are right, from 0 to 1; None without a
+        `fused_calibration`. docs/prediction.md compares it with the true Dice.
     agreement : float or None
         Mean Dice between the masks of the runs and of their mirrored predictions; None for a single mask.
     warnings : tuple of str
@@ -178,7 +179,7 @@ class Prediction:
     """
 
     label: Volume
-    expected_dice: float
+    expected_dice: float | None
     agreement: float | None
     warnings: tuple[str, ...]
     probability: Volume | None = None
@@ -285,9 +286,13 @@ def predict(
         raise InputError(volume.name, f"{error.subject} {error.problem}", error.remedy) from None
     except RunError as error:
         raise RunError(f"{volume.name}: {error}") from None
+    calibration, counts = (
+        fused_calibration(records, each),
+        count_logits(fused.total, sum(each), labelled.array_xyz != 0),
+    )
     return Prediction(
         back(labelled.array_xyz),
-        expected_dice(fused.total, sum(each), labelled.array_xyz != 0),
+        calibration.expected(counts) if calibration else None,
         fused.agreement(),
         tuple(dict.fromkeys([*_file_warnings(volume, prepared), *unlike])),
         back(probability_of_any(fused.total) / np.float32(sum(each))) if with_probability else None,
@@ -337,6 +342,15 @@ class _Fused:
 
     def agreement(self) -> float | None:
         return mean(self._dice) if self._dice else None
+
+
+def fused_calibration(records: Sequence[RunRecord], weights: Sequence[float] | None = None) -> Calibration | None:
+    """Return the calibration of the mean of the runs' probabilities; None if a run has no expected Dice.
+
+    The mean of the runs' parameters: no patient is in the validation part of all runs of different folds.
+    """
+    calibrations = [one.calibration for one in records if one.calibration and not one.why_no_expected_dice()]
+    return Calibration.fused(calibrations, weights) if len(calibrations) == len(records) else None
 
 
 def check_runs(runs: Sequence[LoadedRun], weights: Sequence[float] | None = None) -> None:
