@@ -19,7 +19,7 @@ from scipy.special import expit
 from torch import nn
 
 from cspine_train import RunSettings, evaluate, train
-from cspine_train.metrics.expected_dice import count_logits, counted_overlap, expected_dice, platt_scaling
+from cspine_train.metrics.expected_dice import calibrated_logits, count_logits, counted_overlap, expected_dice
 from cspine_train.metrics.overlap import overlap
 from cspine_train.prediction.confidence import calibrated_probabilities
 from cspine_train.prediction.predictor import LoadedRun, fused_calibration
@@ -29,7 +29,7 @@ from tests.conftest import write_case
 from tests.test_labels import a_run
 from tests.test_training import SMALL
 
-CALIBRATION = Calibration(slope=0.8, intercept=0.1, expected_dice=0.91, true_dice=0.93)
+CALIBRATION = Calibration(slope=0.8, intercept=0.1, expected_dice=0.91, true_dice=0.93, patients=3)
 MISLEADING = CALIBRATION.model_copy(update={"true_dice": 0.91 + 1.01 * LARGEST_DIFFERENCE})
 SHAPE = (30, 31, 32)
 
@@ -78,23 +78,23 @@ def test_all_voxels_are_counted_but_ignored_ones() -> None:
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (0.5, 0.7), (2.0, -1.0)])
-def test_platt_scaling_finds_the_calibration_that_truths_were_drawn_with(slope: float, intercept: float) -> None:
+def test_fitting_finds_the_calibration_that_truths_were_drawn_with(slope: float, intercept: float) -> None:
     probabilities, mask, truth = drawn(slope, intercept)
     counts = count_logits(probabilities[None], 1, mask, truth)
-    found = platt_scaling(counts)
+    found = calibrated_logits(counts)
     assert found == pytest.approx((slope, intercept), abs=0.1)
     true = overlap(mask, truth).dice
-    assert expected_dice(counts, *found) == pytest.approx(true, abs=0.01)
+    assert expected_dice(counts, *found) == pytest.approx(true, abs=1e-3)
     if slope != 1:
         assert abs(expected_dice(counts) - true) > 0.02
 
 
-def test_platt_scaling_of_probabilities_that_are_always_right_is_finite() -> None:
+def test_the_calibration_of_probabilities_that_are_always_right_is_finite() -> None:
     truth = np.zeros((2, 5, 5), np.bool_)
     truth[0] = True
     counts = count_logits(np.where(truth, 0.9, 0.2).astype(np.float32)[None], 1, truth, truth)
-    assert np.isfinite(platt_scaling(counts)).all()
-    assert expected_dice(counts, *platt_scaling(counts)) == pytest.approx(1, abs=1e-3)
+    assert np.isfinite(calibrated_logits(counts)).all()
+    assert expected_dice(counts, *calibrated_logits(counts)) == pytest.approx(1, abs=1e-3)
 
 
 def calibrated(volumes: Sequence[tuple[str, NDArray[np.int64]]], monkeypatch: pytest.MonkeyPatch) -> Calibration:
@@ -119,17 +119,18 @@ def test_the_expected_dice_of_a_validation_patient_has_the_calibration_of_the_ot
     first, second = (count_logits(probabilities[None], 1, mask, truth) for probabilities, mask, truth in samples)
     dice = [counted_overlap(one).dice for one in (first, second)]
     both = calibrated([("A", first), ("B", second)], monkeypatch)
-    crossed = [expected_dice(first, *platt_scaling(second)), expected_dice(second, *platt_scaling(first))]
+    crossed = [expected_dice(first, *calibrated_logits(second)), expected_dice(second, *calibrated_logits(first))]
     assert both.expected_dice == pytest.approx(np.mean(crossed))
     assert both.true_dice == pytest.approx(np.mean(dice))
-    assert (both.slope, both.intercept) == platt_scaling(first + second)
+    assert (both.slope, both.intercept) == calibrated_logits(first + second)
     # Cases of one patient do not calibrate each other, and count as one patient.
     three = calibrated([("A", first), ("A", second), ("B", second)], monkeypatch)
-    of_others = [platt_scaling(second), platt_scaling(second), platt_scaling(first + second)]
+    of_others = [calibrated_logits(second), calibrated_logits(second), calibrated_logits(first + second)]
     expected = [expected_dice(one, *how) for one, how in zip((first, second, second), of_others, strict=True)]
     assert three.expected_dice == pytest.approx(np.mean([np.mean(expected[:2]), expected[2]]))
     assert three.true_dice == pytest.approx(np.mean([np.mean(dice), dice[1]]))
     alone = calibrated([("A", second)], monkeypatch)
+    assert [one.patients for one in (both, three, alone)] == [2, 2, 1]
     assert alone.expected_dice == pytest.approx(alone.true_dice, abs=0.01)
 
 
@@ -139,12 +140,12 @@ def record(calibration: Calibration | None, finished: bool = True) -> RunRecord:
 
 
 def test_runs_are_fused_with_the_mean_calibration_if_all_have_an_expected_dice() -> None:
-    other = Calibration(slope=0.4, intercept=-0.3, expected_dice=0.8, true_dice=0.81)
+    other = Calibration(slope=0.4, intercept=-0.3, expected_dice=0.8, true_dice=0.81, patients=2)
     records = [record(CALIBRATION), record(other)]
     fused = fused_calibration(records, [3.0, 1.0])
     assert fused is not None
     assert fused.model_dump() == pytest.approx(
-        {"slope": 0.7, "intercept": 0.0, "expected_dice": 0.8825, "true_dice": 0.9}
+        {"slope": 0.7, "intercept": 0.0, "expected_dice": 0.8825, "true_dice": 0.9, "patients": 2}
     )
     assert fused_calibration([records[0]]) == CALIBRATION
     for bad, reason in ((record(None), "earlier"), (record(None, False), "not finished"), (record(MISLEADING), "0.91")):
@@ -185,7 +186,11 @@ def test_predict_shows_expected_and_true_dice_of_validation_or_the_reason_why_no
         done = run_train(*asked)
         assert done.exit_code == 0, done.output
         (line,) = (line for line in done.output.splitlines() if verb in line)
-        shown = ["expected Dice" in line, "expected 0.910, true 0.930" in line, "no expected Dice" not in done.output]
+        shown = [
+            "expected Dice" in line,
+            "3 validation patients: expected 0.910, true 0.930" in line,
+            "no expected Dice" not in done.output,
+        ]
         assert shown == [calibration == CALIBRATION] * 3
     (row,) = csv.DictReader((tmp_path / "out" / "predictions.csv").open())
     assert bool(row["expected_dice"]) == (calibration == CALIBRATION)

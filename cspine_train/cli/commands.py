@@ -14,6 +14,7 @@ import click
 import cloup
 
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
+from cspine_data.tools import count
 from cspine_data.typed_options import field_option
 from cspine_train.cli.option_values import weights_of
 from cspine_train.cli.setting_options import record_of, setting_options, settings_of, with_recorded_split
@@ -311,7 +312,8 @@ def _print_prediction(done: Predicted, calibration: Calibration | None) -> None:
     figures = [] if done.agreement is None else [f"agreement {done.agreement:.3f}"]
     if calibration and done.expected_dice is not None:
         on_validation = f"expected {calibration.expected_dice:.3f}, true {calibration.true_dice:.3f}"
-        figures.insert(0, f"expected Dice {done.expected_dice:.3f}; validation patients: {on_validation}")
+        patients = count(calibration.patients, "validation patient")
+        figures.insert(0, f"expected Dice {done.expected_dice:.3f}; {patients}: {on_validation}")
     verb = "there already:" if done.already else "wrote"
     say(f"{verb} {done.label}" + (f" ({'; '.join(figures)})" if figures else ""))
     for warning in done.warnings:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.optimize import least_squares
 from scipy.special import expit
 
 from cspine_train.metrics.overlap import Overlap
@@ -16,7 +16,8 @@ from cspine_train.metrics.overlap import Overlap
 _LIMIT, _PER_UNIT = 20, 40
 _BINS = 2 * _LIMIT * _PER_UNIT
 _CENTRES = (np.arange(_BINS) + 0.5) / _PER_UNIT - _LIMIT
-_SLOPES = (0.01, 100.0)
+# Lowest and highest slope and intercept.
+_BOUNDS = ((0.01, -_LIMIT), (100, _LIMIT))
 
 
 def count_logits(
@@ -56,24 +57,27 @@ def count_logits(
     return counts.reshape(2, 2, _BINS)
 
 
-def platt_scaling(counts: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the slope and intercept of the calibrated logit with the least negative log-likelihood (Platt 1999).
+def calibrated_logits(counts: NDArray[np.int64]) -> tuple[float, float]:
+    """Return the slope and intercept of the calibrated logit.
 
-    `counts` are those of `count_logits` with the truth, or their sum over volumes.
+    With them, the expected numbers of true positive and of false negative voxels are the true ones. These numbers
+    decide the Dice of a mask. The likelihood (Platt 1999) depends more on the many voxels of the background.
+
+    Parameters
+    ----------
+    counts : ndarray
+        Those of `count_logits` with the truth, or their sum over volumes.
     """
-    background, vertebra = counts.sum(1)
-    voxels = counts.sum()
+    outside, inside = counts.sum(0)
+    overlap = counted_overlap(counts)
 
-    def loss(parameters: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
-        logits = parameters[0] * _CENTRES + parameters[1]
-        log_likelihood = background @ np.logaddexp(0, logits) + vertebra @ np.logaddexp(0, -logits)
-        slopes = (background + vertebra) * expit(logits) - vertebra
-        return log_likelihood / voxels, (slopes @ _CENTRES / voxels, slopes.sum() / voxels)
+    def errors(parameters: NDArray[np.float64]) -> list[float]:
+        probability = expit(parameters[0] * _CENTRES + parameters[1])
+        pairs = ((probability @ inside, overlap.true_positive), (probability @ outside, overlap.false_negative))
+        # Half a voxel, as there may be none.
+        return [float(np.log((expected + 0.5) / (true + 0.5))) for expected, true in pairs]
 
-    found = minimize(
-        loss, (1.0, 0.0), jac=True, method="L-BFGS-B", bounds=(_SLOPES, (-_LIMIT, _LIMIT)),
-        options={"ftol": 1e-14, "gtol": 1e-10},
-    )  # fmt: skip
+    found = least_squares(errors, (1.0, 0.0), bounds=_BOUNDS)
     return float(found.x[0]), float(found.x[1])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cspine_data import Cohort
 from cspine_data.tools import count
-from cspine_train.metrics.expected_dice import counted_overlap, expected_dice, platt_scaling
+from cspine_train.metrics.expected_dice import calibrated_logits, counted_overlap, expected_dice
 from cspine_train.metrics.statistics import of_patients
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import segment_all
@@ -37,12 +37,15 @@ def calibrated_probabilities(
     expected = []
     for own, patient in zip(counts, patients, strict=True):
         others = [one for one, other in zip(counts, patients, strict=True) if other != patient]
-        expected.append(expected_dice(own, *platt_scaling(np.sum(others or counts, axis=0))))
+        expected.append(expected_dice(own, *calibrated_logits(np.sum(others or counts, axis=0))))
     true = [counted_overlap(one).dice for one in counts]
     means = [mean(of_patients(figures, patients).values()) for figures in (expected, true)]
-    slope, intercept = platt_scaling(np.sum(counts, axis=0))
+    slope, intercept = calibrated_logits(np.sum(counts, axis=0))
     _log.info(
         "probabilities calibrated on %s: expected Dice %.3f, true Dice %.3f",
         count(len(set(patients)), "validation patient"), *means,
     )  # fmt: skip
-    return {"calibration": Calibration(slope=slope, intercept=intercept, expected_dice=means[0], true_dice=means[1])}
+    calibration = Calibration(
+        slope=slope, intercept=intercept, expected_dice=means[0], true_dice=means[1], patients=len(set(patients))
+    )
+    return {"calibration": calibration}

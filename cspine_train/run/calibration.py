@@ -25,7 +25,9 @@ class Calibration(BaseModel):
         The calibrated logit of a voxel is `slope` times its logit, plus `intercept`.
     expected_dice, true_dice : float
         Mean expected and mean true Dice of the validation patients, on whole volumes. If there are several, each one's
-        expected Dice has the calibration of the others.
+        expected Dice has the calibration of the others. With one patient, they agree by construction.
+    patients : int
+        Number of validation patients.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -34,15 +36,19 @@ class Calibration(BaseModel):
     intercept: float
     expected_dice: _Share
     true_dice: _Share
+    patients: int = Field(ge=1)
 
     @classmethod
     def fused(cls, calibrations: Sequence[Calibration], weights: Sequence[float] | None = None) -> Calibration:
-        """Return the calibration of the weighted mean of the runs' probabilities: the weighted mean of each field."""
+        """Return the calibration of the weighted mean of the runs' probabilities: the weighted mean of each field.
+
+        `patients` is the smallest number of any run.
+        """
         means = {
             name: float(np.average([getattr(one, name) for one in calibrations], weights=weights))
             for name in cls.model_fields
         }
-        return cls(**means)
+        return cls(**{**means, "patients": min(one.patients for one in calibrations)})
 
     def expected(self, counts: NDArray[np.int64]) -> float:
         """Return the expected Dice of a mask from its `count_logits`."""
