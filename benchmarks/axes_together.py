@@ -19,7 +19,6 @@ from scipy.stats import spearmanr, wilcoxon
 
 from cspine_data import open_cohort
 from cspine_train import LoadedRun, load_run
-from cspine_train.metrics.expected_dice import count_logits
 from cspine_train.metrics.overlap import overlap
 from cspine_train.prediction.labelling import label_map
 from cspine_train.prediction.predictor import fused_calibration
@@ -53,8 +52,9 @@ def scores(store: str, runs: list[LoadedRun]) -> dict[str, dict[str, float]]:
         alone = [ways[name_of(run)] != 0 for run in runs]
         pairs = [overlap(one, other).dice for one, other in combinations(alone, 2)]
         if calibration := fused_calibration(records):
-            counts = count_logits(total, len(runs), ways["together"] != 0)
-            found.setdefault(EXPECTED, {})[case] = calibration.expected(counts)
+            mask, spacing_mm = ways["together"] != 0, prepared.corrected.spacing_mm
+            expected = calibration.expected_dice_of(total, len(runs), mask, spacing_mm)
+            found.setdefault(EXPECTED, {})[case] = expected
         found.setdefault(AGREEMENT, {})[case] = float(np.mean(pairs))
         print(f"| {case} | " + " | ".join(f"{dice[case]:.3f}" for dice in found.values()) + " |", flush=True)
     return found

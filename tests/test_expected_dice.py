@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,15 +19,15 @@ from torch import nn
 from cspine_train import RunSettings, evaluate, train
 from cspine_train.metrics.expected_dice import calibrated_logits, count_logits, counted_overlap, expected_dice
 from cspine_train.metrics.overlap import overlap
-from cspine_train.prediction.confidence import calibrated_probabilities
-from cspine_train.prediction.predictor import LoadedRun, fused_calibration
+from cspine_train.prediction.confidence import calibration_of
+from cspine_train.prediction.predictor import fused_calibration
 from cspine_train.run.calibration import LARGEST_DIFFERENCE, Calibration
 from cspine_train.run.record import RunRecord, load_record, save_record
 from tests.conftest import write_case
 from tests.test_labels import a_run
 from tests.test_training import SMALL
 
-CALIBRATION = Calibration(slope=0.8, intercept=0.1, expected_dice=0.91, true_dice=0.93, patients=3)
+CALIBRATION = Calibration(slope=0.8, intercept=0.1, expected_dice=0.91, true_dice=0.93, patients=3, largest_ml=40)
 MISLEADING = CALIBRATION.model_copy(update={"true_dice": 0.91 + 1.01 * LARGEST_DIFFERENCE})
 SHAPE = (30, 31, 32)
 
@@ -68,7 +66,7 @@ def test_all_voxels_are_counted_but_ignored_ones() -> None:
     probabilities.flat[:3] = 0, 1, np.float32(1 + 1e-6)
     ignored = np.zeros(SHAPE, np.bool_)
     ignored[3, 4:] = True
-    counts = count_logits(probabilities[None], 1, mask, truth, ignored)
+    counts = count_logits(probabilities[None], 1, mask, truth=truth, ignored=ignored)
     counted = ~ignored
     assert counted_overlap(counts) == overlap(mask & counted, truth & counted)
     assert counts.sum() == counted.sum()
@@ -80,7 +78,7 @@ def test_all_voxels_are_counted_but_ignored_ones() -> None:
 @pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (0.5, 0.7), (2.0, -1.0)])
 def test_fitting_finds_the_calibration_that_truths_were_drawn_with(slope: float, intercept: float) -> None:
     probabilities, mask, truth = drawn(slope, intercept)
-    counts = count_logits(probabilities[None], 1, mask, truth)
+    counts = count_logits(probabilities[None], 1, mask, truth=truth)
     found = calibrated_logits(counts)
     assert found == pytest.approx((slope, intercept), abs=0.1)
     true = overlap(mask, truth).dice
@@ -92,46 +90,47 @@ def test_fitting_finds_the_calibration_that_truths_were_drawn_with(slope: float,
 def test_the_calibration_of_probabilities_that_are_always_right_is_finite() -> None:
     truth = np.zeros((2, 5, 5), np.bool_)
     truth[0] = True
-    counts = count_logits(np.where(truth, 0.9, 0.2).astype(np.float32)[None], 1, truth, truth)
+    counts = count_logits(np.where(truth, 0.9, 0.2).astype(np.float32)[None], 1, truth, truth=truth)
     assert np.isfinite(calibrated_logits(counts)).all()
     assert expected_dice(counts, *calibrated_logits(counts)) == pytest.approx(1, abs=1e-3)
 
 
-def calibrated(volumes: Sequence[tuple[str, NDArray[np.int64]]], monkeypatch: pytest.MonkeyPatch) -> Calibration:
-    """Return the calibration on the counts of validation volumes, each with its patient."""
-    found = [SimpleNamespace(logit_counts=counts) for _, counts in volumes]
-    monkeypatch.setattr("cspine_train.prediction.confidence.segment_all", lambda *_: iter(found))
-    made = a_run(nn.Identity(), ())
-    cases = {str(number): patient for number, (patient, _) in enumerate(volumes)}
-    record = made.record.model_copy(update={"validation": tuple(cases), "patients": cases})
-    cohort: Any = None
-    done = calibrated_probabilities(LoadedRun(made.path, record, made.network), cohort)
-    assert set(done) == {"calibration"}
-    calibration = done["calibration"]
-    assert isinstance(calibration, Calibration)
-    return calibration
-
-
-def test_the_expected_dice_of_a_validation_patient_has_the_calibration_of_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_expected_dice_of_a_validation_patient_has_the_calibration_of_the_others() -> None:
     samples = [drawn(*parameters, seed) for seed, parameters in enumerate(((1.0, 0.0), (0.5, 0.7)))]
-    first, second = (count_logits(probabilities[None], 1, mask, truth) for probabilities, mask, truth in samples)
+    first, second = (count_logits(probabilities[None], 1, mask, truth=truth) for probabilities, mask, truth in samples)
     dice = [counted_overlap(one).dice for one in (first, second)]
-    both = calibrated([("A", first), ("B", second)], monkeypatch)
+    both = calibration_of([first, second], "AB", 40)
     crossed = [expected_dice(first, *calibrated_logits(second)), expected_dice(second, *calibrated_logits(first))]
     assert both.expected_dice == pytest.approx(np.mean(crossed))
     assert both.true_dice == pytest.approx(np.mean(dice))
     assert (both.slope, both.intercept) == calibrated_logits(first + second)
     # Cases of one patient do not calibrate each other, and count as one patient.
-    three = calibrated([("A", first), ("A", second), ("B", second)], monkeypatch)
+    three = calibration_of([first, second, second], "AAB", 40)
     of_others = [calibrated_logits(second), calibrated_logits(second), calibrated_logits(first + second)]
     expected = [expected_dice(one, *how) for one, how in zip((first, second, second), of_others, strict=True)]
     assert three.expected_dice == pytest.approx(np.mean([np.mean(expected[:2]), expected[2]]))
     assert three.true_dice == pytest.approx(np.mean([np.mean(dice), dice[1]]))
-    alone = calibrated([("A", second)], monkeypatch)
+    alone = calibration_of([second], "A", 40)
+    assert alone.largest_ml == 40
     assert [one.patients for one in (both, three, alone)] == [2, 2, 1]
     assert alone.expected_dice == pytest.approx(alone.true_dice, abs=0.01)
+
+
+def test_voxels_of_implausible_components_count_as_wrong() -> None:
+    mask = np.zeros((20, 40, 40), np.bool_)
+    mask[:, :10, :10] = mask[:, :10, 20:30] = True
+    body = 2000
+    mask[0, 30, 30] = True
+    certain = np.where(mask, 0.999, 1e-9).astype(np.float32)[None]
+    spacing_mm = (1.0, 1.0, 2.0)
+    # In ml: a body has 4 of them, so that up to 16 are plausible.
+    calibration = CALIBRATION.model_copy(update={"slope": 1.0, "intercept": 0.0, "largest_ml": 4.0})
+    assert calibration.expected_dice_of(certain, 1, mask, spacing_mm) == pytest.approx(1, abs=2e-3)
+    mask[:, 20:, :] = True
+    certain[0][mask] = 0.999
+    big = 20 * 20 * 40
+    share = 2 * 2 * body / (2 * body + 2 * body + big)
+    assert calibration.expected_dice_of(certain, 1, mask, spacing_mm) == pytest.approx(share, abs=2e-3)
 
 
 def record(calibration: Calibration | None, finished: bool = True) -> RunRecord:
@@ -140,12 +139,12 @@ def record(calibration: Calibration | None, finished: bool = True) -> RunRecord:
 
 
 def test_runs_are_fused_with_the_mean_calibration_if_all_have_an_expected_dice() -> None:
-    other = Calibration(slope=0.4, intercept=-0.3, expected_dice=0.8, true_dice=0.81, patients=2)
+    other = Calibration(slope=0.4, intercept=-0.3, expected_dice=0.8, true_dice=0.81, patients=2, largest_ml=20)
     records = [record(CALIBRATION), record(other)]
     fused = fused_calibration(records, [3.0, 1.0])
     assert fused is not None
     assert fused.model_dump() == pytest.approx(
-        {"slope": 0.7, "intercept": 0.0, "expected_dice": 0.8825, "true_dice": 0.9, "patients": 2}
+        {"slope": 0.7, "intercept": 0.0, "expected_dice": 0.8825, "true_dice": 0.9, "patients": 2, "largest_ml": 35}
     )
     assert fused_calibration([records[0]]) == CALIBRATION
     for bad, reason in ((record(None), "earlier"), (record(None, False), "not finished"), (record(MISLEADING), "0.91")):

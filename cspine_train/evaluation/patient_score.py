@@ -17,6 +17,7 @@ from cspine_train.metrics.overlap import (
 )
 from cspine_train.prediction.predictor import LoadedRun, fused_calibration
 from cspine_train.prediction.stored_volumes import Segmented
+from cspine_train.run.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,20 @@ class PatientScore:
         return None if self.labels is None else mean_over_labels(self.labels, "iou")
 
 
+def _expected_dice(segmented: Segmented, record: RunRecord) -> float | None:
+    calibration, probability = fused_calibration([record]), segmented.probability_xyz
+    if calibration is None or probability is None:
+        return None
+    found = segmented.found_xyz != 0
+    return calibration.expected_dice_of(probability[None], 1, found, segmented.spacing_mm, segmented.ignored_xyz)
+
+
 def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> PatientScore:
     """Score a patient's prediction by a run."""
     found, truth, spacing_mm = segmented.scored(segmented.found_xyz), segmented.truth_xyz, segmented.spacing_mm
     record, slices = loaded.record, segmented.slices
     several = bool(record.label_values)
     overlaps = label_overlaps(found, truth) if several else {}
-    calibration, counts = fused_calibration([record]), segmented.logit_counts
     labelled = [v for of_axis in slices.values() for v in of_axis.values() if v.true_positive + v.false_negative]
     spine = segmented.spine.levels if segmented.spine else ()
     return PatientScore(
@@ -116,5 +124,5 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
         {vertebra.value: vertebra.probability for vertebra in spine},
         # A spine may end with the sacrum, which is no vertebra.
         true_levels(overlaps, {*record.vertebrae, SACRUM}) if record.levels else {},
-        None if calibration is None or counts is None else calibration.expected(counts),
+        _expected_dice(segmented, record),
     )

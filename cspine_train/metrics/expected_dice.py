@@ -26,6 +26,7 @@ def count_logits(
     mask: NDArray[np.bool_],
     truth: NDArray[np.bool_] | None = None,
     ignored: NDArray[np.bool_] | None = None,
+    implausible: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int64]:
     """Count the voxels of a volume by truth, mask and the logit of the probability of any label.
 
@@ -35,8 +36,12 @@ def count_logits(
         float32, (K, x, y, z): the probability of each label, times `weight`.
     weight : float
         The sum of the weights of the runs.
-    mask, truth, ignored : ndarray of bool
-        The predicted mask, the true mask if it is known, and the voxels that do not count, (x, y, z).
+    mask, truth : ndarray of bool
+        The predicted mask, and the true mask if it is known, (x, y, z).
+    ignored : ndarray of bool, optional
+        Voxels that do not count.
+    implausible : ndarray of bool, optional
+        Voxels that get the lowest logit, whatever their probability.
 
     Returns
     -------
@@ -50,6 +55,8 @@ def count_logits(
         probability = np.clip(total[:, x].sum(0) / np.float32(weight), 0, 1)
         with np.errstate(divide="ignore"):
             logits = np.log(probability) - np.log1p(-probability)
+        if implausible is not None:
+            logits[implausible[x]] = -_LIMIT
         cells = np.clip((logits + _LIMIT) * _PER_UNIT, 0, _BINS - 1).astype(np.int32) + _BINS * in_mask
         if truth is not None:
             cells += 2 * _BINS * truth[x]

@@ -19,7 +19,6 @@ from cspine_train.data.sizes import fixed_size, network_shape
 from cspine_train.data.transforms import from_network, to_network, with_context
 from cspine_train.errors import ModelError, RunError
 from cspine_train.levels.naming import NamedSpine
-from cspine_train.metrics.expected_dice import count_logits
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.models.build import check_names, load_model, sides_of
 from cspine_train.prediction.labelling import label_map, probability_of_any
@@ -286,13 +285,14 @@ def predict(
         raise InputError(volume.name, f"{error.subject} {error.problem}", error.remedy) from None
     except RunError as error:
         raise RunError(f"{volume.name}: {error}") from None
-    calibration, counts = (
+    calibration, mask, spacing_mm = (
         fused_calibration(records, each),
-        count_logits(fused.total, sum(each), labelled.array_xyz != 0),
+        labelled.array_xyz != 0,
+        first.corrected.spacing_mm,
     )
     return Prediction(
         back(labelled.array_xyz),
-        calibration.expected(counts) if calibration else None,
+        calibration.expected_dice_of(fused.total, sum(each), mask, spacing_mm) if calibration else None,
         fused.agreement(),
         tuple(dict.fromkeys([*_file_warnings(volume, prepared), *unlike])),
         back(probability_of_any(fused.total) / np.float32(sum(each))) if with_probability else None,

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from cspine_data import Cohort
 from cspine_train.errors import RunError
 from cspine_train.levels.naming import NamedSpine
-from cspine_train.metrics.expected_dice import count_logits
 from cspine_train.metrics.overlap import Overlap, slice_overlaps
-from cspine_train.prediction.labelling import label_map
+from cspine_train.prediction.labelling import label_map, probability_of_any
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.reports.figures import window_of
 
@@ -40,8 +39,8 @@ class Segmented:
         Ignored voxels, where `truth_xyz` is 0; None if there are none.
     spine : NamedSpine or None
         The named vertebrae of the prediction; None if the labels are not levels.
-    logit_counts : ndarray or None
-        The voxels that are not ignored, see `count_logits`; None without probabilities.
+    probability_xyz : ndarray or None
+        float32, the probability of any label; None if the prediction has no probabilities.
     """
 
     case: str
@@ -52,7 +51,7 @@ class Segmented:
     axes: tuple[int, ...] = (0, 1, 2)
     ignored_xyz: NDArray[np.bool_] | None = None
     spine: NamedSpine | None = None
-    logit_counts: NDArray[np.int64] | None = None
+    probability_xyz: NDArray[np.float32] | None = None
 
     def scored(self, found_xyz: NDArray[Any]) -> NDArray[Any]:
         """Return a label map of the volume's shape with 0 for ignored voxels."""
@@ -86,10 +85,9 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     if values:
         ignored = np.isin(truth, values)
         truth = np.where(ignored, 0, truth)
-    counts = count_logits(probabilities, 1, labelled.array_xyz != 0, truth != 0, ignored)
     return Segmented(
         case, corrected.image_xyz, corrected.spacing_mm, labelled.array_xyz, truth, axes, ignored, labelled.spine,
-        counts,
+        probability_of_any(probabilities),
     )  # fmt: skip
 
 

@@ -9,11 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from cspine_train.metrics.expected_dice import expected_dice
+from cspine_train.metrics.components import implausible_components
+from cspine_train.metrics.expected_dice import count_logits, expected_dice
 
 #: Largest difference between the mean expected and the mean true Dice of the validation patients.
 LARGEST_DIFFERENCE = 0.05
+# Neighbours that touch are one component.
+_FACTOR = 4
 _Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def most_voxels(largest_ml: float, spacing_mm: tuple[float, float, float]) -> float:
+    """Return the most voxels of a plausible component, from the volume of the largest true one."""
+    return _FACTOR * 1e3 * largest_ml / float(np.prod(spacing_mm))
 
 
 class Calibration(BaseModel):
@@ -28,6 +36,8 @@ class Calibration(BaseModel):
         expected Dice has the calibration of the others. With one patient, they agree by construction.
     patients : int
         Number of validation patients.
+    largest_ml : float
+        Volume of their largest true component.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -37,6 +47,7 @@ class Calibration(BaseModel):
     expected_dice: _Share
     true_dice: _Share
     patients: int = Field(ge=1)
+    largest_ml: float = Field(gt=0)
 
     @classmethod
     def fused(cls, calibrations: Sequence[Calibration], weights: Sequence[float] | None = None) -> Calibration:
@@ -50,8 +61,17 @@ class Calibration(BaseModel):
         }
         return cls(**{**means, "patients": min(one.patients for one in calibrations)})
 
-    def expected(self, counts: NDArray[np.int64]) -> float:
-        """Return the expected Dice of a mask from its `count_logits`."""
+    def expected_dice_of(
+        self,
+        total: NDArray[np.float32],
+        weight: float,
+        mask: NDArray[np.bool_],
+        spacing_mm: tuple[float, float, float],
+        ignored: NDArray[np.bool_] | None = None,
+    ) -> float:
+        """Return the expected Dice of a mask; parameters are those of `count_logits`, and the voxel spacing."""
+        implausible = implausible_components(mask, most_voxels(self.largest_ml, spacing_mm))
+        counts = count_logits(total, weight, mask, ignored=ignored, implausible=implausible)
         return expected_dice(counts, self.slope, self.intercept)
 
     @property

@@ -134,7 +134,7 @@ class RunRecord(BaseModel):
         if calibration is None and not self.finished:
             return "training is not finished"
         if calibration is None:
-            return "its probabilities are not calibrated, as an earlier cspine trained it"
+            return "its probabilities are not calibrated, as in all runs of earlier versions"
         if not calibration.agrees:
             expected, true = calibration.expected_dice, calibration.true_dice
             return f"it would mislead: on the validation patients it is {expected:.3f}, and the true Dice {true:.3f}"
