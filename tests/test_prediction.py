@@ -169,6 +169,18 @@ def test_in_what_a_volume_is_unlike_training_is_told(
     assert any(re.search(told, warning) for warning in warnings), warnings
 
 
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_other_intensities_suggest_a_robust_recipe_unless_the_run_has_it(
+    augment: str, run: Path, phantom_folder: Path
+) -> None:
+    loaded = load_run(run)
+    settings = loaded.record.settings.model_copy(update={"augment": augment})
+    loaded = replace(loaded, record=loaded.record.model_copy(update={"settings": settings}))
+    (warning,) = predict([loaded], inverted(read_volume(phantom_folder / "CS_02.nrrd"))).warnings
+    assert "another distribution" in warning
+    assert ("--recipe robust" in warning) == (augment == "light")
+
+
 def test_notes_on_a_volume_are_told_and_the_label_map_keeps_both_forms_of_its_header(tmp_path: Path) -> None:
     volume = read_volume(two_places(tmp_path / "x.nii.gz"))
     array = volume.array.astype(np.float32)

@@ -275,7 +275,13 @@ def predict(
             found = run.on_source_grid(prepared[run.record.preprocessing], mirrored)
             fused.add(run, found, weight / len(sides))
             del found
-    unlike = [line for run in runs for line in differences(run.record.cohort_looks, looks[run.record.preprocessing])]
+    unlike = [
+        line
+        for record in (run.record for run in runs)
+        for line in differences(
+            record.cohort_looks, looks[record.preprocessing], robust=record.settings.augment == "strong"
+        )
+    ]
     first = next(iter(prepared.values()))
     back, records = first.to_file_grid, [run.record for run in runs]
     try:
