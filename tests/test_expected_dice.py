@@ -27,7 +27,7 @@ from tests.conftest import write_case
 from tests.test_labels import a_run
 from tests.test_training import SMALL
 
-CALIBRATION = Calibration(slope=0.8, intercept=0.1, expected_dice=0.91, true_dice=0.93, patients=3, largest_ml=40)
+CALIBRATION = Calibration(slope=0.8, intercept=0.1, expected_dice=0.91, true_dice=0.93, patients=3, labelled_ml=40)
 MISLEADING = CALIBRATION.model_copy(update={"true_dice": 0.91 + 1.01 * LARGEST_DIFFERENCE})
 SHAPE = (30, 31, 32)
 
@@ -111,7 +111,7 @@ def test_the_expected_dice_of_a_validation_patient_has_the_calibration_of_the_ot
     assert three.expected_dice == pytest.approx(np.mean([np.mean(expected[:2]), expected[2]]))
     assert three.true_dice == pytest.approx(np.mean([np.mean(dice), dice[1]]))
     alone = calibration_of([second], "A", 40)
-    assert alone.largest_ml == 40
+    assert alone.labelled_ml == 40
     assert [one.patients for one in (both, three, alone)] == [2, 2, 1]
     assert alone.expected_dice == pytest.approx(alone.true_dice, abs=0.01)
 
@@ -123,8 +123,8 @@ def test_voxels_of_implausible_components_count_as_wrong() -> None:
     mask[0, 30, 30] = True
     certain = np.where(mask, 0.999, 1e-9).astype(np.float32)[None]
     spacing_mm = (1.0, 1.0, 2.0)
-    # In ml: a body has 4 of them, so that up to 16 are plausible.
-    calibration = CALIBRATION.model_copy(update={"slope": 1.0, "intercept": 0.0, "largest_ml": 4.0})
+    # A body has 4 ml, and up to 8 are plausible.
+    calibration = CALIBRATION.model_copy(update={"slope": 1.0, "intercept": 0.0, "labelled_ml": 4.0})
     assert calibration.expected_dice_of(certain, 1, mask, spacing_mm) == pytest.approx(1, abs=2e-3)
     mask[:, 20:, :] = True
     certain[0][mask] = 0.999
@@ -139,12 +139,12 @@ def record(calibration: Calibration | None, finished: bool = True) -> RunRecord:
 
 
 def test_runs_are_fused_with_the_mean_calibration_if_all_have_an_expected_dice() -> None:
-    other = Calibration(slope=0.4, intercept=-0.3, expected_dice=0.8, true_dice=0.81, patients=2, largest_ml=20)
+    other = Calibration(slope=0.4, intercept=-0.3, expected_dice=0.8, true_dice=0.81, patients=2, labelled_ml=20)
     records = [record(CALIBRATION), record(other)]
     fused = fused_calibration(records, [3.0, 1.0])
     assert fused is not None
     assert fused.model_dump() == pytest.approx(
-        {"slope": 0.7, "intercept": 0.0, "expected_dice": 0.8825, "true_dice": 0.9, "patients": 2, "largest_ml": 35}
+        {"slope": 0.7, "intercept": 0.0, "expected_dice": 0.8825, "true_dice": 0.9, "patients": 2, "labelled_ml": 35}
     )
     assert fused_calibration([records[0]]) == CALIBRATION
     for bad, reason in ((record(None), "earlier"), (record(None, False), "not finished"), (record(MISLEADING), "0.91")):

@@ -42,12 +42,6 @@ def largest_components(mask_xyz: NDArray[np.bool_], most: int) -> NDArray[np.boo
     return remaining
 
 
-def component_sizes(mask_xyz: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the number of voxels of each connected component of a mask, with connectivity through faces."""
-    box = common_box(mask_xyz)
-    return np.zeros(0, np.int64) if box is None else np.bincount(ndimage.label(mask_xyz[box])[0].ravel())[1:]
-
-
 def implausible_components(mask_xyz: NDArray[np.bool_], most_voxels: float) -> NDArray[np.bool_]:
     """Return the components of a mask that are probably no structure of its kind, by their size.
 

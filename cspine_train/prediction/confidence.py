@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cspine_data import Cohort
 from cspine_data.tools import count
-from cspine_train.metrics.components import component_sizes, implausible_components
+from cspine_train.metrics.components import implausible_components
 from cspine_train.metrics.expected_dice import calibrated_logits, count_logits, counted_overlap, expected_dice
 from cspine_train.metrics.statistics import of_patients
 from cspine_train.prediction.predictor import LoadedRun
@@ -38,9 +38,9 @@ def calibrated_probabilities(
     cases = labelled[:_MOST_CASES]
     if not cases:
         return {}
-    largest_ml = max(_largest_ml(cohort, case, record.settings.variant) for case in cases)
-    counts = [_counts(one, largest_ml) for one in segment_all(loaded, cohort, cases, progress)]
-    calibration = calibration_of(counts, [record.patient(case) for case in cases], largest_ml)
+    labelled_ml = max(_labelled_ml(cohort, case, record.settings.variant) for case in cases)
+    counts = [_counts(one, labelled_ml) for one in segment_all(loaded, cohort, cases, progress)]
+    calibration = calibration_of(counts, [record.patient(case) for case in cases], labelled_ml)
     _log.info(
         "probabilities calibrated on %s: expected Dice %.3f, true Dice %.3f",
         count(calibration.patients, "validation patient"), calibration.expected_dice, calibration.true_dice,
@@ -48,7 +48,7 @@ def calibrated_probabilities(
     return {"calibration": calibration}
 
 
-def calibration_of(counts: Sequence[NDArray[np.int64]], patients: Sequence[str], largest_ml: float) -> Calibration:
+def calibration_of(counts: Sequence[NDArray[np.int64]], patients: Sequence[str], labelled_ml: float) -> Calibration:
     """Return the calibration on the `count_logits` of validation volumes, given the patient of each volume."""
     expected = []
     for own, patient in zip(counts, patients, strict=True):
@@ -59,22 +59,21 @@ def calibration_of(counts: Sequence[NDArray[np.int64]], patients: Sequence[str],
     slope, intercept = calibrated_logits(np.sum(counts, axis=0))
     return Calibration(
         slope=slope, intercept=intercept, expected_dice=means[0], true_dice=means[1], patients=len(set(patients)),
-        largest_ml=largest_ml,
+        labelled_ml=labelled_ml,
     )  # fmt: skip
 
 
-def _counts(segmented: Segmented, largest_ml: float) -> NDArray[np.int64]:
+def _counts(segmented: Segmented, labelled_ml: float) -> NDArray[np.int64]:
     assert segmented.probability_xyz is not None  # noqa: S101
     found = segmented.found_xyz != 0
-    implausible = implausible_components(found, most_voxels(largest_ml, segmented.spacing_mm))
+    implausible = implausible_components(found, most_voxels(labelled_ml, segmented.spacing_mm))
     return count_logits(
         segmented.probability_xyz[None], 1, found, segmented.truth_xyz != 0, segmented.ignored_xyz, implausible
     )
 
 
-def _largest_ml(cohort: Cohort, case: str, variant: str) -> float:
-    """Return the volume of the largest component of a label map."""
+def _labelled_ml(cohort: Cohort, case: str, variant: str) -> float:
     stored = cohort.record(case, variant)
     label = cohort.label_xyz(case, variant)
-    sizes = component_sizes((label != 0) & ~np.isin(label, stored.ignored_values))
-    return float(sizes.max() * np.prod(stored.spacing_xyz_mm) / 1e3)
+    labelled = np.count_nonzero(label) - np.count_nonzero(np.isin(label, stored.ignored_values))
+    return float(labelled * np.prod(stored.spacing_xyz_mm) / 1e3)

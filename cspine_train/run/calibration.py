@@ -14,14 +14,14 @@ from cspine_train.metrics.expected_dice import count_logits, expected_dice
 
 #: Largest difference between the mean expected and the mean true Dice of the validation patients.
 LARGEST_DIFFERENCE = 0.05
-# Neighbours that touch are one component.
-_FACTOR = 4
+# Vertebrae that touch are one component, so that it may have the volume of all.
+_FACTOR = 2
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def most_voxels(largest_ml: float, spacing_mm: tuple[float, float, float]) -> float:
-    """Return the most voxels of a plausible component, from the volume of the largest true one."""
-    return _FACTOR * 1e3 * largest_ml / float(np.prod(spacing_mm))
+def most_voxels(labelled_ml: float, spacing_mm: tuple[float, float, float]) -> float:
+    """Return the most voxels of a plausible component, from the largest labelled volume of a patient."""
+    return _FACTOR * 1e3 * labelled_ml / float(np.prod(spacing_mm))
 
 
 class Calibration(BaseModel):
@@ -36,8 +36,8 @@ class Calibration(BaseModel):
         expected Dice has the calibration of the others. With one patient, they agree by construction.
     patients : int
         Number of validation patients.
-    largest_ml : float
-        Volume of their largest true component.
+    labelled_ml : float
+        Largest labelled volume of one of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -47,7 +47,7 @@ class Calibration(BaseModel):
     expected_dice: _Share
     true_dice: _Share
     patients: int = Field(ge=1)
-    largest_ml: float = Field(gt=0)
+    labelled_ml: float = Field(gt=0)
 
     @classmethod
     def fused(cls, calibrations: Sequence[Calibration], weights: Sequence[float] | None = None) -> Calibration:
@@ -70,7 +70,7 @@ class Calibration(BaseModel):
         ignored: NDArray[np.bool_] | None = None,
     ) -> float:
         """Return the expected Dice of a mask; parameters are those of `count_logits`, and the voxel spacing."""
-        implausible = implausible_components(mask, most_voxels(self.largest_ml, spacing_mm))
+        implausible = implausible_components(mask, most_voxels(self.labelled_ml, spacing_mm))
         counts = count_logits(total, weight, mask, ignored=ignored, implausible=implausible)
         return expected_dice(counts, self.slope, self.intercept)
 
