@@ -20,7 +20,8 @@ from scipy.stats import spearmanr, wilcoxon
 from cspine_data import open_cohort
 from cspine_train import LoadedRun, load_run
 from cspine_train.metrics.overlap import overlap
-from cspine_train.prediction.labelling import expected_dice, label_map
+from cspine_train.prediction.labelling import label_map
+from cspine_train.prediction.predictor import fused_calibration
 
 EXPECTED, AGREEMENT = "expected Dice", "agreement"
 
@@ -50,7 +51,10 @@ def scores(store: str, runs: list[LoadedRun]) -> dict[str, dict[str, float]]:
             found.setdefault(way, {})[case] = overlap(mask != 0, truth).dice
         alone = [ways[name_of(run)] != 0 for run in runs]
         pairs = [overlap(one, other).dice for one, other in combinations(alone, 2)]
-        found.setdefault(EXPECTED, {})[case] = expected_dice(total, len(runs), ways["together"] != 0)
+        if calibration := fused_calibration(records):
+            mask, spacing_mm = ways["together"] != 0, prepared.corrected.spacing_mm
+            expected = calibration.expected_dice_of(total, len(runs), mask, spacing_mm)
+            found.setdefault(EXPECTED, {})[case] = expected
         found.setdefault(AGREEMENT, {})[case] = float(np.mean(pairs))
         print(f"| {case} | " + " | ".join(f"{dice[case]:.3f}" for dice in found.values()) + " |", flush=True)
     return found
@@ -66,6 +70,8 @@ def main() -> None:
         for run in runs[1:]:
             if run.record.split != runs[0].record.split or run.record.digests != runs[0].record.digests:
                 parser.error(f"{run.path} and {runs[0].path} are not of the same fold and data")
+        if fused_calibration([run.record for run in runs]) is None:
+            parser.error(f"the runs with {runs[0].path} have no expected Dice together")
     names = [*map(name_of, folds[0]), "together", EXPECTED, AGREEMENT]
     print("| test case | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
     of_all: dict[str, dict[str, float]] = {name: {} for name in names}

@@ -4,6 +4,8 @@ Run as ``python benchmarks/robustness.py COHORT RUN [RUN ...] [--messy FOLDER]``
 taken from their files, are disturbed in fixed ways, predicted as any file is, and held against their label maps.
 ``--messy`` adds a lumbar scan of another scanner, whose bodies are scored in front of the canal, and a brain, in which
 there is nothing to find. None of it is to choose a final model by: it is what a method is developed on.
+
+The expected Dice of all these predictions is held against the true Dice, with Spearman's rank correlation.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from statistics import mean
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.stats import spearmanr
 
 from cspine_data import Volume, find_cases, read_volume
 from cspine_data.preprocessing.tissue import tissue_threshold
 from cspine_data.sources.cases import load_case
 from cspine_data.volumes.geometry import Orientation
-from cspine_train import LoadedRun, load_run
+from cspine_train import LoadedRun, load_run, predict
 from cspine_train.metrics.overlap import overlap
 
 Image = NDArray[np.float32]
@@ -131,16 +134,18 @@ def disturbed_volume(volume: Volume, change: Callable[[Image, float], Image]) ->
     return Volume(np.ascontiguousarray(orientation.to_file(changed)), volume.geometry)
 
 
-def scores(run: LoadedRun, cohort: Path, part: str) -> dict[str, float]:
-    """Return the mean Dice over a part's patients under each disturbance."""
+def scores(run: LoadedRun, cohort: Path, part: str, pairs: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Return the mean Dice over a part's patients under each disturbance; add expected and true Dice to `pairs`."""
     wanted = set(run.record.split.cases(part))
     loaded = [load_case(case) for case in find_cases(cohort).cases if case.id in wanted]
     found = {}
     for name, change in DISTURBANCES.items():
         dice = []
         for case in loaded:
-            mask = run.predict(disturbed_volume(case.image, change)).array > 0
-            dice.append(overlap(mask, case.label.array != 0).dice)
+            prediction = predict([run], disturbed_volume(case.image, change))
+            dice.append(overlap(prediction.label.array > 0, case.label.array != 0).dice)
+            if prediction.expected_dice is not None:
+                pairs.setdefault(name, []).append((prediction.expected_dice, dice[-1]))
         found[name] = mean(dice)
         print(f"{run.path.name}: {name}: {found[name]:.3f}", file=sys.stderr, flush=True)
     return found
@@ -168,10 +173,10 @@ def main() -> None:
     parser.add_argument("--part", default="test")
     parser.add_argument("-o", "--output", type=Path, help="CSV")
     arguments = parser.parse_args()
-    columns = {}
+    columns, pairs = {}, dict[str, list[tuple[float, float]]]()
     for path in arguments.runs:
         run = load_run(path)
-        columns[path.name] = scores(run, arguments.cohort, arguments.part)
+        columns[path.name] = scores(run, arguments.cohort, arguments.part, pairs)
         columns[path.name]["mean of all disturbances"] = mean(list(columns[path.name].values())[1:])
         if arguments.messy:
             columns[path.name] |= messy_scores(run, arguments.messy)
@@ -179,6 +184,15 @@ def main() -> None:
     print("| disturbance | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
+    together = [pair for of_one in pairs.values() for pair in of_one]
+    for what, some in (("as it is", pairs.get("as it is", [])), ("all", together)):
+        if len(some) > 2:
+            expected, true = np.transpose(some)
+            off, rank = np.abs(expected - true), spearmanr(expected, true).statistic
+            print(
+                f"expected Dice, {what}: {len(some)} predictions, rank correlation {rank:.2f}, "
+                f"mean difference {off.mean():.3f}, at most {off.max():.3f}"
+            )
     if arguments.output:
         with arguments.output.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("disturbance", *columns), *rows])

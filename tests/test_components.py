@@ -17,7 +17,13 @@ from scipy import ndimage
 
 from cspine_data import Cohort, open_cohort, read_volume
 from cspine_train import LoadedRun, RunSettings, evaluate, load_run, predict_volume, train
-from cspine_train.metrics.components import common_box, filled, largest_components, tidied
+from cspine_train.metrics.components import (
+    common_box,
+    filled,
+    implausible_components,
+    largest_components,
+    tidied,
+)
 from cspine_train.metrics.overlap import overlap
 from cspine_train.prediction.postprocessing import chosen_postprocessing
 from cspine_train.prediction.stored_volumes import Segmented, segment
@@ -202,3 +208,18 @@ def test_components_of_several_labels_are_refused(
     assert refused.exit_code == 2
     assert "--largest-components is for binary" in refused.output
     assert not (tmp_path / "run").exists()
+
+
+def test_components_are_implausible_that_are_large_or_fragments() -> None:
+    mask = np.zeros((40, 40, 40), np.bool_)
+    mask[:10, :10, :10] = mask[20:30, :10, :10] = mask[:10, 20:30, :10] = True
+    mask[20:24, 20:25, 20:25] = True  # 100 voxels, a tenth
+    mask[35:38, 35:38, 30:41] = True  # 90
+    fragment = np.zeros_like(mask)
+    fragment[35:38, 35:38, 30:41] = True
+    np.testing.assert_array_equal(implausible_components(mask, 1000), fragment)
+    small = np.zeros_like(mask)
+    small[20:24, 20:25, 20:25] = True
+    np.testing.assert_array_equal(implausible_components(mask, 999), mask & ~small)
+    nothing = np.zeros_like(mask)
+    assert not implausible_components(nothing, 1).any()

@@ -16,21 +16,19 @@ import pytest
 import torch
 from click.testing import Result
 from filelock import FileLock
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from cspine_data import Geometry, Orientation, Volume, open_cohort, preprocess_volume, read_volume, write_volume
 from cspine_train import RunError, RunSettings, load_run, predict, predict_volume, train
-from cspine_train.metrics.overlap import overlap
 from cspine_train.prediction.files import find_targets
-from cspine_train.prediction.predictor import LoadedRun, expected_dice
+from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.preview import draw_overview
 from cspine_train.run.cohort_range import CohortLooks, differences, looks_of, looks_of_record
-from cspine_train.run.record import save_record
+from cspine_train.run.record import load_record, save_record
 from tests.conftest import ball, write_case
 from tests.processes import Command
 from tests.test_dicom import volume_of, write_series
+from tests.test_expected_dice import CALIBRATION
 from tests.test_labels import a_run
 from tests.test_training import SMALL
 from tests.test_volumes import forms_of, two_places
@@ -41,6 +39,8 @@ def run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory, without_p
     """A run that marks something, trained as briefly as can be."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(phantom_store, folder, RunSettings(**{**SMALL, "variant": "raw"}))
+    # Whatever two epochs are worth, its predictions have an expected Dice.
+    save_record(folder, load_record(folder).model_copy(update={"calibration": CALIBRATION}))
     return folder
 
 
@@ -107,27 +107,6 @@ def test_mirrored_what_is_found_on_the_left_is_found_on_the_right() -> None:
     assert (plain.agreement, both.agreement) == (None, 0)
 
 
-# How sure
-
-
-@given(st.integers(0, 2**32))
-def test_the_expected_dice_is_what_truths_drawn_from_the_probabilities_have(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    probabilities = rng.beta(0.3, 0.6, (12, 13, 14)).astype(np.float32)
-    mask = probabilities > rng.uniform(0.3, 0.7)
-    drawn = [overlap(mask, rng.random(mask.shape) < probabilities).dice for _ in range(40)]
-    # Weights change nothing; labels are added up.
-    split = np.stack([probabilities * 0.25, probabilities * 0.75]) * 3
-    for total, weight in ((probabilities[None], 1), (split, 3)):
-        assert expected_dice(total, weight, mask) == pytest.approx(np.mean(drawn), abs=0.02)
-
-
-def test_where_nothing_is_marked_it_depends_on_how_sure_that_is() -> None:
-    nothing = np.zeros((4, 4, 4), np.bool_)
-    assert expected_dice(np.full((1, 4, 4, 4), 0.3, np.float32), 1, nothing) == 0
-    assert expected_dice(np.full((1, 4, 4, 4), 1e-6, np.float32), 1, nothing) == 1
-
-
 # Unlike training
 
 
@@ -188,6 +167,18 @@ def test_in_what_a_volume_is_unlike_training_is_told(
     assert predict([load_run(run)], volume).warnings == ()
     warnings = predict([load_run(run)], change(volume)).warnings
     assert any(re.search(told, warning) for warning in warnings), warnings
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_other_intensities_suggest_a_robust_recipe_unless_the_run_has_it(
+    augment: str, run: Path, phantom_folder: Path
+) -> None:
+    loaded = load_run(run)
+    settings = loaded.record.settings.model_copy(update={"augment": augment})
+    loaded = replace(loaded, record=loaded.record.model_copy(update={"settings": settings}))
+    (warning,) = predict([loaded], inverted(read_volume(phantom_folder / "CS_02.nrrd"))).warnings
+    assert "another distribution" in warning
+    assert ("--recipe robust" in warning) == (augment == "light")
 
 
 def test_notes_on_a_volume_are_told_and_the_label_map_keeps_both_forms_of_its_header(tmp_path: Path) -> None:

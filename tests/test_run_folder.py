@@ -224,8 +224,9 @@ def test_a_logger_that_fails_does_not_end_training(run: Path, tmp_path: Path, mo
     assert calls == [4]
 
 
-def test_pictures_that_were_not_made_are_made_again_and_nothing_is_trained(
-    phantom_store: Path, tmp_path: Path, stopped: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["calibrated_probabilities", "save_overlays"])
+def test_steps_after_training_are_done_again_and_nothing_is_trained(
+    step: str, phantom_store: Path, tmp_path: Path, stopped: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when training had ended, by early stopping too: no epoch comes after the last one."""
     settings = RunSettings(
@@ -236,7 +237,7 @@ def test_pictures_that_were_not_made_are_made_again_and_nothing_is_trained(
     # Dice that never gains.
     monkeypatch.setattr("cspine_train.training.segmentation_module.best_threshold", lambda counts, patients: (0.5, 0.5))
     with monkeypatch.context() as patches:
-        patches.setattr("cspine_train.training.pipeline.save_overlays", lambda *_: (_ for _ in ()).throw(Stopped))
+        patches.setattr(f"cspine_train.training.pipeline.{step}", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             train(phantom_store, folder, settings)
     before = load_record(folder)
@@ -249,7 +250,9 @@ def test_pictures_that_were_not_made_are_made_again_and_nothing_is_trained(
     weights = (folder / "model" / "model.safetensors").read_bytes()
     stopped("SliceSegmenter.training_step", lambda *_: True)
     after = train(phantom_store, folder, settings)
-    assert after == load_record(folder) == before.model_copy(update={"finished": True})
+    assert after.calibration is not None
+    done = {"finished": True, "calibration": after.calibration}
+    assert after == load_record(folder) == before.model_copy(update=done)
     assert (folder / "metrics.csv").read_bytes() == rows
     assert (folder / "model" / "model.safetensors").read_bytes() == weights
     assert (folder / "overlays" / "worst.png").exists()

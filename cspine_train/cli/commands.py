@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +12,7 @@ import click
 import cloup
 
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
+from cspine_data.tools import count
 from cspine_data.typed_options import field_option
 from cspine_train.cli.option_values import weights_of
 from cspine_train.cli.setting_options import (
@@ -30,10 +30,8 @@ from cspine_train.run.recipes import read_recipe, recipe_table, shipped_recipes,
 from cspine_train.training.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
-    from cspine_train.evaluation.scoring import Evaluation
-    from cspine_train.metrics.overlap import Measure
     from cspine_train.prediction.files import Predicted
-    from cspine_train.run.evaluations import LevelMeans
+    from cspine_train.run.calibration import Calibration
     from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
 
@@ -177,61 +175,18 @@ def _print_outcome(record: RunRecord) -> None:
 @click.option("--store", help="Store, if it has moved or is at a URL.")
 def evaluate(run: Path, splits: tuple[str, ...], store: str | None) -> None:
     """Score RUN on whole volumes, per patient."""
+    from cspine_train.cli.score_tables import print_scores
     from cspine_train.evaluation.scoring import evaluate as evaluate_run
 
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_run(run, splits, store, progress)
-    _print_scores(evaluation)
+    print_scores(evaluation)
     for file in evaluation.files:
         click.echo(f"wrote {file}")
     for problem in evaluation.failed:
         say(f"failed: {problem.message}", err=True)
     if evaluation.failed:
         raise SystemExit(1)
-
-
-def _print_scores(evaluation: Evaluation) -> None:
-    """Print three tables: scores of patients, scores of their vertebrae, and means of levels."""
-    from cspine_train.metrics.instances import LEVEL_MEASURES
-    from cspine_train.metrics.statistics import too_few
-    from cspine_train.run.evaluations import known_measures
-
-    brief = [measure for measure in known_measures([score.figures for score in evaluation.scores]) if measure.brief]
-    of_levels = [measure for measure in brief if measure in LEVEL_MEASURES]
-    print_table(*_score_table(evaluation, [measure for measure in brief if measure not in of_levels]))
-    if evaluation.levels:
-        click.echo()
-        print_table(*_score_table(evaluation, of_levels))
-        click.echo()
-        print_table(*_level_table(evaluation.levels))
-    few = (too_few(evaluation.patients(split), split) for split in evaluation.means)
-    names = (
-        f"{one.size}: expected calibration error {one.calibration_error:.3f}; {one.uncertainty}"
-        for one in evaluation.names
-    )
-    for note in (*evaluation.caveats, *filter(None, few), *names):
-        say(f"note: {note}")
-
-
-def _score_table(evaluation: Evaluation, measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of a table of scores and means."""
-    rows = [
-        [score.case, score.split, *(one.figure(score.figures[one.name]) for one in measures)]
-        for score in evaluation.scores
-    ]
-    for split, of_split in evaluation.means.items():
-        means = [(one, of_split[one.name]) for one in measures]
-        rows.append([f"mean of {evaluation.patients(split)}", split, *(one.figure(mean.mean) for one, mean in means)])
-        if any(mean.low is not None for _, mean in means):
-            rows.append(["95 % interval of the mean", split, *(mean.between(one.digits) for one, mean in means)])
-    return ["case", "split", *(one.heading for one in measures)], rows
-
-
-def _level_table(levels: Sequence[LevelMeans]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of a table of the means of levels."""
-    brief = [one for one in levels[0].means if one.brief]
-    rows = [[level.level, level.split, str(level.patients), *(level.text(one) for one in brief)] for level in levels]
-    return ["level", "split", "patients", *(f"mean {one.heading}" for one in brief)], rows
 
 
 @main.command()
@@ -321,9 +276,14 @@ def predict(
         say(f"note: trained: {caveat}", err=True)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.prediction.files import Options, find_targets, predict_files
-    from cspine_train.prediction.predictor import load_run
+    from cspine_train.prediction.predictor import fused_calibration, load_run
 
     loaded = [load_run(path) for path in runs]
+    records = [run.record for run in loaded]
+    for path, record in zip(runs, records, strict=True):
+        if reason := record.why_no_expected_dice():
+            say(f"note: no expected Dice: {path}: {reason}", err=True)
+    calibration = fused_calibration(records, weights)
     options = Options(weights, mirror, ending, probability, pictures, levels, lowest, highest)
     targets, problems = find_targets(volumes)
     for problem in problems:
@@ -332,18 +292,22 @@ def predict(
     with progress_bar("predicting") as progress:
         for done in predict_files(loaded, targets, output, options, progress):
             failed += done.error is not None
-            _print_prediction(done)
+            _print_prediction(done, calibration)
     if failed:
         raise SystemExit(1)
 
 
-def _print_prediction(done: Predicted) -> None:
+def _print_prediction(done: Predicted, calibration: Calibration | None) -> None:
     if done.error is not None:
         say(f"failed: {error_message(done.volume.name, done.error)}", err=True)
         return
-    agreement = "" if done.agreement is None else f", agreement {done.agreement:.3f}"
+    figures = [] if done.agreement is None else [f"agreement {done.agreement:.3f}"]
+    if calibration and done.expected_dice is not None:
+        on_validation = f"expected {calibration.expected_dice:.3f}, true {calibration.true_dice:.3f}"
+        patients = count(calibration.patients, "validation patient")
+        figures.insert(0, f"expected Dice {done.expected_dice:.3f}; {patients}: {on_validation}")
     verb = "there already:" if done.already else "wrote"
-    say(f"{verb} {done.label} (expected Dice {done.expected_dice:.3f}{agreement})")
+    say(f"{verb} {done.label}" + (f" ({'; '.join(figures)})" if figures else ""))
     for warning in done.warnings:
         say(f"warning: {done.volume}: {warning}; check the label map", err=True)
 

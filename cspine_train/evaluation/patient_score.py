@@ -15,8 +15,9 @@ from cspine_train.metrics.overlap import (
     label_agreements,
     mean_over_labels,
 )
-from cspine_train.prediction.predictor import LoadedRun
+from cspine_train.prediction.predictor import LoadedRun, fused_calibration
 from cspine_train.prediction.stored_volumes import Segmented
+from cspine_train.run.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class PatientScore:
         Probability of each predicted vertebra's name, by level.
     true_levels : dict
         True level of each predicted vertebra, see `true_levels`.
+    expected_dice : float or None
+        See `Prediction`; None if the run has none.
     """
 
     case: str
@@ -56,6 +59,7 @@ class PatientScore:
     levels: LevelAgreement | None = None
     probabilities: Mapping[int, float] = field(default_factory=dict)
     true_levels: Mapping[int, int] = field(default_factory=dict)
+    expected_dice: float | None = None
 
     @property
     def figures(self) -> dict[str, float]:
@@ -91,6 +95,14 @@ class PatientScore:
         return None if self.labels is None else mean_over_labels(self.labels, "iou")
 
 
+def _expected_dice(segmented: Segmented, record: RunRecord) -> float | None:
+    calibration, probability = fused_calibration([record]), segmented.probability_xyz
+    if calibration is None or probability is None:
+        return None
+    found = segmented.found_xyz != 0
+    return calibration.expected_dice_of(probability[None], 1, found, segmented.spacing_mm, segmented.ignored_xyz)
+
+
 def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> PatientScore:
     """Score a patient's prediction by a run."""
     found, truth, spacing_mm = segmented.scored(segmented.found_xyz), segmented.truth_xyz, segmented.spacing_mm
@@ -112,4 +124,5 @@ def score_patient(segmented: Segmented, part: str, loaded: LoadedRun) -> Patient
         {vertebra.value: vertebra.probability for vertebra in spine},
         # A spine may end with the sacrum, which is no vertebra.
         true_levels(overlaps, {*record.vertebrae, SACRUM}) if record.levels else {},
+        _expected_dice(segmented, record),
     )

@@ -68,6 +68,14 @@ class Evaluation:
         """Return the number of scored patients of a split."""
         return len({score.patient for score in self.scores if score.split == split})
 
+    def expected_dice_errors(self, split: str) -> list[float]:
+        """Return the difference of the expected from the true Dice of each patient of a split who has both."""
+        return [
+            score.expected_dice - score.dice
+            for score in self.scores
+            if score.split == split and score.expected_dice is not None
+        ]
+
     @property
     def mean_dice(self) -> float:
         """Mean Dice over patients; a `RunError` for patients of several splits, see `means`."""
@@ -275,7 +283,8 @@ def _means(scores: Sequence[PatientScore]) -> dict[str, MeanInterval]:
 
 def _row(score: PatientScore, note: str) -> dict[str, Any]:
     known = {"case": score.case, "patient": score.patient, "split": score.split}
-    return known | _figures(score.voxels, score.figures) | {"note": note}
+    expected = {} if score.expected_dice is None else {"expected_dice": round(score.expected_dice, 6)}
+    return known | _figures(score.voxels, score.figures) | expected | {"note": note}
 
 
 def _label_rows(score: PatientScore, note: str, vertebrae: Container[int]) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 Box = tuple[slice, ...]
+# Smaller components, relative to the typical one, are probably fragments.
+_LEAST_SHARE = 0.1
 
 
 def common_box(*masks: NDArray[np.bool_]) -> Box | None:
@@ -38,6 +40,27 @@ def largest_components(mask_xyz: NDArray[np.bool_], most: int) -> NDArray[np.boo
     remaining = np.zeros_like(mask_xyz)
     remaining[box] = kept[numbers]
     return remaining
+
+
+def implausible_components(mask_xyz: NDArray[np.bool_], most_voxels: float) -> NDArray[np.bool_]:
+    """Return the components of a mask that are probably no structure of its kind, by their size.
+
+    They have more than `most_voxels` voxels, or less than a tenth of the typical component: the one that holds the
+    median voxel of the mask when components are sorted by size.
+    """
+    implausible = np.zeros_like(mask_xyz)
+    box = common_box(mask_xyz)
+    if box is None:
+        return implausible
+    numbers, _ = ndimage.label(mask_xyz[box])
+    sizes = np.bincount(numbers.ravel())
+    sizes[0] = 0
+    ascending = np.sort(sizes)
+    typical = ascending[np.searchsorted(np.cumsum(ascending), sizes.sum() / 2)]
+    unlike = (sizes > most_voxels) | (sizes < _LEAST_SHARE * typical)
+    unlike[0] = False
+    implausible[box] = unlike[numbers]
+    return implausible
 
 
 def filled(mask_xyz: NDArray[np.bool_]) -> NDArray[np.bool_]:

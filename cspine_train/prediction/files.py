@@ -346,7 +346,8 @@ class _Index:
             raise RunError(f"{target}: was predicted from another {volume.name}; remove it or choose another -o")
         agreement = float(row["agreement"]) if row["agreement"] else None
         warnings = tuple(row["warnings"].split("; ")) if row["warnings"] else ()
-        return Predicted(volume, target, float(row["expected_dice"]), agreement, warnings, already=True)
+        expected = float(row["expected_dice"]) if row["expected_dice"] else None
+        return Predicted(volume, target, expected, agreement, warnings, already=True)
 
     def _name(self, label: Path) -> str:
         return label.relative_to(self._folder).as_posix()
@@ -357,7 +358,7 @@ class _Index:
         row = {
             "volume": done.volume.name,
             "label": self._name(done.label),
-            "expected_dice": f"{done.expected_dice:.4f}",
+            "expected_dice": "" if done.expected_dice is None else f"{done.expected_dice:.4f}",
             "agreement": "" if done.agreement is None else f"{done.agreement:.4f}",
             "warnings": "; ".join(done.warnings),
             "volume_sha256": digest,
@@ -371,7 +372,7 @@ class _Index:
 
 def _is_whole(row: Mapping[str, str]) -> bool:
     try:
-        float(row["expected_dice"]), float(row["agreement"] or 0)
+        float(row["expected_dice"] or 0), float(row["agreement"] or 0)
     except ValueError:
         return False
     return bool(row["made_by"])

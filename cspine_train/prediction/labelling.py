@@ -134,15 +134,3 @@ def _most_probable(
 def probability_of_any(found: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the probability of any label, (x, y, z), from those of all labels; a view if there is only one."""
     return found[0] if len(found) == 1 else np.asarray(found.sum(0))
-
-
-def expected_dice(total: NDArray[np.float32], weight: float, mask: NDArray[np.bool_]) -> float:
-    """Return the Dice of a mask, bool (x, y, z), if all probabilities are right, see `Prediction`.
-
-    `total` is the weighted sum of the runs' probabilities of each label, (K, x, y, z), and `weight` the sum of weights.
-    """
-    probable, probable_in_mask = (
-        sum(float(of_label.sum(dtype=np.float64, where=where)) for of_label in total) / weight for where in (True, mask)
-    )
-    marked = np.count_nonzero(mask)
-    return 2 * probable_in_mask / (probable + marked) if marked else float(probable < 0.5)

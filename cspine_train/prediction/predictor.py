@@ -21,7 +21,8 @@ from cspine_train.errors import ModelError, RunError
 from cspine_train.levels.naming import NamedSpine
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.models.build import check_names, load_model, sides_of
-from cspine_train.prediction.labelling import expected_dice, label_map, probability_of_any
+from cspine_train.prediction.labelling import label_map, probability_of_any
+from cspine_train.run.calibration import Calibration
 from cspine_train.run.cohort_range import differences, looks_of
 from cspine_train.run.folder import MODEL_FOLDER, RECORD_NAME, is_in_use
 from cspine_train.run.label_classes import network_classes
@@ -163,10 +164,9 @@ class Prediction:
     ----------
     label : Volume
         The label map on the volume's own grid: uint8, 1 for vertebra; or the runs' label values, in the smallest dtype.
-    expected_dice : float
-        The Dice of the label map if all probabilities are right: 2 sum(p m) / (sum(p) + sum(m)) with probabilities p
-        and mask m (Borges 2024, "Soft Dice Confidence"), from 0 to 1. docs/prediction.md compares it with the true
-        Dice.
+    expected_dice : float or None
+        The Dice of the label map if all calibrated probabilities are right, from 0 to 1; None without a
+        `fused_calibration`. docs/prediction.md compares it with the true Dice.
     agreement : float or None
         Mean Dice between the masks of the runs and of their mirrored predictions; None for a single mask.
     warnings : tuple of str
@@ -178,7 +178,7 @@ class Prediction:
     """
 
     label: Volume
-    expected_dice: float
+    expected_dice: float | None
     agreement: float | None
     warnings: tuple[str, ...]
     probability: Volume | None = None
@@ -275,7 +275,13 @@ def predict(
             found = run.on_source_grid(prepared[run.record.preprocessing], mirrored)
             fused.add(run, found, weight / len(sides))
             del found
-    unlike = [line for run in runs for line in differences(run.record.cohort_looks, looks[run.record.preprocessing])]
+    unlike = [
+        line
+        for record in (run.record for run in runs)
+        for line in differences(
+            record.cohort_looks, looks[record.preprocessing], robust=record.settings.augment == "strong"
+        )
+    ]
     first = next(iter(prepared.values()))
     back, records = first.to_file_grid, [run.record for run in runs]
     try:
@@ -285,9 +291,14 @@ def predict(
         raise InputError(volume.name, f"{error.subject} {error.problem}", error.remedy) from None
     except RunError as error:
         raise RunError(f"{volume.name}: {error}") from None
+    calibration, mask, spacing_mm = (
+        fused_calibration(records, each),
+        labelled.array_xyz != 0,
+        first.corrected.spacing_mm,
+    )
     return Prediction(
         back(labelled.array_xyz),
-        expected_dice(fused.total, sum(each), labelled.array_xyz != 0),
+        calibration.expected_dice_of(fused.total, sum(each), mask, spacing_mm) if calibration else None,
         fused.agreement(),
         tuple(dict.fromkeys([*_file_warnings(volume, prepared), *unlike])),
         back(probability_of_any(fused.total) / np.float32(sum(each))) if with_probability else None,
@@ -337,6 +348,15 @@ class _Fused:
 
     def agreement(self) -> float | None:
         return mean(self._dice) if self._dice else None
+
+
+def fused_calibration(records: Sequence[RunRecord], weights: Sequence[float] | None = None) -> Calibration | None:
+    """Return the calibration of the mean of the runs' probabilities; None if a run has no expected Dice.
+
+    The mean of the runs' parameters: no patient is in the validation part of all runs of different folds.
+    """
+    calibrations = [one.calibration for one in records if one.calibration and not one.why_no_expected_dice()]
+    return Calibration.fused(calibrations, weights) if len(calibrations) == len(records) else None
 
 
 def check_runs(runs: Sequence[LoadedRun], weights: Sequence[float] | None = None) -> None:

@@ -14,7 +14,7 @@ from cspine_data import Cohort
 from cspine_train.errors import RunError
 from cspine_train.levels.naming import NamedSpine
 from cspine_train.metrics.overlap import Overlap, slice_overlaps
-from cspine_train.prediction.labelling import label_map
+from cspine_train.prediction.labelling import label_map, probability_of_any
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.reports.figures import window_of
 
@@ -39,6 +39,8 @@ class Segmented:
         Ignored voxels, where `truth_xyz` is 0; None if there are none.
     spine : NamedSpine or None
         The named vertebrae of the prediction; None if the labels are not levels.
+    probability_xyz : ndarray or None
+        float32, the probability of any label; None if the prediction has no probabilities.
     """
 
     case: str
@@ -49,6 +51,7 @@ class Segmented:
     axes: tuple[int, ...] = (0, 1, 2)
     ignored_xyz: NDArray[np.bool_] | None = None
     spine: NamedSpine | None = None
+    probability_xyz: NDArray[np.float32] | None = None
 
     def scored(self, found_xyz: NDArray[Any]) -> NDArray[Any]:
         """Return a label map of the volume's shape with 0 for ignored voxels."""
@@ -75,15 +78,17 @@ def segment(loaded: LoadedRun, cohort: Cohort, case: str) -> Segmented:
     variant = loaded.record.settings.variant
     prepared = cohort.prepared(case, variant)
     corrected = prepared.corrected
-    labelled = label_map([loaded.record], loaded.on_source_grid(prepared), [1.0], corrected.geometry_xyz)
+    probabilities = loaded.on_source_grid(prepared)
+    labelled = label_map([loaded.record], probabilities, [1.0], corrected.geometry_xyz)
     truth, axes = cohort.label_xyz(case, variant), loaded.record.settings.axes
     ignored, values = None, cohort.record(case, variant).ignored_values
     if values:
         ignored = np.isin(truth, values)
         truth = np.where(ignored, 0, truth)
     return Segmented(
-        case, corrected.image_xyz, corrected.spacing_mm, labelled.array_xyz, truth, axes, ignored, labelled.spine
-    )
+        case, corrected.image_xyz, corrected.spacing_mm, labelled.array_xyz, truth, axes, ignored, labelled.spine,
+        probability_of_any(probabilities),
+    )  # fmt: skip
 
 
 def check_trained_on(loaded: LoadedRun, cohort: Cohort, case: str) -> None:

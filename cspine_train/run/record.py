@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cspine_data import SPINE, RecordedPreprocessing, Split
 from cspine_train.errors import RunError
+from cspine_train.run.calibration import Calibration
 from cspine_train.run.cohort_range import CohortLooks
 from cspine_train.run.folder import RECORD_NAME, is_in_use, write_text
 from cspine_train.run.origin import Origin
@@ -80,6 +81,8 @@ class RunRecord(BaseModel):
         Largest number of connected components of a prediction, by size; None for no limit.
     filled_holes : bool
         Whether holes of a prediction are filled.
+    calibration : Calibration or None
+        Calibration of the probabilities, for the expected Dice; None in old records and until training is finished.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,6 +115,7 @@ class RunRecord(BaseModel):
     threshold: float = Field(default=0.5, gt=0, lt=1)
     kept_components: int | None = Field(default=None, ge=1)
     filled_holes: bool = False
+    calibration: Calibration | None = None
 
     @model_validator(mode="after")
     def _levels_are_labels(self) -> Self:
@@ -138,6 +142,18 @@ class RunRecord(BaseModel):
     def patient(self, case: str) -> str:
         """Return the patient of a case."""
         return self.patients.get(case, case)
+
+    def why_no_expected_dice(self) -> str:
+        """Return why predictions of this run have no expected Dice; empty if they have one."""
+        calibration = self.calibration
+        if calibration is None and not self.finished:
+            return "training is not finished"
+        if calibration is None:
+            return "its probabilities are not calibrated, as in all runs of earlier versions"
+        if not calibration.agrees:
+            expected, true = calibration.expected_dice, calibration.true_dice
+            return f"it would mislead: on the validation patients it is {expected:.3f}, and the true Dice {true:.3f}"
+        return ""
 
     @property
     def start(self) -> str:

@@ -26,6 +26,7 @@ from cspine_train.data.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models.build import build_model, sides_of
 from cspine_train.models.trained import TrainedWeights, preprocessing_note, read_trained
+from cspine_train.prediction.confidence import calibrated_probabilities
 from cspine_train.prediction.level_calibration import calibrated_levels
 from cspine_train.prediction.overlays import save_overlays
 from cspine_train.prediction.postprocessing import chosen_postprocessing
@@ -323,7 +324,7 @@ def _fit(
 
 
 def _chosen_on_validation(run: Path, record: RunRecord, cohort: Cohort) -> dict[str, Any]:
-    """Return the postprocessing and the calibration of levels that validation chose, without a step that fails."""
+    """Return the postprocessing and the calibrations that validation chose, without a step that fails."""
     settings, chosen = record.settings, {}
     if settings.largest_components or settings.fill_holes:
         option = "--largest-components" if settings.largest_components else "--fill-holes"
@@ -332,6 +333,10 @@ def _chosen_on_validation(run: Path, record: RunRecord, cohort: Cohort) -> dict[
     if record.levels:
         with never_fatal(f"{run}: calibration of levels"), progress_bar("calibrating levels") as progress:
             chosen |= calibrated_levels(load_run(run), cohort, progress)
+    # Last, as it depends on the masks.
+    record = record.model_copy(update=chosen)
+    with never_fatal(f"{run}: calibration of probabilities"), progress_bar("calibrating probabilities") as progress:
+        chosen |= calibrated_probabilities(replace(load_run(run), record=record), cohort, progress)
     return chosen
 
 
