@@ -224,10 +224,10 @@ class Reads(torch.nn.Module):
 def a_run(
     network: torch.nn.Module, values: tuple[int, ...], axes: tuple[int, ...] = (0,), name: str = "r"
 ) -> LoadedRun:
+    settings = RunSettings(axes=axes, labels="stored" if values else "binary", context=0, pixel_mm=None)
     record = RunRecord(
-        store="s.zarr", settings=RunSettings(axes=axes, labels="stored" if values else "binary"), weights_used="none",
-        size_hw=(32, 32), preprocessing=RAW, train=(), validation=(), test=(), label_values=values, digests={},
-        versions={},
+        store="s.zarr", settings=settings, weights_used="none", size_hw=(32, 32), preprocessing=RAW, train=(),
+        validation=(), test=(), label_values=values, digests={}, versions={},
     )  # fmt: skip
     return LoadedRun(Path(name), record, network)
 
