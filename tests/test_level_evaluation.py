@@ -17,7 +17,7 @@ from torch import nn
 
 from cspine_data import Preprocessing
 from cspine_train import Evaluation, RunError, RunSettings, compare
-from cspine_train.cli.commands import _print_scores
+from cspine_train.cli.score_tables import print_scores
 from cspine_train.evaluation.patient_score import score_patient
 from cspine_train.evaluation.scoring import _written
 from cspine_train.levels.naming import FoundLevel, NamedSpine
@@ -134,7 +134,7 @@ def test_only_vertebrae_count_also_those_that_no_training_case_has(tmp_path: Pat
 
 def test_report_card_and_terminal_show_patients_and_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluation = evaluation_of(tmp_path / "run", SIX)
-    _print_scores(evaluation)
+    print_scores(evaluation)
     printed = capsys.readouterr().out
     record = load_record(tmp_path / "run")
     texts = Page(write_report(tmp_path / "run", record)).texts
@@ -176,7 +176,7 @@ def test_reliability_counts_names_whose_true_level_is_known(tmp_path: Path) -> N
 
 def test_report_and_terminal_show_the_reliability_of_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    _print_scores(evaluation_of(run, NAMED, sure=SURE))
+    print_scores(evaluation_of(run, NAMED, sure=SURE))
     (note,) = (line for line in capsys.readouterr().out.splitlines() if "calibration error" in line)
     page = Page(write_report(run, load_record(run)))
     (caption,) = (text for text in page.texts if "calibration error" in text)
