@@ -330,7 +330,8 @@ def test_a_run_tells_labels_apart(phantom_store: Path, phantom_folder: Path, tmp
         (row,) = csv.DictReader(file)
     columns[1:2] = ["patient", "split"]
     of_levels = [measure.name for measure in LEVEL_MEASURES]
-    assert list(row) == [*columns, "batch_averaged_dice", "label_dice", "label_iou", *of_levels, "note"]
+    expected = [*columns, "batch_averaged_dice", "label_dice", "label_iou", *of_levels, "expected_dice", "note"]
+    assert list(row) == expected
     assert float(row["dice"]) == pytest.approx(overlap(found.array > 0, truth.array > 0).dice, abs=1e-6)
     assert float(row["label_dice"]) == pytest.approx(mean_over_labels(overlaps, "dice"), abs=1e-6)
     summary = json.loads((run / "evaluation" / "test.json").read_text())
