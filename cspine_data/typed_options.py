@@ -70,14 +70,16 @@ def field_option(
     name : str
         Name of the option's value; by default, that of the field.
     default : object
-        Default instead of the field's own, such as None where that depends on other options. The option then has no
+        Default instead of the field's own. With None, where the default depends on other options, the option has no
         bounds: the model checks them.
     """
     info = model.model_fields[field]
     kind, spelling = _kind(info), spelling_of(info, name or field)
     more: dict[str, Any] = {"type": _TYPES.get(kind, str), "default": default, "help": _texts(model)[field]}
+    bounded = default is not None
     if default is _FIELDS_OWN:
         more["default"] = default = info.get_default(call_default_factory=True, validated_data={})
+    if bounded:
         more["type"] = _range(kind, info) or more["type"]
     option = spelling.option
     choices = spelling.choices or (get_args(kind) if get_origin(kind) is Literal else ())

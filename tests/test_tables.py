@@ -55,7 +55,7 @@ def row(
         "folds": None,
         "fold": None,
         "seed": 0,
-        "epochs": 9,
+        "training": "9 epochs",
         "batch_size": 8,
         "kept_epoch": 3,
         "validation_dice": 0.8,
@@ -84,7 +84,7 @@ Rows = list[dict[str, Any]]
 
 
 def condition(model: str, variant: str) -> tuple[Any, ...]:
-    return (model, "resnet50 (random)", variant, "0", 9, 8)
+    return (model, "resnet50 (random)", variant, "0", "9 epochs", 8)
 
 
 def scored(rows: Rows, figure: str = "dice") -> pd.DataFrame:

@@ -15,17 +15,12 @@ import cloup
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
 from cspine_data.typed_options import field_option
 from cspine_train.cli.option_values import weights_of
-from cspine_train.cli.setting_options import (
-    record_of,
-    setting_options,
-    settings_of,
-    with_recorded_split,
-    with_settings_of_origin,
-)
+from cspine_train.cli.setting_options import base_settings, record_of, setting_options, settings_of, with_recorded_split
 from cspine_train.cli.study_commands import cell, study, table
 from cspine_train.cli.waiting import stay_awake
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_message
 from cspine_train.run.machines import Machines
+from cspine_train.run.recipes import recipe_table, shipped_recipes
 from cspine_train.training.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
@@ -91,10 +86,11 @@ _RUN_MACHINE = cloup.option_group(
 @_RUN_MACHINE
 def run(
     store: str, workers: int, checkpoint_minutes: float, output: Path | None, loggers: tuple[str, ...],
-    devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, **options: Any,
+    devices: int | Literal["auto"], nodes: int, strategy: Literal["auto", "ddp"], deterministic: bool, recipe: str,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again resumes a run that was stopped."""
-    settings = settings_of(**with_recorded_split(with_settings_of_origin(options, output), output))
+    settings = settings_of(base_settings(recipe, options, output), **with_recorded_split(options, output))
     machines = record_of(Machines, devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.training.pipeline import train
@@ -320,6 +316,17 @@ def export(run: Path, output: Path) -> None:
     any_size = export_onnx(loaded, output)
     height, width = loaded.record.size_hw
     click.echo(f"wrote {output}, for slices of {'any size' if any_size else f'{height} x {width} pixels'}")
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes of cspine-train run --recipe, and where their settings differ."""
+    found = shipped_recipes()
+    for recipe in found:
+        click.echo(f"{recipe.name}: {recipe.description}")
+    click.echo()
+    print_table(["option", *(recipe.name for recipe in found)], recipe_table(found))
+    click.echo("\nA TOML file of your own: option = value, such as epochs = 20; cspine-train run --recipe FILE.toml")
 
 
 @main.command()

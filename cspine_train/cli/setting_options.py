@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,9 @@ from pydantic import BaseModel, ValidationError
 from cspine_data import GivenSplit
 from cspine_data.typed_options import field_option
 from cspine_train.run.folder import RECORD_NAME
+from cspine_train.run.recipes import read_recipe, with_changes
 from cspine_train.run.settings import (
+    OF_NETWORK,
     DataSettings,
     ModelSettings,
     OptimisationSettings,
@@ -27,27 +29,49 @@ Model = TypeVar("Model", bound=BaseModel)
 _PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, OptimisationSettings, PostprocessingSettings)
 
 
-def setting_options(omit: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Add an option for each field of `RunSettings` to a command, grouped by parts, except those in `omit`."""
+def setting_options(recipe: str = "default", omit: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Add ``--recipe`` and an option for each field of `RunSettings` to a command, except those in `omit`.
+
+    `recipe` is the default of ``--recipe``; the help shows its settings as defaults.
+    """
+    defaults = {} if recipe == "default" else read_recipe(recipe).settings
 
     def decorate(command: Command) -> Command:
         for part in reversed(_PARTS):
-            options = [field_option(part, name) for name in part.model_fields if name not in omit]
+            options = [
+                field_option(part, name, **({"default": defaults[name]} if name in defaults else {}))
+                for name in part.model_fields
+                if name not in omit
+            ]
             title = (part.__doc__ or "").strip().rstrip(".")
             command = cloup.option_group(title, *options)(command)
-        return command
+        names = cloup.option(
+            "--recipe", default=recipe, metavar="NAME|FILE",
+            help="Settings that replace the defaults below; a TOML file, or a name that cspine-train recipes lists.",
+        )  # fmt: skip
+        return cloup.option_group("Recipe", names)(command)
 
     return decorate
 
 
-def settings_of(**options: Any) -> RunSettings:
+def settings_of(base: Mapping[str, Any], **options: Any) -> RunSettings:
     """Return the settings of a command's options; a `click.UsageError` for values that are invalid or contradict.
 
     The file of ``--split`` is read here, and not by `RunSettings`: the record of an untrusted run must read no file.
+
+    Parameters
+    ----------
+    base : Mapping
+        Settings, such as a recipe's, that replace defaults.
+    **options
+        Values of the command's options. Those that the user did not give count only if they are missing in `base`.
     """
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    given = {name: value for name, value in options.items() if context.get_parameter_source(name) != default}
     if isinstance(options.get("split"), str):
-        options |= {"split": _fold_of_file(options["split"], options["fold"]), "fold": 0}
-    return record_of(RunSettings, **options)
+        given |= {"split": _fold_of_file(options["split"], options["fold"]), "fold": 0}
+    return record_of(RunSettings, **with_changes(base, given))
 
 
 def record_of(model: type[Model], /, **options: Any) -> Model:
@@ -68,22 +92,24 @@ def with_recorded_split(options: dict[str, Any], run: Path | None) -> dict[str, 
     return options | {"split": recorded, "fold": 0} if recorded and recorded.fold == options["fold"] else options
 
 
-def with_settings_of_origin(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
-    """Return options with the settings of the run of ``--from`` for those that are not on the command line.
+def base_settings(recipe: str, options: Mapping[str, Any], run: Path | None) -> Mapping[str, Any]:
+    """Return the settings that replace defaults: a recipe's, or those of the run of ``--from``.
 
-    If that run is gone, they are those of the run to resume.
+    A recipe on the command line replaces settings of that run, except those of its network. If that run is gone, its
+    settings are those of the run to resume.
     """
+    settings = read_recipe(recipe).settings
     if options["from_run"] is None:
-        return options
+        return settings
     from cspine_train.run.record import load_record
 
     origin = Path(options["from_run"])
     if run is not None and not (origin / RECORD_NAME).exists() and (run / RECORD_NAME).exists():
         origin = run
-    source = click.get_current_context().get_parameter_source
-    given = {name for name in options if source(name) is click.core.ParameterSource.COMMANDLINE}
     inherited = load_record(origin).inherited_settings
-    return options | {name: value for name, value in inherited.items() if name not in given}
+    if click.get_current_context().get_parameter_source("recipe") == click.core.ParameterSource.DEFAULT:
+        return inherited
+    return with_changes(inherited, {name: value for name, value in settings.items() if name not in OF_NETWORK})
 
 
 def _fold_of_file(path: str, fold: int) -> GivenSplit:

@@ -19,6 +19,7 @@ from cspine_train.cli.option_values import folds_of, list_of, weights_by_encoder
 from cspine_train.cli.setting_options import setting_options, settings_of
 from cspine_train.errors import ModelError
 from cspine_train.run.planes import AXES
+from cspine_train.run.recipes import read_recipe
 
 if TYPE_CHECKING:
     from cspine_data import Cohort
@@ -79,11 +80,11 @@ _MACHINE = cloup.option_group(
 @_GRID
 @_FILES
 @_MACHINE
-@setting_options(omit=(*_GRID_FIELDS, "from_run"))
+@setting_options("reference", omit=(*_GRID_FIELDS, "from_run"))
 def study(
     store: str, models: Sequence[str], encoders: Sequence[str], weights: dict[str, str], variants: Sequence[str],
     axes: Sequence[str], folds: int | None, split: Path | None, leave_site_out: bool, seeds: int, queue: Path | None,
-    workers: int | None, scheduler: str | None, only_plan: bool, output: Path, **recipe: Any,
+    workers: int | None, scheduler: str | None, only_plan: bool, output: Path, recipe: str, **options: Any,
 ) -> None:  # fmt: skip
     """Train and evaluate a grid of models; the same command again resumes a study that was stopped.
 
@@ -99,7 +100,7 @@ def study(
     cohort = open_cohort(store)
     splits, sites = read_splits(split) if split else (), sites_of(cohort) if leave_site_out else ()
     grid = Grid(models, encoders, weights, variants, _axes(axes), folds, seeds, splits, sites)
-    requested = _requested(grid, queue, settings_of(**recipe))
+    requested = _requested(grid, queue, settings_of(_recipe_of_cells(recipe), **options))
     if not requested:
         return
     if unused := set(weights) - {""} - {one.encoder for one in requested if one.weights != "none"}:
@@ -120,6 +121,11 @@ def study(
         _check_weights(to_do)
     if not only_plan:
         _run(plan, output, to_do, workers, scheduler)
+
+
+def _recipe_of_cells(name: str) -> dict[str, Any]:
+    """Return the settings of a recipe that the grid does not vary."""
+    return {field: value for field, value in read_recipe(name).settings.items() if field not in _GRID_FIELDS}
 
 
 def _axes(names: Sequence[str]) -> list[tuple[int, ...]]:
@@ -178,9 +184,9 @@ def _run(plan: Plan, output: Path, to_do: Sequence[Cell], workers: int | None, s
 @contextmanager
 def _epoch_progress(study: Path, cells: Sequence[Cell], left: Mapping[str, Cell]) -> Iterator[None]:
     """Show the number of trained epochs of all cells in a progress bar on a terminal."""
-    from cspine_train.study.runner import epochs_trained
+    from cspine_train.study.runner import epochs_of, epochs_trained
 
-    epochs = sum(cell.settings.epochs for cell in cells)
+    epochs = sum(map(epochs_of, cells))
     with progress_bar("epochs") as progress:
         if progress is None:
             yield
@@ -189,7 +195,7 @@ def _epoch_progress(study: Path, cells: Sequence[Cell], left: Mapping[str, Cell]
         def show() -> None:
             to_do = list(left.values())
             # Cells that stopped early count with all their epochs.
-            done = epochs - sum(cell.settings.epochs for cell in to_do)
+            done = epochs - sum(map(epochs_of, to_do))
             progress(done + epochs_trained(study, to_do), epochs, f"{len(cells) - len(to_do)} of {len(cells)} cells")
 
         ended = Event()
@@ -254,7 +260,7 @@ def _print_plan(plan: Plan, output: Path, to_do: Sequence[Cell], requested: int)
         "axes": [one.axes_name for one in cells],
         "splits": [one.split_name for one in cells],
         "seeds": [str(one.seed) for one in cells],
-        "epochs": [str(one.epochs) for one in cells],
+        "training": [one.length for one in cells],
     }.items():
         click.echo(f"  {name}: {', '.join(dict.fromkeys(values))}")
     if others := cells_of_others(output, plan):

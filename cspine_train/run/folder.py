@@ -22,6 +22,8 @@ LOCK_NAME = ".lock"
 METRICS_NAME = "metrics.csv"
 #: Its column of the validation Dice.
 MONITOR = "valid_dice"
+#: Its column of the threshold of the probability.
+THRESHOLD = "threshold"
 #: Plot of loss, validation Dice and learning rate by epoch.
 CURVES_NAME = "curves.png"
 #: Pictures of the validation slices with the best and the worst Dice.

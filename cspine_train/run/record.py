@@ -15,12 +15,11 @@ from cspine_train.errors import RunError
 from cspine_train.run.cohort_range import CohortLooks
 from cspine_train.run.folder import RECORD_NAME, is_in_use, write_text
 from cspine_train.run.origin import Origin
+from cspine_train.run.recipes import OF_ONE_RUN
 from cspine_train.run.settings import RunSettings
 
 RECORD_VERSION = 1
 _MOST_LABELS = 255
-# Settings of the cohort, its split and the start, which a fine-tuned run does not take over.
-_OWN_SETTINGS = {"folds", "fold", "split", "test_site", "case_weights", "seed", "weights", "from_run", "frozen_share"}
 # Characters of a setting that a message shows; a split lists all cases.
 _SHOWN = 60
 _Side = Annotated[int, Field(gt=0, le=1 << 14)]
@@ -133,7 +132,7 @@ class RunRecord(BaseModel):
     @property
     def inherited_settings(self) -> dict[str, Any]:
         """The settings that a run that is fine-tuned from this one takes over."""
-        return self.settings.model_dump(exclude=_OWN_SETTINGS)
+        return self.settings.model_dump(exclude={*OF_ONE_RUN, "weights", "frozen_share"})
 
     def patient(self, case: str) -> str:
         """Return the patient of a case."""
@@ -161,7 +160,7 @@ class RunRecord(BaseModel):
             caveats = (*caveats, f"tested on site {self.settings.test_site}, trained on the others")
         if self.finished or self.kept_epoch is None:
             return caveats
-        unfinished = f"training is not finished: weights of epoch {self.kept_epoch + 1} of {self.settings.epochs}"
+        unfinished = f"training is not finished: weights of epoch {self.kept_epoch + 1}, of {self.settings.length}"
         return (*caveats, f"{unfinished}; the same cspine-train run command resumes it")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,8 @@ _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
 # Characters that names of folders must not have.
 _UNSAFE = re.compile(r"[^\w-]")
+#: Settings that decide which weights fit the network, and its first weights.
+OF_NETWORK = ("model", "encoder", "context", "weights")
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -171,8 +173,11 @@ class OptimisationSettings(BaseModel):
 
     model_config = _FROZEN
 
-    epochs: int = Field(default=100, ge=1)
+    epochs: int | None = Field(default=100, ge=1)
     """Number of epochs; with --schedule plateau the largest number."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Train for this time, validation included, instead of --epochs. The schedule follows the clock, so that the model
+    depends on the speed of the machine."""
     batch_size: int = Field(default=8, ge=1)
     """Slices in a step."""
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -198,6 +203,24 @@ class OptimisationSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     """Seed of all random numbers."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _minutes_replace_the_default_epochs(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("minutes") is not None:
+            return {"epochs": None} | given
+        return given
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
+        if (self.epochs is None) == (self.minutes is None):
+            raise ValueError("give either --epochs or --minutes")
+        return self
+
+    @property
+    def length(self) -> str:
+        """How long training takes at most, such as ``8 epochs`` or ``10 minutes``."""
+        return f"{self.epochs} epochs" if self.minutes is None else f"{self.minutes:g} minutes"
+
 
 class PostprocessingSettings(BaseModel):
     """Postprocessing of predictions, kept only where it raises the validation Dice."""
@@ -211,7 +234,7 @@ class PostprocessingSettings(BaseModel):
 
 
 class RunSettings(ModelSettings, DataSettings, OptimisationSettings, PostprocessingSettings):
-    """Settings that decide the outcome of a run: equal settings and data give equal models.
+    """Settings that decide the outcome of a run: equal settings and data give equal models, unless `minutes` is set.
 
     The four parts define the fields; `cspine-train run --help` lists them.
     """

@@ -46,7 +46,7 @@ def costs(
     threads: int,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Cost]:
-    """Estimate the cost of each cell on this machine: seconds per step, times steps, times epochs.
+    """Estimate the cost of each cell on this machine: its minutes, or seconds per step, times steps, times epochs.
 
     Steps are timed once for each network, batch size and image size, with the threads of a cell's process, see
     `processes_here`. `progress` is called with (cells estimated, cells, cell name).
@@ -85,7 +85,8 @@ def _cost(
             message = f"{settings.model} with encoder {settings.encoder!r}: a training step fails ({error})"
             raise ModelError(" ".join(message.split())) from None
     steps = len(data.train_dataloader())
-    return Cost(steps * shape[0], settings.epochs * steps * timed[key])
+    seconds = 60 * settings.minutes if settings.minutes else (settings.epochs or 0) * steps * timed[key]
+    return Cost(steps * shape[0], seconds)
 
 
 def _step_seconds(network: nn.Module, shape: tuple[int, ...], half: bool) -> float:

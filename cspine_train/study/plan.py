@@ -132,7 +132,7 @@ def queued(path: Path, grid: Grid, recipe: RunSettings) -> tuple[list[RunSetting
         encoders = [cells["encoder"] or RANDOM]
         of_row = replace(grid, models=[cells["model"]], encoders=encoders, axes=[AXES[cells["axis"]]])
         try:
-            of_line = _checked(recipe, {"epochs": cells["epochs"], "batch_size": cells["batch"]})
+            of_line = _checked(recipe, {"epochs": cells["epochs"], "minutes": None, "batch_size": cells["batch"]})
             settings += of_row.settings(of_line)
         except RunError as error:
             raise RunError(f"{path}: line {number}: {error}") from None

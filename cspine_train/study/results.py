@@ -19,12 +19,12 @@ from cspine_train.study.runner import RUNS_FOLDER, cell_result
 #: The tidy table as text, and with its types.
 RESULTS_NAME, PARQUET_NAME = "results.csv", "results.parquet"
 #: Columns of a condition, which a study compares; runs of its folds and seeds belong to it.
-CONDITION = ["model", "encoder", "variant", "axes", "epochs", "batch_size"]
+CONDITION = ["model", "encoder", "variant", "axes", "training", "batch_size"]
 _ORDER = {LEVEL_NAMES[value]: place for place, value in enumerate(SPINE)}
 _WORDS, _INTEGERS = "string", "Int64"
 _RUN_COLUMNS = {
     "model": _WORDS, "encoder": _WORDS, "weights": _WORDS, "variant": _WORDS, "axes": _WORDS, "folds": _INTEGERS,
-    "fold": _INTEGERS, "test_site": _WORDS, "seed": _INTEGERS, "epochs": _INTEGERS, "batch_size": _INTEGERS,
+    "fold": _INTEGERS, "test_site": _WORDS, "seed": _INTEGERS, "training": _WORDS, "batch_size": _INTEGERS,
     "kept_epoch": _INTEGERS, "validation_dice": "float64", "train_seconds": "float64", "test_seconds": "float64",
     "patient": _WORDS,
 }  # fmt: skip
@@ -77,7 +77,7 @@ def _run_columns(run: Path, cell: Cell, record: RunRecord, evaluation: Mapping[s
         "fold": fold,
         "test_site": settings.test_site,
         "seed": settings.seed,
-        "epochs": settings.epochs,
+        "training": settings.length,
         "batch_size": settings.batch_size,
         "kept_epoch": record.kept_epoch,
         "validation_dice": record.kept_dice,
@@ -102,8 +102,8 @@ def conditions(table: pd.DataFrame) -> pd.DataFrame:
 
 def condition_name(condition: tuple[Any, ...]) -> str:
     """Return the name of a condition."""
-    model, encoder, variant, axes, epochs, batch_size = condition
-    return f"{model}, {encoder}, {variant}, axis {axes}, epochs {epochs}, batch {batch_size}"
+    model, encoder, variant, axes, training, batch_size = condition
+    return f"{model}, {encoder}, {variant}, axis {axes}, {training}, batch {batch_size}"
 
 
 def scores(table: pd.DataFrame, figure: str = "dice") -> pd.DataFrame:

@@ -97,8 +97,15 @@ def _test_scores(run: Path, record: RunRecord) -> dict[str, Any] | None:
 
 
 def epochs_trained(study: Path, cells: Sequence[Cell]) -> int:
-    """Return the number of epochs of these cells that are trained by now."""
-    return sum(len(read_rows(study / RUNS_FOLDER / cell.name / METRICS_NAME, {})) for cell in cells)
+    """Return the number of epochs of these cells that are trained by now; a cell of `minutes` counts as one epoch."""
+    return sum(
+        min(epochs_of(cell), len(read_rows(study / RUNS_FOLDER / cell.name / METRICS_NAME, {}))) for cell in cells
+    )
+
+
+def epochs_of(cell: Cell) -> int:
+    """Return the largest number of epochs of a cell, 1 for one that trains for a time."""
+    return cell.settings.epochs or 1
 
 
 def run_study(

@@ -108,8 +108,8 @@ def findings(table: pd.DataFrame, unfinished: Sequence[str] = (), vertebrae: pd.
     dice = scores(table)
     compared = contrasts(dice)
     figures = _figures(table, dice)
-    # Where all conditions were trained with the same epochs and batch size, tables leave them out.
-    same_recipe = len(figures[["epochs", "batch_size"]].drop_duplicates()) < 2
+    # Where all conditions were trained for the same time and with the same batch size, tables leave them out.
+    same_recipe = len(figures[["training", "batch_size"]].drop_duplicates()) < 2
     shown = CONDITION[:4] if same_recipe else CONDITION
     return Findings(
         n4_answer(compared),

@@ -1,23 +1,23 @@
-"""Callbacks of training: plateau schedule and early stopping, weight averaging, the kept model, curves."""
+"""Callbacks of training: plateau schedule, early stopping, time budget, weight averaging, the kept model, curves."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cspine_train.models.build import save_model
 from cspine_train.reports.figures import draw_curves, never_fatal
-from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MODEL_FOLDER, MONITOR, write_rows
+from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MODEL_FOLDER, MONITOR, THRESHOLD, write_rows
 from cspine_train.run.record import load_record, save_record
-from cspine_train.training.segmentation_module import THRESHOLD
 
 # Epochs in a row without improvement. Validation Dice improves when it exceeds every earlier value by any amount:
 # one rule decides which epoch is kept, when the learning rate falls and when training stops.
@@ -54,6 +54,62 @@ class Plateau(EarlyStopping):
         if self.wait_count == _LOWER_AFTER:
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] /= 3
+
+
+class TimeBudget(Timer):
+    """Ends training, its last validation included, when its time is over.
+
+    The time of an earlier process that was killed counts up to its last checkpoint.
+
+    Parameters
+    ----------
+    minutes : float
+        The time.
+    validation_steps : float
+        Expected time of a validation in training steps; it counts until the first validation is over.
+    """
+
+    def __init__(self, minutes: float, validation_steps: float) -> None:
+        super().__init__(timedelta(minutes=minutes), verbose=False)
+        self._seconds = 60 * minutes
+        self._validation_steps = validation_steps
+        self._first_step = 0
+        #: Share of the time for training steps that is over, from 0 to 1, the same in all processes.
+        self.share = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._first_step = trainer.global_step
+        self._update(trainer)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any, **named: Any) -> None:
+        """End training if only the time of a validation is left."""
+        self._update(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """End training if there is no time for a step and another validation."""
+        super().on_validation_end(trainer, pl_module)
+        self._update(trainer)
+
+    def _update(self, trainer: lightning.Trainer) -> None:
+        elapsed = self.time_elapsed()
+        share = min(1.0, elapsed / max(1e-9, self._seconds - self._validation_s(trainer, elapsed)))
+        # The clocks of processes differ, and all must take the same steps.
+        self.share = trainer.strategy.broadcast(share)
+        trainer.should_stop = trainer.should_stop or self.share >= 1
+
+    def _validation_s(self, trainer: lightning.Trainer, elapsed: float) -> float:
+        started, ended = self.start_time("validate"), self.end_time("validate")
+        if started is not None and ended is not None and ended >= started:
+            return ended - started
+        steps = trainer.global_step - self._first_step
+        return self._validation_steps * elapsed / steps if steps else 0.0
+
+
+def epoch_name(number: int, epochs: int | None, separator: str = " of ") -> str:
+    """Return an epoch's number from 1 on, and the number of epochs if training does not end by the clock."""
+    return f"{number + 1}{separator}{epochs}" if epochs and epochs > 0 else str(number + 1)
 
 
 class WeightEMA(WeightAveraging):
@@ -151,8 +207,8 @@ class Keep(Callback):
         }
         self.rows.append({"epoch": trainer.current_epoch, **row})
         _log.info(
-            "epoch %d of %d: loss %.3f, validation Dice %.3f, %.0f s",
-            trainer.current_epoch + 1, trainer.max_epochs, metrics["train_loss"], dice, row["seconds"],
+            "epoch %s: loss %.3f, validation Dice %.3f, %.0f s",
+            epoch_name(trainer.current_epoch, trainer.max_epochs), metrics["train_loss"], dice, row["seconds"],
         )  # fmt: skip
         # Rows of a run that an older version started have fewer columns.
         write_rows(self._run / METRICS_NAME, self.rows[-1], self.rows)

@@ -18,7 +18,7 @@ _WEIGHT_DECAY = 1e-2
 def optimisation(network: nn.Module, settings: OptimisationSettings, steps: int) -> Any:
     """Return what `LightningModule.configure_optimizers` returns: the optimiser, and its schedule if it is per step.
 
-    `steps` is the number of steps of the whole run.
+    `steps` is the number of steps of the whole run, or of the schedule if that follows the clock.
     """
     rate = settings.learning_rate
     # A fused step unscales gradients itself, so that they cannot be clipped before it.

@@ -47,7 +47,7 @@ from cspine_train.run.patient_split import cohort_fields, split_of
 from cspine_train.run.process_state import quieten, restored_process_state
 from cspine_train.run.record import RunRecord, record_to_resume, save_record
 from cspine_train.run.settings import OptimisationSettings, RunSettings
-from cspine_train.training.callbacks import Curves, Keep, Plateau, WeightEMA
+from cspine_train.training.callbacks import Curves, Keep, Plateau, TimeBudget, WeightEMA
 from cspine_train.training.checkpoints import Checkpoints, DurableCheckpoints, Place, newest_checkpoint
 from cspine_train.training.loggers import check_loggers, open_loggers
 from cspine_train.training.optimisers import precision_of
@@ -164,11 +164,11 @@ def _train(
     if earlier and checkpoint:
         kept = ("weights_used", "origin", "kept_epoch", "kept_dice", "threshold")
         record = record.model_copy(update={name: getattr(earlier, name) for name in kept})
-        _log.info("going on after %s of %d", place, settings.epochs)
+        _log.info("going on after %s, of %s", place, settings.length)
     if first:
         _begin(run, record, earlier, lock)
     data.first_epoch, data.batches_done = place.epochs, place.batches
-    keeper = _add_callbacks(trainer, run, record, loggers, place)
+    keeper = _add_callbacks(trainer, run, record, loggers, place, module.budget)
     _fit(trainer, run, module, data, checkpoint)
     record = record.model_copy(update={"finished": True, **keeper.kept})
     if first:
@@ -185,7 +185,7 @@ def _trainer(
     plateau = [Plateau()] if settings.schedule == "plateau" else []
     callbacks = [*plateau, Checkpoints(run / CHECKPOINT_FOLDER, checkpoint_minutes)]
     trainer = lightning.Trainer(
-        max_epochs=settings.epochs,
+        max_epochs=settings.epochs or -1,
         gradient_clip_val=settings.clip_norm,
         accelerator="auto",
         **devices,
@@ -258,7 +258,10 @@ def _built(
     names = sorted({cohort.patients[case] for case in split.validation})
     patients = [names.index(cohort.patients[case]) for case in split.validation]
     count = max(1, len(values))
-    module = SliceSegmenter(network, settings, split.validation, data.sizes, count, missed, data.ignores, patients)
+    budget = TimeBudget(settings.minutes, data.validation_steps) if settings.minutes else None
+    module = SliceSegmenter(
+        network, settings, split.validation, data.sizes, count, missed, data.ignores, patients, budget
+    )
     made = {
         "weights_used": weights_used,
         "origin": origin,
@@ -282,20 +285,24 @@ def _begin(run: Path, record: RunRecord, earlier: RunRecord | None, lock: ExitSt
 
 
 def _add_callbacks(
-    trainer: lightning.Trainer, run: Path, record: RunRecord, loggers: Sequence[str], place: Place
+    trainer: lightning.Trainer,
+    run: Path,
+    record: RunRecord,
+    loggers: Sequence[str],
+    place: Place,
+    budget: TimeBudget | None,
 ) -> Keep:
     """Add the callbacks and loggers of a run: rank 0 alone draws, logs and shows progress."""
     settings = record.settings
     average = WeightEMA(settings.average) if settings.average else None
     keeper = Keep(run, settings.schedule, average)
     callbacks: list[Callback] = [ProcessCheck(f"{place} {record.weights_used} {record.digests}"), keeper]
-    if average:
-        callbacks.append(average)
+    callbacks += filter(None, (average, budget))
     if trainer.is_global_zero:
         trainer.loggers = open_loggers(loggers, run, record, place.epochs)
         callbacks.append(Curves(run))
         if sys.stderr.isatty():
-            callbacks.append(TrainingProgress(may_stop_early=settings.schedule == "plateau"))
+            callbacks.append(TrainingProgress(settings.schedule == "plateau", budget))
     # Before those that the trainer was made with, so that checkpoints are written last.
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
     return keeper

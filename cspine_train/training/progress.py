@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
 
 from cspine_train.run.folder import MONITOR
+from cspine_train.training.callbacks import TimeBudget, epoch_name
 
 
 class TrainingProgress(RichProgressBar):
@@ -20,10 +21,13 @@ class TrainingProgress(RichProgressBar):
     ----------
     may_stop_early : bool
         Whether early stopping may end the run, so that the time left is an upper bound.
+    budget : TimeBudget or None
+        The time that training may take; None if it ends after a number of epochs.
     """
 
-    def __init__(self, may_stop_early: bool) -> None:
+    def __init__(self, may_stop_early: bool, budget: TimeBudget | None = None) -> None:
         super().__init__(console_kwargs={"stderr": True})
+        self._budget = budget
         self._left_format = "at most {} left" if may_stop_early else "{} left"
         self._first_step = 0
         self._started: float | None = None
@@ -32,7 +36,7 @@ class TrainingProgress(RichProgressBar):
         """Show the bar."""
         # Lightning reconfigures the console that all users of rich in this process share.
         self._shared_console = dict(vars(get_console()))
-        self._total_steps = int(trainer.estimated_stepping_batches)
+        self._total_steps = trainer.estimated_stepping_batches
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
@@ -53,12 +57,14 @@ class TrainingProgress(RichProgressBar):
         if self._started is not None and steps:
             # Validation is part of the time of the epochs that are over.
             step_s = (time.perf_counter() - self._started) / steps
-            left = timedelta(seconds=round(step_s * (self._total_steps - trainer.global_step)))
-            shown["run"] = self._left_format.format(left)
+            left_s = step_s * (self._total_steps - trainer.global_step)
+            if self._budget:
+                left_s = max(0.0, self._budget.time_remaining() or 0.0)
+            shown["run"] = self._left_format.format(timedelta(seconds=round(left_s)))
         return shown
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+        return f"epoch {epoch_name(current_epoch, self.trainer.max_epochs, '/')}"
 
     def _stop_progress(self) -> None:
         super()._stop_progress()

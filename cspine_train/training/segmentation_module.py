@@ -13,16 +13,18 @@ from cspine_train.data.augmentation import Augmentation, sample_seeds
 from cspine_train.data.batches import Batch
 from cspine_train.data.sizes import ImageSizes
 from cspine_train.data.transforms import coarser, inside
-from cspine_train.run.folder import MONITOR
+from cspine_train.run.folder import MONITOR, THRESHOLD
 from cspine_train.run.settings import RunSettings
+from cspine_train.training.callbacks import TimeBudget
 from cspine_train.training.confusion import confusion, mean_label_dice, over_patients
 from cspine_train.training.losses import SegmentationLoss
 from cspine_train.training.optimisers import optimisation
 from cspine_train.training.processes import average_batch_statistics
 
-THRESHOLD = "threshold"
 #: Thresholds of the probability of vertebra that validation tries.
 THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(11))
+# A schedule that follows the clock is divided into so many steps.
+_CLOCK_STEPS = 10_000
 # Gives each process its own random numbers.
 _RANK_SEED = 500_009
 
@@ -97,6 +99,8 @@ class SliceSegmenter(lightning.LightningModule):
         Whether pixels may be ignored, see `shares_of`.
     patients : sequence of int, optional
         A number of each validation case's patient; by default, each case has its own.
+    budget : TimeBudget, optional
+        The callback that ends training by the clock; by default, it ends after the epochs of `settings`.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class SliceSegmenter(lightning.LightningModule):
         unknown: Sequence[int] | None = None,
         ignores: bool = False,
         patients: Sequence[int] | None = None,
+        budget: TimeBudget | None = None,
     ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
@@ -123,6 +128,7 @@ class SliceSegmenter(lightning.LightningModule):
         self._labels = labels
         self._ignores = ignores
         self._patients = patients
+        self.budget = budget
         self._unknown = tuple(unknown or [0] * len(self._cases))
         self._counts = self._no_counts()
         # Some encoders have parameters that are never trained.
@@ -138,19 +144,15 @@ class SliceSegmenter(lightning.LightningModule):
             world = self.trainer.world_size
             seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * world)
             images, masks = self._augment(images, masks, batch.axes, seeds[self.global_rank :: world])
-            if self._coarse_hw and self._is_within(self._settings.coarse_share):
+            if self._coarse_hw and self._share_done() < self._settings.coarse_share:
                 images, masks = coarser(images, masks, self._coarse_hw)
         images = images.contiguous(memory_format=torch.channels_last)
         return Seen(images, masks, batch.numbers, batch.shapes_hw)
 
-    def _is_within(self, share: float) -> bool:
-        """Return whether the step is one of the first, a share of all steps."""
-        return share > 0 and self.global_step < share * int(self.trainer.estimated_stepping_batches)
-
     def on_train_batch_start(self, batch: Seen, batch_idx: int) -> None:
         """Freeze the encoder in the first steps, and its batch statistics and dropout too; then train it."""
         if self._settings.frozen_share:
-            frozen = self._is_within(self._settings.frozen_share)
+            frozen = self._share_done() < self._settings.frozen_share
             cast("Any", self.network).encoder.train(not frozen)
             # DDP's static graph needs the same gradients in every step.
             for parameter in self._encoder_parameters if self.trainer.world_size == 1 else ():
@@ -158,9 +160,15 @@ class SliceSegmenter(lightning.LightningModule):
 
     def on_after_backward(self) -> None:
         """Drop the gradients of a frozen encoder: the optimiser then leaves its weights alone, without weight decay."""
-        if self._is_within(self._settings.frozen_share):
+        if self._share_done() < self._settings.frozen_share:
             for parameter in self._encoder_parameters:
                 parameter.grad = None
+
+    def _share_done(self) -> float:
+        """Return the share of training that is over, by the clock or in steps."""
+        if self.budget:
+            return self.budget.share
+        return self.global_step / int(self.trainer.estimated_stepping_batches)
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of the whole batch, over all processes."""
@@ -223,4 +231,11 @@ class SliceSegmenter(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule unless it is ``plateau``, which is a callback."""
-        return optimisation(self.network, self._settings, int(self.trainer.estimated_stepping_batches))
+        steps = _CLOCK_STEPS if self.budget else int(self.trainer.estimated_stepping_batches)
+        return optimisation(self.network, self._settings, steps)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Advance the schedule by a step, or to the share of the time that is over."""
+        if self.budget:
+            scheduler.last_epoch = round(self.budget.share * (_CLOCK_STEPS - 1)) - 1
+        scheduler.step()
