@@ -65,8 +65,7 @@ def demo(session: nox.Session) -> None:
     run(session, "cspine-data", "prepare", raw, "--store", store, "--n4", "--axes", "012")
     run(
         session, "cspine-train", "run", "--store", store, "-o", trained,
-        "--model", "linknet", "--encoder", "tu-resnet10t", "--weights", "none", "--labels", "stored", "--axis", "0",
-        "--context", "1", "--epochs", "5", "--schedule", "onecycle", "--learning-rate", "1e-2",
+        "--labels", "stored", "--epochs", "5", "--weights", "none", "--pixel-mm", "own", "--crop-margin-mm", "whole",
     )  # fmt: skip
     run(session, "cspine-train", "evaluate", trained, "--split", "validation", "--split", "test")
 

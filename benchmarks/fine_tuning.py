@@ -69,7 +69,11 @@ def main() -> None:
     print(f"source: test Dice {dice_of(source).mean_dice:.3f}", flush=True)
     cohort = open_cohort(arguments.store)
     cases = cohort.cases
-    starts = {"random": {"weights": "none"}, "imagenet": {"weights": "imagenet"}, "source": {"from_run": str(source)}}
+    starts: dict[str, dict[str, Any]] = {
+        "random": {"weights": "none"},
+        "imagenet": {"weights": "imagenet"},
+        "source": {"from_run": str(source)},
+    }
     rates, rows = {}, []
     for name, start in starts.items():
         tried = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -41,19 +41,22 @@ class Spelling:
         Possible values; empty for any text.
     multiple : bool
         Whether the option may be given several times.
+    text : bool
+        Whether a field that holds a number also takes a word, which its validator reads.
     """
 
     option: str = ""
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     multiple: bool = False
+    text: bool = False
 
 
 def spelling_of(field: FieldInfo, name: str) -> Spelling:
     """Return the `Spelling` of a field, with the name of its option."""
     known = next((item for item in field.metadata if isinstance(item, Spelling)), Spelling())
     option = known.option or f"--{name.replace('_', '-')}"
-    return Spelling(option, known.metavar, known.choices, known.multiple)
+    return replace(known, option=option)
 
 
 def field_option(
@@ -79,7 +82,9 @@ def field_option(
     bounded = default is not None
     if default is _FIELDS_OWN:
         more["default"] = default = info.get_default(call_default_factory=True, validated_data={})
-    if bounded:
+    if spelling.text:
+        more["type"] = str
+    elif bounded:
         more["type"] = _range(kind, info) or more["type"]
     option = spelling.option
     choices = spelling.choices or (get_args(kind) if get_origin(kind) is Literal else ())

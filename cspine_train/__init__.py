@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cspine_train.prediction.files import Options, Predicted, Target, find_targets, find_volumes, predict_files
     from cspine_train.prediction.predictor import LoadedRun, Prediction, load_run, predict, predict_volume
     from cspine_train.run.machines import Machines
+    from cspine_train.run.recipes import recipe_settings
     from cspine_train.run.record import RunRecord
     from cspine_train.run.settings import RunSettings
     from cspine_train.training.pipeline import train
@@ -32,6 +33,7 @@ _HOME = {
     "prediction.predictor": ("LoadedRun", "Prediction", "load_run", "predict", "predict_volume"),
     "prediction.files": ("Options", "Predicted", "Target", "find_targets", "find_volumes", "predict_files"),
     "run.machines": ("Machines",),
+    "run.recipes": ("recipe_settings",),
     "run.record": ("RunRecord",),
     "run.settings": ("RunSettings",),
     "training.pipeline": ("train",),
@@ -63,6 +65,7 @@ __all__ = [
     "predict",
     "predict_files",
     "predict_volume",
+    "recipe_settings",
     "train",
 ]
 

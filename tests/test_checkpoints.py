@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 
 #: Dropout draws in FPN; at every step there is a checkpoint.
 SMALL = {"model": "fpn", "encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
-SMALL |= {"batch_size": 8}
+SMALL |= {"batch_size": 8, "context": 0, "crop_margin_mm": "whole"}
 ALWAYS = 1e-9
 
 
@@ -130,7 +130,9 @@ def test_early_stopping_goes_on_counting(
     """The rate falls on a plateau, and the run stops, when they would have."""
     # Dice that never gains: at any rate of learning, statistics of batch normalisation move it a little.
     monkeypatch.setattr("cspine_train.training.segmentation_module.best_threshold", lambda counts, patients: (0.5, 0.5))
-    settings = RunSettings(**{**SMALL, "model": "linknet", "batch_size": 16}, learning_rate=1e-4, epochs=12)
+    settings = RunSettings(
+        **{**SMALL, "model": "linknet", "batch_size": 16}, schedule="plateau", learning_rate=1e-4, epochs=12
+    )
     train(phantom_store, tmp_path / "undisturbed", settings)
     count, run = batches_of(phantom_store, settings), tmp_path / "run"
     for stop in (5 * count + 2, 7 * count + 1):
@@ -168,7 +170,7 @@ def test_a_killed_process_goes_on_within_its_epoch(phantom_store: Path, tmp_path
     for one in (whole, again):
         told, _ = one.communicate()
         assert one.returncode == 0, told
-    assert f"after {stopped} of 2" in told
+    assert f"after {stopped}, of 2 epochs" in told
     assert "warning" not in told
     assert same(weights(killed), weights(undisturbed))
     assert history(killed, (0, 1)) == history(undisturbed, (0, 1))

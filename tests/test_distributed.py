@@ -43,6 +43,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 
 OPTIONS = {"model": "pspnet", "encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
 OPTIONS |= {"epochs": 2, "schedule": "onecycle", "learning_rate": 3e-5, "augment": "strong", "batch_size": 8}
+OPTIONS |= {"context": 0, "crop_margin_mm": "whole"}
 SETTINGS = RunSettings(**OPTIONS)
 TWO = Machines(devices=2)
 ALWAYS = 1e-9

@@ -115,6 +115,7 @@ dice = cspine_plug_in:volume
 """
 CHOICES = {"model": "unet-scse", "loss": "squared_error", "augment": "light+offset"}
 SMALL = {"encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32", "epochs": 1}
+SMALL |= {"context": 0, "crop_margin_mm": "whole"}
 
 
 @pytest.fixture

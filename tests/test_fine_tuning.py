@@ -16,8 +16,6 @@ from pydantic import ValidationError
 
 from cspine_data import Split, open_cohort
 from cspine_train import ModelError, RunError, RunSettings, train
-from cspine_train.cli import commands
-from cspine_train.cli.setting_options import base_settings, settings_of
 from cspine_train.models.build import build_model
 from cspine_train.models.trained import read_trained
 from cspine_train.run.origin import MOST_SEEN, Origin, SeenCase, start_of
@@ -82,24 +80,6 @@ def test_options_that_are_not_given_are_those_of_the_run(
     assert f"note: {caveat}" in done.stdout
     assert "N4" in done.stderr
     assert "no N4" in done.stderr
-
-
-def test_a_recipe_replaces_settings_but_not_the_network(origin: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text('model = "unet"\ncontext = 3\nweights = "none"\nminutes = 2\naugment = "strong"')
-    options = ["--from", str(origin), "--clip-norm", "9"]
-
-    def settings(*more: str) -> RunSettings:
-        context = commands.run.make_context("run", [*options, *more])
-        given = {name: value for name, value in context.params.items() if name in RunSettings.model_fields}
-        with context:
-            return settings_of(base_settings(context.params["recipe"], given, None), **given)
-
-    own = load_record(origin).settings.model_dump() | {"weights": "auto", "from_run": str(origin), "case_weights": {}}
-    assert settings().model_dump() == own | {"clip_norm": 9}
-    changed = {"clip_norm": 9, "epochs": None, "minutes": 2, "augment": "strong"}
-    assert settings("--recipe", str(recipe)).model_dump() == own | changed
-    assert settings("--minutes", "3").model_dump() == own | {"clip_norm": 9, "epochs": None, "minutes": 3}
 
 
 def test_it_starts_from_all_weights_of_the_run(

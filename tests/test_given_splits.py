@@ -24,6 +24,7 @@ COHORT = {
     "F": ("F", "Y"),
 }  # fmt: skip
 RECIPE = ("--encoder", "tu-test_resnet", "--weights", "none", "--epochs", 1, "--variant", "raw", "--size", 32)
+RECIPE += ("--recipe", "reference")
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,7 @@ def life_of_a_run(
     recorder.disk.mkdir()
     run, out = recorder.disk / "run", recorder.disk / "out"
     settings = RunSettings(
-        model="linknet", encoder="tu-test_resnet", weights="none", pixel_mm=12, epochs=2, precision="32"
+        model="linknet", encoder="tu-test_resnet", weights="none", pixel_mm=12, epochs=2, precision="32", context=0
     )
     with pytest.MonkeyPatch.context() as patches, recorded(recorder, patches):
 

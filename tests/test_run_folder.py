@@ -37,6 +37,7 @@ from cspine_train.training.segmentation_module import SliceSegmenter
 from tests.conftest import Stopped
 
 SMALL = {"model": "linknet", "encoder": "tu-test_resnet", "weights": "none", "pixel_mm": 12.0, "precision": "32"}
+SMALL |= {"context": 0, "crop_margin_mm": "whole"}
 TRUTH, FOUND = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
 
 

@@ -155,7 +155,7 @@ def test_millions_of_slices_are_numbers_of_four_bytes() -> None:
 def test_a_run_sees_the_cases_by_their_weights(phantom_store: Path) -> None:
     cohort = open_cohort(phantom_store)
     split = cohort.split(variant="n4")
-    options = RunSettings(weights="none", case_weights={"CS_01": 3, "CS_04": 7}, empty_share=0, pixel_mm=12)
+    options = RunSettings(weights="none", case_weights={"CS_01": 3, "CS_04": 7}, empty_share=0, pixel_mm=12, context=0)
     data = CohortSlices(cohort, split, options)
     numbers = np.concatenate([batch.numbers.numpy() for batch in data.train_dataloader()])
     labelled = [np.count_nonzero(cohort.record(case, "n4").labelled_voxels[0]) for case in split.train]

@@ -23,7 +23,7 @@ from cspine_train.models.build import architectures, build_model, encoders, side
 from cspine_train.training.step_check import check_steps, saved_bytes
 
 ONE_VALUE = "Expected more than 1 value per channel"
-SETTINGS = RunSettings(model="pspnet", encoder="resnet18", batch_size=4)
+SETTINGS = RunSettings(model="pspnet", encoder="resnet18", batch_size=4, context=0)
 
 
 SIZES = ImageSizes((64, 64), None, None, (64, 64))
@@ -192,7 +192,7 @@ def test_steps_that_do_not_go_into_memory_are_refused(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--size", "100000,100000"), r"size 100000,100000: a step on 8 slices takes at least 596.0 GiB"),
+        (("--size", "100000,100000"), r"size 100000,100000: a step on 8 slices takes at least 1192.1 GiB"),
         (("--batch-size", "1"), r"upernet with encoder 'tu-mobilenetv3_small_100': cannot train on one slice of \d+"),
     ],
 )

@@ -48,7 +48,9 @@ from tests.processes import Command, busy
 from tests.test_report import Page
 
 PATIENCE_S = 240
-RECIPE = RunSettings(epochs=1, pixel_mm=12.0, learning_rate=3e-3, schedule="onecycle", precision="32")
+RECIPE = RunSettings(
+    epochs=1, pixel_mm=12.0, learning_rate=3e-3, schedule="onecycle", precision="32", context=0, crop_margin_mm=None
+)
 TINY = ("--epochs", 1, "--pixel-mm", 12, "--learning-rate", 3e-3, "--schedule", "onecycle", "--precision", "32")
 #: Two cells: with N4 and without.
 SMALLEST = "tu-test_resnet:random"

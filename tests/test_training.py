@@ -45,7 +45,12 @@ from tests.test_checkpoints import same, weights
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
+#: Slices as they are.
+WHOLE: dict[str, object] = {"context": 0, "pixel_mm": None, "crop_margin_mm": None}
 SMALL = {
+    "model": "unet",
+    "context": 0,
+    "crop_margin_mm": "whole",
     "encoder": "tu-test_resnet",
     "weights": "none",
     "epochs": 2,
@@ -334,7 +339,7 @@ def test_an_epoch_is_the_labelled_slices_and_a_share_of_empty_ones() -> None:
 
 def test_the_fixed_size_holds_every_slice_of_the_run(phantom_store: Path) -> None:
     cohort = open_cohort(phantom_store)
-    settings = RunSettings(axes=(0, 1, 2), weights="none")
+    settings = RunSettings(axes=(0, 1, 2), weights="none", **WHOLE)
     data = CohortSlices(cohort, cohort.split(variant="n4"), settings)
     largest = np.array([record.size_xyz for record in cohort.records("n4")]).max(0)
     assert data.sizes.slice_hw[0] >= max(largest[0], largest[1])
@@ -386,7 +391,7 @@ def test_the_fixed_size_is_the_smallest_that_the_network_takes(
     model: str, stride: int, least: int, phantom_store: Path
 ) -> None:
     cohort = open_cohort(phantom_store)
-    settings = RunSettings(model=model, weights="none", pixel_mm=3.0)
+    settings = RunSettings(model=model, weights="none", context=0, pixel_mm=3.0, crop_margin_mm=None)
     network, _ = build_model(model, SMALL["encoder"])
     assert sides_of(network) == Sides(stride, least)
     data = CohortSlices(cohort, cohort.split(variant="n4"), settings, sides=sides_of(network))
@@ -418,9 +423,9 @@ def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels
                           (size[axis] - w) // 2 + w > last)  # fmt: skip
             needed.append((axis, wanted, case))
     height, width = (-(-max(wanted for a, wanted, _ in needed if a == axis) // 8) * 8 for axis in (1, 2))
-    whole = CohortSlices(cohort, split, RunSettings(), sides=Sides(8, 8))
+    whole = CohortSlices(cohort, split, RunSettings(**WHOLE), sides=Sides(8, 8))
     assert height < whole.sizes.slice_hw[0] or width < whole.sizes.slice_hw[1]
-    data = CohortSlices(cohort, split, RunSettings(size_hw=(height, width), empty_share=0), sides=Sides(8, 8))
+    data = CohortSlices(cohort, split, RunSettings(**WHOLE, size_hw=(height, width), empty_share=0), sides=Sides(8, 8))
     assert data.sizes.slice_hw == (height, width)
     loader = data.train_dataloader()
     seen = np.concatenate([masks.sum((1, 2, 3)).numpy() for _, _, masks, *_ in loader])
@@ -436,7 +441,7 @@ def test_a_size_that_was_asked_for_is_refused_just_where_it_cuts_labelled_voxels
             rf"axis {1 if size[0] < height else 2}; the smallest --size that cuts nothing off is {height},{width}$"
         )
         with pytest.raises(RunError, match=told):
-            CohortSlices(cohort, split, RunSettings(size_hw=size), sides=Sides(8, 8))
+            CohortSlices(cohort, split, RunSettings(**WHOLE, size_hw=size), sides=Sides(8, 8))
 
 
 def test_a_run_on_cropped_slices_predicts_whole_ones(phantom_store: Path, phantom_folder: Path, tmp_path: Path) -> None:
@@ -466,7 +471,7 @@ def test_a_size_that_no_network_takes_is_refused(
     ):
         refused = run_train(*common, size)
         assert refused.exit_code == 1
-        told = told.format("unet with encoder resnet18 takes multiples of 32")
+        told = told.format("linknet with encoder tu-resnet10t takes multiples of 32")
         assert refused.output == f"Error: {told}\n"
     refused = run_train(*common, "160,60", "--model", "pan")
     assert (
@@ -594,7 +599,7 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, run_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--pixel-mm", "-1"), "in the range x>=0.05"),
+        (("--pixel-mm", "-1"), "--pixel-mm: Input should be greater than or equal to 0.05"),
         (("--learning-rate", "nan"), "--learning-rate: Input should"),
         (("--crop-margin-mm", "inf"), "--crop-margin-mm: Input should"),
         (("--fold", "1"), "a fold needs --folds"),
@@ -637,7 +642,7 @@ def test_runs_of_other_settings_lie_in_folders_of_their_own() -> None:
     settings = {"model": "fpn", "encoder": "inceptionv4"}
     plain = default_run_name(RunSettings(**settings))
     assert plain == "fpn-inceptionv4-axis0-n4-seed0"
-    others = {default_run_name(RunSettings(**settings, **more)) for more in ({"context": 1}, {"pixel_mm": 2.0})}
+    others = {default_run_name(RunSettings(**settings, **more)) for more in ({"context": 2}, {"pixel_mm": 3.0})}
     assert len(others) == 2
     assert all(name.startswith(f"{plain}-") for name in others)
 

@@ -63,7 +63,7 @@ def run(tmp_path: Path) -> Path:
     """A run folder that was never trained."""
     folder = tmp_path / "run"
     folder.mkdir()
-    settings = RunSettings(encoder="tu-test_resnet", weights="none")
+    settings = RunSettings(encoder="tu-test_resnet", weights="none", context=0)
     save_model(build_model(settings.model, settings.encoder)[0], folder / "model")
     record = RunRecord(
         store=str(tmp_path / "s.zarr"), settings=settings, weights_used="none", size_hw=(32, 32), versions={},

@@ -15,12 +15,18 @@ import cloup
 from cspine_data.terminal import CommandGroup, can_go_on, print_table, progress_bar, say, warn_in_one_line
 from cspine_data.typed_options import field_option
 from cspine_train.cli.option_values import weights_of
-from cspine_train.cli.setting_options import base_settings, record_of, setting_options, settings_of, with_recorded_split
+from cspine_train.cli.setting_options import (
+    record_of,
+    setting_options,
+    settings_of,
+    settings_of_origin,
+    with_recorded_split,
+)
 from cspine_train.cli.study_commands import cell, study, table
 from cspine_train.cli.waiting import stay_awake
 from cspine_train.errors import CspineTrainError, ModelError, RunError, error_message
 from cspine_train.run.machines import Machines
-from cspine_train.run.recipes import recipe_table, shipped_recipes
+from cspine_train.run.recipes import read_recipe, recipe_table, shipped_recipes, with_changes
 from cspine_train.training.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
@@ -90,7 +96,8 @@ def run(
     **options: Any,
 ) -> None:  # fmt: skip
     """Train one model; the same command again resumes a run that was stopped."""
-    settings = settings_of(base_settings(recipe, options, output), **with_recorded_split(options, output))
+    base = with_changes(settings_of_origin(options["from_run"], output), read_recipe(recipe).settings)
+    settings = settings_of(base, **with_recorded_split(options, output))
     machines = record_of(Machines, devices=devices, nodes=nodes, strategy=strategy, deterministic=deterministic)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.training.pipeline import train

@@ -14,19 +14,10 @@ from cspine_data import GivenSplit
 from cspine_data.typed_options import field_option
 from cspine_train.run.folder import RECORD_NAME
 from cspine_train.run.recipes import read_recipe, with_changes
-from cspine_train.run.settings import (
-    OF_NETWORK,
-    DataSettings,
-    ModelSettings,
-    OptimisationSettings,
-    PostprocessingSettings,
-    RunSettings,
-    problem_of,
-)
+from cspine_train.run.settings import PARTS, RunSettings, problem_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Model = TypeVar("Model", bound=BaseModel)
-_PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, OptimisationSettings, PostprocessingSettings)
 
 
 def setting_options(recipe: str = "default", omit: Collection[str] = ()) -> Callable[[Command], Command]:
@@ -37,7 +28,7 @@ def setting_options(recipe: str = "default", omit: Collection[str] = ()) -> Call
     defaults = {} if recipe == "default" else read_recipe(recipe).settings
 
     def decorate(command: Command) -> Command:
-        for part in reversed(_PARTS):
+        for part in reversed(PARTS):
             options = [
                 field_option(part, name, **({"default": defaults[name]} if name in defaults else {}))
                 for name in part.model_fields
@@ -92,24 +83,16 @@ def with_recorded_split(options: dict[str, Any], run: Path | None) -> dict[str, 
     return options | {"split": recorded, "fold": 0} if recorded and recorded.fold == options["fold"] else options
 
 
-def base_settings(recipe: str, options: Mapping[str, Any], run: Path | None) -> Mapping[str, Any]:
-    """Return the settings that replace defaults: a recipe's, or those of the run of ``--from``.
-
-    A recipe on the command line replaces settings of that run, except those of its network. If that run is gone, its
-    settings are those of the run to resume.
-    """
-    settings = read_recipe(recipe).settings
-    if options["from_run"] is None:
-        return settings
+def settings_of_origin(from_run: str | None, run: Path | None) -> dict[str, Any]:
+    """Return the settings that a run takes over from that of ``--from``; from the run to resume, if that is gone."""
+    if from_run is None:
+        return {}
     from cspine_train.run.record import load_record
 
-    origin = Path(options["from_run"])
+    origin = Path(from_run)
     if run is not None and not (origin / RECORD_NAME).exists() and (run / RECORD_NAME).exists():
         origin = run
-    inherited = load_record(origin).inherited_settings
-    if click.get_current_context().get_parameter_source("recipe") == click.core.ParameterSource.DEFAULT:
-        return inherited
-    return with_changes(inherited, {name: value for name, value in settings.items() if name not in OF_NETWORK})
+    return load_record(origin).inherited_settings
 
 
 def _fold_of_file(path: str, fold: int) -> GivenSplit:

@@ -18,8 +18,8 @@ from cspine_data.terminal import can_go_on, print_table, progress_bar, say
 from cspine_train.cli.option_values import folds_of, list_of, weights_by_encoder
 from cspine_train.cli.setting_options import setting_options, settings_of
 from cspine_train.errors import ModelError
-from cspine_train.run.planes import AXES
 from cspine_train.run.recipes import read_recipe
+from cspine_train.run.settings import AXES
 
 if TYPE_CHECKING:
     from cspine_data import Cohort

@@ -16,8 +16,8 @@ from cspine_data.tools import atomic_write
 from cspine_train.errors import reason_of
 from cspine_train.metrics.overlap import Overlap
 from cspine_train.run.folder import CURVES_NAME, METRICS_NAME, MONITOR, read_rows
-from cspine_train.run.planes import PLANES
 from cspine_train.run.record import load_record
+from cspine_train.run.settings import PLANES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,8 +16,8 @@ from cspine_train.run.evaluations import (
     recorded_evaluations,
 )
 from cspine_train.run.folder import CARD_NAME, write_text
-from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
+from cspine_train.run.settings import PLANES
 
 _MARKS = re.compile(r"([\\`*_\[\]<>|~$&])")
 _NORMALISATIONS = {

@@ -22,8 +22,8 @@ from cspine_train.run.evaluations import (
     reliability_of_names,
 )
 from cspine_train.run.folder import CURVES_NAME, EVALUATION_FOLDER, OVERLAYS_FOLDER, REPORT_NAME, read_rows, write_text
-from cspine_train.run.planes import PLANES
 from cspine_train.run.record import RunRecord
+from cspine_train.run.settings import PLANES
 
 #: Largest number of plots of slices: those of the lowest Dice.
 MOST_PLOTS = 48

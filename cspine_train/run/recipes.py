@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from pydantic import ValidationError
 from cspine_data.tools import meant
 from cspine_data.typed_options import spelling_of
 from cspine_train.errors import RunError
-from cspine_train.run.settings import RunSettings, problem_of
+from cspine_train.run.settings import OF_ONE_RUN, PARTS, RunSettings, problem_of
 
 _ENDING = ".toml"
 _DESCRIPTION = "description"
-#: Settings that belong to a cohort or to one run, and not to a recipe.
-OF_ONE_RUN = frozenset({"folds", "fold", "split", "test_site", "case_weights", "seed", "from_run"})
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,6 @@ def shipped_recipes() -> tuple[Recipe, ...]:
     return tuple(map(read_recipe, names))
 
 
-@cache
 def read_recipe(name: str) -> Recipe:
     """Read a recipe.
 
@@ -96,7 +92,7 @@ def _fields(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise RunError(
                 f"{name}: {key!r} is no setting of a recipe{meant(key, known)}; use options of cspine-train run, "
-                "without dashes in front, except --from and those of the split and the seed"
+                "without dashes in front, but for those of the split and the seed"
             )
     settings = {known[key]: value for key, value in content.items()}
     try:
@@ -108,14 +104,30 @@ def _fields(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def recipe_table(recipes: Sequence[Recipe]) -> list[list[str]]:
     """Return a row for each option that a recipe sets: the option, and its value in each recipe."""
-    fields = [field for field in RunSettings.model_fields if any(field in recipe.settings for recipe in recipes)]
-    settings = [RunSettings(**recipe.settings).model_dump() for recipe in recipes]
-    options = {field: spelling_of(RunSettings.model_fields[field], field).option for field in fields}
-    return [[options[field], *(_text(values[field]) for values in settings)] for field in fields]
+    values = [RunSettings(**recipe.settings).model_dump() | dict(recipe.settings) for recipe in recipes]
+    return [
+        [spelling_of(info, field).option, *(_text(of_recipe[field]) for of_recipe in values)]
+        for part in PARTS
+        for field, info in part.model_fields.items()
+        if any(field in recipe.settings for recipe in recipes)
+    ]
 
 
 def _text(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def recipe_settings(recipe: str, **changes: Any) -> RunSettings:
+    """Return the settings of a recipe with changes: what ``cspine-train run --recipe`` does with its options.
+
+    Parameters
+    ----------
+    recipe : str
+        See `read_recipe`, also for errors.
+    **changes
+        Fields of `RunSettings`.
+    """
+    return RunSettings(**with_changes(read_recipe(recipe).settings, changes))
 
 
 def with_changes(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

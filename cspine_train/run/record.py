@@ -15,11 +15,12 @@ from cspine_train.errors import RunError
 from cspine_train.run.cohort_range import CohortLooks
 from cspine_train.run.folder import RECORD_NAME, is_in_use, write_text
 from cspine_train.run.origin import Origin
-from cspine_train.run.recipes import OF_ONE_RUN
-from cspine_train.run.settings import RunSettings
+from cspine_train.run.settings import OF_ONE_RUN, RunSettings
 
 RECORD_VERSION = 1
 _MOST_LABELS = 255
+# Settings of the start, which a fine-tuned run does not take over.
+_OF_THE_START = {"weights", "frozen_share"}
 # Characters of a setting that a message shows; a split lists all cases.
 _SHOWN = 60
 _Side = Annotated[int, Field(gt=0, le=1 << 14)]
@@ -132,7 +133,7 @@ class RunRecord(BaseModel):
     @property
     def inherited_settings(self) -> dict[str, Any]:
         """The settings that a run that is fine-tuned from this one takes over."""
-        return self.settings.model_dump(exclude={*OF_ONE_RUN, "weights", "frozen_share"})
+        return self.settings.model_dump(exclude={*OF_ONE_RUN, *_OF_THE_START})
 
     def patient(self, case: str) -> str:
         """Return the patient of a case."""

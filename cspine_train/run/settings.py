@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,15 +25,16 @@ from pydantic import (
 from cspine_data import GivenSplit
 from cspine_data.typed_options import Spelling, spelling_of
 from cspine_train.extensions import AUGMENTATIONS, LOSSES
-from cspine_train.run.planes import AXES
 
+#: Planes of the slices along axes 0, 1 and 2.
+PLANES = ("sagittal", "coronal", "axial")
+#: Axes of a model, by their name in options.
+AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 # A record may come from anybody: beyond these bounds, a run needs more memory than any machine has.
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
 # Characters that names of folders must not have.
 _UNSAFE = re.compile(r"[^\w-]")
-#: Settings that decide which weights fit the network, and its first weights.
-OF_NETWORK = ("model", "encoder", "context", "weights")
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -41,13 +43,18 @@ def _check_augmentations(names: str) -> str:
 
 
 def _axes(given: object) -> object:
-    return AXES.get(given, given) if isinstance(given, str) else given
+    return AXES.get(str(given), given) if isinstance(given, str | int) else given
+
+
+def _none_for(word: str) -> Callable[[object], object]:
+    """Return a validator that reads a word as None."""
+    return lambda given: None if given == word else given
 
 
 def _size(given: object) -> object:
-    if not isinstance(given, str):
+    if not isinstance(given, str | int):
         return given
-    sides = given.split(",")
+    sides = str(given).split(",")
     if len(sides) > 2 or not all(side.isdecimal() and len(side) < 7 for side in sides):
         raise ValueError(f"{given!r} is not H,W, such as 256,192, or one number for both")
     return int(sides[0]), int(sides[-1])
@@ -70,9 +77,9 @@ class ModelSettings(BaseModel):
 
     model_config = _FROZEN
 
-    model: str = "unet"
+    model: str = "linknet"
     """Architecture, by SMP's name; cspine-train models lists them."""
-    encoder: str = "resnet18"
+    encoder: str = "tu-resnet10t"
     """Encoder, by SMP's name; tu-NAME is any encoder of timm."""
     weights: str = "auto"
     """Initial weights of the encoder: auto, imagenet, none (random) or a file. auto takes ImageNet's where they are
@@ -80,7 +87,7 @@ class ModelSettings(BaseModel):
     from_run: Annotated[str | None, Spelling("--from", metavar="RUN")] = None
     """Fine-tune: start from all weights of this run, with a new head if the labels differ. Options not given are those
     of RUN, except split, case weights and seed."""
-    context: int = Field(default=0, ge=0, le=_MOST_CONTEXT)
+    context: int = Field(default=1, ge=0, le=_MOST_CONTEXT)
     """Neighbouring slices on each side as further input channels (2.5-D)."""
 
     @property
@@ -114,15 +121,19 @@ class DataSettings(BaseModel):
     with the columns case (or patient) and part (train, validation, test)."""
     test_site: str | None = None
     """Test on this site; train and validate on the others."""
-    pixel_mm: float | None = Field(default=None, ge=_LEAST_PIXEL_MM)
-    """Pixel size, mm, that slices are resampled to; default: their own."""
+    pixel_mm: Annotated[float | None, BeforeValidator(_none_for("own")), Spelling(metavar="MM|own", text=True)] = Field(
+        default=2.0, ge=_LEAST_PIXEL_MM
+    )
+    """Pixel size, mm, that slices are resampled to; own: that of each slice."""
     size_hw: Annotated[
         tuple[PositiveInt, PositiveInt] | None, BeforeValidator(_size), Spelling("--size", metavar="H,W")
     ] = None
     """Pixels of a training slice, one number or two: padded, or cropped about the centre, which may cut off nothing
     labelled. Default: the smallest size that holds every slice. Validation and prediction see whole slices."""
-    crop_margin_mm: float | None = Field(default=None, ge=0)
-    """Train on random crops of the size of the largest labelled region plus this margin, mm; default: whole slices."""
+    crop_margin_mm: Annotated[
+        float | None, BeforeValidator(_none_for("whole")), Spelling(metavar="MM|whole", text=True)
+    ] = Field(default=40.0, ge=0)
+    """Train on random crops of the size of the largest labelled region plus this margin, mm; whole: whole slices."""
     empty_share: float = Field(default=0.25, ge=0)
     """Empty slices in an epoch, as a share of the labelled ones."""
     case_weights: Annotated[
@@ -173,16 +184,16 @@ class OptimisationSettings(BaseModel):
 
     model_config = _FROZEN
 
-    epochs: int | None = Field(default=100, ge=1)
+    epochs: int | None = Field(default=20, ge=1)
     """Number of epochs; with --schedule plateau the largest number."""
     minutes: float | None = Field(default=None, gt=0)
     """Train for this time, validation included, instead of --epochs. The schedule follows the clock, so that the model
     depends on the speed of the machine."""
     batch_size: int = Field(default=8, ge=1)
     """Slices in a step."""
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-2, gt=0)
     """Largest learning rate."""
-    schedule: Literal["plateau", "onecycle", "cosine"] = "plateau"
+    schedule: Literal["plateau", "onecycle", "cosine"] = "onecycle"
     """Learning-rate schedule. plateau: divide by 3 after 5 epochs without a higher validation Dice, stop after 7;
     onecycle: rise and fall once (Smith and Topin 2018); cosine: rise over the first 5 %, then fall as a cosine."""
     loss: Annotated[str, AfterValidator(LOSSES.check), Spelling(metavar="NAME")] = "dice_bce"
@@ -277,6 +288,12 @@ class RunSettings(ModelSettings, DataSettings, OptimisationSettings, Postprocess
             split = f"-site-{_UNSAFE.sub('_', self.test_site)}"
         encoder = f"{self.encoder}-{start}" if start else self.encoder
         return f"{self.model}-{encoder}-axis{self.axes_name}-{self.variant}{split}-seed{self.seed}"
+
+
+#: Settings that belong to a cohort or to one run, and not to a recipe.
+OF_ONE_RUN = frozenset({"folds", "fold", "split", "test_site", "case_weights", "seed", "from_run"})
+#: The parts of `RunSettings`, in the order in which people read them.
+PARTS: tuple[type[BaseModel], ...] = (ModelSettings, DataSettings, OptimisationSettings, PostprocessingSettings)
 
 
 def problem_of(error: ValidationError, model: type[BaseModel] = RunSettings) -> str:

@@ -17,8 +17,7 @@ from cspine_data import Cohort, GivenSplit, Split
 from cspine_train.errors import RunError
 from cspine_train.run.folder import write_text
 from cspine_train.run.patient_split import cohort_fields, split_of
-from cspine_train.run.planes import AXES
-from cspine_train.run.settings import RunSettings, problem_of
+from cspine_train.run.settings import AXES, RunSettings, problem_of
 
 #: The plan of a study: JSON, see `Plan`.
 PLAN_NAME = "study.json"

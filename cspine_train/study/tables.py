@@ -13,7 +13,7 @@ from cspine_data.tools import count
 from cspine_train.metrics.overlap import MEASURES, Measure
 from cspine_train.metrics.statistics import FEWEST_PATIENTS, MeanInterval, mean_interval, too_few
 from cspine_train.run.evaluations import BATCH_AVERAGED, patient_measures
-from cspine_train.run.planes import PLANES
+from cspine_train.run.settings import PLANES
 from cspine_train.study.plan import IMAGENET, RANDOM, RANDOM_ENCODER, RANDOM_NOTE
 from cspine_train.study.published import published_percent
 from cspine_train.study.ranking import contrasts, levels, n4_answer, ranked

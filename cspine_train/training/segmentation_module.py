@@ -144,15 +144,25 @@ class SliceSegmenter(lightning.LightningModule):
             world = self.trainer.world_size
             seeds = sample_seeds(self._settings.seed, self.global_step, len(images) * world)
             images, masks = self._augment(images, masks, batch.axes, seeds[self.global_rank :: world])
-            if self._coarse_hw and self._share_done() < self._settings.coarse_share:
+            if self._coarse_hw and self._is_within(self._settings.coarse_share):
                 images, masks = coarser(images, masks, self._coarse_hw)
         images = images.contiguous(memory_format=torch.channels_last)
         return Seen(images, masks, batch.numbers, batch.shapes_hw)
 
+    def _share_done(self) -> float:
+        """Return the share of training that is over, by the clock or in steps."""
+        if self.budget:
+            return self.budget.share
+        return self.global_step / int(self.trainer.estimated_stepping_batches)
+
+    def _is_within(self, share: float) -> bool:
+        """Return whether the step belongs to this first share of training."""
+        return share > 0 and self._share_done() < share
+
     def on_train_batch_start(self, batch: Seen, batch_idx: int) -> None:
         """Freeze the encoder in the first steps, and its batch statistics and dropout too; then train it."""
         if self._settings.frozen_share:
-            frozen = self._share_done() < self._settings.frozen_share
+            frozen = self._is_within(self._settings.frozen_share)
             cast("Any", self.network).encoder.train(not frozen)
             # DDP's static graph needs the same gradients in every step.
             for parameter in self._encoder_parameters if self.trainer.world_size == 1 else ():
@@ -160,15 +170,9 @@ class SliceSegmenter(lightning.LightningModule):
 
     def on_after_backward(self) -> None:
         """Drop the gradients of a frozen encoder: the optimiser then leaves its weights alone, without weight decay."""
-        if self._share_done() < self._settings.frozen_share:
+        if self._is_within(self._settings.frozen_share):
             for parameter in self._encoder_parameters:
                 parameter.grad = None
-
-    def _share_done(self) -> float:
-        """Return the share of training that is over, by the clock or in steps."""
-        if self.budget:
-            return self.budget.share
-        return self.global_step / int(self.trainer.estimated_stepping_batches)
 
     def training_step(self, batch: Seen, batch_idx: int) -> torch.Tensor:
         """Return the loss of the whole batch, over all processes."""
