@@ -66,11 +66,14 @@ def main() -> None:
     keep_large_blocks()
     source = arguments.output / "source"
     train(arguments.source_store, source, RunSettings(**NETWORK, **RECIPE, **SOURCE))
-    print(f"source: test Dice {dice_of(source).mean_dice:.3f}", flush=True)
     cohort = open_cohort(arguments.store)
     cases = cohort.cases
-    starts = {"random": {"weights": "none"}, "imagenet": {"weights": "imagenet"}, "source": {"from_run": str(source)}}
-    rates, rows = {}, []
+    starts: dict[str, dict[str, Any]] = {
+        "random": {"weights": "none"},
+        "imagenet": {"weights": "imagenet"},
+        "source": {"from_run": str(source)},
+    }
+    rates = {}
     for name, start in starts.items():
         tried = {
             rate: train_one(arguments.store, arguments.output / name, cases, start, RATES_CHOSEN_WITH, rate)[1]
@@ -78,12 +81,18 @@ def main() -> None:
         }
         rates[name] = max(tried, key=lambda one: tried[one].kept_dice or 0)
     starts["frozen"], rates["frozen"] = starts["source"] | {"frozen_share": 0.2}, rates["source"]
-    for name, start in starts.items():
-        runs = [
+    runs = {
+        name: [
             train_one(arguments.store, arguments.output / name, cases, start, number, rates[name])[0]
             for number in PATIENTS
         ]
-        rows.append([name, f"{rates[name]:g}", *(f"{dice_of(run).mean_dice:.3f}" for run in runs)])
+        for name, start in starts.items()
+    }
+    rows = [
+        [name, f"{rates[name]:g}", *(f"{dice_of(run).mean_dice:.3f}" for run in of_start)]
+        for name, of_start in runs.items()
+    ]
+    print(f"source on its own test patient: {dice_of(source).mean_dice:.3f}")
     print(f"source, not trained on {arguments.store}: {untrained_dice(source, cohort, cases[-3:]):.3f}")
     print(f"| start | learning rate | {' | '.join(map(str, PATIENTS))} |\n|{'---|' * (2 + len(PATIENTS))}")
     for row in rows:

@@ -50,7 +50,8 @@ class TrainedWeights:
             theirs, here = (", ".join(f"{name} {getattr(one, name)}" for name in differing) for one in (own, settings))
             options = " and ".join(f"--{name}" for name in differing)
             raise RunError(
-                f"{self.run}: has {theirs}, and this run {here}; leave out {options}, or start without --from"
+                f"{self.run}: has {theirs}, and this run {here}; leave out {options} and recipes that set them, or "
+                "start without --from"
             )
         if spoiled := self._origin(new_head=False).seen_cases(split, voxels_sha256):
             raise RunError(
