@@ -33,6 +33,8 @@ SETTINGS = RunSettings(model="pspnet", encoder="resnet18", batch_size=4, context
 SIZES = ImageSizes((64, 64), None, None, (64, 64))
 HUGE = (10**10, 10**10)
 SMALL = ("--model", "unet", "--encoder", "tu-test_resnet", "--weights", "none", "--axis", "2", "--precision", "32")
+SMALL += ("--context", "0", "--crop-margin-mm", "whole")
+WHOLE: dict[str, Any] = {"context": 0, "crop_margin_mm": None}
 
 
 def needed(network: nn.Module, settings: RunSettings, sizes: ImageSizes, slices: int) -> float:
@@ -218,7 +220,7 @@ def test_a_run_beyond_the_limit_gets_settings_that_fit_and_work(
     run = tmp_path / "run"
     large = ("--pixel-mm", "1", "--batch-size", "64", "--epochs", "1")
     settings = RunSettings(
-        model="unet", encoder="tu-test_resnet", axes=(2,), pixel_mm=1.0, batch_size=64, precision="32"
+        model="unet", encoder="tu-test_resnet", axes=(2,), pixel_mm=1.0, batch_size=64, precision="32", **WHOLE
     )
     limit = limit_between(phantom_store, settings, 0.6)
     asked = ("run", "--store", phantom_store, *SMALL, *large, "--memory", f"{limit}B", "-o", run)
@@ -250,11 +252,12 @@ def test_a_plan_names_steps_sizes_memory_and_time_and_makes_no_folder(
     assert "s per step" in planned.stdout
     assert "3 epochs: about 1 min" in planned.stdout
     assert list(tmp_path.iterdir()) == []
-    settings = RunSettings(model="unet", encoder="tu-test_resnet", weights="none", axes=(2,), pixel_mm=12.0)
+    settings = RunSettings(model="unet", encoder="tu-test_resnet", weights="none", axes=(2,), pixel_mm=12.0, **WHOLE)
     plan = plan_run(phantom_store, settings, Machines(memory="1TB"))
     assert plan.time
     assert (plan.steps, plan.time.steps, plan.batch, plan.size_hw) == (steps, steps, batch, (height, width))
-    assert plan.time.seconds(2) == 2 * (steps * plan.time.step_s + plan.time.validation_s) > 0
+    assert plan.time.seconds(settings) == 20 * (steps * plan.time.step_s + plan.time.validation_s) > 0
+    assert plan.time.seconds(RunSettings(minutes=3)) == 180
     assert (plan.allowed_bytes, plan.refusal) == (1e12, None)
 
 

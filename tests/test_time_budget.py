@@ -140,7 +140,7 @@ def test_a_real_run_ends_in_time_at_the_lowest_rate(phantom_store: Path, tmp_pat
     assert record.kept_epoch == len(rows) - 1
     # A step, and a validation that takes longer than the one before, may exceed the 3 s.
     assert 2 < budgets[0].time_elapsed() < 4.5
-    assert float(rows[-1]["learning_rate"]) < 0.05 * ONE_CYCLE["learning_rate"]
+    assert float(rows[-1]["learning_rate"]) < 0.2 * ONE_CYCLE["learning_rate"]
     # The same call finds it done.
     assert train(phantom_store, tmp_path / "run", record.settings) == load_record(tmp_path / "run")
 

@@ -118,7 +118,7 @@ class StepCheck:
         found = self.proposals(settings)
         remedy = f"choose {', or '.join(found)}" if found else "choose a smaller --size, --encoder or --model"
         raise RunError(
-            f"size {_text(data.sizes.trained_hw[0])}: training on {data.smallest_batch} slices at a time takes about "
+            f"size {_text(data.sizes.slice_hw)}: training on {data.smallest_batch} slices at a time takes about "
             f"{needed / _GIB:.1f} GiB of memory, and {allowed / _GIB:.1f} GiB are "
             f"{'free' if self.limit_bytes is None else 'allowed'}; {remedy}"
         )
