@@ -78,7 +78,7 @@ _RUN_FILES = cloup.option_group(
         help="Time between checkpoints within an epoch; a killed run resumes from the last one.",
     ),
     cloup.option(
-        "--plan", "only_plan", is_flag=True, help="Show steps, image size, memory and the expected time, and end."
+        "--plan", "only_plan", is_flag=True, help="Show steps, image size, memory and expected time without training."
     ),
 )  # fmt: skip
 _RUN_MACHINE = cloup.option_group(

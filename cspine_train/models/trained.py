@@ -127,5 +127,5 @@ def preprocessing_note(trained: TrainedWeights, preprocessing: Preprocessing) ->
         return ""
     return (
         f"{trained.run}: was trained on volumes prepared with {before.description}, and these are prepared with "
-        f"{preprocessing.description}; weights are worth most on volumes prepared alike"
+        f"{preprocessing.description}; weights transfer best to volumes prepared alike"
     )

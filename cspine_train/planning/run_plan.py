@@ -1,4 +1,4 @@
-"""What a run takes: its steps, image size, memory and time, before it is trained."""
+"""Estimated steps, image size, memory and time of a run."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _differences(ranges: Mapping[str, tuple[float, float]], looks: Mapping[str, 
     if any(_beyond(ranges[name], looks[name]) > _WIDTHS for name in of_tissue if name in ranges):
         yield (
             "its tissue's intensities have another distribution than in training (another contrast, sequence, field "
-            "or noise)" + ("" if robust else ", for which a model of --recipe robust is better")
+            "or noise)" + ("" if robust else "; a model trained with --recipe robust depends less on them")
         )
 
 

@@ -49,5 +49,5 @@ class Machines(BaseModel):
     deterministic: bool = False
     """Use only deterministic algorithms, so that a run on a GPU is reproducible bit for bit."""
     memory: Annotated[ByteSize | None, WrapValidator(_memory), Spelling(metavar="SIZE")] = None
-    """Memory that the run may take, of the GPU if there is one, such as 8GB; a run that needs more is refused, with
-    a batch size and a pixel size that fit. Default: what is free."""
+    """Memory limit, for example 8GB: of the GPU if there is one, else of the machine. A run that needs more is refused,
+    and the message proposes a batch size or a pixel size. Default: the free memory."""

@@ -73,10 +73,10 @@ def read_recipe(name: str) -> Recipe:
             raise RunError(f"{name}: cannot be read ({error.strerror}); check the path of the recipe") from None
         names = [recipe.name for recipe in shipped_recipes()]
         raise RunError(
-            f"recipe {name!r}: is not known{meant(name, names)}; give a TOML file or one of {', '.join(names)}"
+            f"unknown recipe {name!r}{meant(name, names)}; give a TOML file or one of {', '.join(names)}"
         ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RunError(f"{name}: is no TOML file ({error}); correct it") from None
+        raise RunError(f"{name}: is not valid TOML ({error}); correct it") from None
     description = str(content.pop(_DESCRIPTION, ""))
     return Recipe(name, description, _fields(name, content))
 
@@ -91,8 +91,8 @@ def _fields(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     for key in content:
         if key not in known:
             raise RunError(
-                f"{name}: {key!r} is no setting of a recipe{meant(key, known)}; use options of cspine-train run, "
-                "without dashes in front, but for those of the split and the seed"
+                f"{name}: a recipe cannot set {key!r}{meant(key, known)}; its keys are options of cspine-train run without "
+                "the dashes, except split, case weights, seed and --from"
             )
     settings = {known[key]: value for key, value in content.items()}
     try:

@@ -149,10 +149,13 @@ class RunRecord(BaseModel):
         if calibration is None and not self.finished:
             return "training is not finished"
         if calibration is None:
-            return "its probabilities are not calibrated, as in all runs of earlier versions"
+            return "training did not calibrate its probabilities (an earlier version, no labelled validation patient, or an error)"
         if not calibration.agrees:
             expected, true = calibration.expected_dice, calibration.true_dice
-            return f"it would mislead: on the validation patients it is {expected:.3f}, and the true Dice {true:.3f}"
+            return (
+                f"it would mislead: on the validation patients, the mean expected Dice is {expected:.3f} and the mean "
+                f"true Dice {true:.3f}"
+            )
         return ""
 
     @property

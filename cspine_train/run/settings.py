@@ -86,8 +86,8 @@ class ModelSettings(BaseModel):
     """Initial weights of the encoder: auto, imagenet, none (random) or a file. auto takes ImageNet's where they are
     available and reports what it took."""
     from_run: Annotated[str | None, Spelling("--from", metavar="RUN")] = None
-    """Fine-tune: start from all weights of this run, with a new head if the labels differ. Options not given are those
-    of RUN, except split, case weights and seed."""
+    """Fine-tune: start from all weights of this run, with a new head if the labels differ. Its settings replace the
+    defaults, except split, case weights, seed and --frozen-share."""
     context: int = Field(default=1, ge=0, le=_MOST_CONTEXT)
     """Neighbouring slices on each side as further input channels (2.5-D)."""
 
@@ -125,7 +125,7 @@ class DataSettings(BaseModel):
     pixel_mm: Annotated[float | None, BeforeValidator(_none_for("own")), Spelling(metavar="MM|own", text=True)] = Field(
         default=2.0, ge=_LEAST_PIXEL_MM
     )
-    """Pixel size, mm, that slices are resampled to; own: that of each slice."""
+    """Resample slices to this pixel size, mm; own: no resampling."""
     size_hw: Annotated[
         tuple[PositiveInt, PositiveInt] | None, BeforeValidator(_size), Spelling("--size", metavar="H,W")
     ] = None
@@ -134,7 +134,7 @@ class DataSettings(BaseModel):
     crop_margin_mm: Annotated[
         float | None, BeforeValidator(_none_for("whole")), Spelling(metavar="MM|whole", text=True)
     ] = Field(default=40.0, ge=0)
-    """Train on random crops of the size of the largest labelled region plus this margin, mm; whole: whole slices."""
+    """Train on random crops of the size of the largest labelled region plus this margin, mm; whole: no crops."""
     empty_share: float = Field(default=0.25, ge=0)
     """Empty slices in an epoch, as a share of the labelled ones."""
     case_weights: Annotated[
@@ -188,8 +188,8 @@ class OptimisationSettings(BaseModel):
     epochs: int | None = Field(default=20, ge=1)
     """Number of epochs; with --schedule plateau the largest number."""
     minutes: float | None = Field(default=None, gt=0)
-    """Train for this time, validation included, instead of --epochs. The schedule follows the clock, so that the model
-    depends on the speed of the machine."""
+    """Train for this many minutes, validation included, instead of --epochs. The schedule follows the clock, so the
+    model depends on the speed of the machine."""
     batch_size: int = Field(default=8, ge=1)
     """Slices in a step."""
     learning_rate: float = Field(default=3e-3, gt=0)
@@ -207,7 +207,7 @@ class OptimisationSettings(BaseModel):
     coarse_share: float = Field(default=0, ge=0, le=1)
     """Share of the steps, the first ones, with pixels larger by half (progressive resolution)."""
     frozen_share: float = Field(default=0, ge=0, lt=1)
-    """Share of the steps, the first ones, that train decoder and head only (frozen encoder)."""
+    """Freeze the encoder in this share of the steps, at the start."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Numeric precision; auto: bf16 where the processor has it, else 32."""
     compile: Annotated[bool, Spelling("--compile/--no-compile")] = False
