@@ -91,8 +91,8 @@ def _fields(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     for key in content:
         if key not in known:
             raise RunError(
-                f"{name}: a recipe cannot set {key!r}{meant(key, known)}; its keys are options of cspine-train run without "
-                "the dashes, except split, case weights, seed and --from"
+                f"{name}: a recipe cannot set {key!r}{meant(key, known)}; its keys are options of cspine-train run "
+                "without the dashes, except split, case weights, seed and --from"
             )
     settings = {known[key]: value for key, value in content.items()}
     try:

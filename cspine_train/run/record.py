@@ -149,7 +149,8 @@ class RunRecord(BaseModel):
         if calibration is None and not self.finished:
             return "training is not finished"
         if calibration is None:
-            return "training did not calibrate its probabilities (an earlier version, no labelled validation patient, or an error)"
+            reasons = "an earlier version, no labelled validation patient, or an error"
+            return f"training did not calibrate its probabilities ({reasons})"
         if not calibration.agrees:
             expected, true = calibration.expected_dice, calibration.true_dice
             return (
