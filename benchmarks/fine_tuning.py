@@ -2,8 +2,8 @@
 
 Run as ``python benchmarks/fine_tuning.py SOURCE_STORE STORE -o FOLDER``. A network is trained on SOURCE_STORE. Then
 1, 2, 4 and 8 patients of STORE train it from each start, for the same number of steps, and three others test it. The
-learning rate of each start is the one with the highest validation Dice for 2 patients. The last start is the source
-again, with a frozen encoder in a fifth of the steps. The same command again resumes.
+learning rate of each start is the one with the highest validation Dice for 2 patients. The same command again
+resumes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def main() -> None:
             for rate in RATES
         }
         rates[name] = max(tried, key=lambda one: tried[one].kept_dice or 0)
-    starts["frozen"], rates["frozen"] = starts["source"] | {"frozen_share": 0.2}, rates["source"]
     runs = {
         name: [
             train_one(arguments.store, arguments.output / name, cases, start, number, rates[name])[0]
