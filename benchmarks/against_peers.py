@@ -101,11 +101,12 @@ def train_and_predict(peer: Peer, fold: int, masks: Path, arguments: argparse.Na
     masks.mkdir(parents=True)
     with masks.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=log, stderr=log)
-        # Unlike `Popen.wait`, it tells the memory of this process alone: of the largest one that it started, or itself.
+        # Unlike `Popen.wait`, this reports memory: of the largest process among this one and those that it started.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise PeerError(f"{peer.module} failed; see {log.name}")
+        last = Path(log.name).read_text(errors="replace").strip().rpartition("\n")[2]
+        raise PeerError(f"{last} (all in {log.name})")
     costs: dict[str, float] = json.loads((masks / "costs.json").read_text())
     return costs | {"memory_mb": usage.ru_maxrss * 1024 / 1e6}
 
@@ -148,7 +149,8 @@ def measure(name: str, fold: int, patients: dict[str, str], arguments: argparse.
 
 def show(rows: list[dict[str, str]]) -> None:
     """Print a table for each score, with differences from the first peer over the patients of all, and the costs."""
-    of_peer = {name: [row for row in rows if row["peer"] == name] for name in dict.fromkeys(r["peer"] for r in rows)}
+    names = [name for name in PEERS if any(row["peer"] == name for row in rows)]
+    of_peer = {name: [row for row in rows if row["peer"] == name] for name in names}
     patients = set.intersection(*({row["patient"] for row in own} for own in of_peer.values()))
     for score in SCORES:
         figures = {
@@ -160,9 +162,7 @@ def show(rows: list[dict[str, str]]) -> None:
         }
         first = next(iter(figures.values()))
         differences = {name: paired_differences([of[p] for p in first], first.values()) for name, of in figures.items()}
-        tests = dict(
-            zip([*figures][1:], holm([signed_rank_p(differences[name]) for name in [*figures][1:]]), strict=True)
-        )
+        tests = dict(zip(names[1:], holm([signed_rank_p(differences[name]) for name in names[1:]]), strict=True))
         table = []
         for name, of in figures.items():
             row = [name, mean_interval([*of.values()], score.within).text(score.digits)]
@@ -224,7 +224,11 @@ def main() -> None:
             rows = list(csv.DictReader(file))
     peers = [name for name in arguments.only or PEERS if usable(name, arguments.python)]
     failed: list[str] = []
-    for fold in map(int, arguments.folds.split(",")):
+    folds = [*map(int, arguments.folds.split(","))]
+    known = len(json.loads((arguments.work / "data" / "splits_final.json").read_text()))
+    if not set(folds) <= set(range(known)):
+        raise SystemExit(f"--folds {arguments.folds}: the export of this store has the folds 0 to {known - 1}")
+    for fold in folds:
         for name in peers:
             if any(row["peer"] == name and int(row["fold"]) == fold for row in rows):
                 continue

@@ -92,6 +92,8 @@ def test_peers_are_scored_alike_and_only_once(
     assert compare(against_peers, monkeypatch, phantom_store, work) == rows
     with pytest.raises(SystemExit, match="other options"):
         compare(against_peers, monkeypatch, phantom_store, work, "--spacing-mm", "3")
+    with pytest.raises(SystemExit, match="0 to 3"):
+        compare(against_peers, monkeypatch, phantom_store, work, "--folds", "4")
 
 
 def test_a_peer_that_fails_does_not_stop_the_others(
