@@ -13,7 +13,7 @@ from typing import Any
 
 from peers.task import Clock, Task, given_task
 
-# With 8 GB, nnU-Net's default, patches and batches are as large as a GPU takes: a step would be minutes of a core.
+# With 8 GB, nnU-Net's default, patches and batches are as large as a GPU takes: a CPU would take too few steps.
 _MEMORY_GB = 0.25
 _NUMBER = 1
 
