@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import subprocess
 import sys
 import tempfile
@@ -39,14 +40,13 @@ Row = tuple[float, float]
 def plain_loop(store: str, epochs: int) -> None:
     """Train as one does with SMP and PyTorch alone; print seconds of training and validation Dice after each epoch."""
     import torch
+    from peers.smp_loop import in_memory, passes
 
     from cspine_data import open_cohort
-    from cspine_train.data.augmentation import Augmentation, sample_seeds
     from cspine_train.data.datamodule import CohortSlices
     from cspine_train.data.transforms import inside
     from cspine_train.models.build import build_model, sides_of
     from cspine_train.run.settings import RunSettings
-    from cspine_train.training.losses import SegmentationLoss
     from cspine_train.training.segmentation_module import THRESHOLDS, best_threshold
 
     torch.manual_seed(0)
@@ -58,35 +58,17 @@ def plain_loop(store: str, epochs: int) -> None:
         (batch.intensities(), batch.masks, inside(batch.shapes_hw, data.sizes.slice_hw))
         for batch in data.val_dataloader()
     ]
-    batches = list(data.train_dataloader())
-    images = torch.cat([batch.intensities() for batch in batches])
-    masks = torch.cat([batch.masks for batch in batches])
-    loss_of, augment = SegmentationLoss(settings.loss), Augmentation(settings.augment)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=1e-2)
-    steps = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
-    seconds, step = 0.0, 0
-    for _ in range(epochs):
-        started = time.perf_counter()
-        network.train()
-        for chosen in torch.randperm(len(images)).split(settings.batch_size)[: len(batches)]:
-            axes, seeds = torch.zeros(len(chosen), dtype=torch.int64), sample_seeds(0, step, len(chosen))
-            seen, truth = augment(images[chosen], masks[chosen], axes, seeds)
-            loss = loss_of(network(seen), truth)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-        network.eval()
+    images, masks = in_memory(data)
+    steps = epochs * math.ceil(len(images) / settings.batch_size)
+    started = time.perf_counter()
+    for _ in passes(network, images, masks, settings, lambda step: step / steps):
         counts = torch.zeros(1, 2, len(THRESHOLDS) + 1, dtype=torch.int64)
         with torch.inference_mode():
             for seen, truth, shown in validation:
                 above = torch.bucketize(torch.sigmoid(network(seen)), torch.tensor(THRESHOLDS))
                 bins = (truth > 0.5) * (len(THRESHOLDS) + 1) + above
                 counts += torch.bincount(bins[shown], minlength=counts.numel()).view_as(counts)
-        seconds += time.perf_counter() - started
-        print(f"{seconds:.2f},{best_threshold(counts)[0]:.4f}", flush=True)
+        print(f"{time.perf_counter() - started:.2f},{best_threshold(counts)[0]:.4f}", flush=True)
 
 
 def of_plain_loop(store: str, epochs: int) -> list[Row]:

@@ -74,7 +74,7 @@ def test_pages_named_in_the_code_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]), ids=lambda path: path.name
+    "script", sorted([*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("examples/*.py")]), ids=lambda path: path.name
 )
 def test_benchmarks_and_examples_import_what_there_is(script: Path) -> None:
     for node in ast.walk(ast.parse(script.read_text())):
