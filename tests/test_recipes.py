@@ -79,6 +79,8 @@ def test_a_length_on_the_command_line_replaces_that_of_a_recipe(tmp_path: Path) 
         ("folds = 5", ["'folds'", "cannot set"]),
         ('model = ["unet"]', ["--model"]),
         ("epochs 2", ["not valid TOML"]),
+        ("a = " + 5000 * "[", ["not valid TOML"]),
+        ("minutes = 1e300", ["--minutes", "less"]),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_line_that_names_it(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -86,6 +88,13 @@ def test_a_bad_recipe_is_refused_in_one_line_that_names_it(tmp_path: Path, text:
     with pytest.raises(RunError) as caught:
         read_recipe(str(mine))
     assert all(word in str(caught.value) for word in [str(mine), *words])
+
+
+def test_every_setting_of_a_recipe_has_the_name_of_its_option(tmp_path: Path) -> None:
+    written(tmp_path, "compile = true\ncase-weight = 3")
+    with pytest.raises(RunError, match="cannot set 'case-weight'"):
+        read_recipe(str(tmp_path / "mine.toml"))
+    assert RunSettings(**read_recipe(str(written(tmp_path, "compile = true"))).settings).compile
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones(tmp_path: Path) -> None:

@@ -95,15 +95,25 @@ def test_no_epoch_begins_that_leaves_no_time_for_its_validation(monkeypatch: pyt
 
 def test_the_time_of_a_killed_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, trainer, module = Clock(monkeypatch), trainer_of(), SimpleNamespace()
-    first = TimeBudget(1, validation_steps=0)
+    first = TimeBudget(1, validation_steps=4)
     first.on_train_start(trainer, module)
-    stepped(first, trainer, clock, 40)
-    second = TimeBudget(1, validation_steps=0)
+    for _ in range(20):
+        stepped(first, trainer, clock, 1)
+    second = TimeBudget(1, validation_steps=4)
     second.load_state_dict(first.state_dict())
     clock.now += 500
     second.on_train_start(trainer, module)
-    assert second.share == pytest.approx(40 / 60)
-    assert stepped(second, trainer, clock, 21) == 1
+    assert second.share == pytest.approx(20 / 60)
+    # A validation is expected to take 4 s, also by what this process has seen.
+    assert stepped(second, trainer, clock, 1) == pytest.approx(21 / 56)
+    second.on_validation_start(trainer, module)
+    clock.now += 6
+    second.on_validation_end(trainer, module)
+    third = TimeBudget(1, validation_steps=4)
+    third.load_state_dict(second.state_dict())
+    third.on_train_start(trainer, module)
+    assert third.share == pytest.approx(27 / 54)
+    assert stepped(third, trainer, clock, 28) == 1
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine"])

@@ -276,13 +276,14 @@ def predict(
         say(f"note: trained: {caveat}", err=True)
     # Imported here, as PyTorch takes seconds.
     from cspine_train.prediction.files import Options, find_targets, predict_files
-    from cspine_train.prediction.predictor import fused_calibration, load_run
+    from cspine_train.prediction.predictor import check_runs, fused_calibration, load_run
 
     loaded = [load_run(path) for path in runs]
     records = [run.record for run in loaded]
     for path, record in zip(runs, records, strict=True):
         if reason := record.why_no_expected_dice():
             say(f"note: no expected Dice: {path}: {reason}", err=True)
+    check_runs(loaded, weights)
     calibration = fused_calibration(records, weights)
     options = Options(weights, mirror, ending, probability, pictures, levels, lowest, highest)
     targets, problems = find_targets(volumes)
@@ -292,20 +293,24 @@ def predict(
     with progress_bar("predicting") as progress:
         for done in predict_files(loaded, targets, output, options, progress):
             failed += done.error is not None
-            _print_prediction(done, calibration)
+            _print_prediction(done, calibration, len(loaded))
     if failed:
         raise SystemExit(1)
 
 
-def _print_prediction(done: Predicted, calibration: Calibration | None) -> None:
+def _print_prediction(done: Predicted, calibration: Calibration | None, runs: int) -> None:
     if done.error is not None:
         say(f"failed: {error_message(done.volume.name, done.error)}", err=True)
         return
     figures = [] if done.agreement is None else [f"agreement {done.agreement:.3f}"]
     if calibration and done.expected_dice is not None:
         on_validation = f"expected {calibration.expected_dice:.3f}, true {calibration.true_dice:.3f}"
-        patients = count(calibration.patients, "validation patient")
-        figures.insert(0, f"expected Dice {done.expected_dice:.3f}; {patients}: {on_validation}")
+        known = f"{count(calibration.patients, 'validation patient')}: {on_validation}"
+        if runs > 1:
+            known = f"mean of the single runs on their validation patients: {on_validation}"
+        elif calibration.patients < 2:
+            known = "calibrated on 1 validation patient, not tested"
+        figures.insert(0, f"expected Dice {done.expected_dice:.3f}; {known}")
     verb = "there already:" if done.already else "wrote"
     say(f"{verb} {done.label}" + (f" ({'; '.join(figures)})" if figures else ""))
     for warning in done.warnings:

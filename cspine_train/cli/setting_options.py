@@ -55,7 +55,7 @@ def settings_of(base: Mapping[str, Any], **options: Any) -> RunSettings:
     base : Mapping
         Settings, such as a recipe's, that replace defaults.
     **options
-        Values of the command's options. Those that the user did not give count only if they are missing in `base`.
+        Values of the command's options. Only those that the user gave count.
     """
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT

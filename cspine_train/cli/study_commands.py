@@ -124,8 +124,13 @@ def study(
 
 
 def _recipe_of_cells(name: str) -> dict[str, Any]:
-    """Return the settings of a recipe that the grid does not vary."""
-    return {field: value for field, value in read_recipe(name).settings.items() if field not in _GRID_FIELDS}
+    """Return the settings of a recipe that the grid does not vary; print which others are left out."""
+    settings = read_recipe(name).settings
+    # The grid always has models and encoders of its own.
+    varied = sorted((settings.keys() & set(_GRID_FIELDS)) - {"model", "encoder"})
+    if varied:
+        say(f"note: {name}: the grid of a study varies {', '.join(varied)}; these settings of the recipe are left out")
+    return {field: value for field, value in settings.items() if field not in _GRID_FIELDS}
 
 
 def _axes(names: Sequence[str]) -> list[tuple[int, ...]]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cspine_train.errors import ModelError
+from cspine_train.run.folder import MODEL_FOLDER, RECORD_NAME
 
 State = dict[str, torch.Tensor]
 _HUB_FILE = "model.safetensors"
@@ -50,6 +51,12 @@ def give_weights(encoder: nn.Module, name: str, weights: str, pretrained: Callab
         return "none"
     if weights not in ("auto", "imagenet"):
         path = Path(weights)
+        run = path.resolve().parent.parent
+        if path.parent.name == MODEL_FOLDER and (run / RECORD_NAME).exists():
+            raise ModelError(
+                f"{path}: holds the weights of a run; use --from {run}, which checks that no validation or test case "
+                "has trained them"
+            )
         load_encoder(encoder, name, read_state(path), str(path))
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

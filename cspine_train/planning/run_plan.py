@@ -17,9 +17,10 @@ from cspine_data import open_cohort
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models.build import build_model
+from cspine_train.models.trained import read_trained
 from cspine_train.run.label_classes import label_values, network_classes
 from cspine_train.run.machines import Machines
-from cspine_train.run.patient_split import split_of
+from cspine_train.run.patient_split import cohort_fields, split_of
 from cspine_train.run.process_state import restored_process_state
 from cspine_train.run.settings import RunSettings
 from cspine_train.training.callbacks import WeightEMA
@@ -130,9 +131,11 @@ def plan_run(store: str | Path, settings: RunSettings, machines: Machines | None
     cohort = open_cohort(store)
     split = split_of(cohort, settings)
     values = label_values(cohort, split, settings)
-    network, _ = build_model(
-        settings.model, settings.encoder, settings.weights, settings.channels, network_classes(values)
-    )
+    if settings.from_run:
+        seen = cohort_fields(cohort, split, settings.variant)["voxels_sha256"]
+        read_trained(Path(settings.from_run)).check(settings, split, seen)
+    weights = "none" if settings.from_run else settings.weights
+    network, _ = build_model(settings.model, settings.encoder, weights, settings.channels, network_classes(values))
     check = StepCheck(network, cohort, split, values, devices, devices * machines.nodes, machines.memory)
     data = check.data_of(settings)
     needed, refusal = check.needed_bytes(settings, data), None
@@ -177,7 +180,9 @@ def epoch_time(
     for share, weight in ((0.0, 1 - coarse), (1.0, coarse)):
         if not weight:
             continue
-        other = settings.model_copy(update={"coarse_share": share, "epochs": 1, "compile": False})
+        other = settings.model_copy(
+            update={"coarse_share": share, "frozen_share": 0.0, "epochs": 1, "minutes": None, "compile": False}
+        )
         key = (
             settings.model, settings.encoder, settings.channels, check.values, settings.precision, share,
             data.smallest_batch, data.sizes,

@@ -279,7 +279,7 @@ def predict(
         line
         for record in (run.record for run in runs)
         for line in differences(
-            record.cohort_looks, looks[record.preprocessing], robust=record.settings.augment == "strong"
+            record.cohort_looks, looks[record.preprocessing], robust="strong" in record.settings.augment.split("+")
         )
     ]
     first = next(iter(prepared.values()))

@@ -14,6 +14,8 @@ from cspine_train.metrics.expected_dice import count_logits, expected_dice
 
 #: Largest difference between the mean expected and the mean true Dice of the validation patients.
 LARGEST_DIFFERENCE = 0.05
+# A record may come from anybody: fits end far within this bound.
+_MOST = 1e3
 # Vertebrae that touch are one component, so that it may have the volume of all.
 _FACTOR = 2
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -42,12 +44,12 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    slope: float = Field(gt=0)
-    intercept: float
+    slope: float = Field(gt=0, le=_MOST)
+    intercept: float = Field(ge=-_MOST, le=_MOST)
     expected_dice: _Share
     true_dice: _Share
     patients: int = Field(ge=1)
-    labelled_ml: float = Field(gt=0)
+    labelled_ml: float = Field(gt=0, le=1e6)
 
     @classmethod
     def fused(cls, calibrations: Sequence[Calibration], weights: Sequence[float] | None = None) -> Calibration:

@@ -13,6 +13,7 @@ from cspine_data.tools import some_of
 # Bounds of what an untrusted record may hold, and of what every further run takes over.
 MOST_SEEN = 100_000
 _LONGEST_START = 1000
+_Name = Annotated[str, Field(max_length=1000)]
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -29,8 +30,8 @@ class SeenCase(BaseModel):
 
     model_config = _FROZEN
 
-    case: str
-    patient: str
+    case: _Name
+    patient: _Name
     trained: bool
 
     def spoils(self, part: str) -> bool:
@@ -58,7 +59,7 @@ class Origin(BaseModel):
 
     model_config = _FROZEN
 
-    name: str
+    name: _Name
     start: Annotated[str, Field(max_length=_LONGEST_START)]
     new_head: bool
     seen: Annotated[dict[str, SeenCase], Field(max_length=MOST_SEEN)]

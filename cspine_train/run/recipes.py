@@ -75,7 +75,7 @@ def read_recipe(name: str) -> Recipe:
         raise RunError(
             f"unknown recipe {name!r}{meant(name, names)}; give a TOML file or one of {', '.join(names)}"
         ) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise RunError(f"{name}: is not valid TOML ({error}); correct it") from None
     description = str(content.pop(_DESCRIPTION, ""))
     return Recipe(name, description, _fields(name, content))
@@ -83,16 +83,13 @@ def read_recipe(name: str) -> Recipe:
 
 def _fields(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields of `RunSettings` by their names; refuse unknown keys and invalid values."""
-    known = {
-        spelling_of(info, field).option.removeprefix("--"): field
-        for field, info in RunSettings.model_fields.items()
-        if field not in OF_ONE_RUN
-    }
+    known = {_option(field).removeprefix("--"): field for field in RunSettings.model_fields if field not in OF_ONE_RUN}
     for key in content:
         if key not in known:
             raise RunError(
-                f"{name}: a recipe cannot set {key!r}{meant(key, known)}; its keys are options of cspine-train run "
-                "without the dashes, except split, case weights, seed and --from"
+                f"{name}: a recipe cannot set {key!r}{meant(key, known)}; its keys are the options of cspine-train "
+                "run on model, data, training and postprocessing, without the dashes, except split, case weights, seed "
+                "and --from"
             )
     settings = {known[key]: value for key, value in content.items()}
     try:
@@ -106,11 +103,16 @@ def recipe_table(recipes: Sequence[Recipe]) -> list[list[str]]:
     """Return a row for each option that a recipe sets: the option, and its value in each recipe."""
     values = [RunSettings(**recipe.settings).model_dump() | dict(recipe.settings) for recipe in recipes]
     return [
-        [spelling_of(info, field).option, *(_text(of_recipe[field]) for of_recipe in values)]
+        [_option(field), *(_text(of_recipe[field]) for of_recipe in values)]
         for part in PARTS
-        for field, info in part.model_fields.items()
+        for field in part.model_fields
         if any(field in recipe.settings for recipe in recipes)
     ]
+
+
+def _option(field: str) -> str:
+    """Return the option of a setting; of a pair such as ``--compile/--no-compile``, the first."""
+    return spelling_of(RunSettings.model_fields[field], field).option.partition("/")[0]
 
 
 def _text(value: Any) -> str:

@@ -16,12 +16,12 @@ from cspine_train.run.calibration import Calibration
 from cspine_train.run.cohort_range import CohortLooks
 from cspine_train.run.folder import RECORD_NAME, is_in_use, write_text
 from cspine_train.run.origin import Origin
-from cspine_train.run.settings import OF_ONE_RUN, RunSettings
+from cspine_train.run.settings import OF_ONE_RUN, PostprocessingSettings, RunSettings
 
 RECORD_VERSION = 1
 _MOST_LABELS = 255
-# Settings of the start, which a fine-tuned run does not take over.
-_OF_THE_START = {"weights", "frozen_share"}
+# Settings that a fine-tuned run does not take over: of the start, of the cohort's size, and for binary labels only.
+_NOT_INHERITED = {"weights", "frozen_share", "size_hw", *PostprocessingSettings.model_fields}
 # Characters of a setting that a message shows; a split lists all cases.
 _SHOWN = 60
 _Side = Annotated[int, Field(gt=0, le=1 << 14)]
@@ -137,7 +137,7 @@ class RunRecord(BaseModel):
     @property
     def inherited_settings(self) -> dict[str, Any]:
         """The settings that a run that is fine-tuned from this one takes over."""
-        return self.settings.model_dump(exclude={*OF_ONE_RUN, *_OF_THE_START})
+        return self.settings.model_dump(exclude={*OF_ONE_RUN, *_NOT_INHERITED})
 
     def patient(self, case: str) -> str:
         """Return the patient of a case."""

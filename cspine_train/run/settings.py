@@ -34,6 +34,8 @@ AXES = {"0": (0,), "1": (1,), "2": (2,), "012": (0, 1, 2)}
 # A record may come from anybody: beyond these bounds, a run needs more memory than any machine has.
 _MOST_CONTEXT = 64
 _LEAST_PIXEL_MM = 0.05
+# A year.
+_MOST_MINUTES = 366 * 24 * 60
 # Characters that names of folders must not have.
 _UNSAFE = re.compile(r"[^\w-]")
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -187,7 +189,7 @@ class OptimisationSettings(BaseModel):
 
     epochs: int | None = Field(default=20, ge=1)
     """Number of epochs; with --schedule plateau the largest number."""
-    minutes: float | None = Field(default=None, gt=0)
+    minutes: float | None = Field(default=None, gt=0, le=_MOST_MINUTES)
     """Train for this many minutes, validation included, instead of --epochs. The schedule follows the clock, so the
     model depends on the speed of the machine."""
     batch_size: int = Field(default=8, ge=1)

@@ -23,6 +23,8 @@ from cspine_train.run.record import load_record, save_record
 # one rule decides which epoch is kept, when the learning rate falls and when training stops.
 _LOWER_AFTER = 5
 _STOP_AFTER = 7
+# Times of training beyond this share of the time budget are reported.
+_MUCH_LONGER = 1.05
 # Curves take at most a twentieth of a run's time.
 _DRAW_AFTER = 20
 _log = logging.getLogger("cspine_train")
@@ -73,14 +75,16 @@ class TimeBudget(Timer):
         super().__init__(timedelta(minutes=minutes), verbose=False)
         self._seconds = 60 * minutes
         self._validation_steps = validation_steps
-        self._first_step = 0
+        self._last_validation_s: float | None = None
+        # Steps and time before this process.
+        self._first_step, self._earlier_s = 0, 0.0
         #: Share of the time for training steps that is over, from 0 to 1, the same in all processes.
         self.share = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
-        self._first_step = trainer.global_step
+        self._first_step, self._earlier_s = trainer.global_step, self.time_elapsed()
         self._update(trainer)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any, **named: Any) -> None:
@@ -90,7 +94,28 @@ class TimeBudget(Timer):
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """End training if there is no time for a step and another validation."""
         super().on_validation_end(trainer, pl_module)
+        started, ended = self.start_time("validate"), self.end_time("validate")
+        if started is not None and ended is not None:
+            self._last_validation_s = ended - started
         self._update(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say so if a step and a validation took longer than the time."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.is_global_zero and self.time_elapsed() > _MUCH_LONGER * self._seconds:
+            _log.info(
+                "training took %.1f minutes instead of %g: a step or a validation takes longer than was left",
+                self.time_elapsed() / 60, self._seconds / 60,
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return super().state_dict() | {"last_validation_s": self._last_validation_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._last_validation_s = state_dict["last_validation_s"]
 
     def _update(self, trainer: lightning.Trainer) -> None:
         elapsed = self.time_elapsed()
@@ -100,11 +125,10 @@ class TimeBudget(Timer):
         trainer.should_stop = trainer.should_stop or self.share >= 1
 
     def _validation_s(self, trainer: lightning.Trainer, elapsed: float) -> float:
-        started, ended = self.start_time("validate"), self.end_time("validate")
-        if started is not None and ended is not None and ended >= started:
-            return ended - started
+        if self._last_validation_s is not None:
+            return self._last_validation_s
         steps = trainer.global_step - self._first_step
-        return self._validation_steps * elapsed / steps if steps else 0.0
+        return self._validation_steps * (elapsed - self._earlier_s) / steps if steps else 0.0
 
 
 def epoch_name(number: int, epochs: int | None, separator: str = " of ") -> str:

@@ -115,8 +115,12 @@ class StepCheck:
         needed, allowed = self.needed_bytes(settings, data), self.allowed_bytes()
         if needed <= allowed:
             return
-        found = self.proposals(settings)
-        remedy = f"choose {', or '.join(found)}" if found else "choose a smaller --size, --encoder or --model"
+        if found := self.proposals(settings):
+            remedy = f"choose {', or '.join(found)}"
+        else:
+            own = self._taken_bytes / _GIB
+            alone = f" (the process alone takes {own:.1f} GiB)" if own else ""
+            remedy = f"choose a smaller --size, --encoder or --model{alone}"
         raise RunError(
             f"size {_text(data.sizes.slice_hw)}: training on {data.smallest_batch} slices at a time takes about "
             f"{needed / _GIB:.1f} GiB of memory, and {allowed / _GIB:.1f} GiB are "
