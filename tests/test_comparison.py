@@ -182,7 +182,7 @@ def test_few_patients_find_nothing_and_that_is_said(tmp_path: Path, run_train: C
 def test_folds_are_called_what_their_folders_have_in_common(tmp_path: Path) -> None:
     """By the names that runs are given by themselves; other data are another model, whatever the settings."""
     models = []
-    for data, rate in (("now", 1e-4), ("now", 1e-3), ("then", 1e-4)):
+    for data, rate in (("now", 3e-3), ("now", 1e-3), ("then", 3e-3)):
         for fold in range(3):
             named = default_run_name(RunSettings(folds=3, fold=fold, learning_rate=rate))
             of_fold = {f"P{number}": 0.5 + rate for number in range(fold, 9, 3)}
@@ -191,8 +191,8 @@ def test_folds_are_called_what_their_folders_have_in_common(tmp_path: Path) -> N
             )
     comparison = compare(models)
     first, second, third = (model.name for model in comparison.models)
-    assert (first, third) == ("unet-resnet18-axis0-n4-seed0 (3 folds)",) * 2
-    assert second.startswith("unet-resnet18-axis0-n4-seed0-")
+    assert (first, third) == ("linknet-tu-resnet10t-axis0-n4-seed0 (3 folds)",) * 2
+    assert second.startswith("linknet-tu-resnet10t-axis0-n4-seed0-")
     assert second != first
     elsewhere = [evaluated(tmp_path / f"{fold}x", {f"Q{fold}": 0.9}, folds=3, fold=fold) for fold in range(2)]
     other = evaluated(tmp_path / "y", {"Q0": 0.9, "Q1": 0.9})
