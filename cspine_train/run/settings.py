@@ -194,7 +194,7 @@ class OptimisationSettings(BaseModel):
     model depends on the speed of the machine."""
     batch_size: int = Field(default=8, ge=1)
     """Slices in a step."""
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float = Field(default=1e-2, gt=0)
     """Largest learning rate."""
     schedule: Literal["plateau", "onecycle", "cosine"] = "onecycle"
     """Learning-rate schedule. plateau: divide by 3 after 5 epochs without a higher validation Dice, stop after 7;
