@@ -45,7 +45,7 @@ def test_epochs_are_named_from_one_on() -> None:
 
 
 class Clock:
-    """A clock that moves when it is told to."""
+    """A clock that only the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0

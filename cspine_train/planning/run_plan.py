@@ -17,7 +17,6 @@ from cspine_data import open_cohort
 from cspine_train.data.datamodule import CohortSlices
 from cspine_train.errors import RunError
 from cspine_train.models.build import build_model
-from cspine_train.models.trained import read_trained
 from cspine_train.run.label_classes import label_values, network_classes
 from cspine_train.run.machines import Machines
 from cspine_train.run.patient_split import cohort_fields, split_of
@@ -25,7 +24,7 @@ from cspine_train.run.process_state import restored_process_state
 from cspine_train.run.settings import RunSettings
 from cspine_train.training.callbacks import WeightEMA
 from cspine_train.training.optimisers import precision_of
-from cspine_train.training.pipeline import quieten_lightning
+from cspine_train.training.pipeline import quieten_lightning, starting_weights
 from cspine_train.training.processes import trainer_devices
 from cspine_train.training.segmentation_module import SliceSegmenter
 from cspine_train.training.step_check import StepCheck
@@ -132,8 +131,7 @@ def plan_run(store: str | Path, settings: RunSettings, machines: Machines | None
     split = split_of(cohort, settings)
     values = label_values(cohort, split, settings)
     if settings.from_run:
-        seen = cohort_fields(cohort, split, settings.variant)["voxels_sha256"]
-        read_trained(Path(settings.from_run)).check(settings, split, seen)
+        starting_weights(settings, split, cohort_fields(cohort, split, settings.variant))
     weights = "none" if settings.from_run else settings.weights
     network, _ = build_model(settings.model, settings.encoder, weights, settings.channels, network_classes(values))
     check = StepCheck(network, cohort, split, values, devices, devices * machines.nodes, machines.memory)

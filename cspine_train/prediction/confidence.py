@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from cspine_data import Cohort
 from cspine_data.tools import count
-from cspine_train.metrics.components import implausible_components
-from cspine_train.metrics.expected_dice import calibrated_logits, count_logits, counted_overlap, expected_dice
+from cspine_train.metrics.expected_dice import calibrated_logits, counted_overlap, expected_dice
 from cspine_train.metrics.statistics import of_patients
 from cspine_train.prediction.predictor import LoadedRun
 from cspine_train.prediction.stored_volumes import Segmented, segment_all
-from cspine_train.run.calibration import Calibration, most_voxels
+from cspine_train.run.calibration import Calibration, plausible_counts
 
 _log = logging.getLogger(__name__)
 # Most cases that are predicted: more take longer and change little.
@@ -65,11 +64,10 @@ def calibration_of(counts: Sequence[NDArray[np.int64]], patients: Sequence[str],
 
 def _counts(segmented: Segmented, labelled_ml: float) -> NDArray[np.int64]:
     assert segmented.probability_xyz is not None  # noqa: S101
-    found = segmented.found_xyz != 0
-    implausible = implausible_components(found, most_voxels(labelled_ml, segmented.spacing_mm))
-    return count_logits(
-        segmented.probability_xyz[None], 1, found, segmented.truth_xyz != 0, segmented.ignored_xyz, implausible
-    )
+    return plausible_counts(
+        segmented.probability_xyz[None], 1, segmented.found_xyz != 0, segmented.spacing_mm, labelled_ml,
+        segmented.truth_xyz != 0, segmented.ignored_xyz,
+    )  # fmt: skip
 
 
 def _labelled_ml(cohort: Cohort, case: str, variant: str) -> float:

@@ -291,11 +291,8 @@ def predict(
         raise InputError(volume.name, f"{error.subject} {error.problem}", error.remedy) from None
     except RunError as error:
         raise RunError(f"{volume.name}: {error}") from None
-    calibration, mask, spacing_mm = (
-        fused_calibration(records, each),
-        labelled.array_xyz != 0,
-        first.corrected.spacing_mm,
-    )
+    calibration = fused_calibration(records, each)
+    mask, spacing_mm = labelled.array_xyz != 0, first.corrected.spacing_mm
     return Prediction(
         back(labelled.array_xyz),
         calibration.expected_dice_of(fused.total, sum(each), mask, spacing_mm) if calibration else None,

@@ -21,9 +21,22 @@ _FACTOR = 2
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def most_voxels(labelled_ml: float, spacing_mm: tuple[float, float, float]) -> float:
-    """Return the most voxels of a plausible component, from the largest labelled volume of a patient."""
-    return _FACTOR * 1e3 * labelled_ml / float(np.prod(spacing_mm))
+def plausible_counts(
+    total: NDArray[np.float32],
+    weight: float,
+    mask: NDArray[np.bool_],
+    spacing_mm: tuple[float, float, float],
+    labelled_ml: float,
+    truth: NDArray[np.bool_] | None = None,
+    ignored: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int64]:
+    """Return the `count_logits` of a mask whose components of implausible size have the lowest probability.
+
+    The size is judged by `labelled_ml`, the largest labelled volume of a patient. Other parameters are those of
+    `count_logits`, and the voxel spacing.
+    """
+    most_voxels = _FACTOR * 1e3 * labelled_ml / float(np.prod(spacing_mm))
+    return count_logits(total, weight, mask, truth, ignored, implausible_components(mask, most_voxels))
 
 
 class Calibration(BaseModel):
@@ -71,9 +84,8 @@ class Calibration(BaseModel):
         spacing_mm: tuple[float, float, float],
         ignored: NDArray[np.bool_] | None = None,
     ) -> float:
-        """Return the expected Dice of a mask; parameters are those of `count_logits`, and the voxel spacing."""
-        implausible = implausible_components(mask, most_voxels(self.labelled_ml, spacing_mm))
-        counts = count_logits(total, weight, mask, ignored=ignored, implausible=implausible)
+        """Return the expected Dice of a mask; parameters are those of `plausible_counts`."""
+        counts = plausible_counts(total, weight, mask, spacing_mm, self.labelled_ml, ignored=ignored)
         return expected_dice(counts, self.slope, self.intercept)
 
     @property

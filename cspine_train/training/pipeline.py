@@ -159,7 +159,7 @@ def _train(
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
     place, checkpoint = (newest_checkpoint(run / CHECKPOINT_FOLDER) if earlier else None) or (Place(), None)
     # A checkpoint holds the weights already.
-    trained = None if checkpoint else _trained(settings, split, fields)
+    trained = None if checkpoint else starting_weights(settings, split, fields)
     initial_weights = "none" if checkpoint or trained else settings.weights
     module, data, made = _built(trainer, cohort, split, settings, initial_weights, workers, memory, trained)
     record = RunRecord(settings=settings, **fields, **made, deterministic=bool(devices["deterministic"]))
@@ -210,8 +210,11 @@ def _trainer(
     return trainer
 
 
-def _trained(settings: RunSettings, split: Split, fields: dict[str, Any]) -> TrainedWeights | None:
-    """Return the weights that a fine-tuned run starts from; refuse those that do not suit it."""
+def starting_weights(settings: RunSettings, split: Split, fields: dict[str, Any]) -> TrainedWeights | None:
+    """Return the weights that a fine-tuned run starts from; refuse those that do not suit it.
+
+    `fields` are the `cohort_fields` of the run.
+    """
     if settings.from_run is None:
         return None
     trained = read_trained(Path(settings.from_run))
